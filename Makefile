@@ -1,0 +1,44 @@
+# make demo    install, train on the embedded world, evaluate, draw (about five minutes)
+# make test    install, lint, run the tests
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint proof shapes-clip clean
+
+demo: $(VENV)/.run
+	$(RUN) main.py --config=configs/shapes.py --workdir=runs/shapes
+
+test: $(VENV)/.dev lint
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/.dev
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+
+# The comparison of docs/results.md: every method, three seeds; an hour or more on two cores.
+proof: $(VENV)/.run
+	$(RUN) -m benchmarks.proof
+
+# The shipped weights of the embedded world: half an hour or more on two cores.
+shapes-clip: $(VENV)/.run
+	$(RUN) main.py --config=configs/shapes_clip.py --workdir=runs/shapes_clip
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: requirements.txt | $(VENV)/bin/python
+	@echo "Installing the packages (a minute or two) ..."
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) data runs

@@ -1,0 +1,1 @@
+"""RPN: open-vocabulary semantic segmentation by relationship prompts."""
