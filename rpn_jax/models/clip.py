@@ -1,0 +1,285 @@
+"""CLIP (Radford et al., 2021): both towers, purely functional, parameters in `params`.
+
+Shape letters: B batch, N tokens, D tower width, E joint embedding, T text length,
+H/W pixels, h/w patch grid.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+# The value CLIP was trained with (PyTorch's default); Flax's own default is 1e-6.
+LAYER_NORM_EPSILON = 1e-5
+
+ACTIVATIONS = {
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+  """Architecture of a CLIP model; it travels with converted weights.
+
+  Attributes:
+    embed_dim: E, the width of the joint image-text space.
+    image_size: pixels of the square images it was trained on.
+    patch_size: pixels of one square patch.
+    vision_width: D of the vision tower.
+    vision_layers: residual blocks of the vision tower.
+    vision_heads: attention heads of the vision tower.
+    text_width: D of the text tower.
+    text_layers: residual blocks of the text tower.
+    text_heads: attention heads of the text tower.
+    context_length: the longest text, in tokens, begin and end tokens included.
+    vocab_size: rows of the token embedding.
+    activation: "quick_gelu" (OpenAI's weights) or "gelu".
+  """
+
+  embed_dim: int = 512
+  image_size: int = 224
+  patch_size: int = 16
+  vision_width: int = 768
+  vision_layers: int = 12
+  vision_heads: int = 12
+  text_width: int = 512
+  text_layers: int = 12
+  text_heads: int = 8
+  context_length: int = 77
+  vocab_size: int = 49408
+  activation: str = "quick_gelu"
+
+  def __post_init__(self):
+    if self.activation not in ACTIVATIONS:
+      raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
+
+  @property
+  def grid(self) -> int:
+    """Patches along one side of a training image."""
+    return self.image_size // self.patch_size
+
+
+def layer_norm(name: str | None = None) -> nn.LayerNorm:
+  # float32 statistics whatever the compute type: bf16 loses the mean of wide activations.
+  return nn.LayerNorm(
+    epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name
+  )
+
+
+def resize_grid(grid_hxwxD: jax.Array, height: int, width: int) -> jax.Array:
+  """Bilinear resize of the two leading axes, align_corners=False, no antialias."""
+  if grid_hxwxD.shape[:2] == (height, width):
+    return grid_hxwxD
+  shape = (height, width, *grid_hxwxD.shape[2:])
+  return jax.image.resize(
+    grid_hxwxD, shape, "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def resize_positions(positions_NxD: jax.Array, height: int, width: int) -> jax.Array:
+  """Position embeddings for another patch grid: the class row stays, the grid is resized.
+
+  Args:
+    positions_NxD: class row, then a square grid of rows.
+    height: patch rows wanted.
+    width: patch columns wanted.
+
+  Returns:
+    (1 + height * width, D).
+  """
+  side = round((positions_NxD.shape[0] - 1) ** 0.5)
+  grid = rearrange(positions_NxD[1:], "(h w) d -> h w d", h=side)
+  grid = rearrange(resize_grid(grid, height, width), "h w d -> (h w) d")
+  return jnp.concatenate([positions_NxD[:1], grid])
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with CLIP's fused input projection."""
+
+  heads: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BxNxD, kind: str = "qk", causal: bool = False):
+    """`kind` is "qk" (softmax of queries and keys) or "value" (each token keeps its own value)."""
+    width = x_BxNxD.shape[-1]
+    qkv = nn.Dense(3 * width, dtype=self.dtype, name="in_proj")(x_BxNxD)
+    q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
+    if kind == "qk":
+      v = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    elif kind != "value":
+      raise ValueError(f'attention kind must be "qk" or "value", got {kind!r}')
+    return nn.Dense(width, dtype=self.dtype, name="out_proj")(rearrange(v, "b n h d -> b n (h d)"))
+
+
+class MLP(nn.Module):
+  activation: str
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BxNxD):
+    width = x_BxNxD.shape[-1]
+    hidden = nn.Dense(4 * width, dtype=self.dtype, name="c_fc")(x_BxNxD)
+    hidden = ACTIVATIONS[self.activation](hidden)
+    return nn.Dense(width, dtype=self.dtype, name="c_proj")(hidden)
+
+
+class Block(nn.Module):
+  """Pre-norm residual block."""
+
+  heads: int
+  activation: str
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BxNxD, attention: str = "qk", causal: bool = False):
+    x = x_BxNxD
+    attend = Attention(self.heads, self.dtype, name="attn")
+    x = x + attend(layer_norm("ln_1")(x), attention, causal).astype(x.dtype)
+    mlp = MLP(self.activation, self.dtype, name="mlp")
+    return x + mlp(layer_norm("ln_2")(x)).astype(x.dtype)
+
+
+class VisionTransformer(nn.Module):
+  """CLIP's image tower, with its stages as methods so that prompts can be put between them.
+
+  Attributes:
+    config: the architecture.
+    dtype: compute type of matrix products and of the residual stream.
+    remat: recompute each block in the backward pass instead of storing its activations.
+  """
+
+  config: CLIPConfig
+  dtype: Any = jnp.float32
+  remat: bool = False
+
+  def setup(self):
+    c = self.config
+    patch = (c.patch_size, c.patch_size)
+    self.patch_embed = nn.Conv(
+      c.vision_width, patch, strides=patch, padding="VALID", use_bias=False, dtype=self.dtype
+    )
+    init = nn.initializers.normal(c.vision_width**-0.5)
+    self.class_embedding = self.param("class_embedding", init, (c.vision_width,))
+    self.position_embedding = self.param(
+      "position_embedding", init, (1 + c.grid**2, c.vision_width)
+    )
+    self.ln_pre = layer_norm()
+    block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
+    self.block = [
+      block(c.vision_heads, c.activation, self.dtype) for _ in range(c.vision_layers)
+    ]
+    self.ln_post = layer_norm()
+    self.proj = self.param("proj", init, (c.vision_width, c.embed_dim))
+
+  def embed(self, image_BxHxWx3, class_embedding_copies: int = 1):
+    """Tokens before the first block: (B, 1 + h*w, D), and the patch grid (h, w)."""
+    size = self.config.patch_size
+    _, height, width, _ = image_BxHxWx3.shape
+    if height % size or width % size:
+      raise ValueError(f"image sides must be multiples of the patch, {size}, got {height}x{width}")
+    patches = self.patch_embed(image_BxHxWx3.astype(self.dtype))
+    batch, h, w, _ = patches.shape
+    patches = rearrange(patches, "b h w d -> b (h w) d").astype(jnp.float32)
+    positions = resize_positions(self.position_embedding, h, w)
+    cls = jnp.broadcast_to(
+      class_embedding_copies * self.class_embedding, (batch, 1, patches.shape[-1])
+    )
+    x = jnp.concatenate([cls, patches], axis=1) + positions
+    return self.ln_pre(x).astype(self.dtype), (h, w)
+
+  def run_block(self, i: int, x_BxNxD, attention: str = "qk"):
+    return self.block[i](x_BxNxD, attention, False)
+
+  def project(self, x_BxNxD):
+    """`ln_post`, then the projection into the joint space: (..., D) -> (..., E) float32."""
+    x = self.ln_post(x_BxNxD.astype(jnp.float32)).astype(self.dtype)
+    return (x @ self.proj.astype(self.dtype)).astype(jnp.float32)
+
+  def __call__(self, image_BxHxWx3, kept_patches_BxK=None):
+    """Embedding of the class token: (B, E), not normalised.
+
+    `kept_patches_BxK` lists the patches to look at; pre-training at half the patches costs half
+    the time (FLIP, Li et al., 2023).
+    """
+    x, _ = self.embed(image_BxHxWx3)
+    if kept_patches_BxK is not None:
+      kept = jnp.take_along_axis(x[:, 1:], kept_patches_BxK[..., None], axis=1)
+      x = jnp.concatenate([x[:, :1], kept], axis=1)
+    for i in range(self.config.vision_layers):
+      x = self.run_block(i, x)
+    return self.project(x[:, 0])
+
+
+class TextTransformer(nn.Module):
+  """CLIP's text tower: causal attention, the embedding is read at the end-of-text token."""
+
+  config: CLIPConfig
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    c = self.config
+    self.token_embedding = self.param(
+      "token_embedding", nn.initializers.normal(0.02), (c.vocab_size, c.text_width)
+    )
+    self.position_embedding = self.param(
+      "position_embedding", nn.initializers.normal(0.01), (c.context_length, c.text_width)
+    )
+    self.block = [Block(c.text_heads, c.activation, self.dtype) for _ in range(c.text_layers)]
+    self.ln_final = layer_norm()
+    self.projection = self.param(
+      "projection", nn.initializers.normal(c.text_width**-0.5), (c.text_width, c.embed_dim)
+    )
+
+  def project(self, x_BxTxD, tokens_BxT):
+    # The end-of-text token has the largest id of the vocabulary.
+    end = jnp.argmax(tokens_BxT, axis=-1)
+    x = self.ln_final(x_BxTxD[jnp.arange(x_BxTxD.shape[0]), end].astype(jnp.float32))
+    return (x.astype(self.dtype) @ self.projection.astype(self.dtype)).astype(jnp.float32)
+
+  def __call__(self, tokens_BxT):
+    """Embeddings (B, E), not normalised. T may be shorter than the context: attention is causal,
+    so the padding after the end-of-text token changes nothing."""
+    length = tokens_BxT.shape[1]
+    if length > self.config.context_length:
+      raise ValueError(f"at most {self.config.context_length} tokens, got {length}")
+    x = self.token_embedding[tokens_BxT] + self.position_embedding[:length]
+    x = x.astype(self.dtype)
+    for block in self.block:
+      x = block(x, "qk", True)
+      self.sow("intermediates", "hidden", x)
+    return self.project(x, tokens_BxT)
+
+
+class CLIP(nn.Module):
+  """Both towers and the logit scale."""
+
+  config: CLIPConfig
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    self.visual = VisionTransformer(self.config, self.dtype)
+    self.text = TextTransformer(self.config, self.dtype)
+    # exp(logit_scale) starts at 1 / 0.07, as in the paper's section 2.5.
+    self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
+
+  def encode_image(self, image_BxHxWx3, kept_patches_BxK=None):
+    return self.visual(image_BxHxWx3, kept_patches_BxK)
+
+  def encode_text(self, tokens_BxT):
+    return self.text(tokens_BxT)
+
+  def __call__(self, image_BxHxWx3, tokens_CxT):
+    """Zero-shot logits (B, C): scaled cosine of every image with every text."""
+    image = l2_normalize(self.encode_image(image_BxHxWx3))
+    text = l2_normalize(self.encode_text(tokens_CxT))
+    return jnp.exp(self.logit_scale) * image @ text.T
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+  """Unit length along the last axis, without an epsilon, as CLIP does."""
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
