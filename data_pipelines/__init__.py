@@ -1,0 +1,1 @@
+"""Data sets, transforms and input pipelines; never imports rpn_jax."""

@@ -1,0 +1,9 @@
+"""The error the data pipelines raise when data, not code, is at fault."""
+
+
+class DataError(ValueError):
+  """A bad file, layout or label.
+
+  The message is one line that says what was expected, what was got, in which
+  file, and what to do. `main.py` prints it without a traceback.
+  """

@@ -1,0 +1,274 @@
+"""Batches for training and single examples for evaluation, on grain's random-access data sets.
+
+A source is any object with `len(source)` and `source[i]` that yields
+`{'image': uint8 [H,W,3], 'label': uint8 or uint16 [H,W], 'id': str}`. Image and label may also be
+encoded files as bytes; they are then decoded here, so that a damaged file can be named. Grey and
+CMYK images become RGB; a four-channel array is taken for CMYK, RGBA belongs to the source.
+Example i of the stream depends on (seed, i) only, never on threads, workers or process count.
+"""
+
+import functools
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from PIL import Image
+
+from data_pipelines.errors import DataError
+
+Example = dict[str, Any]
+
+
+def check_example(example: Example, where: str = "") -> Example:
+  """Decodes, converts and checks one example of a source.
+
+  Args:
+    example: as described at the top of the module.
+    where: position in the source, used while the example has no id.
+
+  Returns:
+    image uint8 [H,W,3], label unsigned or signed integers [H,W] (if given), id str.
+
+  Raises:
+    DataError: an undecodable or misshapen image or label, or two that differ in size.
+  """
+  if "image" not in example:
+    raise DataError(f"{where or 'example'}: expected keys image, label, id, got {sorted(example)}")
+  name = example.get("id", where)
+  name = name.decode() if isinstance(name, bytes) else str(name)
+  checked = {"image": _to_rgb(_decode(example["image"], name, "image"), name), "id": name}
+  if "label" in example:
+    label = _decode(example["label"], name, "label")
+    if label.ndim == 3 and label.shape[-1] == 1:
+      label = label[..., 0]
+    if label.ndim != 2 or label.dtype.kind not in "ui":
+      raise DataError(
+        f"example {name}: expected a label of integers [H,W], got {label.dtype} "
+        f"{list(label.shape)}; store class ids, one channel"
+      )
+    if label.shape != checked["image"].shape[:2]:
+      raise DataError(
+        f"example {name}: expected label and image of one size, got label {_size(label)} and "
+        f"image {_size(checked['image'])}; check that the two files belong together"
+      )
+    checked["label"] = label
+  return checked
+
+
+def _size(array: np.ndarray) -> str:
+  return f"{array.shape[0]}x{array.shape[1]}"
+
+
+def _decode(value, name: str, what: str) -> np.ndarray:
+  """Encoded bytes -> array; arrays pass."""
+  if not isinstance(value, bytes):
+    return np.asarray(value)
+  try:
+    with Image.open(io.BytesIO(value)) as file:
+      if what == "image":
+        file = file.convert("RGB")
+      return np.array(file)
+  except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+    raise DataError(
+      f"example {name}: expected a readable {what} file, got {len(value)} bytes that do not "
+      f"decode ({error}); fetch the file again"
+    ) from error
+
+
+def _to_rgb(image: np.ndarray, name: str) -> np.ndarray:
+  """uint8 [H,W], [H,W,1], [H,W,3] or CMYK [H,W,4] -> uint8 [H,W,3]."""
+  channels = image.shape[-1] if image.ndim == 3 else 1
+  if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
+    raise DataError(
+      f"example {name}: expected an image uint8 [H,W,3] (or grey, or CMYK), got {image.dtype} "
+      f"{list(image.shape)}; convert it in the source"
+    )
+  if not image.size:
+    raise DataError(f"example {name}: expected pixels, got an empty image {list(image.shape)}")
+  if channels == 4:
+    return np.array(Image.fromarray(image, "CMYK").convert("RGB"))
+  if channels == 1:
+    return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+  return image
+
+
+class _CheckedSource:
+  """A source whose failures name the example."""
+
+  def __init__(self, source):
+    self.source = source
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> Example:
+    where = f"number {index}"
+    try:
+      example = self.source[index]
+    except DataError:
+      raise
+    # The source decodes with a library of its own choice: any exception means a bad record.
+    except Exception as error:
+      raise DataError(
+        f"example {where}: expected a readable record, got {type(error).__name__}: "
+        f"{' '.join(str(error).split())}; prepare the data set again"
+      ) from error
+    return check_example(example, where)
+
+  def __repr__(self) -> str:
+    # grain prints the source; a list of arrays would fill the screen.
+    return f"{type(self.source).__name__}({len(self)} examples)"
+
+
+class _ProcessSlice:
+  """One process's part of a stream: its contiguous rows of every global batch.
+
+  Slicing in rows, not in strides, makes the global array of a batch the same on any number of
+  processes, once each has placed its part.
+  """
+
+  def __init__(self, stream, batch_size: int, index: int, count: int):
+    self.stream = stream
+    self.batch_size = batch_size
+    self.rows = batch_size // count
+    self.offset = index * self.rows
+
+  def __len__(self) -> int:
+    return len(self.stream) // self.batch_size * self.rows
+
+  def __getitem__(self, index: int) -> Example:
+    batch, row = divmod(index, self.rows)
+    return self.stream[batch * self.batch_size + self.offset + row]
+
+  def __repr__(self) -> str:
+    return f"_ProcessSlice(rows {self.offset}…{self.offset + self.rows - 1} of {self.batch_size})"
+
+
+def _for_training(transform: Callable, example: Example, rng: np.random.Generator) -> Example:
+  if "label" not in example:
+    raise DataError(f"example {example['id']}: expected a label to train on, got none")
+  example = transform(example, rng)
+  return {"image": example["image"], "label": example["label"]}  # strings make no array
+
+
+def train_batches(
+  source,
+  transform: Callable[[Example, np.random.Generator], Example],
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+  shard: tuple[int, int] = (0, 1),
+  num_threads: int = 4,
+  workers: int = 0,
+  prefetch: int = 4,
+) -> Iterator[dict[str, np.ndarray]]:
+  """An endless stream of training batches, reshuffled in every epoch.
+
+  Batch k is a function of (source, transform, seed, batch_size, k): starting at `start_step`
+  continues a run exactly, with any number of threads, workers or processes. Batches may straddle
+  two epochs, so no example is left out of one.
+
+  Args:
+    source: random access, see the top of the module; picklable if workers > 0.
+    transform: (example, rng) -> image and label of one fixed size, e.g. `train_transform(…)`.
+    batch_size: examples per step over all processes.
+    seed: of order and augmentation.
+    start_step: steps already done.
+    shard: (index, count) of this process.
+    num_threads: threads that each build a whole batch; 0 builds in the caller's thread.
+    workers: extra processes (spawned; absl flags must be parsed); 0 uses threads only.
+    prefetch: batches held ready; 0 only together with num_threads 0.
+
+  Returns:
+    An iterator of {'image': float32 [B/count,H,W,3], 'label': int32 [B/count,H,W]}; it has
+    `close()`, to be called when workers > 0.
+
+  Raises:
+    DataError: fewer examples than one batch, a batch that the processes cannot share evenly, or,
+      while iterating, a bad example.
+  """
+  index, count = _check_shard(shard)
+  if batch_size < 1 or batch_size % count:
+    raise DataError(
+      f"expected a batch size divisible by the {count} processes, got {batch_size}; "
+      f"use a multiple of {count}"
+    )
+  if len(source) < batch_size:
+    raise DataError(
+      f"expected at least one batch of {batch_size} examples, got a source of {len(source)}; "
+      "lower the batch size or check that the data set was prepared completely"
+    )
+  stream = grain.MapDataset.source(_CheckedSource(source)).seed(seed).shuffle().repeat(None)
+  # Augmentation comes before slicing: its seed is the position in the global stream.
+  stream = stream.random_map(functools.partial(_for_training, transform))
+  part = grain.MapDataset.source(_ProcessSlice(stream, batch_size, index, count))
+  batches = part.batch(batch_size // count, drop_remainder=True)[start_step:]
+  iterator = batches.to_iter_dataset(grain.ReadOptions(num_threads, prefetch))
+  if workers:
+    per_worker = max(1, prefetch // workers)
+    iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker))
+  return iter(iterator)
+
+
+class _EvalExamples:
+  """See `eval_examples`."""
+
+  def __init__(self, dataset, num_threads: int, prefetch: int):
+    self._dataset = dataset
+    self._read_options = grain.ReadOptions(num_threads, prefetch)
+
+  def __len__(self) -> int:
+    return len(self._dataset)
+
+  def __getitem__(self, index: int) -> Example:
+    # grain would start over behind the end.
+    if not 0 <= index < len(self):
+      raise IndexError(f"expected an index in 0…{len(self) - 1}, got {index}")
+    return self._dataset[index]
+
+  def __iter__(self) -> Iterator[Example]:
+    if not len(self):
+      return iter(())
+    return iter(self._dataset.to_iter_dataset(self._read_options))
+
+
+def eval_examples(
+  source,
+  transform: Callable[..., Example],
+  shard: tuple[int, int] = (0, 1),
+  *,
+  num_threads: int = 2,
+  prefetch: int = 4,
+) -> _EvalExamples:
+  """Every example of a source once, in order, for evaluation.
+
+  Args:
+    source: random access, see the top of the module.
+    transform: example -> example, e.g. `eval_transform(512)`.
+    shard: (index, count) of this process; process i takes examples i, i + count, … Their numbers
+      differ by at most one between processes, and the union is the source.
+    num_threads: threads that prepare examples ahead; 0 prepares in the caller's thread.
+    prefetch: examples held ready; 0 only together with num_threads 0.
+
+  Returns:
+    A sequence (len, [i], iteration) of {'image': float32 [h,w,3], 'label': int32 [H,W],
+    'id': str}. Sizes differ between examples.
+
+  Raises:
+    DataError: a source without examples or, when reached, a bad example.
+  """
+  index, count = _check_shard(shard)
+  if not len(source):
+    raise DataError("expected examples to evaluate on, got an empty source; check the split")
+  dataset = grain.MapDataset.source(_CheckedSource(source)).map(transform)[index::count]
+  return _EvalExamples(dataset, num_threads, prefetch)
+
+
+def _check_shard(shard: tuple[int, int]) -> tuple[int, int]:
+  index, count = shard
+  if not 0 <= index < count:
+    raise DataError(f"expected a shard (index, count) with 0 <= index < count, got {shard}")
+  return index, count
