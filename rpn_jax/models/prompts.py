@@ -1,0 +1,69 @@
+"""The `prompts` collection: layers whose parameters are trained while CLIP's stay frozen.
+
+A linen layer asks for its parameters by `self.param`. The mixin below answers from the collection
+`prompts` instead of `params`, so that `apply({'params': clip, 'prompts': prompts}, ...)` takes the
+two trees apart and `jax.grad` with respect to `prompts` never touches the tower.
+"""
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+COLLECTION = "prompts"
+
+
+def prompt(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> jax.Array:
+  """A bare trained tensor of `module`, kept in the `prompts` collection.
+
+  Raises:
+    flax.errors.ScopeParamShapeError: the stored tensor has another shape. `self.variable` alone
+      does not look, and a wrong shape would broadcast silently.
+  """
+  value = module.variable(
+    COLLECTION, name, lambda: init(module.make_rng(COLLECTION), shape, jnp.float32)
+  ).value
+  if value.shape != tuple(shape):
+    raise flax.errors.ScopeParamShapeError(
+      name, f"/{'/'.join(module.path)}", value.shape, tuple(shape)
+    )
+  return value
+
+
+class PromptParams:
+  """Mixin: the layer's parameters live in `prompts`."""
+
+  def param(self, name, init_fn, *init_args, unbox=True, **init_kwargs):
+    del unbox
+    # Shape and type are the first two arguments of every initialiser that linen's layers use.
+    shape = init_args[0] if init_args else ()
+    return prompt(self, name, lambda key, *_: init_fn(key, *init_args, **init_kwargs), shape)
+
+
+class Dense(PromptParams, nn.Dense):
+  """`nn.Dense` in `prompts`."""
+
+
+class LayerNorm(PromptParams, nn.LayerNorm):
+  """`nn.LayerNorm` in `prompts`."""
+
+
+class Conv(PromptParams, nn.Conv):
+  """`nn.Conv` in `prompts`."""
+
+
+def uniform(bound: float):
+  """Uniform in [-bound, bound)."""
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def torch_dense(features: int, fan_in: int, dtype, kernel_init=None) -> Dense:
+  """A `Dense` with the initial values of PyTorch's Linear: uniform within 1/sqrt(fan_in)."""
+  bound = uniform(fan_in**-0.5)
+  return Dense(features, dtype=dtype, kernel_init=kernel_init or bound, bias_init=bound)
+
+
+def count(tree) -> int:
+  """Number of scalars in a tree of arrays or shapes."""
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,131 @@
+"""The relationship prompt module (RPM) and the head, by the equations of the RPN paper.
+
+Shape letters: B batch, N patch tokens, C classes, D vision width, E joint embedding,
+h/w patch grid, R reduced width.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from rpn_jax.models import prompts
+from rpn_jax.models.clip import resize_grid
+
+
+def itp(patches_BxNxE: jax.Array, cls_BxE: jax.Array, text_CxE: jax.Array) -> jax.Array:
+  """Image-to-pixel semantic attention (Eq. 2): the relationship map m, (B, N, C).
+
+  `p (t * g)^T = (p * g) t^T`: the right-hand side needs no (B, C, E) product.
+  """
+  return jnp.einsum("bne,ce->bnc", patches_BxNxE * cls_BxE[:, None], text_CxE)
+
+
+def apg(map_BxNxC: jax.Array, h_NxD: jax.Array) -> jax.Array:
+  """Adaptive prompt generation (Eq. 3): relationship prompts r = m^T h, (B, C, D)."""
+  return jnp.einsum("bnc,nd->bcd", map_BxNxC, h_NxD)
+
+
+def top_k_gates(scores_BxJ: jax.Array, k: int) -> jax.Array:
+  """Softmax over the k largest scores, zero for the others: (B, J), rows sum to one."""
+  kept, index = jax.lax.top_k(scores_BxJ, k)
+  rows = jnp.arange(scores_BxJ.shape[0])[:, None]
+  return jnp.zeros_like(scores_BxJ).at[rows, index].set(jax.nn.softmax(kept))
+
+
+class M2oE(nn.Module):
+  """Multi-scale mixture of experts (section 3.2), as a residual on the patch tokens.
+
+  Expert j sees the reduced tokens at scale 1/2^(j-1) through a depthwise 3x3 convolution; a gate
+  on their mean picks `top_k` experts. Training adds noise to the gate (rng stream `gate`).
+
+  Attributes:
+    reduced: R, the width the experts work at.
+    experts: how many scales.
+    top_k: experts kept by the gate; the paper gives no number.
+  """
+
+  reduced: int = 3
+  experts: int = 4
+  top_k: int = 2
+
+  @nn.compact
+  def __call__(self, patches_BxNxD: jax.Array, grid: tuple[int, int], train: bool) -> jax.Array:
+    h, w = grid
+    width = patches_BxNxD.shape[-1]
+    patches = patches_BxNxD.astype(jnp.float32)
+    reduce = prompts.torch_dense(self.reduced, width, jnp.float32).copy(name="reduce")
+    x = rearrange(reduce(patches), "b (h w) r -> h w b r", h=h)
+
+    init = prompts.uniform(self.reduced**-0.5)
+    gate, gate_noise = (
+      prompts.prompt(self, name, init, (self.reduced, self.experts))
+      for name in ("gate", "gate_noise")
+    )
+    mean_BxR = x.mean((0, 1))
+    scores_BxJ = mean_BxR @ gate
+    if train:
+      noise = jax.random.normal(self.make_rng("gate"), scores_BxJ.shape)
+      scores_BxJ += noise * jax.nn.softplus(mean_BxR @ gate_noise)
+    gates_BxJ = top_k_gates(scores_BxJ, self.top_k)
+    mixed = 0.0
+    for j in range(self.experts):
+      small = resize_grid(x, max(1, h >> j), max(1, w >> j))
+      bound = prompts.uniform(1 / 3)  # PyTorch's for a depthwise 3x3 kernel: 1/sqrt(9)
+      convolve = prompts.Conv(
+        self.reduced,
+        (3, 3),
+        feature_group_count=self.reduced,
+        kernel_init=bound,
+        bias_init=bound,
+        name=f"expert_{j}",
+      )
+      expert = convolve(rearrange(small, "h w b r -> b h w r"))
+      expert = resize_grid(rearrange(expert, "b h w r -> h w b r"), h, w)
+      mixed = mixed + gates_BxJ[:, j, None] * expert
+    # The gates sum to one, so one Linear of the mixture is the mixture of the Linears. It starts
+    # small: at the start of training the tower's own tokens should pass almost unchanged.
+    expand = prompts.Dense(
+      width, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.02), name="expand"
+    )
+    return patches_BxNxD + expand(rearrange(mixed, "h w b r -> b (h w) r")).astype(
+      patches_BxNxD.dtype
+    )
+
+
+class LPM(nn.Module):
+  """Linear projection module, the head: per-pixel class logits.
+
+  `paper` is variant c (Eq. 7): LN(Linear(p)) . LN(Linear([t * g, t]))^T / sqrt(E).
+  `released` has one more Linear: u = Linear([t * g, t]), text branch LN(Linear(u)).
+
+  Attributes:
+    variant: "paper" or "released".
+  """
+
+  variant: str = "paper"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, patches_BxNxE, cls_BxE, text_CxE) -> jax.Array:
+    """Logits (B, N, C), float32."""
+    batch, _, embed = patches_BxNxE.shape
+    text_BxCxE = jnp.broadcast_to(text_CxE, (batch, *text_CxE.shape))
+    text = jnp.concatenate([text_CxE * cls_BxE[:, None], text_BxCxE], axis=-1)
+    small = nn.initializers.normal(0.02)
+    if self.variant == "released":
+      text = prompts.torch_dense(embed, 2 * embed, self.dtype).copy(name="text_reduce")(text)
+    text = self.branch("text", text, embed, small)
+    patches = self.branch("patch", patches_BxNxE, embed, small)
+    return jnp.einsum("bne,bce->bnc", patches, text) * embed**-0.5
+
+  def branch(self, name, x, features, kernel_init):
+    """LN(Linear(x)), the norm in float32."""
+    dense = prompts.torch_dense(features, x.shape[-1], self.dtype, kernel_init)
+    x = dense.copy(name=f"{name}_proj")(x)
+    norm = prompts.LayerNorm(
+      epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=f"{name}_norm"
+    )
+    return norm(x)
