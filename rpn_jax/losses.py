@@ -1,0 +1,131 @@
+"""The losses of RPN's release, as (sum, normaliser) pairs, at label resolution, in row chunks.
+
+Logits come on the patch grid and are compared with full-size labels. Upsampled they would be
+B x H x W x C numbers (164 MB per 512 x 512 image with 156 classes); here a scan upsamples a few
+rows at a time, adds them to the sums, and recomputes them in the backward pass.
+
+Shape letters: B batch, h/w logit grid, H/W label pixels, C classes, Y rows of one chunk.
+"""
+
+import flax
+import jax
+import jax.numpy as jnp
+
+# Numbers of one upsampled chunk: 64 MB in float32.
+CHUNK_ELEMENTS = 2**24
+
+FOCAL_ALPHA = 0.25
+FOCAL_GAMMA = 2.0
+FOCAL_WEIGHT = 100.0
+DICE_WEIGHT = 1.0
+
+
+@flax.struct.dataclass
+class Term:
+  """One loss as sum and normaliser, so that it can be added over devices before dividing."""
+
+  total: jax.Array
+  normalizer: jax.Array
+
+  @property
+  def value(self) -> jax.Array:
+    return self.total / jnp.maximum(self.normalizer, 1)
+
+
+def interpolation_matrix(inputs: int, outputs: int) -> jax.Array:
+  """(outputs, inputs) weights of a bilinear resize, align_corners=False, no antialias."""
+  return jax.image.resize(
+    jnp.eye(inputs), (outputs, inputs), "bilinear", antialias=False,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def rows_per_chunk(batch: int, height: int, width: int, classes: int) -> int:
+  """The largest divisor of `height` whose chunk stays within CHUNK_ELEMENTS (at least 1)."""
+  limit = max(1, CHUNK_ELEMENTS // (batch * width * classes))
+  return max(d for d in range(1, height + 1) if height % d == 0 and d <= limit)
+
+
+def sum_over_chunks(function, logits_BxhxwxC, label_BxHxW):
+  """Sum over row chunks of `function(logits_BxYxWxC, label_BxYxW)`, a tree of arrays."""
+  batch, height, width = label_BxHxW.shape
+  _, h, w, classes = logits_BxhxwxC.shape
+  rows = rows_per_chunk(batch, height, width, classes)
+  # Full precision: on TPU the default would round the interpolation weights to bfloat16.
+  einsum = lambda *a: jnp.einsum(*a, precision=jax.lax.Precision.HIGHEST)
+  wide = einsum("Ww,bhwc->bhWc", interpolation_matrix(w, width), logits_BxhxwxC)
+  row_weights = interpolation_matrix(h, height).reshape(-1, rows, h)
+  labels = jnp.moveaxis(label_BxHxW.reshape(batch, -1, rows, width), 1, 0)
+
+  @jax.checkpoint
+  def body(total, chunk):
+    weights_Yxh, label = chunk
+    part = function(einsum("Yh,bhWc->bYWc", weights_Yxh, wide), label)
+    return jax.tree.map(jnp.add, total, part), None
+
+  shapes = jax.eval_shape(function, jnp.zeros((batch, rows, width, classes)), labels[0])
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  return jax.lax.scan(body, zeros, (row_weights, labels))[0]
+
+
+def sigmoid_loss(
+  logits_BxhxwxC, label_BxHxW, *, ignore_label: int = 255, mask_ignored: bool = False
+) -> dict[str, Term]:
+  """Focal and dice loss of the release, each already weighted (100 and 1).
+
+  Focal: mean over pixels, summed over every image and class. Dice: summed over the classes
+  present in each image. Both are divided by the number of (image, present class) pairs.
+
+  Args:
+    logits_BxhxwxC: class logits on the patch grid.
+    label_BxHxW: class positions 0..C-1, or `ignore_label`.
+    ignore_label: pixels without a class.
+    mask_ignored: leave these pixels out of the focal mean. False, as released, makes them
+      negatives of every class.
+  """
+  _, height, width = label_BxHxW.shape
+  classes = logits_BxhxwxC.shape[-1]
+
+  def sums(logits, label):
+    y = label[..., None] == jnp.arange(classes)
+    valid = (label != ignore_label)[..., None]
+    p = jax.nn.sigmoid(logits)
+    cross_entropy = -jnp.where(y, jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits))
+    wrong = jnp.where(y, 1 - p, p)
+    focal = jnp.where(y, FOCAL_ALPHA, 1 - FOCAL_ALPHA) * wrong**FOCAL_GAMMA * cross_entropy
+    if mask_ignored:
+      focal = focal * valid
+    return {
+      # Dice never looks at ignored pixels' truth, yet their probability counts: as released.
+      "focal": focal.sum((1, 2)),
+      "overlap": (p * y).sum((1, 2)),
+      "probability": p.sum((1, 2)),
+      "truth": y.sum((1, 2), dtype=jnp.float32),
+      "valid": valid.sum((1, 2), dtype=jnp.float32),
+    }
+
+  s = sum_over_chunks(sums, logits_BxhxwxC.astype(jnp.float32), label_BxHxW)
+  present = s["truth"] > 0
+  dice = 1 - (2 * s["overlap"] + 1) / (s["probability"] + s["truth"] + 1)
+  pixels = jnp.maximum(s["valid"], 1) if mask_ignored else height * width
+  masks = present.sum().astype(jnp.float32)
+  return {
+    "loss_mask": Term(FOCAL_WEIGHT * (s["focal"] / pixels).sum(), masks),
+    "loss_dice": Term(DICE_WEIGHT * (dice * present).sum(), masks),
+  }
+
+
+def softmax_loss(logits_BxhxwxC, label_BxHxW, *, ignore_label: int = 255) -> dict[str, Term]:
+  """Cross-entropy of a softmax over classes, mean over pixels that are not ignored."""
+
+  def sums(logits, label):
+    valid = label != ignore_label
+    log_p = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_p, jnp.where(valid, label, 0)[..., None], axis=-1)[..., 0]
+    return -(picked * valid).sum(), valid.sum(dtype=jnp.float32)
+
+  total, pixels = sum_over_chunks(sums, logits_BxhxwxC.astype(jnp.float32), label_BxHxW)
+  return {"loss_ce": Term(total, pixels)}
+
+
+LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}

@@ -1,0 +1,67 @@
+"""Segmentation metrics from one summed confusion matrix.
+
+Everything is divided once, after the matrix of the whole evaluation is complete.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def confusion_matrix(label, prediction, classes: int, ignore_label: int = 255) -> np.ndarray:
+  """Pixel counts (C, C) int64: rows truth, columns prediction; ignored pixels left out.
+
+  Args:
+    label: integers of any shape, 0..C-1 or `ignore_label`.
+    prediction: integers of the same shape, 0..C-1.
+  """
+  label = np.asarray(label).astype(np.int64)
+  prediction = np.asarray(prediction).astype(np.int64)
+  if label.shape != prediction.shape:
+    raise ValueError(f"label {label.shape} and prediction {prediction.shape} differ in shape")
+  valid = label != ignore_label
+  index = label[valid] * classes + prediction[valid]
+  return np.bincount(index, minlength=classes**2).reshape(classes, classes)
+
+
+def scores(
+  confusion_CxC: np.ndarray, seen: Sequence[int] = (), unseen: Sequence[int] = ()
+) -> dict:
+  """Metrics as fractions in [0, 1]; None where there is nothing to average.
+
+  `miou_gt` averages over the classes present in the ground truth, `miou_union` over those present
+  in ground truth or prediction. Seen and unseen means are of the second kind, as in the release,
+  and `hiou` is their harmonic mean 2SU / (S + U).
+
+  Args:
+    confusion_CxC: rows truth, columns prediction.
+    seen: class ids trained on.
+    unseen: class ids never trained on.
+
+  Returns:
+    pAcc, miou_gt, miou_union, miou_seen, miou_unseen, hiou, and `iou`, a list of C values.
+  """
+  correct = np.diag(confusion_CxC).astype(np.float64)
+  truth, predicted = confusion_CxC.sum(1), confusion_CxC.sum(0)
+  union = truth + predicted - correct
+  iou = np.divide(correct, union, out=np.full_like(correct, np.nan), where=union > 0)
+
+  def mean(ids):
+    values = iou[np.asarray(ids, np.int64)]
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
+
+  s, u = mean(seen), mean(unseen)
+  harmonic = None
+  if s is not None and u is not None:
+    harmonic = 2 * s * u / (s + u) if s + u else 0.0
+  total = confusion_CxC.sum()
+  return {
+    "pAcc": float(correct.sum() / total) if total else None,
+    "miou_gt": mean(np.flatnonzero(truth > 0)),
+    "miou_union": mean(np.flatnonzero(union > 0)),
+    "miou_seen": s,
+    "miou_unseen": u,
+    "hiou": harmonic,
+    "iou": [None if np.isnan(v) else float(v) for v in iou],
+  }

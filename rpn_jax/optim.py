@@ -1,0 +1,71 @@
+"""AdamW with learning-rate groups and the release's schedule."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import flax
+import jax.numpy as jnp
+import optax
+
+
+def poly_schedule(
+  base: float, steps: int, *, power: float, minimum: float, warmup_steps: int, warmup_ratio: float
+) -> Callable:
+  """Learning rate at step t: polynomial decay to `minimum`, times a linear warm-up.
+
+  (base - min)(1 - t/T)^power + min, and during warm-up times
+  1 - (1 - t/warmup_steps)(1 - warmup_ratio), as mmcv's poly policy does.
+  """
+
+  def schedule(step):
+    t = jnp.asarray(step, jnp.float32)
+    rate = (base - minimum) * jnp.maximum(1 - t / steps, 0.0) ** power + minimum
+    # Written as u + r(1 - u), which float32 can hold where 1 - (1 - u)(1 - r) is all rounding.
+    done = t / max(warmup_steps, 1)
+    return jnp.where(t < warmup_steps, rate * (done + warmup_ratio * (1 - done)), rate)
+
+  return schedule
+
+
+def assign_groups(tree, rules: Sequence[tuple[str, str, float]]):
+  """The group name of every leaf, as a tree of the same form.
+
+  Args:
+    tree: nested dict of parameters.
+    rules: (group, regular expression, rate factor); the expression must match the whole
+      '/'-joined path of a parameter.
+
+  Raises:
+    ValueError: a parameter that no rule or more than one rule matches, a rule that matches none.
+  """
+  flat = flax.traverse_util.flatten_dict(tree, sep="/")
+  groups = {}
+  for path in flat:
+    hits = [name for name, pattern, _ in rules if re.fullmatch(pattern, path)]
+    if len(hits) != 1:
+      raise ValueError(f"parameter {path!r} must match one optimizer group, it matches {hits}")
+    groups[path] = hits[0]
+  return flax.traverse_util.unflatten_dict(groups, sep="/")
+
+
+def make_optimizer(config, prompts) -> optax.GradientTransformation:
+  """AdamW over the groups of `config.groups`.
+
+  Args:
+    config: base_lr, min_lr, power, warmup_steps, warmup_ratio, steps, weight_decay, groups.
+    prompts: the trained tree (or its shapes).
+  """
+
+  def adamw(factor):
+    schedule = poly_schedule(
+      config.base_lr * factor,
+      config.steps,
+      power=config.power,
+      minimum=config.min_lr,
+      warmup_steps=config.warmup_steps,
+      warmup_ratio=config.warmup_ratio,
+    )
+    return optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=config.weight_decay)
+
+  transforms = {name: adamw(factor) for name, _, factor in config.groups}
+  return optax.multi_transform(transforms, assign_groups(prompts, config.groups))
