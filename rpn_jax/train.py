@@ -1,0 +1,139 @@
+"""The training run: batches in, checkpoints, metrics and pictures out."""
+
+import time
+
+import jax
+from absl import logging
+
+from rpn_jax import evaluate, visualize
+from rpn_jax.errors import InputError
+from rpn_jax.experiment import RANKING, Experiment
+from rpn_jax.logging import MetricWriter, progress
+from rpn_jax.losses import LOSSES
+from rpn_jax.models.prompts import count
+from rpn_jax.parallel import check_batch_size, data_mesh, put_batch
+from rpn_jax.step import TrainState, compile_train_step
+
+
+def train(config, workdir, data) -> dict:
+  """Trains the prompts of `config`, or continues the run found in the workdir.
+
+  Args:
+    config: locked; see `configs/shapes.py` for the fields.
+    workdir: directory of the run.
+    data: `names`, `seen`, `unseen`, `train_batches(start_step)` and `eval_examples()`.
+
+  Returns:
+    The last and best metrics, as in `metrics.json`.
+  """
+  experiment = Experiment(config, workdir)
+  if not experiment.trainable:
+    raise InputError(f"method {config.method!r} has nothing to train: use --mode=eval")
+  mesh = data_mesh()
+  check_batch_size(config.data.batch_size, mesh)
+  experiment.claim_workdir()
+
+  trained = [data.names[i] for i in data.seen]
+  text_CxE = experiment.text(trained)
+  text_all = experiment.text(data.names)
+  state = experiment.initial_state(text_CxE)
+  optimizer = experiment.optimizer(state.prompts)
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  state, params, text_CxE = jax.device_put((state, experiment.params, text_CxE), whole)
+  step_fn = compile_train_step(
+    mesh, model=experiment.model, optimizer=optimizer, loss_fn=loss_of(config.loss)
+  )
+
+  checkpoints = experiment.checkpoints()
+  start = checkpoints.latest_step() or 0
+  best = kept = None
+  if start:
+    best = checkpoints.meta(start)["best"]
+    state = checkpoints.restore(start, state)
+    logging.info("continuing at step %d of %d", start, config.steps)
+  writer = MetricWriter(experiment.workdir, resume_step=start)
+  print(
+    f"{count(state.prompts):,} trained parameters beside {count(experiment.clip):,} frozen; "
+    f"{len(trained)} of {len(data.names)} classes trained on {mesh.size} x "
+    f"{mesh.devices[0].device_kind}",
+    flush=True,
+  )
+
+  def evaluation(state: TrainState):
+    segmenter = experiment.segmenter(state.prompts, text_all, data.seen if data.unseen else ())
+    result, kept = evaluate.evaluate(
+      segmenter, data.eval_examples(), data.names, data.seen, data.unseen, keep=evaluate.PICTURES
+    )
+    return {"step": int(state.step), **result}, kept
+
+  key = jax.random.key(config.seed + 1)
+  batches = data.train_batches(start)
+  steps = progress(range(start, config.steps), "train", "step")
+  pending = None  # metrics of the step before: fetched late, so that the device never waits
+  began = time.time()
+  for step in steps:
+    state, metrics = step_fn(state, params, text_CxE, put_batch(next(batches), mesh), key)
+    if pending:
+      log(writer, steps, *pending)
+    pending = (step + 1, metrics) if (step + 1) % config.log_every == 0 else None
+    done = step + 1 == config.steps
+    if (step + 1) % config.eval_every == 0 or done:
+      last, kept = evaluation(state)
+      writer.write(step + 1, {f"eval/{k}": v for k, v in scalars(last).items()})
+      best = last if best is None or rank(last) >= rank(best) else best
+      checkpoints.save(state, {RANKING: rank(last)}, {"best": best, "last": last})
+  if pending:
+    log(writer, steps, *pending)
+  seconds = time.time() - began
+  checkpoints.close()
+  if kept is None:  # the run had already ended
+    last, kept = evaluation(state)
+  report(experiment, data, writer, kept, last, best, seconds)
+  return {"last": last, "best": best}
+
+
+def loss_of(config):
+  """The configured loss as a function of logits and labels."""
+  if config.name not in LOSSES:
+    raise InputError(f"config.loss.name must be one of {sorted(LOSSES)}, got {config.name!r}")
+  options = {"mask_ignored": config.mask_ignored} if config.name == "sigmoid" else {}
+  return lambda logits, label: LOSSES[config.name](logits, label, **options)
+
+
+def rank(metrics: dict) -> float:
+  """What checkpoints are compared by: hIoU, or the plain mean where no class is unseen."""
+  value = metrics["hiou"] if metrics["hiou"] is not None else metrics["miou_gt"]
+  return float(value or 0.0)
+
+
+def scalars(metrics: dict) -> dict:
+  return {k: v for k, v in metrics.items() if isinstance(v, float)}
+
+
+def log(writer, steps, step: int, metrics: dict) -> None:
+  """Writes the metrics of one step; a loss that is not finite ends the run."""
+  values = {k: float(getattr(v, "value", v)) for k, v in metrics.items()}
+  writer.write(step, {f"train/{k}": v for k, v in values.items()})
+  steps.set_postfix(loss=f"{values['loss']:.3f}")
+  if not values["loss"] < float("inf"):
+    raise FloatingPointError(
+      f"the loss is {values['loss']} at step {step}: lower config.optimizer.base_lr, or look at "
+      "the labels; the newest checkpoint is from before"
+    )
+
+
+def report(experiment, data, writer, kept, last, best, seconds) -> None:
+  """`metrics.json`, the pictures, and the closing lines."""
+  workdir, config = experiment.workdir, experiment.config
+  evaluate.write_metrics(workdir / "metrics.json", last, best, config)
+  evaluate.picture(workdir / "predictions.png", kept, data.names, data.unseen, config)
+  visualize.curves(workdir / "curves.png", writer.history())
+  writer.close()
+  rows = {f"last, step {last['step']}": last, f"best, step {best['step']}": best}
+  print(f"\nTrained to step {config.steps} ({seconds:.0f} s in this call). Scores in %:")
+  print(evaluate.score_table(rows))
+  print("The best checkpoint was selected on the evaluation classes; report the last.")
+  print(
+    f"Look at {workdir}/predictions.png and {workdir}/curves.png. "
+    f"Every number is in {workdir}/metrics.json."
+  )

@@ -1,0 +1,701 @@
+"""Pictures: coloured label maps, grids of predictions, and curves of a run.
+
+Pictures of pixels are drawn with Pillow, where text is measured before it is placed, and plots
+with matplotlib's Agg canvas without pyplot, so that nothing global is touched and no display is
+needed. Both are imported when first used. Every file appears whole or not at all.
+
+A label map holds class ids 0..C-1; any other value (255 by convention) is ignored and is drawn as
+a dark hatch.
+"""
+
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+# Ordered so that the first few, which small label sets use, are the easiest to tell apart.
+FIRST_COLORS = (
+  (222, 45, 60),  # red
+  (52, 118, 235),  # blue
+  (46, 174, 82),  # green
+  (255, 196, 26),  # amber
+  (160, 72, 205),  # violet
+  (38, 205, 220),  # cyan
+  (246, 122, 40),  # orange
+  (240, 112, 190),  # pink
+  (140, 86, 44),  # brown
+  (182, 230, 62),  # lime
+  (30, 62, 140),  # navy
+  (0, 122, 112),  # teal
+)
+HATCH = ((38, 38, 38), (96, 96, 96))
+IGNORE_LABEL = 255
+
+# A legend longer than this stops being read; what is left is summed up in one entry.
+LEGEND_ENTRIES = 80
+OVERLAY_LONG_SIDE = 2000
+UNSEEN_NOTE = "* unseen: the network was not trained on this class"
+INK, QUIET = (28, 28, 28), (96, 96, 96)
+
+# Fractions in [0, 1], plotted in percent.
+METRICS = {
+  "pAcc": "pAcc",
+  "miou": "mIoU",
+  "miou_gt": "mIoU, classes in truth",
+  "miou_union": "mIoU, truth or prediction",
+  "miou_seen": "mIoU seen",
+  "miou_unseen": "mIoU unseen",
+  "hiou": "hIoU",
+  "top1": "top-1 accuracy",
+  "accuracy": "accuracy",
+}
+LINE_COLORS = (
+  "#0b62b8",
+  "#d1495b",
+  "#2a9d5c",
+  "#e08e0b",
+  "#7b4ab5",
+  "#17a2b0",
+  "#8a5a33",
+  "#444444",
+)
+LINE_STYLES = ("-", "--", ":", "-.")
+# From here on a loss is smoothed; below, every point is a marker.
+SMOOTH_FROM = 30
+
+
+# Colours
+
+
+def _lab(rgb: np.ndarray) -> np.ndarray:
+  """CIELAB (D65) of sRGB values (..., 3) in 0..255."""
+  c = np.asarray(rgb, np.float64) / 255
+  linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+  to_xyz = np.array(
+    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], np.float64
+  )
+  xyz = linear @ (to_xyz / to_xyz.sum(1, keepdims=True)).T
+  f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+  x, y, z = np.moveaxis(f, -1, 0)
+  return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+@functools.cache
+def _palette(count: int) -> np.ndarray:
+  """The first `count` colours (count, 3) uint8; a longer palette begins with a shorter one."""
+  levels = np.linspace(0, 255, 18)
+  lattice = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3).round()
+  lab = _lab(lattice)
+  # Greys, near-blacks and near-whites would be taken for the hatch or for the page.
+  usable = (lab[:, 0] > 28) & (lab[:, 0] < 92) & (np.hypot(lab[:, 1], lab[:, 2]) > 14)
+  lattice, lab = lattice[usable], lab[usable]
+  taken = _lab(np.array([*FIRST_COLORS, *HATCH, (255, 255, 255)]))
+  nearest = np.min([((lab - color) ** 2).sum(1) for color in taken], axis=0)
+  colors = list(FIRST_COLORS[:count])
+  while len(colors) < count:
+    best = int(nearest.argmax())
+    if nearest[best] == 0:  # thousands of classes: the lattice is used up, so begin again
+      return np.resize(np.array(colors, np.uint8), (count, 3))
+    colors.append(lattice[best])
+    nearest = np.minimum(nearest, ((lab - lab[best]) ** 2).sum(1))
+  return np.array(colors, np.uint8).reshape(count, 3)
+
+
+def class_colors(names: Sequence[str]) -> np.ndarray:
+  """A colour per class, (C, 3) uint8.
+
+  The first twelve are picked by hand; each later one is the colour farthest in CIELAB from all
+  before it. The same list always gets the same colours, a longer list keeps those of its
+  beginning, and a name given twice has one colour.
+  """
+  order = {name: i for i, name in enumerate(dict.fromkeys(names))}
+  return _palette(len(order))[[order[name] for name in names]].reshape(-1, 3).copy()
+
+
+def colorize(label_HxW: np.ndarray, colors_Cx3: np.ndarray) -> np.ndarray:
+  """Label map in colours, (H, W, 3) uint8; ids outside 0..C-1 become a dark hatch.
+
+  Args:
+    label_HxW: integers.
+    colors_Cx3: uint8, from `class_colors`.
+
+  Raises:
+    ValueError: the label is not a 2-D array of integers.
+  """
+  label = _checked_label(label_HxW)
+  height, width = label.shape
+  classes = len(colors_Cx3)
+  # Stripes in proportion to the picture: visible at 96 pixels and at 4000.
+  stripe = max(1, max(label.shape, default=0) // 64)
+  diagonal = (np.arange(height)[:, None] + np.arange(width)[None]) // stripe % 2
+  ignored = (label < 0) | (label >= classes)
+  table = np.concatenate([np.asarray(colors_Cx3, np.uint8).reshape(-1, 3), np.uint8(HATCH)])
+  return table[np.where(ignored, classes + diagonal, label)]
+
+
+def overlay(
+  image_HxWx3: np.ndarray, label_HxW: np.ndarray, colors_Cx3: np.ndarray, alpha: float = 0.55
+) -> np.ndarray:
+  """`(1 - alpha) * image + alpha * colour`, (H, W, 3) uint8.
+
+  Args:
+    image_HxWx3: uint8 RGB.
+    label_HxW: integers of the same height and width.
+    colors_Cx3: uint8.
+    alpha: weight of the colours, 0 to 1.
+
+  Raises:
+    ValueError: a wrong shape, dtype or alpha.
+  """
+  image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
+  if image.shape[:2] != label.shape:
+    raise ValueError(f"expected image and label of one size, got {image.shape} and {label.shape}")
+  if not 0 <= alpha <= 1:
+    raise ValueError(f"expected alpha in [0, 1], got {alpha}")
+  mixed = (1 - alpha) * image.astype(np.float32) + alpha * colorize(label, colors_Cx3)
+  return (mixed + 0.5).astype(np.uint8)
+
+
+def _checked_image(image) -> np.ndarray:
+  image = np.asarray(image)
+  if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    raise ValueError(f"expected an image (H, W, 3) uint8, got {image.shape} {image.dtype}")
+  return image
+
+
+def _checked_label(label) -> np.ndarray:
+  label = np.asarray(label)
+  if label.ndim != 2 or not np.issubdtype(label.dtype, np.integer):
+    raise ValueError(f"expected a label (H, W) of integers, got {label.shape} {label.dtype}")
+  # Wider than any label type, so that adding to ids cannot wrap around.
+  return label.astype(np.int64) if label.dtype.itemsize > 4 else label.astype(np.int32)
+
+
+# Files
+
+
+def _write(path, save: Callable) -> pathlib.Path:
+  """Calls `save(open file)` on a file beside `path`, then renames it to `path`."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, "wb") as file:
+      save(file)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+  return path
+
+
+def _write_png(path, picture) -> pathlib.Path:
+  # Level 6 takes seconds on a 12-megapixel label for a few per cent.
+  return _write(path, lambda file: picture.save(file, format="PNG", compress_level=4))
+
+
+# Text and legends, in pixels
+
+
+@functools.cache
+def _font(size: int, bold: bool = False):
+  """DejaVu Sans, which matplotlib brings along: the same letters on every machine."""
+  import matplotlib
+  from PIL import ImageFont
+
+  name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+  return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+
+
+def _wrap(text: str, font, width: float, lines: int) -> list[str]:
+  """`text` in at most `lines` lines no wider than `width` pixels, cut with an ellipsis."""
+  wrapped, rest = [], " ".join(text.split())
+  while rest:
+    if font.getlength(rest) <= width:
+      return [*wrapped, rest]
+    last = len(wrapped) + 1 == lines
+    end = len(rest)
+    while end > 1 and font.getlength(rest[:end].rstrip() + ("…" if last else "")) > width:
+      end -= 1
+    if last:
+      return [*wrapped, rest[:end].rstrip() + "…"]
+    space = rest.rfind(" ", 0, end + 1)
+    end = space if space > 0 else end
+    wrapped.append(rest[:end].rstrip())
+    rest = rest[end:].lstrip()
+  return wrapped or [""]
+
+
+def _legend(entries: Sequence[tuple], width: int, size: int, note: str = ""):
+  """A picture `width` pixels wide with a swatch and a text per entry, in columns read downwards.
+
+  Args:
+    entries: (swatch (3,) uint8 or None for the hatch or "" for no swatch, text).
+    width: pixels.
+    size: letter height in pixels.
+    note: a line below.
+  """
+  from PIL import Image, ImageDraw
+
+  font, gap = _font(size), size // 2
+  swatch, line = round(1.1 * size), round(1.35 * size)
+  spare = swatch + gap + 2 * gap  # of a column, beside its text
+  widest = max((font.getlength(text) for _, text in entries), default=0)
+  # One long name must not force all others into a single column: it is wrapped instead.
+  text_width = min(np.ceil(widest), max(width / 4, 16 * size) - spare, width - spare)
+  columns = max(1, min(int(width // (text_width + spare)), len(entries)))
+  text_width = width // columns - spare
+  texts = [_wrap(text, font, text_width, lines=3) for _, text in entries]
+  per_column = -(-len(entries) // columns)
+  pitch = [
+    max(len(lines) for lines in texts[row::per_column]) * line + gap for row in range(per_column)
+  ]
+  tops = np.concatenate([[0], np.cumsum(pitch)]).astype(int)
+  notes = _wrap(note, font, width, lines=3) if note else []
+  picture = Image.new("RGB", (width, int(tops[-1]) + len(notes) * line), "white")
+  draw = ImageDraw.Draw(picture)
+  for i, ((color, _), lines) in enumerate(zip(entries, texts, strict=True)):
+    x, y = i // per_column * (width // columns), int(tops[i % per_column])
+    box = (x, y + (line - swatch) // 2)
+    if color is None:
+      # Not from `colorize`: a swatch is too small for stripes in proportion.
+      hatch = np.uint8(HATCH)[np.add.outer(np.arange(swatch), np.arange(swatch)) // 4 % 2]
+      picture.paste(Image.fromarray(hatch), box)
+    elif len(color):
+      corner = (box[0] + swatch - 1, box[1] + swatch - 1)
+      draw.rectangle((*box, *corner), fill=tuple(map(int, color)), outline=QUIET)
+    for k, text in enumerate(lines):
+      draw.text((x + swatch + gap, y + k * line + line // 2), text, INK, font, anchor="lm")
+  for k, text in enumerate(notes):
+    draw.text((0, int(tops[-1]) + k * line + line // 2), text, QUIET, font, anchor="lm")
+  return picture
+
+
+def _areas(labels: Sequence[np.ndarray], classes: int) -> tuple[np.ndarray, int]:
+  """Pixels of each class (C,), and those of no class."""
+  counts = np.zeros(classes, np.int64)
+  ignored = 0
+  for label in labels:
+    valid = (label >= 0) & (label < classes)
+    counts += np.bincount(label[valid], minlength=classes)
+    ignored += int(label.size - valid.sum())
+  return counts, ignored
+
+
+def _entries(
+  labels: Sequence[np.ndarray],
+  names: Sequence[str],
+  colors: np.ndarray,
+  unseen: Sequence[int] = (),
+  share: bool = False,
+) -> list[tuple]:
+  """Legend entries of the classes that appear, largest first, then what is ignored."""
+  counts, ignored = _areas(labels, len(names))
+  total = max(1, int(counts.sum()) + ignored)
+
+  def text(name: str, count: int) -> str:
+    if not share:
+      return name
+    percent = 100 * count / total
+    return f"{name}  {percent:.1f} %" if percent >= 0.05 else f"{name}  <0.1 %"
+
+  order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+  marked = [names[i] + (" *" if i in set(unseen) else "") for i in order]
+  shown = min(len(order), LEGEND_ENTRIES)
+  entries = [(colors[i], text(name, counts[i])) for i, name in zip(order[:shown], marked)]
+  if shown < len(order):
+    rest = order[shown:]
+    entries.append(("", text(f"and {len(rest)} smaller classes", counts[rest].sum())))
+  if ignored:
+    entries.append((None, text("ignored", ignored)))
+  return entries
+
+
+def _fit(shape: tuple[int, int], long_side: int) -> tuple[int, int]:
+  """(width, height) in pixels at which an (H, W) picture fills a square of `long_side`."""
+  scale = long_side / max(shape)
+  # Whole factors keep every pixel of a small picture the same size.
+  scale = int(scale) if scale >= 2 else scale
+  return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
+
+
+def _resized(array: np.ndarray, size: tuple[int, int], smooth: bool = False) -> np.ndarray:
+  """Array resized to (width, height): nearest neighbour, or averaged where it shrinks."""
+  from PIL import Image
+
+  if (array.shape[1], array.shape[0]) == size:
+    return array
+  if smooth and array.shape[1] > size[0]:
+    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BOX))
+  rows = ((np.arange(size[1]) + 0.5) * array.shape[0] / size[1]).astype(int)
+  columns = ((np.arange(size[0]) + 0.5) * array.shape[1] / size[0]).astype(int)
+  return array[rows[:, None], columns]
+
+
+# Pictures
+
+
+def prediction_grid(
+  path,
+  images: Sequence[np.ndarray],
+  labels: Sequence[np.ndarray],
+  predictions: Sequence[np.ndarray],
+  names: Sequence[str],
+  *,
+  title: str | None = None,
+  unseen: Sequence[int] = (),
+) -> pathlib.Path:
+  """Writes a PNG: one row per example, columns image, truth, prediction, and a legend below.
+
+  Small scenes are enlarged by whole factors, large ones reduced. The legend names the classes that
+  appear in truth or prediction, by area; unseen ones carry a `*`.
+
+  Args:
+    path: of the PNG.
+    images: (h, w, 3) uint8 each, resized to the size of its label where they differ.
+    labels: (H, W) integers each, ids outside 0..C-1 ignored.
+    predictions: the same shapes as `labels`.
+    names: C class names.
+    title: a line above.
+    unseen: ids of classes not trained on.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: no example, lists of different lengths, or a wrong shape or dtype.
+  """
+  from PIL import Image, ImageDraw
+
+  if not len(images) or not len(images) == len(labels) == len(predictions):
+    raise ValueError(
+      "expected as many images as labels and predictions, and at least one, got "
+      f"{len(images)}, {len(labels)} and {len(predictions)}"
+    )
+  images = [_checked_image(x) for x in images]
+  labels, predictions = [[_checked_label(x) for x in maps] for maps in (labels, predictions)]
+  for i, (label, prediction) in enumerate(zip(labels, predictions)):
+    if label.shape != prediction.shape:
+      raise ValueError(
+        f"example {i}: expected a prediction of the label's shape {label.shape}, "
+        f"got {prediction.shape}"
+      )
+  colors = class_colors(names)
+  count = len(images)
+  long_side = 480 if count <= 2 else 384 if count <= 4 else 288
+  size, gap, margin = 17, 14, 22
+  sizes = [_fit(label.shape, long_side) for label in labels]
+  column = max(max(w for w, _ in sizes), 200)
+  width = 3 * column + 2 * gap
+
+  entries = _entries([*labels, *predictions], names, colors, unseen)
+  note = UNSEEN_NOTE if any(text.endswith(" *") for _, text in entries) else ""
+  legend = _legend(entries, width, size, note)
+  title_font, head_font = _font(22, bold=True), _font(18, bold=True)
+  title_lines = _wrap(title, title_font, width, lines=3) if title else []
+
+  top = margin + 30 * len(title_lines) + (gap if title_lines else 0) + 30
+  height = top + sum(h + gap for _, h in sizes) + gap + legend.height + margin
+  page = Image.new("RGB", (width + 2 * margin, height), "white")
+  draw = ImageDraw.Draw(page)
+  for k, text in enumerate(title_lines):
+    draw.text((page.width // 2, margin + 30 * k + 15), text, INK, title_font, anchor="mm")
+  for k, text in enumerate(("image", "truth", "prediction")):
+    x = margin + k * (column + gap) + column // 2
+    draw.text((x, top - 18), text, INK, head_font, anchor="mm")
+  y = top
+  for image, label, prediction, (w, h) in zip(images, labels, predictions, sizes):
+    # Colours before enlarging, so that the hatch grows with the pixels; reducing goes first.
+    panels = [_resized(image, (w, h), smooth=True)]
+    for ids in (label, prediction):
+      if w < ids.shape[1]:
+        panels.append(colorize(_resized(ids, (w, h)), colors))
+      else:
+        panels.append(_resized(colorize(ids, colors), (w, h)))
+    for k, panel in enumerate(panels):
+      x = margin + k * (column + gap) + (column - w) // 2
+      page.paste(Image.fromarray(np.ascontiguousarray(panel)), (x, y))
+    y += h + gap
+  page.paste(legend, (margin, y + gap))
+  return _write_png(path, page)
+
+
+def save_prediction(
+  directory, stem: str, image_HxWx3: np.ndarray, label_HxW: np.ndarray, names: Sequence[str]
+) -> list[pathlib.Path]:
+  """Writes one segmented image as `<stem>_overlay.png` and `<stem>_labels.png`.
+
+  The overlay has a legend with each class's share of the pixels; its picture has at most 2000
+  pixels on the long side, and tiny images are enlarged. The labels keep their size: pixel values
+  are class ids, in a palette PNG (mode P, so that it is an index and can be looked at) up to 256
+  classes, in 16-bit grey (mode I;16) beyond.
+
+  Args:
+    directory: made if it is missing.
+    stem: beginning of both file names.
+    image_HxWx3: uint8 RGB.
+    label_HxW: class ids of the same height and width; 255 is ignored where C <= 255.
+    names: C class names.
+
+  Returns:
+    Both paths, the overlay first.
+
+  Raises:
+    ValueError: a wrong shape or dtype, or an id that the file cannot hold.
+  """
+  from PIL import Image
+
+  image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
+  if image.shape[:2] != label.shape or not label.size:
+    raise ValueError(f"expected image and label of one size, got {image.shape} and {label.shape}")
+  limit = 255 if len(names) <= 256 else 65535
+  if label.min() < 0 or label.max() > limit:
+    raise ValueError(
+      f"expected class ids 0..{limit} for {len(names)} classes, got {label.min()}..{label.max()}"
+    )
+  colors = class_colors(names)
+
+  if limit == 255:
+    index = Image.fromarray(label.astype(np.uint8))
+    palette = np.tile(np.uint8(HATCH[0]), (256, 1))
+    palette[: len(colors)] = colors
+    index.putpalette(palette.tobytes())
+  else:
+    index = Image.fromarray(label.astype(np.uint16))
+
+  long_side = max(label.shape)
+  size = label.shape[::-1]
+  if long_side > OVERLAY_LONG_SIDE:
+    size = _fit(label.shape, OVERLAY_LONG_SIDE)
+  elif long_side < 512:
+    size = _fit(label.shape, 512)
+  # The letters grow with the picture, since a large one is looked at from farther away.
+  letters = int(np.clip(max(size) // 56, 16, 32))
+  margin = letters
+  legend_width = max(size[0], 24 * letters)
+  entries = _entries([label], names, colors, share=True)
+  legend = _legend(entries, legend_width, letters)
+  picture = overlay(_resized(image, size, smooth=True), _resized(label, size), colors)
+  page = Image.new(
+    "RGB", (legend_width + 2 * margin, size[1] + legend.height + 3 * margin), "white"
+  )
+  page.paste(Image.fromarray(picture), (margin + (legend_width - size[0]) // 2, margin))
+  page.paste(legend, (margin, size[1] + 2 * margin))
+
+  directory = pathlib.Path(directory)
+  return [
+    _write_png(directory / f"{stem}_overlay.png", page),
+    _write_png(directory / f"{stem}_labels.png", index),
+  ]
+
+
+# Plots
+
+
+def _panel(name: str) -> str:
+  """Which plot a metric belongs to."""
+  group, _, leaf = name.rpartition("/")
+  if leaf in METRICS:
+    return "metric"
+  if leaf in ("lr", "learning_rate"):
+    return "lr"
+  if leaf == "grad_norm":
+    return "gradient"
+  # The terms of a loss carry the name of what they measure: focal, dice, cross_entropy.
+  return "loss" if "loss" in leaf or group == "train" else "other"
+
+
+def _display(name: str, names: Sequence[str]) -> str:
+  """A name without its group, where the leaf alone says which is meant."""
+  leaf = name.rpartition("/")[2]
+  alone = sum(other.rpartition("/")[2] == leaf for other in names) == 1
+  return METRICS.get(leaf, leaf.replace("_", " ")) if alone else name
+
+
+def _moving_mean(values: np.ndarray) -> np.ndarray:
+  """Centred moving mean, with a window of 1/25 of the series that shrinks at both ends."""
+  half = max(2, len(values) // 50)
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  index = np.arange(len(values))
+  # The same reach to both sides, or the ends would be drawn towards the middle.
+  reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
+  return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+
+
+def _figure(panels: int):
+  """An Agg figure with one axes per panel, in up to two columns."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  columns = min(2, panels)
+  rows = -(-panels // columns)
+  figure = Figure(figsize=(7.5 * columns, 4.0 * rows), dpi=110, layout="constrained")
+  FigureCanvasAgg(figure)
+  figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.06)
+  axes = figure.subplots(rows, columns, squeeze=False).ravel()
+  for extra in axes[panels:]:
+    extra.remove()
+  for ax in axes[:panels]:
+    ax.grid(True, color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlabel("training step")
+  return figure, axes[:panels]
+
+
+def _step_ticks(ax) -> None:
+  from matplotlib.ticker import EngFormatter, MaxNLocator
+
+  ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+  ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _legend_beside(ax) -> None:
+  """A legend to the right of the axes: inside, it would hide some curve or other."""
+  ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
+
+
+def _title(figure, title: str | None) -> None:
+  """A title above all panels, wrapped to the figure's width."""
+  import textwrap
+
+  if title:
+    # About 8 letters of 14-point type to the inch.
+    figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontsize=14)
+
+
+def _style(i: int) -> dict:
+  style = LINE_STYLES[i // len(LINE_COLORS) % len(LINE_STYLES)]
+  return {"color": LINE_COLORS[i % len(LINE_COLORS)], "linestyle": style}
+
+
+def curves(
+  path, history: Mapping[str, Sequence[tuple[int, float]]], *, title: str | None = None
+) -> pathlib.Path:
+  """Writes a PNG with the curves of one run.
+
+  Panels, where there is something to show: losses (logarithmic once they span a factor of 50; long
+  series smoothed over a faint raw line), learning rate, gradient norm, metrics in percent, others.
+  Values that are not finite are left out.
+
+  Args:
+    path: of the PNG.
+    history: name -> [(step, value)], as `MetricWriter.history` returns it; metrics as fractions.
+    title: a line above.
+
+  Returns:
+    The path.
+  """
+  panels: dict[str, dict[str, np.ndarray]] = {}
+  for name, points in history.items():
+    points = np.array(sorted(points), np.float64).reshape(-1, 2)
+    points = points[np.isfinite(points[:, 1])]
+    if len(points):
+      panels.setdefault(_panel(name), {})[name] = points
+  kinds = [k for k in ("loss", "metric", "lr", "gradient", "other") if k in panels]
+  heads = {
+    "loss": ("Loss", "loss"),
+    "metric": ("Evaluation", "score (%)"),
+    "lr": ("Learning rate", "learning rate (per step)"),
+    "gradient": ("Gradient norm", "L2 norm of the gradient"),
+    "other": ("Other", "value"),
+  }
+  figure, axes = _figure(max(1, len(kinds)))
+  for ax, kind in zip(axes, kinds):
+    series = panels[kind]
+    # Known metrics in the table's order, the rest as they came.
+    known = list(METRICS)
+    order = sorted(
+      series,
+      key=lambda n: known.index(n.rpartition("/")[2]) if n.rpartition("/")[2] in METRICS else 99,
+    )
+    for i, name in enumerate(order):
+      steps, values = series[name].T
+      values = 100 * values if kind == "metric" else values
+      style, text = _style(i), _display(name, order)
+      if kind == "metric":
+        text += f": {values[-1]:.1f}"
+      if len(values) >= SMOOTH_FROM and kind in ("loss", "gradient"):
+        ax.plot(steps, values, alpha=0.22, linewidth=0.8, color=style["color"])
+        ax.plot(steps, _moving_mean(values), linewidth=1.8, label=text, **style)
+      else:
+        marker = "o" if len(values) < SMOOTH_FROM else None
+        ax.plot(steps, values, marker=marker, markersize=4, linewidth=1.8, label=text, **style)
+    every = np.concatenate([points[:, 1] for points in series.values()])
+    if kind in ("loss", "gradient") and every.min() > 0 and every.max() / every.min() > 50:
+      ax.set_yscale("log")
+    elif kind == "lr":
+      ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+      ax.set_ylim(bottom=0)
+    _step_ticks(ax)
+    ax.set_title(heads[kind][0], loc="left", fontsize=12, fontweight="bold")
+    ax.set_ylabel(heads[kind][1])
+    if len(order) > 1 or kind == "metric":
+      _legend_beside(ax)
+  if not kinds:
+    axes[0].set_axis_off()
+    axes[0].text(0.5, 0.5, "nothing was recorded yet", ha="center", va="center", fontsize=14)
+  _title(figure, title)
+  return _write(path, lambda file: figure.savefig(file, format="png"))
+
+
+def compare_curves(
+  path,
+  runs: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
+  metric: str,
+  *,
+  title: str | None = None,
+) -> pathlib.Path:
+  """Writes a PNG with one curve per method: the mean over seeds in a band of ± one deviation.
+
+  Only steps that all seeds of a method have are averaged, since a mean over fewer seeds would jump.
+  The deviation is the sample's (n - 1); one seed has no band. The legend gives the last values,
+  highest first.
+
+  Args:
+    path: of the PNG.
+    runs: method -> per seed [(step, value)]; fractions where `metric` is a score.
+    metric: its name, such as "hiou" or "eval/hiou": the axis label, and percent for scores.
+    title: a line above.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: no method, or a method whose seeds have no finite value at a common step.
+  """
+  if not runs:
+    raise ValueError("expected at least one method to compare, got none")
+  leaf = metric.rpartition("/")[2]
+  scale, digits = (100, ".1f") if leaf in METRICS else (1, ".3g")
+  summaries = {}
+  for method, seeds in runs.items():
+    tables = [{s: v for s, v in seed if np.isfinite(v)} for seed in seeds]
+    common = sorted(set.intersection(*map(set, tables))) if tables else []
+    if not common:
+      raise ValueError(f"{method!r}: expected seeds with a step in common, got none for {metric}")
+    values = scale * np.array([[t[s] for s in common] for t in tables], np.float64)
+    spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(common))
+    summaries[method] = (np.array(common), values.mean(0), spread, len(values))
+  figure, (ax,) = _figure(1)
+  figure.set_size_inches(9.5, 5.0)
+  styles = {method: _style(i) for i, method in enumerate(runs)}
+  import textwrap
+
+  for method in sorted(summaries, key=lambda m: -summaries[m][1][-1]):
+    steps, mean, spread, seeds = summaries[method]
+    text = textwrap.fill(method, 30)
+    text += f"\n{mean[-1]:{digits}}"
+    text += f" ± {spread[-1]:{digits}}, {seeds} seeds" if seeds > 1 else ", 1 seed"
+    marker = "o" if len(steps) < SMOOTH_FROM else None
+    ax.plot(steps, mean, marker=marker, markersize=4, linewidth=2, label=text, **styles[method])
+    if seeds > 1:
+      low, high = mean - spread, mean + spread
+      ax.fill_between(steps, low, high, color=styles[method]["color"], alpha=0.15, linewidth=0)
+  name = METRICS.get(leaf, leaf.replace("_", " "))
+  ax.set_ylabel(f"{name} (%)" if leaf in METRICS else name)
+  _step_ticks(ax)
+  _legend_beside(ax)
+  _title(figure, title)
+  return _write(path, lambda file: figure.savefig(file, format="png"))
