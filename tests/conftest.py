@@ -1,0 +1,30 @@
+"""Shared options and fixtures."""
+
+import pathlib
+import sys
+
+import pytest
+from absl import flags
+
+# grain's worker processes read absl flags.
+flags.FLAGS(["pytest"], known_only=True)
+if not flags.FLAGS.is_parsed():
+  flags.FLAGS.mark_as_parsed()
+
+HERE = pathlib.Path(__file__).parent
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--golden-dir",
+    default=str(HERE / "golden"),
+    help="golden tensors to replay; another set of the same format runs unchanged",
+  )
+
+
+@pytest.fixture(scope="session")
+def golden_dir(pytestconfig) -> pathlib.Path:
+  path = pathlib.Path(pytestconfig.getoption("--golden-dir"))
+  if not (path / "meta.json").exists():
+    sys.exit(f"--golden-dir={path}: expected a folder with meta.json and the .npz files")
+  return path
