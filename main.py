@@ -1,28 +1,54 @@
 """Trains, evaluates or predicts: python main.py --config=configs/shapes.py --workdir=runs/shapes"""
 
 import pathlib
+import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
-MODES = ("train", "eval", "predict")
 
 config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/shapes.py:preset=paper")
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures")
-flags.DEFINE_enum("mode", "train", MODES, "What to do")
+flags.DEFINE_enum("mode", "train", ("train", "eval", "predict"), "What to do")
 flags.DEFINE_string("image", None, "predict: an image file or a folder of images")
 flags.DEFINE_string("classes", None, 'predict: class names, e.g. "red circle, sand"')
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+def fail(message: str) -> None:
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(2)
+
+
+def parse_flags(argv):
+  """Flags, with one line for what is wrong instead of a traceback or the whole usage text."""
+  try:
+    rest = FLAGS(argv)
+    _ = FLAGS.config.task  # a config file that could not be read complains when it is looked at
+    return rest
+  except AttributeError as error:
+    words = re.findall(r"\w+", str(error).replace("\\n", " "))
+    near = f"did you mean {words[4]!r}?" if "Did" in words else "the config file lists the fields"
+    fail(f"unknown config field {words[0]!r}; {near}")
+  except (flags.Error, OSError, ValueError, TypeError) as error:
+    # A config file's own complaint comes wrapped in a traceback; its last line is what it said.
+    line = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+    fail(re.sub(r"^(ValueError: |\[Errno \d+\] )", "", line))
+
+
 def run() -> None:
   """Joins the data pipelines and the model; everything else is in their packages."""
   # Imported here: --help and mistyped flags should answer at once.
+  import jax
+
   from data_pipelines import datasets
   from rpn_jax import evaluate, predict, pretrain, train
 
+  # Programs compiled by an earlier run are reused.
+  cache = pathlib.Path.home() / ".cache" / "rpn_jax" / "xla"
+  jax.config.update("jax_compilation_cache_dir", str(cache))
   config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
   if config.task == "pretrain":
     pretrain.pretrain(config, workdir, **datasets.captions(config))
@@ -39,16 +65,15 @@ def main(argv) -> None:
   from rpn_jax.errors import InputError
 
   if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}: every setting is a --flag")
+    fail(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
   if FLAGS.mode == "predict" and not (FLAGS.image and FLAGS.classes):
-    raise app.UsageError('--mode=predict needs --image=FILE_OR_FOLDER and --classes="a, b"')
+    fail('--mode=predict needs --image=FILE_OR_FOLDER and --classes="a, b"')
   logging.set_verbosity(logging.WARNING)
   try:
     run()
   except (InputError, DataError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    fail(str(error))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

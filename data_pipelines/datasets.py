@@ -35,7 +35,7 @@ class SegmentationData:
   seen: tuple[int, ...]
   unseen: tuple[int, ...]
   train_batches: Callable[[int], Iterator[dict]]
-  eval_examples: Callable[[], pipeline._EvalExamples]
+  eval_examples: Callable[[], pipeline.EvalExamples]
 
 
 def load(config) -> SegmentationData:
@@ -51,7 +51,8 @@ def load(config) -> SegmentationData:
   if c.setting == "supervised":
     unseen = ()
   seen = tuple(i for i in range(len(names)) if i not in unseen)
-  shapes.prepare(c.data_dir)
+  world = shapes.ShapesConfig(num_train=c.train_images, num_val=c.eval_images)
+  shapes.prepare(c.data_dir, world)
 
   train_transform = transforms.train_transform(
     transforms.LabelMap.seen(seen, len(names)),
@@ -68,7 +69,7 @@ def load(config) -> SegmentationData:
 
   def train_batches(start_step: int) -> Iterator[dict]:
     return pipeline.train_batches(
-      shapes.source(c.data_dir, "train"),
+      shapes.source(c.data_dir, "train", world),
       train_transform,
       batch_size=c.batch_size,
       seed=config.seed,
@@ -79,7 +80,7 @@ def load(config) -> SegmentationData:
 
   # Opened once: every evaluation of a run reads the same examples.
   examples = functools.cache(
-    lambda: pipeline.eval_examples(shapes.source(c.data_dir, "val"), eval_transform)
+    lambda: pipeline.eval_examples(shapes.source(c.data_dir, "val", world), eval_transform)
   )
   return SegmentationData(tuple(names), seen, unseen, train_batches, examples)
 

@@ -213,7 +213,7 @@ def train_batches(
   return iter(iterator)
 
 
-class _EvalExamples:
+class EvalExamples:
   """See `eval_examples`."""
 
   def __init__(self, dataset, num_threads: int, prefetch: int):
@@ -242,7 +242,7 @@ def eval_examples(
   *,
   num_threads: int = 2,
   prefetch: int = 4,
-) -> _EvalExamples:
+) -> EvalExamples:
   """Every example of a source once, in order, for evaluation.
 
   Args:
@@ -264,7 +264,7 @@ def eval_examples(
   if not len(source):
     raise DataError("expected examples to evaluate on, got an empty source; check the split")
   dataset = grain.MapDataset.source(_CheckedSource(source)).map(transform)[index::count]
-  return _EvalExamples(dataset, num_threads, prefetch)
+  return EvalExamples(dataset, num_threads, prefetch)
 
 
 def _check_shard(shard: tuple[int, int]) -> tuple[int, int]:

@@ -121,6 +121,6 @@ class Checkpoints:
     return self.manager.restore(step, args=args)["prompts"]
 
   def close(self) -> None:
-    """Waits for a save under way."""
+    """Waits for a save under way; a second call does nothing."""
     self.manager.wait_until_finished()
     self.manager.close()

@@ -1,9 +1,9 @@
 """The training run: batches in, checkpoints, metrics and pictures out."""
 
+import contextlib
 import time
 
 import jax
-from absl import logging
 
 from rpn_jax import evaluate, visualize
 from rpn_jax.errors import InputError
@@ -44,21 +44,6 @@ def train(config, workdir, data) -> dict:
     mesh, model=experiment.model, optimizer=optimizer, loss_fn=loss_of(config.loss)
   )
 
-  checkpoints = experiment.checkpoints()
-  start = checkpoints.latest_step() or 0
-  best = kept = None
-  if start:
-    best = checkpoints.meta(start)["best"]
-    state = checkpoints.restore(start, state)
-    logging.info("continuing at step %d of %d", start, config.steps)
-  writer = MetricWriter(experiment.workdir, resume_step=start)
-  print(
-    f"{count(state.prompts):,} trained parameters beside {count(experiment.clip):,} frozen; "
-    f"{len(trained)} of {len(data.names)} classes trained on {mesh.size} x "
-    f"{mesh.devices[0].device_kind}",
-    flush=True,
-  )
-
   def evaluation(state: TrainState):
     segmenter = experiment.segmenter(state.prompts, text_all, data.seen if data.unseen else ())
     result, kept = evaluate.evaluate(
@@ -66,26 +51,40 @@ def train(config, workdir, data) -> dict:
     )
     return {"step": int(state.step), **result}, kept
 
-  key = jax.random.key(config.seed + 1)
-  batches = data.train_batches(start)
-  steps = progress(range(start, config.steps), "train", "step")
-  pending = None  # metrics of the step before: fetched late, so that the device never waits
-  began = time.time()
-  for step in steps:
-    state, metrics = step_fn(state, params, text_CxE, put_batch(next(batches), mesh), key)
+  # Closed whatever happens: a save under way is finished before an error or Ctrl-C ends the run.
+  with contextlib.closing(experiment.checkpoints()) as checkpoints:
+    start = checkpoints.latest_step() or 0
+    best = kept = None
+    if start:
+      best = checkpoints.meta(start)["best"]
+      state = checkpoints.restore(start, state)
+    print(
+      f"{count(state.prompts):,} trained parameters beside {count(experiment.clip):,} frozen; "
+      f"{len(trained)} of {len(data.names)} classes trained on {mesh.size} x "
+      f"{mesh.devices[0].device_kind}"
+      + (f"; continuing at step {start} of {config.steps}" if start else ""),
+      flush=True,
+    )
+    writer = MetricWriter(experiment.workdir, resume_step=start)
+    key = jax.random.key(config.seed + 1)
+    batches = data.train_batches(start)
+    steps = progress(range(start, config.steps), "train", "step")
+    pending = None  # metrics of an earlier step: fetched late, so that the device never waits
+    began = time.time()
+    for step in steps:
+      state, metrics = step_fn(state, params, text_CxE, put_batch(next(batches), mesh), key)
+      done = step + 1
+      if pending:
+        log(writer, steps, *pending)
+      pending = (done, metrics) if done % config.log_every == 0 or done == config.steps else None
+      if done % config.eval_every == 0 or done == config.steps:
+        last, kept = evaluation(state)
+        writer.write(done, {f"eval/{k}": v for k, v in scalars(last).items()})
+        best = last if best is None or rank(last) >= rank(best) else best
+        checkpoints.save(state, {RANKING: rank(last)}, {"best": best})
     if pending:
       log(writer, steps, *pending)
-    pending = (step + 1, metrics) if (step + 1) % config.log_every == 0 else None
-    done = step + 1 == config.steps
-    if (step + 1) % config.eval_every == 0 or done:
-      last, kept = evaluation(state)
-      writer.write(step + 1, {f"eval/{k}": v for k, v in scalars(last).items()})
-      best = last if best is None or rank(last) >= rank(best) else best
-      checkpoints.save(state, {RANKING: rank(last)}, {"best": best, "last": last})
-  if pending:
-    log(writer, steps, *pending)
-  seconds = time.time() - began
-  checkpoints.close()
+    seconds = time.time() - began
   if kept is None:  # the run had already ended
     last, kept = evaluation(state)
   report(experiment, data, writer, kept, last, best, seconds)
@@ -116,7 +115,7 @@ def log(writer, steps, step: int, metrics: dict) -> None:
   writer.write(step, {f"train/{k}": v for k, v in values.items()})
   steps.set_postfix(loss=f"{values['loss']:.3f}")
   if not values["loss"] < float("inf"):
-    raise FloatingPointError(
+    raise InputError(
       f"the loss is {values['loss']} at step {step}: lower config.optimizer.base_lr, or look at "
       "the labels; the newest checkpoint is from before"
     )

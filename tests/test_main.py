@@ -1,0 +1,41 @@
+"""The command line: what a person sees when something is wrong."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOOD = ["--config=configs/shapes.py:runlocal", "--workdir={tmp}/w"]
+
+
+def run(tmp_path, *arguments):
+  command = [sys.executable, "main.py", *(a.format(tmp=tmp_path) for a in arguments)]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ([*GOOD, "--wokdir=x"], "'wokdir'. Did you mean: workdir"),
+    ([*GOOD, "--config.stepz=5"], "unknown config field 'stepz'; did you mean 'steps'?"),
+    (["--config=configs/shapes.py:papre", GOOD[1]], "'papre' is not known; did you mean 'paper'?"),
+    (["--config=configs/shape.py", GOOD[1]], "configs/shape.py"),
+    ([*GOOD, "--mode=trian"], "train|eval|predict"),
+    ([*GOOD, "--mode=predict"], "--image"),
+    ([*GOOD, "typo"], "unexpected argument 'typo'"),
+    ([*GOOD, "--config.clip=/none/clip.pt"], "/none/clip.pt"),
+    ([*GOOD, "--config.data.name=voc2013"], "did you mean"),
+  ],
+)
+def test_one_line_and_an_exit_code(tmp_path, arguments, message):
+  result = run(tmp_path, *arguments)
+  assert result.returncode == 2
+  lines = [line for line in result.stderr.splitlines() if line.strip()]
+  assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result.stderr
+  assert not (tmp_path / "w").exists()
+
+
+def test_main_is_short():
+  assert len((ROOT / "main.py").read_text().splitlines()) <= 80

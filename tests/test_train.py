@@ -1,0 +1,252 @@
+"""The whole way on a miniature: train, resume, evaluate, predict, and what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import shapes as shapes_config
+from data_pipelines import datasets
+from data_pipelines.errors import DataError
+from rpn_jax import convert, evaluate, losses, predict, train
+from rpn_jax.errors import InputError
+from rpn_jax.experiment import Experiment
+from rpn_jax.models.clip import CLIP, CLIPConfig
+from rpn_jax.parallel import data_mesh
+from rpn_jax.step import compile_train_step
+
+TINY = CLIPConfig(
+  embed_dim=8, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2,
+  text_width=8, text_layers=1, text_heads=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """A folder with the weights of a tiny random CLIP."""
+  path = tmp_path_factory.mktemp("home")
+  params = jax.jit(CLIP(TINY).init)(
+    jax.random.key(0), np.zeros((1, 32, 32, 3)), np.zeros((1, 77), np.int32)
+  )["params"]
+  convert.save(path / "clip.safetensors", TINY, jax.device_get(params))
+  return path
+
+
+def make_config(home, arg="runlocal", **changes):
+  config = shapes_config.get_config(arg)
+  with config.unlocked():
+    config.clip = str(home / "clip.safetensors")
+    config.data.data_dir = str(home / "data")
+    config.data.crop = config.data.short_side = config.eval.crop = 32
+    config.data.scale, config.eval.stride = (128, 32), 24
+    config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(home):
+  """A run of eight steps, evaluated at four and eight."""
+  config = make_config(home)
+  workdir = home / "run"
+  return config, workdir, train.train(config, workdir, datasets.load(config))
+
+
+def test_a_run_leaves_its_files(finished):
+  _, workdir, result = finished
+  content = json.loads((workdir / "metrics.json").read_text())
+  assert set(content) == {"last", "best", "config", "versions"}
+  wanted = {"step", "pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou",
+            "per_class"}  # fmt: skip
+  assert wanted <= set(content["last"]) and wanted <= set(content["best"])
+  assert content["last"]["step"] == 8 and content["last"] == result["last"]
+  assert content["best"]["selected_on"] == "the evaluation classes"
+  assert len(content["last"]["per_class"]) == 27
+  assert content["config"]["steps"] == 8 and content["versions"]["jax"] == jax.__version__
+  for name in ("predictions.png", "curves.png"):
+    with Image.open(workdir / name) as picture:
+      assert min(picture.size) > 100
+  assert any((workdir / "events").iterdir())
+  assert (workdir / "checkpoints" / "8").is_dir()
+
+
+class Killed(Exception):
+  pass
+
+
+def test_a_killed_run_continues_exactly(home, finished):
+  config, _, result = finished
+  data = datasets.load(config)
+
+  def batches_until_killed(start):
+    for i, batch in enumerate(data.train_batches(start)):
+      if start + i == 6:
+        raise Killed
+      yield batch
+
+  workdir = home / "killed"
+  killed = datasets.SegmentationData(
+    data.names, data.seen, data.unseen, batches_until_killed, data.eval_examples
+  )
+  with pytest.raises(Killed):
+    train.train(config, workdir, killed)
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4"]
+  again = train.train(config, workdir, data)
+  assert again == result
+  prompts = [Experiment(config, w).restored_prompts()[1] for w in (workdir, home / "run")]
+  jax.tree.map(np.testing.assert_array_equal, *prompts)
+
+
+def test_a_finished_run_is_only_evaluated_again(finished):
+  config, workdir, result = finished
+  data = datasets.load(config)
+  idle = datasets.SegmentationData(
+    data.names, data.seen, data.unseen, lambda start: iter(()), data.eval_examples
+  )
+  assert train.train(config, workdir, idle)["last"] == result["last"]
+
+
+def test_eval_mode_gives_the_scores_of_training(finished):
+  config, workdir, result = finished
+  before = (workdir / "metrics.json").read_text()
+  assert evaluate.run(config, workdir, datasets.load(config)) == result["last"]
+  assert (workdir / "metrics.json").read_text() == before
+  assert json.loads((workdir / "eval.json").read_text())["last"] == result["last"]
+
+
+def test_training_free(home):
+  config = make_config(home, "runlocal,training_free")
+  workdir = home / "free"
+  result = evaluate.run(config, workdir, datasets.load(config))
+  assert json.loads((workdir / "metrics.json").read_text())["last"] == result
+  with pytest.raises(InputError, match="nothing to train"):
+    train.train(config, home / "free2", datasets.load(config))
+
+
+def test_supervised_has_no_unseen_classes(home):
+  config = make_config(home, **{"data.setting": "supervised"})
+  data = datasets.load(config)
+  assert data.unseen == () and len(data.seen) == 27
+
+
+def test_zero_shot_labels_never_show_an_unseen_class(home):
+  data = datasets.load(make_config(home))
+  labels = np.concatenate([next(data.train_batches(k))["label"] for k in range(4)])
+  assert labels.max() == 255 and set(np.unique(labels)) - {255} <= set(range(len(data.seen)))
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_the_tower_is_bitwise_unchanged(home, preset):
+  changes = {"model.h_grid": (4, 4)} if preset == "released" else {}
+  config = make_config(home, f"runlocal,{preset}", **changes)
+  experiment = Experiment(config, home / "frozen")
+  before = jax.tree.map(np.array, experiment.params)
+  text = experiment.text(["a", "b", "c"])
+  state = experiment.initial_state(text)
+  prompts = jax.tree.map(np.array, state.prompts)
+  step = compile_train_step(
+    data_mesh(),
+    model=experiment.model,
+    optimizer=experiment.optimizer(state.prompts),
+    loss_fn=losses.sigmoid_loss,
+  )
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(2, 32, 32, 3)).astype(np.float32),
+    "label": rng.integers(0, 3, (2, 32, 32)).astype(np.int32),
+  }
+  first = None
+  for _ in range(5):
+    state, metrics = step(state, experiment.params, text, batch, jax.random.key(0))
+    first = first if first is not None else float(metrics["loss"])
+  assert int(state.step) == 5
+  jax.tree.map(np.testing.assert_array_equal, before, experiment.params)
+  changed = jax.tree.map(lambda a, b: bool((a != b).any()), prompts, dict(state.prompts))
+  assert changed["head"]["patch_proj"]["kernel"] and changed["h"]
+
+
+def test_another_run_in_the_workdir_is_refused(home, finished):
+  _, workdir, _ = finished
+  config = make_config(home, seed=7)
+  with pytest.raises(InputError, match=r"another run .*config\.seed: 0 -> 7.*--workdir"):
+    train.train(config, workdir, datasets.load(config))
+
+
+def test_evaluating_an_empty_workdir_is_refused(home):
+  config = make_config(home)
+  with pytest.raises(InputError, match=r"no checkpoints .* train first"):
+    evaluate.run(config, home / "nothing", datasets.load(config))
+
+
+def test_predict_any_image_and_words(home, finished, tmp_path):
+  config, workdir, _ = finished
+  rng = np.random.default_rng(0)
+  tall = Image.fromarray(rng.integers(0, 256, (90, 50, 3), np.uint8))
+  exif = tall.getexif()
+  exif[0x0112] = 6  # stored on its side: shown 90 wide, 50 high
+  folder = tmp_path / "my pictures é"
+  folder.mkdir()
+  tall.save(folder / "side.jpg", exif=exif)
+  tall.convert("RGBA").save(folder / "tall.png")
+  tall.convert("L").resize((333, 40)).save(folder / "wide.webp")
+  (folder / "notes.txt").write_text("not a picture")
+  load = datasets.image_loader(config)
+  written = predict.predict(config, workdir, str(folder), "red circle, sand , a zebra", load)
+  assert len(written) == 6
+  sizes = {"side": (90, 50), "tall": (50, 90), "wide": (333, 40)}
+  for stem, size in sizes.items():
+    with Image.open(workdir / "predictions" / f"{stem}_labels.png") as labels:
+      assert labels.size == size and np.asarray(labels).max() < 3
+    assert (workdir / "predictions" / f"{stem}_overlay.png").exists()
+
+
+@pytest.mark.parametrize(
+  "classes, message",
+  [("cat, dog, cat", "'cat' is given twice"), ("cat,,dog", "2 of 3 is empty"), (" ", "is empty")],
+)
+def test_bad_class_lists(home, finished, tmp_path, classes, message):
+  config, workdir, _ = finished
+  Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+  with pytest.raises(InputError, match=message):
+    predict.predict(config, workdir, str(tmp_path), classes, datasets.image_loader(config))
+
+
+def test_bad_images(home, finished, tmp_path):
+  config, workdir, _ = finished
+  load = datasets.image_loader(config)
+  broken = tmp_path / "broken.jpg"
+  broken.write_bytes(b"\xff\xd8\xff not a jpeg")
+  before = set((workdir / "predictions").glob("*")) if (workdir / "predictions").exists() else set()
+  with pytest.raises(DataError, match=r"broken\.jpg: expected a readable"):
+    predict.predict(config, workdir, str(broken), "cat", load)
+  assert set((workdir / "predictions").glob("*")) == before
+  with pytest.raises(InputError, match="no such file"):
+    predict.predict(config, workdir, str(tmp_path / "none.jpg"), "cat", load)
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(InputError, match=r"in this folder"):
+    predict.predict(config, workdir, str(tmp_path / "empty"), "cat", load)
+
+
+def test_weights_of_the_wrong_kind(home, tmp_path):
+  wrong = tmp_path / "photo.safetensors"
+  Image.new("RGB", (8, 8)).save(wrong, "JPEG")
+  with pytest.raises(InputError, match="photo"):
+    Experiment(make_config(home, clip=str(wrong)), tmp_path / "w")
+  assert not (tmp_path / "w").exists()
+
+
+def test_unknown_names_are_refused_with_the_nearest(home):
+  with pytest.raises(DataError, match="did you mean 'shapes'"):
+    datasets.load(make_config(home, **{"data.name": "shape"}))
+  with pytest.raises(InputError, match=r"sigmoid.*softmax"):
+    train.loss_of(make_config(home, **{"loss.name": "sigmoids"}).loss)
+
+
+def test_softmax_loss_trains(home):
+  config = make_config(home, **{"loss.name": "softmax"})
+  experiment = Experiment(config, home / "softmax")
+  logits = np.zeros((1, 4, 4, 3), np.float32)
+  terms = train.loss_of(config.loss)(logits, np.zeros((1, 8, 8), np.int32))
+  np.testing.assert_allclose(terms["loss_ce"].value, np.log(3), rtol=1e-6)
+  assert experiment.trainable
