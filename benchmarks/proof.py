@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 from absl import app, flags
@@ -104,8 +104,12 @@ def main(argv) -> None:
       free_cores.append(core)
 
   with ThreadPoolExecutor(FLAGS.jobs) as pool, progress(len(todo), "proof", "run") as bar:
-    for _ in pool.map(job, todo):
+    futures = [pool.submit(job, item) for item in todo]
+    for future in as_completed(futures):
       bar.update()
+  failures = [str(e) for e in (f.exception() for f in futures) if e]
+  if failures:  # the others have run all the same; the command repeats only these
+    sys.exit("\n".join(failures))
 
   rows, curves = [], {}
   for row in ROWS:

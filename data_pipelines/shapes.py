@@ -516,6 +516,9 @@ def prepare(data_dir: str | pathlib.Path, config: ShapesConfig | None = None) ->
         folder.parent.mkdir(parents=True, exist_ok=True)
         _builder(data_dir, config).download_and_prepare()
   except OSError as error:
+    # Another run may have written the same scenes meanwhile; they are the same to the bit.
+    if _is_complete(folder, config):
+      return folder
     raise DataError(
         f"expected a folder to write scenes to, got {data_dir!s} ({error}); "
         "choose a data_dir that is writable and has a few MiB of room"

@@ -104,7 +104,8 @@ class Experiment:
     if step is None:
       raise InputError(f"no complete checkpoint in {self.workdir}/checkpoints: train first")
     checkpoints.meta(step)
-    like = jax.eval_shape(lambda: self.initial_prompts(self.text(["any class"])))
+    # No shape depends on the number of classes.
+    like = jax.eval_shape(self.initial_prompts, jnp.zeros((1, self.clip_config.embed_dim)))
     prompts = checkpoints.restore_prompts(step, like)
     checkpoints.close()
     return step, prompts

@@ -3,13 +3,12 @@
 import pathlib
 import sys
 
+import jax
 import pytest
 from absl import flags
 
 # grain's worker processes read absl flags.
-flags.FLAGS(["pytest"], known_only=True)
-if not flags.FLAGS.is_parsed():
-  flags.FLAGS.mark_as_parsed()
+flags.FLAGS.mark_as_parsed()
 
 HERE = pathlib.Path(__file__).parent
 
@@ -20,6 +19,12 @@ def pytest_addoption(parser):
     default=str(HERE / "golden"),
     help="golden tensors to replay; another set of the same format runs unchanged",
   )
+
+
+def pytest_configure(config):
+  # Many tests run the same programs: compile each once.
+  jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="session")

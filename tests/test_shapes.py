@@ -229,3 +229,23 @@ def test_needs_neither_jax_nor_tensorflow():
   )
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert out.stdout.strip() == "[]"
+
+
+def test_a_run_that_loses_the_race_uses_the_winner_s_scenes(tmp_path, monkeypatch):
+  config = shapes.ShapesConfig(num_train=24, num_val=24)
+  complete = shapes._is_complete
+  # The other run finishes between our look and our writing.
+  looks = iter([False])
+  monkeypatch.setattr(
+    shapes, "_is_complete", lambda *a: next(looks, None) is not False and complete(*a)
+  )
+
+  class Loser:
+    def download_and_prepare(self):
+      builder(tmp_path, config).download_and_prepare()
+      raise FileExistsError("Destination already exists.")
+
+  builder = shapes._builder
+  monkeypatch.setattr(shapes, "_builder", lambda *a: Loser())
+  assert shapes.prepare(tmp_path, config).is_dir()
+  assert len(shapes.source(tmp_path, "val", config)) == 24
