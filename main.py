@@ -71,7 +71,7 @@ def main(argv) -> None:
   logging.set_verbosity(logging.WARNING)
   try:
     run()
-  except (InputError, DataError) as error:
+  except (InputError, DataError, OSError) as error:  # OSError: a disk or a path, not the code
     fail(str(error))
 
 

@@ -105,7 +105,7 @@ def main(argv) -> None:
 
   with ThreadPoolExecutor(FLAGS.jobs) as pool, progress(len(todo), "proof", "run") as bar:
     futures = [pool.submit(job, item) for item in todo]
-    for future in as_completed(futures):
+    for _ in as_completed(futures):
       bar.update()
   failures = [str(e) for e in (f.exception() for f in futures) if e]
   if failures:  # the others have run all the same; the command repeats only these

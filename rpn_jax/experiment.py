@@ -46,6 +46,14 @@ class Experiment:
     self.config = config
     self.workdir = pathlib.Path(workdir)
     self.clip_config, self.clip = convert.load(find_weights(config.clip))
+    for field in ("data.crop", "eval.crop"):
+      section, name = field.split(".")
+      side = config[section][name]
+      if side % self.clip_config.patch_size:
+        raise InputError(
+          f"config.{field}={side} must be a multiple of the patch size "
+          f"{self.clip_config.patch_size} of {config.clip}"
+        )
     self.params = jax.device_put({"visual": self.clip["visual"]})
     if config.method == "training_free":
       self.model = MaskCLIP(self.clip_config, jnp.dtype(config.dtype))

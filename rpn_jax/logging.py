@@ -172,9 +172,9 @@ class Progress:
     if isatty is not None and isatty():
       from tqdm import tqdm
 
-      self._bar = tqdm(
-        total=total, desc=desc, unit=f" {unit}", file=self._stream, dynamic_ncols=True
-      )
+      # Some job runners' terminals report a size of 0 by 0, where tqdm would draw nothing.
+      width = {"dynamic_ncols": True} if _has_columns(self._stream) else {"ncols": 80, "nrows": 24}
+      self._bar = tqdm(total=total, desc=desc, unit=f" {unit}", file=self._stream, **width)
 
   def __iter__(self) -> Iterator:
     if self._iterable is None:
@@ -242,6 +242,13 @@ def progress(iterable_or_total: Iterable | int, desc: str, unit: str) -> Progres
   except TypeError:
     total = None
   return Progress(iterable_or_total, total, desc, unit)
+
+
+def _has_columns(stream) -> bool:
+  try:
+    return os.get_terminal_size(stream.fileno()).columns > 0
+  except (OSError, ValueError, AttributeError):
+    return False
 
 
 def _duration(seconds: float) -> str:

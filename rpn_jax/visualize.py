@@ -11,6 +11,7 @@ a dark hatch.
 import functools
 import os
 import pathlib
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -31,7 +32,6 @@ FIRST_COLORS = (
   (0, 122, 112),  # teal
 )
 HATCH = ((38, 38, 38), (96, 96, 96))
-IGNORE_LABEL = 255
 
 # A legend longer than this stops being read; what is left is summed up in one entry.
 LEGEND_ENTRIES = 80
@@ -128,7 +128,7 @@ def colorize(label_HxW: np.ndarray, colors_Cx3: np.ndarray) -> np.ndarray:
   height, width = label.shape
   classes = len(colors_Cx3)
   # Stripes in proportion to the picture: visible at 96 pixels and at 4000.
-  stripe = max(1, max(label.shape, default=0) // 64)
+  stripe = max(2, max(label.shape, default=0) // 64)
   diagonal = (np.arange(height)[:, None] + np.arange(width)[None]) // stripe % 2
   ignored = (label < 0) | (label >= classes)
   table = np.concatenate([np.asarray(colors_Cx3, np.uint8).reshape(-1, 3), np.uint8(HATCH)])
@@ -208,22 +208,23 @@ def _font(size: int, bold: bool = False):
   return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name), size)
 
 
-def _wrap(text: str, font, width: float, lines: int) -> list[str]:
-  """`text` in at most `lines` lines no wider than `width` pixels, cut with an ellipsis."""
-  wrapped, rest = [], " ".join(text.split())
+def _wrap(text: str, font, width: float, lines: int, end: str = "") -> list[str]:
+  """`text` and `end` in at most `lines` lines of `width` pixels; only `text` is ever cut short."""
+  wrapped, rest = [], " ".join(text.split()) + end
   while rest:
     if font.getlength(rest) <= width:
       return [*wrapped, rest]
     last = len(wrapped) + 1 == lines
-    end = len(rest)
-    while end > 1 and font.getlength(rest[:end].rstrip() + ("…" if last else "")) > width:
-      end -= 1
+    tail = f"…{end}" if last else ""
+    cut = len(rest)
+    while cut > 1 and font.getlength(rest[:cut].rstrip() + tail) > width:
+      cut -= 1
     if last:
-      return [*wrapped, rest[:end].rstrip() + "…"]
-    space = rest.rfind(" ", 0, end + 1)
-    end = space if space > 0 else end
-    wrapped.append(rest[:end].rstrip())
-    rest = rest[end:].lstrip()
+      return [*wrapped, rest[:cut].rstrip() + tail]
+    space = rest.rfind(" ", 0, cut + 1)
+    cut = space if space > 0 else cut
+    wrapped.append(rest[:cut].rstrip())
+    rest = rest[cut:].lstrip()
   return wrapped or [""]
 
 
@@ -231,7 +232,7 @@ def _legend(entries: Sequence[tuple], width: int, size: int, note: str = ""):
   """A picture `width` pixels wide with a swatch and a text per entry, in columns read downwards.
 
   Args:
-    entries: (swatch (3,) uint8 or None for the hatch or "" for no swatch, text).
+    entries: (swatch (3,) uint8 or None for the hatch or () for none, text, end of the text).
     width: pixels.
     size: letter height in pixels.
     note: a line below.
@@ -241,12 +242,12 @@ def _legend(entries: Sequence[tuple], width: int, size: int, note: str = ""):
   font, gap = _font(size), size // 2
   swatch, line = round(1.1 * size), round(1.35 * size)
   spare = swatch + gap + 2 * gap  # of a column, beside its text
-  widest = max((font.getlength(text) for _, text in entries), default=0)
+  widest = max((font.getlength(text + end) for _, text, end in entries), default=0)
   # One long name must not force all others into a single column: it is wrapped instead.
   text_width = min(np.ceil(widest), max(width / 4, 16 * size) - spare, width - spare)
   columns = max(1, min(int(width // (text_width + spare)), len(entries)))
   text_width = width // columns - spare
-  texts = [_wrap(text, font, text_width, lines=3) for _, text in entries]
+  texts = [_wrap(text, font, text_width, 3, end) for _, text, end in entries]
   per_column = -(-len(entries) // columns)
   pitch = [
     max(len(lines) for lines in texts[row::per_column]) * line + gap for row in range(per_column)
@@ -255,7 +256,7 @@ def _legend(entries: Sequence[tuple], width: int, size: int, note: str = ""):
   notes = _wrap(note, font, width, lines=3) if note else []
   picture = Image.new("RGB", (width, int(tops[-1]) + len(notes) * line), "white")
   draw = ImageDraw.Draw(picture)
-  for i, ((color, _), lines) in enumerate(zip(entries, texts, strict=True)):
+  for i, ((color, *_), lines) in enumerate(zip(entries, texts, strict=True)):
     x, y = i // per_column * (width // columns), int(tops[i % per_column])
     box = (x, y + (line - swatch) // 2)
     if color is None:
@@ -294,21 +295,20 @@ def _entries(
   counts, ignored = _areas(labels, len(names))
   total = max(1, int(counts.sum()) + ignored)
 
-  def text(name: str, count: int) -> str:
+  def end(count: int) -> str:
     if not share:
-      return name
+      return ""
     percent = 100 * count / total
-    return f"{name}  {percent:.1f} %" if percent >= 0.05 else f"{name}  <0.1 %"
+    return f": {percent:.1f} %" if percent >= 0.05 else ": <0.1 %"
 
   order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-  marked = [names[i] + (" *" if i in set(unseen) else "") for i in order]
-  shown = min(len(order), LEGEND_ENTRIES)
-  entries = [(colors[i], text(name, counts[i])) for i, name in zip(order[:shown], marked)]
-  if shown < len(order):
-    rest = order[shown:]
-    entries.append(("", text(f"and {len(rest)} smaller classes", counts[rest].sum())))
+  shown, rest = order[:LEGEND_ENTRIES], order[LEGEND_ENTRIES:]
+  marks = {int(i): " *" for i in unseen}
+  entries = [(colors[i], names[i], marks.get(i, "") + end(counts[i])) for i in shown]
+  if rest:
+    entries.append(((), f"and {len(rest)} with fewer pixels", end(counts[rest].sum())))
   if ignored:
-    entries.append((None, text("ignored", ignored)))
+    entries.append((None, "ignored", end(ignored)))
   return entries
 
 
@@ -390,7 +390,7 @@ def prediction_grid(
   width = 3 * column + 2 * gap
 
   entries = _entries([*labels, *predictions], names, colors, unseen)
-  note = UNSEEN_NOTE if any(text.endswith(" *") for _, text in entries) else ""
+  note = UNSEEN_NOTE if any(" *" in end for *_, end in entries) else ""
   legend = _legend(entries, width, size, note)
   title_font, head_font = _font(22, bold=True), _font(18, bold=True)
   title_lines = _wrap(title, title_font, width, lines=3) if title else []
@@ -514,13 +514,17 @@ def _display(name: str, names: Sequence[str]) -> str:
 
 
 def _moving_mean(values: np.ndarray) -> np.ndarray:
-  """Centred moving mean, with a window of 1/25 of the series that shrinks at both ends."""
+  """Centred moving mean over 1/25 of the series.
+
+  At the beginning, where losses fall steeply, the window shrinks to both sides; at the end, where
+  they are flat and the last value is what one looks for, only on the side that has no values.
+  """
   half = max(2, len(values) // 50)
   sums = np.concatenate([[0.0], np.cumsum(values)])
   index = np.arange(len(values))
-  # The same reach to both sides, or the ends would be drawn towards the middle.
-  reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
-  return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+  before = np.minimum(half, index)
+  after = np.minimum(before, len(values) - 1 - index)
+  return (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
 
 
 def _figure(panels: int):
@@ -547,19 +551,22 @@ def _figure(panels: int):
 def _step_ticks(ax) -> None:
   from matplotlib.ticker import EngFormatter, MaxNLocator
 
-  ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+  ax.xaxis.set_major_locator(
+    MaxNLocator(nbins=7, integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10])
+  )
   ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _legend_beside(ax) -> None:
   """A legend to the right of the axes: inside, it would hide some curve or other."""
-  ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
+  columns = -(-len(ax.get_legend_handles_labels()[1]) // 14)  # as many lines as a panel is high
+  ax.legend(
+    loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, ncols=max(1, columns)
+  )
 
 
 def _title(figure, title: str | None) -> None:
   """A title above all panels, wrapped to the figure's width."""
-  import textwrap
-
   if title:
     # About 8 letters of 14-point type to the inch.
     figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontsize=14)
@@ -679,10 +686,7 @@ def compare_curves(
     spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(common))
     summaries[method] = (np.array(common), values.mean(0), spread, len(values))
   figure, (ax,) = _figure(1)
-  figure.set_size_inches(9.5, 5.0)
   styles = {method: _style(i) for i, method in enumerate(runs)}
-  import textwrap
-
   for method in sorted(summaries, key=lambda m: -summaries[m][1][-1]):
     steps, mean, spread, seeds = summaries[method]
     text = textwrap.fill(method, 30)
@@ -696,6 +700,9 @@ def compare_curves(
   name = METRICS.get(leaf, leaf.replace("_", " "))
   ax.set_ylabel(f"{name} (%)" if leaf in METRICS else name)
   _step_ticks(ax)
-  _legend_beside(ax)
+  ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
+  lines = sum(text.get_text().count("\n") + 1.6 for text in ax.get_legend().get_texts())
+  # Tall enough for a line of the legend each 0.17 inches.
+  figure.set_size_inches(9.5, max(5.0, 0.17 * lines + 1.2))
   _title(figure, title)
   return _write(path, lambda file: figure.savefig(file, format="png"))

@@ -588,6 +588,14 @@ def test_clip(golden_dir):
   close(np.moveaxis(embed, 1, 0), recorded, "rpn_embed")
 
 
+def test_class_names_become_the_recorded_tokens(golden):
+  inputs = golden.inputs
+  tokens = tokenize([f"a photo of a {name}" for name in inputs["class_names"].tolist()])
+  close(tokens, inputs, "tokens_original")
+  # The set's small text tower knows only the ids that occur.
+  close(inputs["vocab_ids"][inputs["tokens"]], inputs, "tokens_original")
+
+
 def test_every_array_is_accounted_for(golden_dir):
   """Runs last in this file: nothing in the set is passed over silently."""
   missed = []

@@ -232,6 +232,12 @@ def test_weights_of_the_wrong_kind(home, tmp_path):
   assert not (tmp_path / "w").exists()
 
 
+def test_a_crop_that_is_no_multiple_of_the_patch(home, tmp_path):
+  config = make_config(home, **{"eval.crop": 36})
+  with pytest.raises(InputError, match=r"config\.eval\.crop=36 .* patch size 8"):
+    Experiment(config, tmp_path / "w")
+
+
 def test_unknown_names_are_refused_with_the_nearest(home):
   with pytest.raises(DataError, match="did you mean 'shapes'"):
     datasets.load(make_config(home, **{"data.name": "shape"}))

@@ -1,0 +1,65 @@
+"""Does a trained run use its relationship prompts? Scores with and without them at test time.
+
+    python -m benchmarks.probe --config=configs/shapes.py --workdir=runs/shapes
+
+Prints the scores of the newest checkpoint as trained and with the relationship prompts left out,
+and per layer the length of the prompt tokens beside that of the patch tokens they join.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from data_pipelines import datasets
+from rpn_jax import evaluate
+from rpn_jax.experiment import Experiment
+from rpn_jax.logging import table
+from rpn_jax.models.rpn import RPN
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "Config of the run")
+flags.DEFINE_string("workdir", None, "A finished run with relationship prompts")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv) -> None:
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  experiment = Experiment(FLAGS.config, FLAGS.workdir)
+  data = datasets.load(FLAGS.config)
+  _, prompts = experiment.restored_prompts()
+  text = experiment.text(data.names)
+  examples = data.eval_examples()
+
+  def scores():
+    segmenter = experiment.segmenter(prompts, text, data.seen if data.unseen else ())
+    return evaluate.evaluate(segmenter, examples, data.names, data.seen, data.unseen)[0]
+
+  rows = {"as trained": scores()}
+  trained = experiment.model
+  silent = dataclasses.replace(trained.config, relationship_prompts=False)
+  experiment.model = RPN(trained.clip, silent)
+  experiment.forward = jax.jit(lambda v, t, image: experiment.model.apply(v, image, t))
+  rows["prompts left out at test"] = scores()
+  print(evaluate.score_table(rows))
+
+  crop = FLAGS.config.eval.crop
+  image = jnp.asarray(examples[0]["image"][None, :crop, :crop])
+  variables = {"params": experiment.params, "prompts": prompts}
+  _, inside = trained.apply(variables, image, jnp.asarray(text), mutable=["intermediates"])
+  inside = inside["intermediates"]
+  project = lambda r: r @ prompts["prompt_proj"]["kernel"] + prompts["prompt_proj"]["bias"]
+  length = lambda x: float(np.linalg.norm(x, axis=-1).mean())
+  lengths = [
+    [i + 2, f"{length(project(r)):.2f}", f"{length(inside['hidden'][i][:, 1:]):.2f}"]
+    for i, r in enumerate(inside["relationship"])
+  ]
+  print(table(lengths, ["layer", "prompt token length", "patch token length"]))
+
+
+if __name__ == "__main__":
+  app.run(main)
