@@ -48,16 +48,14 @@ def assign_groups(tree, rules: Sequence[tuple[str, str, float]]):
   return flax.traverse_util.unflatten_dict(groups, sep="/")
 
 
-def make_optimizer(config, prompts) -> optax.GradientTransformation:
-  """AdamW over the groups of `config.groups`.
+def schedules(config) -> dict[str, Callable]:
+  """Group name -> learning rate by step.
 
   Args:
-    config: base_lr, min_lr, power, warmup_steps, warmup_ratio, steps, weight_decay, groups.
-    prompts: the trained tree (or its shapes).
+    config: base_lr, min_lr, power, warmup_steps, warmup_ratio, steps, groups.
   """
-
-  def adamw(factor):
-    schedule = poly_schedule(
+  return {
+    name: poly_schedule(
       config.base_lr * factor,
       config.steps,
       power=config.power,
@@ -65,7 +63,19 @@ def make_optimizer(config, prompts) -> optax.GradientTransformation:
       warmup_steps=config.warmup_steps,
       warmup_ratio=config.warmup_ratio,
     )
-    return optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=config.weight_decay)
+    for name, _, factor in config.groups
+  }
 
-  transforms = {name: adamw(factor) for name, _, factor in config.groups}
+
+def make_optimizer(config, prompts) -> optax.GradientTransformation:
+  """AdamW over the groups of `config.groups`.
+
+  Args:
+    config: as for `schedules`, and weight_decay.
+    prompts: the trained tree (or its shapes).
+  """
+  transforms = {
+    name: optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=config.weight_decay)
+    for name, schedule in schedules(config).items()
+  }
   return optax.multi_transform(transforms, assign_groups(prompts, config.groups))

@@ -110,7 +110,7 @@ def pretrain(
     )
     return float(((image @ text.T).argmax(-1) == test_labels).mean())
 
-  writer = MetricWriter(workdir)
+  writer = MetricWriter(workdir, resume_step=0)
   opt_state = jax.jit(optimizer.init)(params)
   stream = batches()
   started = time.time()

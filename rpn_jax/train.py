@@ -5,7 +5,7 @@ import time
 
 import jax
 
-from rpn_jax import evaluate, visualize
+from rpn_jax import evaluate, optim, visualize
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import RANKING, Experiment
 from rpn_jax.logging import MetricWriter, progress
@@ -66,6 +66,7 @@ def train(config, workdir, data) -> dict:
       flush=True,
     )
     writer = MetricWriter(experiment.workdir, resume_step=start)
+    rates = optim.schedules(config.optimizer)
     key = jax.random.key(config.seed + 1)
     batches = data.train_batches(start)
     steps = progress(range(start, config.steps), "train", "step")
@@ -75,7 +76,7 @@ def train(config, workdir, data) -> dict:
       state, metrics = step_fn(state, params, text_CxE, put_batch(next(batches), mesh), key)
       done = step + 1
       if pending:
-        log(writer, steps, *pending)
+        log(writer, steps, rates, *pending)
       pending = (done, metrics) if done % config.log_every == 0 or done == config.steps else None
       if done % config.eval_every == 0 or done == config.steps:
         last, kept = evaluation(state)
@@ -83,7 +84,7 @@ def train(config, workdir, data) -> dict:
         best = last if best is None or rank(last) >= rank(best) else best
         checkpoints.save(state, {RANKING: rank(last)}, {"best": best})
     if pending:
-      log(writer, steps, *pending)
+      log(writer, steps, rates, *pending)
     seconds = time.time() - began
   if kept is None:  # the run had already ended
     last, kept = evaluation(state)
@@ -109,10 +110,11 @@ def scalars(metrics: dict) -> dict:
   return {k: v for k, v in metrics.items() if isinstance(v, float)}
 
 
-def log(writer, steps, step: int, metrics: dict) -> None:
+def log(writer, steps, rates: dict, step: int, metrics: dict) -> None:
   """Writes the metrics of one step; a loss that is not finite ends the run."""
   values = {k: float(getattr(v, "value", v)) for k, v in metrics.items()}
-  writer.write(step, {f"train/{k}": v for k, v in values.items()})
+  learning_rates = {f"{k}/learning_rate": float(rate(step - 1)) for k, rate in rates.items()}
+  writer.write(step, {f"train/{k}": v for k, v in values.items()} | learning_rates)
   steps.set_postfix(loss=f"{values['loss']:.3f}")
   if not values["loss"] < float("inf"):
     raise InputError(

@@ -443,6 +443,7 @@ def test_optimizer_and_schedule(golden):
     optim.assign_groups(golden.prompts, settings.groups), sep="/"
   )
   factors = {name: factor for name, _, factor in settings.groups}
+  schedules = {factors[name]: s for name, s in optim.schedules(settings).items()}
   theirs = convert.to_authors_prompts(
     flax.traverse_util.unflatten_dict(
       {k: np.full(np.shape(v), factors[groups[k]]) for k, v in flat(golden.prompts).items()},
@@ -458,14 +459,7 @@ def test_optimizer_and_schedule(golden):
     )
     for name, rate in zip(names, rates[t]):
       if name in theirs:
-        schedule = optim.poly_schedule(
-          settings.base_lr * theirs[name].flat[0],
-          settings.steps,
-          power=settings.power,
-          minimum=settings.min_lr,
-          warmup_steps=settings.warmup_steps,
-          warmup_ratio=settings.warmup_ratio,
-        )
+        schedule = schedules[theirs[name].flat[0]]
         np.testing.assert_allclose(schedule(before.step), rate, rtol=1e-5)
   used = [name in theirs for name in names]
   np.testing.assert_allclose(decays[used], settings.weight_decay)
