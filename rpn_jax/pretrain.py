@@ -146,4 +146,8 @@ def pretrain(
     "fingerprint": convert.fingerprint(convert.load(workdir / "clip.safetensors")[1]),
   }
   (workdir / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
+  print(
+    f"\nPre-trained on {record['images']:,} pairs in {record['seconds']} s: zero-shot top-1 "
+    f"{100 * accuracy:.1f} %. The weights are in {workdir}/clip.safetensors."
+  )
   return record
