@@ -1,5 +1,6 @@
 """Trains, evaluates or predicts: python main.py --config=configs/shapes.py --workdir=runs/shapes"""
 
+import difflib
 import pathlib
 import re
 import sys
@@ -29,11 +30,12 @@ def parse_flags(argv):
     _ = FLAGS.config.task  # a config file that could not be read complains when it is looked at
     return rest
   except AttributeError as error:
-    words = re.findall(r"\w+", str(error).replace("\\n", " "))
-    near = f"did you mean {words[4]!r}?" if "Did" in words else "the config file lists the fields"
-    fail(f"unknown config field {words[0]!r}; {near}")
+    name = re.findall(r"\w+", str(error))[0].removesuffix("\\nDid")
+    path = next(a for a in argv if a.startswith("--config=")).removeprefix("--config=")
+    fields = re.findall(r"(\w+) = ", pathlib.Path(path.split(":")[0]).read_text())
+    near = difflib.get_close_matches(name, fields, 1, 0.0)[0]
+    fail(f"unknown config field {name!r}; did you mean {near!r}?")
   except (flags.Error, OSError, ValueError, TypeError) as error:
-    # A config file's own complaint comes wrapped in a traceback; its last line is what it said.
     line = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
     fail(re.sub(r"^(ValueError: |\[Errno \d+\] )", "", line))
 
@@ -47,8 +49,7 @@ def run() -> None:
   from rpn_jax import evaluate, predict, pretrain, train
 
   # Programs compiled by an earlier run are reused.
-  cache = pathlib.Path.home() / ".cache" / "rpn_jax" / "xla"
-  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache/rpn_jax/xla"))
   config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
   if config.task == "pretrain":
     pretrain.pretrain(config, workdir, **datasets.captions(config))

@@ -20,6 +20,7 @@ def run(tmp_path, *arguments):
   [
     ([*GOOD, "--wokdir=x"], "'wokdir'. Did you mean: workdir"),
     ([*GOOD, "--config.stepz=5"], "unknown config field 'stepz'; did you mean 'steps'?"),
+    ([*GOOD, "--config.data.zzz=5"], "unknown config field 'zzz'; did you mean"),
     (["--config=configs/shapes.py:papre", GOOD[1]], "'papre' is not known; did you mean 'paper'?"),
     (["--config=configs/shape.py", GOOD[1]], "configs/shape.py"),
     ([*GOOD, "--mode=trian"], "train|eval|predict"),
