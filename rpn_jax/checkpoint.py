@@ -12,7 +12,7 @@ from rpn_jax.step import TrainState
 
 # Config fields that may differ between a run and its continuation: they change neither what is
 # trained nor in which order.
-FREE_FIELDS = ("log_every", "eval_every", "checkpoint_every", "data_dir", "workers", "threads")
+FREE_FIELDS = ("log_every", "eval_every", "data_dir", "workers", "threads")
 
 
 def identity(config, fingerprint: str) -> dict:

@@ -1,8 +1,6 @@
 """Evaluation at label resolution, and the files that tell about it."""
 
 import importlib.metadata
-import json
-import os
 import pathlib
 import platform
 from collections.abc import Iterable, Sequence
@@ -11,7 +9,7 @@ import numpy as np
 
 from rpn_jax import metrics, visualize
 from rpn_jax.experiment import Experiment
-from rpn_jax.logging import progress, table
+from rpn_jax.logging import progress, table, write_json
 from rpn_jax.sliding import SlidingWindow
 
 # Examples shown in predictions.png.
@@ -52,13 +50,6 @@ def evaluate(
   result = metrics.scores(confusion, seen, unseen)
   result["per_class"] = dict(zip(names, result.pop("iou")))
   return result, kept
-
-
-def write_json(path: pathlib.Path, content: dict) -> None:
-  """Writes JSON beside `path` and renames, so that no reader sees half a file."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(content, indent=1) + "\n")
-  os.replace(temporary, path)
 
 
 def write_metrics(path: pathlib.Path, last: dict, best: dict | None, config) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rpn_jax import checkpoint, convert, optim
 from rpn_jax.errors import InputError
+from rpn_jax.logging import write_json
 from rpn_jax.models.maskclip import MaskCLIP
 from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.sliding import SlidingWindow
@@ -99,7 +100,7 @@ class Experiment:
         raise checkpoint.other_run(self.workdir, changed)
       return
     self.workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(self.identity, indent=1) + "\n")
+    write_json(path, self.identity)
 
   def restored_prompts(self) -> tuple[int, dict]:
     """Step and prompts of the workdir's newest checkpoint (0 and {} for a training-free method)."""

@@ -153,6 +153,13 @@ def _read_entries(path: pathlib.Path) -> list[dict]:
   return entries
 
 
+def write_json(path: pathlib.Path, content: dict) -> None:
+  """Writes JSON beside `path` and renames, so that no reader sees half a file."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(content, indent=1) + "\n")
+  os.replace(temporary, path)
+
+
 class Progress:
   """Progress of a loop, made by `progress`: iterate over it, or call `update`.
 

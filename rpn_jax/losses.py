@@ -11,6 +11,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from rpn_jax.models.clip import resize_grid
+
 # Numbers of one upsampled chunk: 64 MB in float32.
 CHUNK_ELEMENTS = 2**24
 
@@ -34,10 +36,7 @@ class Term:
 
 def interpolation_matrix(inputs: int, outputs: int) -> jax.Array:
   """(outputs, inputs) weights of a bilinear resize, align_corners=False, no antialias."""
-  return jax.image.resize(
-    jnp.eye(inputs), (outputs, inputs), "bilinear", antialias=False,
-    precision=jax.lax.Precision.HIGHEST,
-  )
+  return resize_grid(jnp.eye(inputs), outputs, inputs)
 
 
 def rows_per_chunk(batch: int, height: int, width: int, classes: int) -> int:

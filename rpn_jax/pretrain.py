@@ -1,7 +1,6 @@
 """Contrastive pre-training of a CLIP model on image-caption pairs (Radford et al., 2021)."""
 
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ import optax
 
 from rpn_jax import convert
 from rpn_jax.errors import InputError
-from rpn_jax.logging import MetricWriter, progress
+from rpn_jax.logging import MetricWriter, progress, write_json
 from rpn_jax.models.clip import CLIP, CLIPConfig, l2_normalize
 from rpn_jax.text_cache import class_embeddings
 from rpn_jax.tokenizer import tokenize
@@ -145,7 +144,7 @@ def pretrain(
     "config": config.to_dict(),
     "fingerprint": convert.fingerprint(convert.load(workdir / "clip.safetensors")[1]),
   }
-  (workdir / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
+  write_json(workdir / "metrics.json", record)
   print(
     f"\nPre-trained on {record['images']:,} pairs in {record['seconds']} s: zero-shot top-1 "
     f"{100 * accuracy:.1f} %. The weights are in {workdir}/clip.safetensors."

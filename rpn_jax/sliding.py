@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpn_jax.errors import InputError
+from rpn_jax.losses import interpolation_matrix
 from rpn_jax.models.clip import resize_grid
 
 # Numbers of one strip of full-size scores before its arg-max: 64 MB in float32.
@@ -56,14 +57,11 @@ def merge_windows(logits_WxhxwxC, penalty_C, *, corners, height, width, crop, ac
 @functools.partial(jax.jit, static_argnames=("height", "width"))
 def resized_argmax(scores_hxwxC, *, height, width):
   """Arg-max over classes of the scores resized to (height, width), strip by strip: int32."""
-  h, w, classes = scores_hxwxC.shape
-  interpolation = functools.partial(
-    jax.image.resize, method="bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST
-  )
-  rows_Hxh = interpolation(jnp.eye(h), (height, h))
-  wide = interpolation(scores_hxwxC, (h, width, classes)) if w != width else scores_hxwxC
+  h, _, classes = scores_hxwxC.shape
+  wide = resize_grid(scores_hxwxC, h, width)
   if h == height:
     return wide.argmax(-1)
+  rows_Hxh = interpolation_matrix(h, height)
   strips = -(-height * width * classes // STRIP_ELEMENTS)
   size = -(-height // strips)
   rows_Hxh = jnp.pad(rows_Hxh, ((0, strips * size - height), (0, 0)))

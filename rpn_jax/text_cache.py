@@ -1,5 +1,6 @@
 """Text embeddings of class names: computed once by the frozen text tower, then reused."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -24,6 +25,12 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     if name in names[:i]:
       raise InputError(f"class name {name!r} is given twice: every class needs a name of its own")
   return names
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model, params, tokens):
+  # Compiled once per model and shape, however often names are embedded.
+  return l2_normalize(model.apply({"params": params}, tokens, method="encode_text"))
 
 
 def class_embeddings(
@@ -53,15 +60,10 @@ def class_embeddings(
       f"the text tower knows {config.vocab_size} tokens, the tokenizer made id {tokens.max()}: "
       "these weights need another tokenizer"
     )
-  model = CLIP(config)
-  encode = jax.jit(
-    lambda params, tokens: l2_normalize(
-      model.apply({"params": params}, tokens, method="encode_text")
-    )
-  )
   size = min(BATCH, len(tokens))
   padded = np.pad(tokens, ((0, -len(tokens) % size), (0, 0)), mode="edge")
-  rows = [np.asarray(encode(params, padded[i : i + size])) for i in range(0, len(padded), size)]
+  starts = range(0, len(padded), size)
+  rows = [np.asarray(_encode(CLIP(config), params, padded[i : i + size])) for i in starts]
   embeddings = np.concatenate(rows)[: len(tokens)].reshape(len(names), len(templates), -1)
   mean = embeddings.mean(axis=1)
   return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
