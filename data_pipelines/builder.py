@@ -99,7 +99,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
       DataError: an unreadable file, an image and a label of two sizes, a label out of range.
     """
     label = self._read_label(raw)
-    image, encoded = _read_image(raw.image, label.shape)
+    image, encoded = _read_image(raw.image, label.shape, self.obtain)
     if (image.height, image.width) != label.shape:
       raise DataError(
         f"{raw.label}: expected a label of its image's size, {image.width}x{image.height} as in "
@@ -218,7 +218,9 @@ def listed(
   return files
 
 
-def _read_image(path: pathlib.Path, label_size: tuple[int, int]) -> tuple[Image.Image, bytes]:
+def _read_image(
+  path: pathlib.Path, label_size: tuple[int, int], obtain: str
+) -> tuple[Image.Image, bytes]:
   """The decoded RGB picture and a file of it that every decoder reads alike.
 
   Masks are drawn on the stored pixels or on the turned ones, depending on who made them: an EXIF
@@ -236,7 +238,7 @@ def _read_image(path: pathlib.Path, label_size: tuple[int, int]) -> tuple[Image.
         image = ImageOps.exif_transpose(file)
       image = image.convert("RGB")
   except FileNotFoundError as error:
-    raise DataError(f"{path}: expected a picture, got no such file; restore it") from error
+    raise DataError(f"{path}: expected a picture, got no such file; {obtain}") from error
   except UNREADABLE as error:
     if isinstance(error, DataError):
       raise

@@ -49,6 +49,13 @@ UNSEEN = tuple(
 )
 SEEN = tuple(i for i in range(len(CLASSES)) if i not in UNSEEN)
 
+# The names of the second world, whose scenes are counted more coarsely, as data sets differ in
+# what they name: whatever its pattern, an object is its colour. Every drawn class has one of them.
+COLOUR_CLASSES = (*COLOURS, *GROUNDS)
+COLOUR_OF_CLASS = {
+    i: COLOUR_CLASSES.index(name.split()[-1]) for i, name in enumerate(CLASSES)
+}
+
 _YELLOW = list(COLOURS).index("yellow")
 _RGB = np.asarray(list(COLOURS.values()), np.float32)
 # A pattern's second tone has no hue, so that the colour word names the first tone only.
@@ -366,38 +373,44 @@ def single_object_images(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------- scenes on disk
 
 _SCENE_SIZES = ((96, 96), (96, 128), (128, 96))  # height, width in pixels
-_SCENE_OBJECTS = (3, 6)
+
+# Numbers of objects in a scene and their diameters in pixels, least and greatest. "shapes" is
+# trained on; "crowds" are many small objects, which a model has not met.
+WORLDS = {"shapes": ((3, 6), (22, 44)), "crowds": ((6, 12), (16, 26))}
 
 
 @dataclasses.dataclass
 class ShapesConfig(tfds.core.BuilderConfig):
-  """How many scenes to write, and from which seed.
+  """Which scenes to write, how many, and from which seed.
 
-  The name is made of the numbers, so data written for other numbers lie in another folder
+  The name is made of all this, so data written for other numbers lie in another folder
   and are never taken for these.
   """
 
   name: str = ""
+  world: str = "shapes"  # a key of WORLDS
   num_train: int = 1600
   num_val: int = 120
   seed: int = 0
 
   def __post_init__(self):
-    self.name = f"train{self.num_train}_val{self.num_val}_seed{self.seed}"
+    world = "" if self.world == "shapes" else f"{self.world}_"
+    self.name = f"{world}train{self.num_train}_val{self.num_val}_seed{self.seed}"
 
 
 def _scene(config, split, index):
   """Image and label map of scene `index` of a split, a pure function of its arguments."""
+  objects, diameter = WORLDS[config.world]
   rng = np.random.default_rng((config.seed, ("train", "val").index(split), index))
   height, width = _SCENE_SIZES[rng.integers(len(_SCENE_SIZES))]
-  object_ids = rng.integers(len(OBJECTS), size=rng.integers(*_SCENE_OBJECTS, endpoint=True))
+  object_ids = rng.integers(len(OBJECTS), size=rng.integers(*objects, endpoint=True))
   # The first object is never left out and the first ground hardly ever hidden. Taking them
   # in turn puts every class into every split of 24 scenes or more.
   object_ids[0] = index % len(OBJECTS)
   ground_ids = _random_grounds(rng)
   turn = len(OBJECTS) + index % len(GROUNDS)
   ground_ids = [turn, *(g for g in ground_ids[1:] if g != turn)]
-  return _compose(rng, height, width, object_ids, ground_ids, diameter=(22, 44))
+  return _compose(rng, height, width, object_ids, ground_ids, diameter)
 
 
 def _encoded(array, **options):
@@ -409,7 +422,7 @@ def _encoded(array, **options):
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-  """Scenes of three to six objects, short side 96 pixels, in splits "train" and "val".
+  """Scenes of a world, short side 96 pixels, in splits "train" and "val".
 
   Both splits hold all of `CLASSES`, seen and unseen; hiding the unseen from training is the
   input pipeline's task. Features: `image`, a JPEG; `label`, a lossless map of class ids

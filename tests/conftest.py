@@ -27,6 +27,14 @@ def pytest_configure(config):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _home(tmp_path_factory):
+  """Caches of the tests stay out of the home directory."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    yield
+
+
 @pytest.fixture(scope="session")
 def golden_dir(pytestconfig) -> pathlib.Path:
   path = pathlib.Path(pytestconfig.getoption("--golden-dir"))

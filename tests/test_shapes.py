@@ -175,6 +175,21 @@ def test_round_trip(data_dir, split, count):
   assert len({item["id"] for item in source}) == count
 
 
+def test_the_second_world_has_other_scenes_and_names(tmp_path):
+  config = shapes.ShapesConfig(world="crowds", num_train=1, num_val=24)
+  assert config.name == "crowds_train1_val24_seed0"
+  shapes.prepare(tmp_path, config)
+  crowds = [item["label"] for item in shapes.source(tmp_path, "val", config)]
+  first = shapes.ShapesConfig(num_val=24)
+  scenes = [shapes._scene(first, "val", i)[1] for i in range(24)]
+  kinds = [np.mean([len(np.unique(x)) for x in labels]) for labels in (crowds, scenes)]
+  assert kinds[0] > kinds[1] + 2
+  for drawn, name in enumerate(shapes.CLASSES):
+    assert name.endswith(shapes.COLOUR_CLASSES[shapes.COLOUR_OF_CLASS[drawn]])
+  assert sorted(shapes.COLOUR_OF_CLASS) == list(range(27))
+  assert set(shapes.COLOUR_OF_CLASS.values()) == set(range(9))
+
+
 def test_source_travels_to_worker_processes(data_dir):
   source = shapes.source(data_dir, "val", TINY)
   copy = pickle.loads(pickle.dumps(source))

@@ -1,0 +1,135 @@
+"""PASCAL Context with 59 classes and a background (Mottaghi et al., 2014)."""
+
+import functools
+import json
+import pathlib
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from data_pipelines import vocabularies
+from data_pipelines.builder import RawExample, SegmentationBuilder, need, read_index_image
+from data_pipelines.errors import DataError
+from data_pipelines.pascal import read_names
+
+# All that is read of trainval_merged.json; its parts, boundaries and occlusions are far larger.
+_KEPT = {"images", "image_id", "file_name", "phase", "height", "width"}
+_KEPT |= {"annos_segmentation", "category_id", "segmentation", "size", "counts"}
+
+
+class Context(SegmentationBuilder):
+  """PASCAL Context in the numbering of its 459 categories, of which 59 occur; 0 is the background.
+
+  From the annotations of PASCAL in Detail or, without them, from the pictures that
+  mmsegmentation's converter makes of them: 0 the background, k class k − 1 of the 59.
+  """
+
+  name = "context"
+  code_path = pathlib.Path(__file__)
+  title = "PASCAL Context"
+  vocabulary = "context60"
+  # PASCAL in Detail has 10,100 of the paper's 10,103 images.
+  counts = {"train": 4996, "val": 5104}  # noqa: RUF012
+  obtain = (
+    "VOCtrainval_03-May-2010.tar is on the page 'Visual Object Classes Challenge 2010 (VOC2010)', "
+    "trainval_merged.json on 'PASCAL in Detail Challenge'"
+  )
+  licence = "images: Flickr terms of use; annotations: research use, no licence stated"
+  raw_size = "2 GB"
+  layout = """VOCdevkit/VOC2010/JPEGImages/*.jpg
+VOCdevkit/VOC2010/trainval_merged.json
+or, in place of the .json file, as converted by others:
+VOCdevkit/VOC2010/SegmentationClassContext/*.png
+VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt"""
+  wide = True
+
+  def examples(self, manual_dir):
+    root = manual_dir / "VOCdevkit" / "VOC2010"
+    images = need(root / "JPEGImages", "the images of VOC 2010", self.obtain)
+    annotations, pictures = root / "trainval_merged.json", root / "SegmentationClassContext"
+    if annotations.exists():
+      return self._from_annotations(annotations, images)
+    if not pictures.is_dir():
+      raise DataError(
+        f"{annotations}: expected the labels of PASCAL Context, got neither this file nor "
+        f"{pictures}; {self.obtain}"
+      )
+    splits = {}
+    for split in self.counts:
+      names = root / "ImageSets" / "SegmentationContext" / f"{split}.txt"
+      splits[split] = [
+        RawExample(
+          name,
+          images / f"{name}.jpg",
+          pictures / f"{name}.png",
+          functools.partial(_read_picture, pictures / f"{name}.png"),
+        )
+        for name in read_names(names, f"the {split} list of PASCAL Context", self.obtain)
+      ]
+    return splits
+
+  def _from_annotations(self, path: pathlib.Path, images: pathlib.Path):
+    try:
+      with path.open(encoding="utf-8") as file:
+        data = json.load(file, object_hook=_kept)
+      found = {image["image_id"]: [] for image in data["images"]}
+      for annotation in data["annos_segmentation"]:
+        found[annotation["image_id"]].append(annotation)
+      splits = {split: [] for split in self.counts}
+      for image in sorted(data["images"], key=lambda image: image["file_name"]):
+        if image["phase"] not in splits:  # test images carry no segmentation
+          continue
+        picture = images / image["file_name"]
+        shape = int(image["height"]), int(image["width"])
+        paint = functools.partial(_paint, path, picture.stem, found[image["image_id"]], shape)
+        splits[image["phase"]].append(RawExample(picture.stem, picture, path, paint))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+      raise DataError(
+        f"{path}: expected the annotations of PASCAL in Detail (images, annos_segmentation), got "
+        f"{type(error).__name__} ({error}); fetch it again: {self.obtain}"
+      ) from error
+    return splits
+
+
+def _kept(item: dict) -> dict:
+  return {key: value for key, value in item.items() if key in _KEPT}
+
+
+def _paint(path: pathlib.Path, name: str, annotations: list, shape: tuple[int, int]) -> np.ndarray:
+  """uint16 [H,W]: the image's masks in file order, later ones over earlier ones."""
+  label = np.zeros(shape, np.uint16)
+  try:
+    for annotation in annotations:
+      label[_mask(annotation["segmentation"], shape)] = annotation["category_id"]
+  except Exception as error:  # pycocotools raises any kind, Exception itself among them
+    raise DataError(
+      f"{path}: expected masks of {name} as RLE or polygons on {shape[1]}x{shape[0]} pixels, got "
+      f"{type(error).__name__} ({error}); fetch the file again"
+    ) from error
+  return label
+
+
+def _mask(segmentation: dict | list, shape: tuple[int, int]) -> np.ndarray:
+  """bool [H,W] of a COCO segmentation: RLE, compressed or not, or a list of polygons."""
+  if isinstance(segmentation, list):
+    rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *shape))
+    return coco_mask.decode(rle).astype(bool)
+  if isinstance(segmentation["counts"], list):
+    covered = sum(segmentation["counts"])
+    if covered != shape[0] * shape[1]:  # pycocotools leaves the rest as memory was
+      raise ValueError(f"a mask of {covered} pixels")
+    segmentation = coco_mask.frPyObjects(segmentation, *shape)
+  return coco_mask.decode(segmentation).astype(bool)
+
+
+def _read_picture(path: pathlib.Path) -> np.ndarray:
+  """uint16 [H,W] in the numbering of 459 of a picture with values 0…59."""
+  label = read_index_image(path)
+  if label.max(initial=0) > 59:
+    raise DataError(
+      f"{path}: expected 0 (background) to 59, got {label.max()}; convert trainval_merged.json anew"
+    )
+  ids = vocabularies.load(Context.vocabulary).ids
+  raw = np.zeros(60, np.uint16)
+  raw[list(ids.values())] = list(ids)
+  return raw[label]
