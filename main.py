@@ -9,12 +9,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
-
 config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/shapes.py:preset=paper")
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures")
-flags.DEFINE_enum("mode", "train", ("train", "eval", "predict"), "What to do")
-flags.DEFINE_string("image", None, "predict: an image file or a folder of images")
-flags.DEFINE_string("classes", None, 'predict: class names, e.g. "red circle, sand"')
+flags.DEFINE_enum("mode", "train", ("train", "eval", "predict", "classify"), "What to do")
+flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
+flags.DEFINE_string("classes", None, 'predict, classify: class names, e.g. "red circle, sand"')
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -41,12 +40,11 @@ def parse_flags(argv):
 
 
 def run() -> None:
-  """Joins the data pipelines and the model; everything else is in their packages."""
-  # Imported here: --help and mistyped flags should answer at once.
+  """Joins data and model. Imports are here so that --help and mistyped flags answer at once."""
   import jax
 
-  from data_pipelines import datasets
-  from rpn_jax import evaluate, predict, pretrain, train
+  from data_pipelines import clip_images, datasets
+  from rpn_jax import classify, evaluate, predict, pretrain, train
 
   # Programs compiled by an earlier run are reused.
   jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache/rpn_jax/xla"))
@@ -56,9 +54,11 @@ def run() -> None:
   elif FLAGS.mode == "train":
     train.train(config, workdir, datasets.load(config))
   elif FLAGS.mode == "eval":
-    evaluate.run(config, workdir, datasets.load(config))
-  else:
+    evaluate.run(config, workdir, datasets.load_evaluations(config))
+  elif FLAGS.mode == "predict":
     predict.predict(config, workdir, FLAGS.image, FLAGS.classes, datasets.image_loader(config))
+  else:
+    classify.classify(config, workdir, FLAGS.image, FLAGS.classes, clip_images.load)
 
 
 def main(argv) -> None:

@@ -36,8 +36,7 @@ def main(argv) -> None:
   examples = data.eval_examples()
 
   def scores():
-    segmenter = experiment.segmenter(prompts, text, data.seen if data.unseen else ())
-    return evaluate.evaluate(segmenter, examples, data.names, data.seen, data.unseen)[0]
+    return evaluate.evaluate(experiment.evaluator(prompts, data), examples, data).scores
 
   rows = {"as trained": scores()}
   trained = experiment.model

@@ -4,11 +4,9 @@
 
 Each row is a run of main.py in a process of its own, two at a time on one core each. A row whose
 `metrics.json` exists is not run again, so the command can be interrupted and repeated. At the end
-it prints the table, and writes it to `runs/proof/table.md` and the curves to
-`runs/proof/curves.png`.
+it prints the table, and writes it with the curves to `runs/proof` (see `rpn_jax.report`).
 """
 
-import json
 import os
 import pathlib
 import platform
@@ -17,11 +15,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-import numpy as np
 from absl import app, flags
 
-from rpn_jax import visualize
-from rpn_jax.logging import progress, read_history, table
+from rpn_jax import report
+from rpn_jax.logging import progress
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("seeds", 3, "Seeds of every trained row")
@@ -38,7 +35,6 @@ ROWS = {
   "LPM only": "preset=paper,variant=lpm",
   "training-free (MaskCLIP)": "preset=paper,variant=training_free",
 }
-METRICS = ("pAcc", "miou_seen", "miou_unseen", "hiou")
 
 
 def directory(row: str, seed: int) -> pathlib.Path:
@@ -83,13 +79,6 @@ def runs() -> list[tuple[str, int]]:
   ]
 
 
-def mean_and_deviation(values) -> str:
-  """Percent, sample standard deviation."""
-  values = 100 * np.array(values)
-  spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-  return f"{values.mean():.1f}{spread}"
-
-
 def main(argv) -> None:
   del argv
   todo = runs()
@@ -111,25 +100,13 @@ def main(argv) -> None:
   if failures:  # the others have run all the same; the command repeats only these
     sys.exit("\n".join(failures))
 
-  rows, curves = [], {}
-  for row in ROWS:
-    seeds = [seed for r, seed in todo if r == row]
-    results = [json.loads((directory(row, s) / "metrics.json").read_text()) for s in seeds]
-    cells = [mean_and_deviation([r["last"][m] for r in results]) for m in METRICS]
-    rows.append([row, len(seeds), *cells])
-    histories = [read_history(directory(row, s) / "metrics.jsonl") for s in seeds]
-    if histories[0]:
-      for metric in ("miou_seen", "miou_unseen"):
-        curves.setdefault(metric, {})[row] = [h[f"eval/{metric}"] for h in histories]
-  text = table(rows, ["method", "seeds", *METRICS], markdown=True)
-  root = pathlib.Path(FLAGS.root)
-  (root / "table.md").write_text(text + "\n")
-  for metric, series in curves.items():
-    visualize.compare_curves(root / f"{metric}.png", series, metric)
-  print(text)
+  runs_of = {row: [directory(r, seed) for r, seed in todo if r == row] for row in ROWS}
+  rows = [report.Row(row, tuple(map(report.read_run, runs_of[row]))) for row in ROWS]
+  out = report.write(FLAGS.root, rows)
+  print(report.score_table(rows))
   print(
-    f"\nLast checkpoint of every run, mean ± standard deviation over seeds, in %. "
-    f"{platform.machine()}, {os.cpu_count()} cores, {time.time() - began:.0f} s in this call."
+    f"{platform.machine()}, {os.cpu_count()} cores, {time.time() - began:.0f} s in this call. "
+    f"Written: {out}/report.md, report.png, report.csv, report.json"
   )
 
 

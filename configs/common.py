@@ -47,6 +47,126 @@ def parse_arg(arg: str, **choices) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(values)
 
 
+# Backbones: weights file, patch, crop and stride of the windows. 512 is no multiple of 14.
+BACKBONES = {
+  "b16": ("weights/ViT-B-16.safetensors", 16, 512, 426),
+  "l14": ("weights/ViT-L-14.safetensors", 14, 518, 432),
+}
+
+
+def benchmark(
+  arg: str, name: str, *, steps: int, deep_tokens: int, templates: str, settings: tuple[str, ...]
+) -> ml_collections.ConfigDict:
+  """A published recipe on one of the benchmark data sets, from the words behind the colon.
+
+  Args:
+    arg: `setting=…`, `preset=paper|released`, `backbone=b16|l14`, `runlocal`.
+    name: training set, see `data_pipelines.datasets.SETS`.
+    steps: optimizer steps.
+    deep_tokens: of the released preset.
+    templates: name of a set of sentences.
+    settings: allowed values of `setting`, the default first.
+  """
+  args = parse_arg(
+    arg,
+    setting=settings,
+    preset=("paper", "released"),
+    backbone=tuple(BACKBONES),
+    runlocal=False,
+  )
+  weights, patch, crop, stride = BACKBONES[args.backbone]
+  c = segmentation(args.preset, name, crop=crop, patch=patch, deep_tokens=deep_tokens)
+  c.clip = weights
+  c.templates = templates
+  c.data.setting = args.setting
+  c.eval.stride = stride
+  c.steps = steps
+  c.eval_every = steps // 10
+  # The paper trains on four devices of 8 images; the released logs are of 8 images in all.
+  c.data.batch_size = 8 if args.preset == "released" else 32
+  if args.runlocal:  # a few steps, to see on a laptop that everything is in place
+    c.steps, c.eval_every, c.log_every = 4, 4, 1
+    c.data.batch_size, c.data.eval_images = 2, 4
+  return c
+
+
+def segmentation(
+  preset: str, name: str, *, crop: int, patch: int, deep_tokens: int
+) -> ml_collections.ConfigDict:
+  """Every field of a segmentation run, with the recipe of the release.
+
+  Args:
+    preset: "paper" or "released": which reading of RPN (docs/method.md).
+    name: training set.
+    crop: side of training crops and of test windows, pixels.
+    patch: patch size of the tower, pixels.
+    deep_tokens: of the released preset.
+  """
+  c = ml_collections.ConfigDict()
+  c.task = "segment"  # what main.py runs
+  c.seed = 0  # of initial prompts, data order, augmentation, dropout and gate noise
+  c.clip = ""  # CLIP weights: a path, or a file shipped in rpn_jax/assets
+  # Sentences around a class name, averaged: a named set, or one sentence with {} for the name.
+  c.templates = "single"
+  c.synonyms = "mean"  # of names like "sea, ocean": first, mean, max or joined
+  c.method = "rpn"  # "rpn", or "training_free": CLIP as it is
+  c.dtype = "float32"  # compute type of the tower: float32 or bfloat16; prompts stay float32
+  c.remat = False  # recompute blocks in the backward pass: less memory, more time
+  c.model = model(preset, deep_tokens=deep_tokens, h_grid=(crop // patch, crop // patch))
+
+  c.dense = ml_collections.ConfigDict()  # of method "training_free"
+  c.dense.method = "maskclip"  # vanilla, maskclip, sclip or clearclip
+  c.dense.denoise = 0.0  # classes whose best probability in a window is lower are suppressed
+  c.dense.key_smoothing = False  # average probabilities by the similarity of keys
+
+  c.steps = 20_000  # optimizer steps
+  c.log_every = 10  # steps between logged losses
+  c.eval_every = 2_000  # steps between evaluations, each with a checkpoint
+
+  c.loss = ml_collections.ConfigDict()
+  c.loss.name = "sigmoid"  # "sigmoid" (focal and dice) or "softmax" (cross-entropy)
+  c.loss.mask_ignored = False  # leave ignored pixels out of the focal loss; released: negatives
+
+  c.self_training = ml_collections.ConfigDict()  # of the transductive setting
+  c.self_training.start = 0.5  # share of the steps after which unseen classes get pseudo-labels
+  # "unseen": pixels that the truth gives to some unseen class (the dagger rows); "unlabelled":
+  # these and the ones that the truth leaves out, so that it does not tell where to look.
+  c.self_training.pixels = "unseen"
+
+  c.optimizer = optimizer(c.get_ref("steps"))
+
+  c.data = ml_collections.ConfigDict()
+  c.data.name = name  # training set; see docs/data.md
+  c.data.variant = ""  # of "folder" the name it was prepared under, of "ade847" short512 or native
+  c.data.naming = "dataset"  # wording of class names: "dataset", "maskclip" or "spaced"
+  c.data.data_dir = "data"  # prepared data sets live here
+  # zero_shot: unseen classes are "ignore" in training; transductive: found by self-training;
+  # supervised: all classes are trained on.
+  c.data.setting = "zero_shot"
+  c.data.batch_size = 32  # images per step, over all devices
+  c.data.crop = crop  # side of training crops, pixels
+  c.data.scale = (4 * crop, crop)  # limits of long and short side before random scaling
+  c.data.ratio = (0.5, 2.0)  # range of the random scale
+  c.data.photometric = True  # distort brightness, contrast, saturation and hue
+  c.data.short_side = crop  # short side of evaluated images, pixels
+  c.data.eval_images = 0  # evaluate on the first images only; 0: on all
+  c.data.mean, c.data.std = normalization(preset)  # per channel, of values in [0, 1]
+  c.data.threads = 4  # threads that read ahead
+  c.data.workers = 0  # extra reader processes
+
+  c.eval = ml_collections.ConfigDict()
+  # Sets that --mode=eval goes through, every class prompted; none: the training set, its setting.
+  c.eval.sets = ()
+  c.eval.crop = crop  # side of the sliding window, pixels
+  c.eval.stride = 426  # step of the sliding window, pixels
+  c.eval.window_batch = 4  # windows per call of the network
+  # Test-time augmentation: scores averaged over sizes, as factors on short_side, and mirror images.
+  c.eval.scales = (1.0,)
+  c.eval.flip = False
+  c.eval.seen_penalty = 0.1  # subtracted from the scores of seen classes in the zero-shot setting
+  return c
+
+
 def model(preset: str, *, deep_tokens: int, h_grid: tuple[int, int]) -> ml_collections.ConfigDict:
   """The network of a preset; the fields are those of `RPNConfig`.
 

@@ -10,11 +10,30 @@ import grain
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_pipelines import pipeline, shapes, transforms
+from data_pipelines import folder, pipeline, prepare, shapes, transforms, vocabularies
 from data_pipelines.errors import DataError
 
 # Larger pictures are refused: decoded they would fill memory (Pillow's own limit only warns).
 MAX_PIXELS = 200_000_000
+
+
+# Class counts and splits of a data set are its vocabulary's; several may share prepared files.
+# name of config.data.name -> name for data_pipelines.prepare
+SETS = {
+  "voc20": "voc",
+  "voc20b": "voc",
+  "voc21": "voc",
+  "context59": "context",
+  "context60": "context",
+  "context459": "context459",
+  "coco_stuff171": "coco_stuff",
+  "ade150": "ade150",
+  "ade847": "ade847",
+  "folder": "folder",
+  "shapes": "shapes",
+  "crowds": "shapes",
+}
+SETTINGS = ("zero_shot", "transductive", "supervised")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,54 +41,94 @@ class SegmentationData:
   """A segmentation data set as a training run sees it.
 
   Attributes:
-    names: C class names; labels index them.
-    seen: ids of the classes trained on.
-    unseen: ids of the classes only evaluated on.
+    name: of the set, a key of SETS.
+    names: prompted class names.
+    seen, unseen: class ids of the two groups that scores are averaged over; without a split all
+      are seen.
+    trained: rows of `names` that are prompted in training; training labels index this list.
+    penalized: class ids whose scores are lowered at test (config.eval.seen_penalty).
+    ignore: evaluation label of pixels without a class.
+    scored_as: scored class of every prompted name; the identity except where several names stand
+      for the background.
+    unlabelled: training label of pixels to be filled by self-training; None without it.
     train_batches: start step -> endless batches {image f32[B,H,W,3], label i32[B,H,W]}; labels
-      are positions in `seen`, or 255.
+      are positions in `trained`, `unlabelled`, or 255.
     eval_examples: () -> sized iterable of {image f32[h,w,3], label i32[H,W], id}; labels are
-      class ids, or 255.
+      scored classes, or `ignore`.
   """
 
+  name: str
   names: tuple[str, ...]
   seen: tuple[int, ...]
   unseen: tuple[int, ...]
+  trained: tuple[int, ...]
+  penalized: tuple[int, ...]
+  ignore: int
+  scored_as: tuple[int, ...]
+  unlabelled: int | None
   train_batches: Callable[[int], Iterator[dict]]
   eval_examples: Callable[[], pipeline.EvalExamples]
 
 
 def load(config) -> SegmentationData:
-  """Prepares (if needed) and opens the data set of `config.data`.
+  """Opens the data set of `config.data`; the embedded world is prepared if it is not there.
 
   Raises:
-    DataError: an unknown name or setting, or bad data.
+    DataError: an unknown name or setting, bad data, or a set that is not prepared.
   """
-  c = config.data
-  _known("config.data.name", c.name, ("shapes",))
-  _known("config.data.setting", c.setting, ("zero_shot", "supervised"))
-  names, unseen = shapes.CLASSES, tuple(shapes.UNSEEN)
-  if c.setting == "supervised":
-    unseen = ()
-  seen = tuple(i for i in range(len(names)) if i not in unseen)
-  world = shapes.ShapesConfig(num_train=c.train_images, num_val=c.eval_images)
-  shapes.prepare(c.data_dir, world)
+  _known("config.data.setting", config.data.setting, SETTINGS)
+  return _open(config, config.data.name, config.data.setting)
 
+
+def load_evaluations(config) -> list[SegmentationData]:
+  """The data sets of `config.eval.sets`, or the training set alone if none is named.
+
+  In these every class is prompted and none is penalized: it is the open-vocabulary protocol.
+  """
+  if not config.eval.sets:
+    return [load(config)]
+  return [_open(config, name, "supervised") for name in config.eval.sets]
+
+
+def _open(config, name: str, setting: str) -> SegmentationData:
+  c = config.data
+  _known("data set", name, tuple(SETS))
+  vocabulary = _vocabulary(c, name)
+  seen, unseen = vocabulary.seen, vocabulary.unseen
+  count = len(vocabulary.names)
+  if setting != "supervised" and not unseen:
+    raise DataError(
+      f"config.data.setting={setting!r} needs a split into seen and unseen classes and {name} has "
+      "none; use config.data.setting='supervised'"
+    )
+  raw = transforms.LabelMap.from_ids(
+    vocabulary.ids, ignore=vocabulary.ignore, unlisted=vocabulary.unlisted
+  )
+  trained, unlabelled = tuple(range(count)), None
+  train_map = raw
+  if setting == "zero_shot":
+    trained = seen
+    train_map = raw.then(transforms.LabelMap.seen(seen, count, ignore=vocabulary.ignore))
+  elif setting == "transductive":
+    # One mark for all of them: which unseen class a pixel has never reaches the training step.
+    unlabelled = vocabulary.ignore - 1
+    ids = {i: unlabelled if i in unseen else i for i in range(count)}
+    train_map = raw.then(transforms.LabelMap.from_ids(ids, ignore=vocabulary.ignore))
+
+  statistics = {"mean": c.mean, "std": c.std}
   train_transform = transforms.train_transform(
-    transforms.LabelMap.seen(seen, len(names)),
-    crop=c.crop,
-    scale=c.scale,
-    ratio=c.ratio,
-    photometric=c.photometric,
-    mean=c.mean,
-    std=c.std,
+    train_map, crop=c.crop, scale=c.scale, ratio=c.ratio, photometric=c.photometric, **statistics
   )
-  eval_transform = transforms.eval_transform(
-    c.short_side, transforms.LabelMap.identity(len(names)), mean=c.mean, std=c.std
-  )
+  eval_transform = transforms.eval_transform(c.short_side, raw, **statistics)
 
   def train_batches(start_step: int) -> Iterator[dict]:
+    if vocabulary.num_classes < count:
+      raise DataError(
+        f"{name} is for evaluation: {count} names are scored as {vocabulary.num_classes} classes; "
+        "train on a set whose names are its classes"
+      )
     return pipeline.train_batches(
-      shapes.source(c.data_dir, "train", world),
+      _source(c, name, "train"),
       train_transform,
       batch_size=c.batch_size,
       seed=config.seed,
@@ -78,11 +137,46 @@ def load(config) -> SegmentationData:
       workers=c.workers,
     )
 
-  # Opened once: every evaluation of a run reads the same examples.
-  examples = functools.cache(
-    lambda: pipeline.eval_examples(shapes.source(c.data_dir, "val", world), eval_transform)
+  @functools.cache  # opened once: every evaluation of a run reads the same examples
+  def eval_examples() -> pipeline.EvalExamples:
+    source = _source(c, name, "val")
+    return pipeline.eval_examples(source, eval_transform, limit=c.eval_images)
+
+  return SegmentationData(
+    name=name,
+    names=vocabulary.names,
+    seen=seen,
+    unseen=unseen,
+    trained=trained,
+    penalized=seen if setting == "zero_shot" else (),
+    ignore=vocabulary.ignore,
+    scored_as=vocabulary.scored_as,
+    unlabelled=unlabelled,
+    train_batches=train_batches,
+    eval_examples=eval_examples,
   )
-  return SegmentationData(tuple(names), seen, unseen, train_batches, examples)
+
+
+def _vocabulary(c, name: str) -> vocabularies.Vocabulary:
+  if name == "shapes":
+    return vocabularies.of_names(name, shapes.CLASSES, [shapes.CLASSES[i] for i in shapes.UNSEEN])
+  if name == "crowds":
+    return dataclasses.replace(
+      vocabularies.of_names(name, shapes.COLOUR_CLASSES), ids=shapes.COLOUR_OF_CLASS
+    )
+  if name == "folder":
+    return folder.vocabulary(c.data_dir, c.variant)
+  return vocabularies.load(name, c.naming if name == c.name else "dataset")
+
+
+def _source(c, name: str, split: str):
+  if name in shapes.WORLDS:
+    counts = {"num_train": c.get("train_images"), "num_val": c.eval_images}
+    world = shapes.ShapesConfig(world=name, **{k: v for k, v in counts.items() if v})
+    shapes.prepare(c.data_dir, world)
+    return shapes.source(c.data_dir, split, world)
+  variant = c.variant or None if name == c.name else None
+  return prepare.source(SETS[name], c.data_dir, split, variant)
 
 
 def captions(config) -> dict:

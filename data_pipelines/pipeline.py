@@ -190,7 +190,9 @@ def train_batches(
     DataError: fewer examples than one batch, a batch that the processes cannot share evenly, or,
       while iterating, a bad example.
   """
-  index, count = _check_shard(shard)
+  index, count = shard
+  if not 0 <= index < count:
+    raise DataError(f"expected a shard (index, count) with 0 <= index < count, got {shard}")
   if batch_size < 1 or batch_size % count:
     raise DataError(
       f"expected a batch size divisible by the {count} processes, got {batch_size}; "
@@ -214,16 +216,18 @@ def train_batches(
 
 
 class EvalExamples:
-  """See `eval_examples`."""
+  """See `eval_examples`; a slice is a sequence of the same kind."""
 
-  def __init__(self, dataset, num_threads: int, prefetch: int):
+  def __init__(self, dataset, read_options: grain.ReadOptions):
     self._dataset = dataset
-    self._read_options = grain.ReadOptions(num_threads, prefetch)
+    self._read_options = read_options
 
   def __len__(self) -> int:
     return len(self._dataset)
 
-  def __getitem__(self, index: int) -> Example:
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return EvalExamples(self._dataset[index], self._read_options)
     # grain would start over behind the end.
     if not 0 <= index < len(self):
       raise IndexError(f"expected an index in 0…{len(self) - 1}, got {index}")
@@ -238,8 +242,8 @@ class EvalExamples:
 def eval_examples(
   source,
   transform: Callable[..., Example],
-  shard: tuple[int, int] = (0, 1),
   *,
+  limit: int = 0,
   num_threads: int = 2,
   prefetch: int = 4,
 ) -> EvalExamples:
@@ -248,27 +252,19 @@ def eval_examples(
   Args:
     source: random access, see the top of the module.
     transform: example -> example, e.g. `eval_transform(512)`.
-    shard: (index, count) of this process; process i takes examples i, i + count, … Their numbers
-      differ by at most one between processes, and the union is the source.
+    limit: stop after the source's first examples; 0 takes all.
     num_threads: threads that prepare examples ahead; 0 prepares in the caller's thread.
     prefetch: examples held ready; 0 only together with num_threads 0.
 
   Returns:
-    A sequence (len, [i], iteration) of {'image': float32 [h,w,3], 'label': int32 [H,W],
+    A sequence (len, [i], slices, iteration) of {'image': float32 [h,w,3], 'label': int32 [H,W],
     'id': str}. Sizes differ between examples.
 
   Raises:
     DataError: a source without examples or, when reached, a bad example.
   """
-  index, count = _check_shard(shard)
   if not len(source):
     raise DataError("expected examples to evaluate on, got an empty source; check the split")
-  dataset = grain.MapDataset.source(_CheckedSource(source)).map(transform)[index::count]
-  return EvalExamples(dataset, num_threads, prefetch)
-
-
-def _check_shard(shard: tuple[int, int]) -> tuple[int, int]:
-  index, count = shard
-  if not 0 <= index < count:
-    raise DataError(f"expected a shard (index, count) with 0 <= index < count, got {shard}")
-  return index, count
+  dataset = grain.MapDataset.source(_CheckedSource(source)).map(transform)
+  dataset = dataset[: limit or len(source)]
+  return EvalExamples(dataset, grain.ReadOptions(num_threads, prefetch))

@@ -1,4 +1,4 @@
-"""Class names, seen/unseen splits, raw-id tables and text templates of the published data sets.
+"""Class names, seen/unseen splits and raw-id tables of the published data sets.
 
 The data are JSON files in the folder of the same name; this module gives them names and checks
 them. Splits are those of RPN and ZegCLIP (VOC, COCO-Stuff) and MaskCLIP (Context).
@@ -60,10 +60,13 @@ class _Entry:
   zero: int | None = None  # class id of raw 0; None: pixels without a class
   shift: int = 0  # added to the class ids of the table file
   scored: int | None = None  # names from this one on are all scored as this class
+  background: bool = False  # "background" comes before the names of the file
 
 
 _ENTRIES = {
   "voc20": _Entry("voc20", 20, split="voc_split"),
+  # PAS-21: the background is a class like others, prompted with that word.
+  "voc21": _Entry("voc20", 21, zero=0, background=True),
   # PAS-20b: 20 classes and a background that is prompted with 39 names of PASCAL Context.
   "voc20b": _Entry("voc20b_catseg", 59, zero=20, scored=20),
   "context59": _Entry("context59", 59, ids="context459id_to_59train"),
@@ -100,7 +103,7 @@ def load(name: str, naming: str = "dataset") -> Vocabulary:
   entry = _ENTRIES[name]
   namings = _namings(name)
   _known(f"naming of {name}", naming, namings)
-  names = tuple(namings[naming]())
+  names = (("background",) if entry.background else ()) + tuple(namings[naming]())
   if len(names) != entry.count:
     raise DataError(
       f"expected {entry.count} names of {name} ({naming}), got {len(names)} in {_FOLDER.name}; "
@@ -119,29 +122,21 @@ def load(name: str, naming: str = "dataset") -> Vocabulary:
     unlisted = "ignore"
   else:
     classes = entry.count if entry.scored is None else entry.scored
-    ids = {i + 1: i for i in range(classes)}
+    ids = {i if entry.background else i + 1: i for i in range(classes)}
     unlisted = "error"
   # COCO-Stuff is the one set whose raw 0 is a class; its table says so.
   ids.setdefault(0, ignore if entry.zero is None else entry.zero)
   return Vocabulary(name, names, seen, unseen, ids, unlisted, ignore, scored_as)
 
 
-def template_names() -> tuple[str, ...]:
-  """The names that `templates` knows."""
-  return tuple(k for k in _read("templates") if not k.startswith("_"))
-
-
-def templates(name: str) -> tuple[str, ...]:
-  """A published set of sentences, each with one '{}' for the class name.
-
-  Args:
-    name: one of `template_names()`; "single" and "zegclip15" are those of the released RPN.
-
-  Raises:
-    DataError: an unknown name, with the nearest known one.
-  """
-  _known("template set", name, template_names())
-  return tuple(_read("templates")[name])
+def of_names(name: str, names: Iterable[str], unseen_names: Iterable[str] = ()) -> Vocabulary:
+  """The vocabulary of a set whose label files hold class ids themselves."""
+  names, unseen_names = tuple(names), tuple(unseen_names)
+  ids = tuple(range(len(names)))
+  unseen = tuple(i for i in ids if names[i] in unseen_names)
+  seen = tuple(i for i in ids if i not in unseen)
+  ignore = IGNORE if len(ids) <= IGNORE else IGNORE_WIDE
+  return Vocabulary(name, names, seen, unseen, {i: i for i in ids}, "error", ignore, ids)
 
 
 def _namings(name: str) -> dict:

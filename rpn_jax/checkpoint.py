@@ -13,14 +13,17 @@ from rpn_jax.step import TrainState
 # Config fields that may differ between a run and its continuation: they change neither what is
 # trained nor in which order.
 FREE_FIELDS = ("log_every", "eval_every", "data_dir", "workers", "threads")
+# Nor do these, although they change scores: a trained run may be evaluated in many ways.
+EVALUATION_FIELDS = ("eval", "short_side", "eval_images")
 
 
 def identity(config, fingerprint: str) -> dict:
   """What has to be equal for a checkpoint to belong to a run: tower and config."""
+  free = (*FREE_FIELDS, *EVALUATION_FIELDS)
 
   def strip(tree):
     if isinstance(tree, dict):
-      return {k: strip(v) for k, v in sorted(tree.items()) if k not in FREE_FIELDS}
+      return {k: strip(v) for k, v in sorted(tree.items()) if k not in free}
     return tree
 
   # Through JSON, so that tuples and lists compare equal after a round trip.

@@ -1,6 +1,6 @@
 """What training, evaluation and prediction share: the model of a config, ready to run."""
 
-import functools
+import contextlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -11,16 +11,22 @@ import jax.numpy as jnp
 from rpn_jax import checkpoint, convert, optim
 from rpn_jax.errors import InputError
 from rpn_jax.logging import write_json
-from rpn_jax.models.maskclip import MaskCLIP
 from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.training_free import DenseCLIP
+from rpn_jax.parallel import data_mesh, put_batch
 from rpn_jax.sliding import SlidingWindow
 from rpn_jax.step import TrainState, init_prompts
-from rpn_jax.text_cache import class_embeddings
+from rpn_jax.text_cache import class_embeddings, expand
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
 # The metric that ranks checkpoints; without unseen classes the plain mean stands in.
 RANKING = "hiou"
+
+
+def cosine(logits):
+  """The scores of a training-free method: its logits, which are cosines."""
+  return logits
 
 
 def find_weights(name: str) -> pathlib.Path:
@@ -40,7 +46,7 @@ class Experiment:
     clip_config: architecture of the tower.
     clip: its parameters, both branches and the logit scale.
     params: the vision branch, as the network's `params` collection.
-    model: an RPN or a MaskCLIP.
+    model: an RPN or a DenseCLIP.
   """
 
   def __init__(self, config, workdir):
@@ -57,7 +63,7 @@ class Experiment:
         )
     self.params = jax.device_put({"visual": self.clip["visual"]})
     if config.method == "training_free":
-      self.model = MaskCLIP(self.clip_config, jnp.dtype(config.dtype))
+      self.model = DenseCLIP(self.clip_config, **config.dense, dtype=jnp.dtype(config.dtype))
     else:
       fields = RPNConfig(**config.model)
       self.model = RPN(self.clip_config, fields, jnp.dtype(config.dtype), config.remat)
@@ -70,8 +76,16 @@ class Experiment:
     return isinstance(self.model, RPN)
 
   def text(self, names: Sequence[str]):
-    """Embeddings (C, E) of class names with the config's templates."""
-    return class_embeddings(self.clip_config, self.clip, names, self.config.templates)
+    """Embeddings (C, E) of class names with the config's templates, kept on disk."""
+    c = self.config
+    return class_embeddings(
+      self.clip_config,
+      self.clip,
+      names,
+      c.templates,
+      synonyms=c.synonyms,
+      fingerprint=self.identity["clip"],
+    )
 
   def initial_prompts(self, text_CxE) -> dict:
     key = jax.random.key(self.config.seed)
@@ -102,34 +116,79 @@ class Experiment:
     self.workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, self.identity)
 
-  def restored_prompts(self) -> tuple[int, dict]:
-    """Step and prompts of the workdir's newest checkpoint (0 and {} for a training-free method)."""
+  def restored(self) -> dict[str, tuple[int, dict]]:
+    """Step and prompts of the workdir's newest checkpoint, "last", and of the "best" one.
+
+    There is no "best" where it is the newest. A training-free method has step 0 and no prompts.
+    """
     if not self.trainable:
-      return 0, {}
+      return {"last": (0, {})}
     if not (self.workdir / "checkpoints").is_dir():
       raise InputError(f"no checkpoints in {self.workdir}: train first, with the same --workdir")
-    checkpoints = self.checkpoints()
-    step = checkpoints.latest_step()
-    if step is None:
-      raise InputError(f"no complete checkpoint in {self.workdir}/checkpoints: train first")
-    checkpoints.meta(step)
-    # No shape depends on the number of classes.
-    like = jax.eval_shape(self.initial_prompts, jnp.zeros((1, self.clip_config.embed_dim)))
-    prompts = checkpoints.restore_prompts(step, like)
-    checkpoints.close()
-    return step, prompts
+    with contextlib.closing(self.checkpoints()) as checkpoints:
+      last = checkpoints.latest_step()
+      if last is None:
+        raise InputError(f"no complete checkpoint in {self.workdir}/checkpoints: train first")
+      steps = {"last": last}
+      best = checkpoints.meta(last)["best"]["step"]
+      # Of several checkpoints with the best score another one may have been kept.
+      if best != last and best in checkpoints.manager.all_steps():
+        steps["best"] = best
+      # No shape depends on the number of classes.
+      like = jax.eval_shape(self.initial_prompts, jnp.zeros((1, self.clip_config.embed_dim)))
+      return {
+        name: (step, checkpoints.restore_prompts(step, like)) for name, step in steps.items()
+      }
 
-  def segmenter(self, prompts: dict, text_CxE, penalized: Sequence[int] = ()) -> SlidingWindow:
-    """Sliding-window inference with these prompts and classes."""
+  def restored_prompts(self) -> tuple[int, dict]:
+    """Step and prompts of the workdir's newest checkpoint (0 and {} for a training-free method)."""
+    return self.restored()["last"]
+
+  def evaluator(self, prompts: dict, data) -> SlidingWindow:
+    """Inference with the class names of `data`, as everything that is scored is made.
+
+    Where config.synonyms is "max", every synonym competes by itself. The scores of
+    `data.penalized` are lowered, except by a training-free method, to which no class is seen.
+    """
+    rows, class_of_row = expand(data.names, range(len(data.names)), self.config.synonyms)
+    penalized = set(data.penalized) if self.trainable else set()
+    return self.segmenter(
+      prompts,
+      self.text(rows),
+      [row for row, name in enumerate(class_of_row) if name in penalized],
+      class_of_row,
+    )
+
+  def segmenter(
+    self,
+    prompts: dict,
+    text_CxE,
+    penalized: Sequence[int] = (),
+    class_of_row: Sequence[int] | None = None,
+  ) -> SlidingWindow:
+    """Sliding-window inference with these prompts and classes, on all local devices."""
     c = self.config.eval
+    mesh = data_mesh()
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     variables = {"params": self.params, "prompts": prompts}
+    variables, text = jax.device_put((variables, jnp.asarray(text_CxE)), whole)
+
+    def logits(windows):
+      # Merged on one device: that takes a small part of the network's time.
+      return jax.device_put(
+        self.forward(variables, text, put_batch(windows, mesh)), mesh.devices[0]
+      )
+
     return SlidingWindow(
-      functools.partial(self.forward, variables, jnp.asarray(text_CxE)),
+      logits,
       len(text_CxE),
       crop=c.crop,
       stride=c.stride,
-      window_batch=c.window_batch,
+      window_batch=-(-c.window_batch // mesh.size) * mesh.size,
       penalty=c.seen_penalty,
       penalized=penalized,
-      activation=jax.nn.sigmoid if self.trainable else (lambda cosine: cosine),
+      activation=jax.nn.sigmoid if self.trainable else cosine,
+      scales=c.scales,
+      flip=c.flip,
+      class_of_row=class_of_row,
     )

@@ -14,13 +14,27 @@ def confusion_matrix(label, prediction, classes: int, ignore_label: int = 255) -
   Args:
     label: integers of any shape, 0..C-1 or `ignore_label`.
     prediction: integers of the same shape, 0..C-1.
+    classes: C.
+    ignore_label: no class id, so 255 only up to 255 classes.
+
+  Raises:
+    ValueError: shapes that differ, or a value that is none of these.
   """
   label = np.asarray(label).astype(np.int64)
   prediction = np.asarray(prediction).astype(np.int64)
   if label.shape != prediction.shape:
     raise ValueError(f"label {label.shape} and prediction {prediction.shape} differ in shape")
+  if 0 <= ignore_label < classes:
+    raise ValueError(f"{ignore_label} cannot mean 'ignored': it is one of {classes} classes")
   valid = label != ignore_label
   index = label[valid] * classes + prediction[valid]
+  for name, ids in (("label", label[valid]), ("prediction", prediction)):
+    wrong = ids[(ids < 0) | (ids >= classes)]
+    if wrong.size:
+      raise ValueError(
+        f"expected a {name} of class ids 0..{classes - 1}"
+        f"{f' or {ignore_label}' if name == 'label' else ''}, got {wrong[0]}"
+      )
   return np.bincount(index, minlength=classes**2).reshape(classes, classes)
 
 

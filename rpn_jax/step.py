@@ -48,6 +48,7 @@ def train_step(
   model: RPN,
   optimizer: optax.GradientTransformation,
   loss_fn,
+  relabel=None,
 ) -> tuple[TrainState, dict[str, Term | jax.Array]]:
   """One update of the prompts.
 
@@ -60,6 +61,7 @@ def train_step(
     model: the network.
     optimizer: of `state.opt_state`.
     loss_fn: (logits, label) -> {name: Term}.
+    relabel: (logits, label, step) -> label, for self-training; None takes the labels as given.
 
   Returns:
     The state after the step, and the loss terms with `loss` (their sum) and `grad_norm`.
@@ -70,7 +72,10 @@ def train_step(
     variables = {"params": params, "prompts": prompts}
     rngs = {"dropout": dropout, "gate": gate}
     logits = model.apply(variables, batch["image"], text_CxE, train=True, rngs=rngs)
-    terms = loss_fn(logits, batch["label"])
+    label = batch["label"]
+    if relabel is not None:
+      label = relabel(logits, label, state.step)
+    terms = loss_fn(logits, label)
     return sum(term.value for term in terms.values()), terms
 
   (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.prompts)

@@ -1,11 +1,12 @@
 """The training run: batches in, checkpoints, metrics and pictures out."""
 
 import contextlib
+import functools
 import time
 
 import jax
 
-from rpn_jax import evaluate, optim, visualize
+from rpn_jax import evaluate, optim, self_training, visualize
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import RANKING, Experiment
 from rpn_jax.logging import MetricWriter, progress
@@ -33,28 +34,29 @@ def train(config, workdir, data) -> dict:
   check_batch_size(config.data.batch_size, mesh)
   experiment.claim_workdir()
 
-  trained = [data.names[i] for i in data.seen]
+  trained = [data.names[i] for i in data.trained]
   text_CxE = experiment.text(trained)
-  text_all = experiment.text(data.names)
   state = experiment.initial_state(text_CxE)
   optimizer = experiment.optimizer(state.prompts)
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   state, params, text_CxE = jax.device_put((state, experiment.params, text_CxE), whole)
   step_fn = compile_train_step(
-    mesh, model=experiment.model, optimizer=optimizer, loss_fn=loss_of(config.loss)
+    mesh,
+    model=experiment.model,
+    optimizer=optimizer,
+    loss_fn=loss_of(config.loss),
+    relabel=relabel_of(config, data),
   )
 
   def evaluation(state: TrainState):
-    segmenter = experiment.segmenter(state.prompts, text_all, data.seen if data.unseen else ())
-    result, kept = evaluate.evaluate(
-      segmenter, data.eval_examples(), data.names, data.seen, data.unseen, keep=evaluate.PICTURES
-    )
-    return {"step": int(state.step), **result}, kept
+    segmenter = experiment.evaluator(state.prompts, data)
+    result = evaluate.evaluate(segmenter, data.eval_examples(), data, keep=evaluate.PICTURES)
+    return {"step": int(state.step), **result.scores}, result
 
   # Closed whatever happens: a save under way is finished before an error or Ctrl-C ends the run.
   with contextlib.closing(experiment.checkpoints()) as checkpoints:
     start = checkpoints.latest_step() or 0
-    best = kept = None
+    best = shown = None
     if start:
       best = checkpoints.meta(start)["best"]
       state = checkpoints.restore(start, state)
@@ -79,16 +81,16 @@ def train(config, workdir, data) -> dict:
         log(writer, steps, rates, *pending)
       pending = (done, metrics) if done % config.log_every == 0 or done == config.steps else None
       if done % config.eval_every == 0 or done == config.steps:
-        last, kept = evaluation(state)
+        last, shown = evaluation(state)
         writer.write(done, {f"eval/{k}": v for k, v in scalars(last).items()})
         best = last if best is None or rank(last) >= rank(best) else best
         checkpoints.save(state, {RANKING: rank(last)}, {"best": best})
     if pending:
       log(writer, steps, rates, *pending)
     seconds = time.time() - began
-  if kept is None:  # the run had already ended
-    last, kept = evaluation(state)
-  report(experiment, data, writer, kept, last, best, seconds)
+  if shown is None:  # the run had already ended
+    last, shown = evaluation(state)
+  report(experiment, writer, shown, last, best, seconds)
   return {"last": last, "best": best}
 
 
@@ -98,6 +100,25 @@ def loss_of(config):
     raise InputError(f"config.loss.name must be one of {sorted(LOSSES)}, got {config.name!r}")
   options = {"mask_ignored": config.mask_ignored} if config.name == "sigmoid" else {}
   return lambda logits, label: LOSSES[config.name](logits, label, **options)
+
+
+def relabel_of(config, data):
+  """Self-training as a function of logits, labels and step; None in the other settings."""
+  if data.unlabelled is None:
+    return None
+  pixels = config.self_training.pixels
+  if pixels not in ("unseen", "unlabelled"):
+    raise InputError(
+      f'config.self_training.pixels must be "unseen" or "unlabelled", got {pixels!r}'
+    )
+  return functools.partial(
+    self_training.relabel,
+    unseen=data.unseen,
+    unlabelled=data.unlabelled,
+    ignore=data.ignore,
+    start=round(config.self_training.start * config.steps),
+    pixels=pixels,
+  )
 
 
 def rank(metrics: dict) -> float:
@@ -123,11 +144,11 @@ def log(writer, steps, rates: dict, step: int, metrics: dict) -> None:
     )
 
 
-def report(experiment, data, writer, kept, last, best, seconds) -> None:
+def report(experiment, writer, shown, last, best, seconds) -> None:
   """`metrics.json`, the pictures, and the closing lines."""
   workdir, config = experiment.workdir, experiment.config
   evaluate.write_metrics(workdir / "metrics.json", last, best, config)
-  evaluate.picture(workdir / "predictions.png", kept, data.names, data.unseen, config)
+  evaluate.pictures(workdir, shown, config)
   visualize.curves(workdir / "curves.png", writer.history())
   writer.close()
   rows = {f"last, step {last['step']}": last, f"best, step {best['step']}": best}

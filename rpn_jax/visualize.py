@@ -62,6 +62,9 @@ LINE_COLORS = (
   "#444444",
 )
 LINE_STYLES = ("-", "--", ":", "-.")
+# Up to here a confusion matrix is drawn; beyond, its names could not be read.
+CONFUSION_CLASSES = 40
+CONFUSED_PAIRS = 30
 # From here on a loss is smoothed; below, every point is a marker.
 SMOOTH_FROM = 30
 
@@ -176,7 +179,7 @@ def _checked_label(label) -> np.ndarray:
 # Files
 
 
-def _write(path, save: Callable) -> pathlib.Path:
+def write(path, save: Callable) -> pathlib.Path:
   """Calls `save(open file)` on a file beside `path`, then renames it to `path`."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +195,7 @@ def _write(path, save: Callable) -> pathlib.Path:
 
 def _write_png(path, picture) -> pathlib.Path:
   # Level 6 takes seconds on a 12-megapixel label for a few per cent.
-  return _write(path, lambda file: picture.save(file, format="PNG", compress_level=4))
+  return write(path, lambda file: picture.save(file, format="PNG", compress_level=4))
 
 
 # Text and legends, in pixels
@@ -548,7 +551,7 @@ def _figure(panels: int):
   return figure, axes[:panels]
 
 
-def _step_ticks(ax) -> None:
+def step_ticks(ax) -> None:
   from matplotlib.ticker import EngFormatter, MaxNLocator
 
   ax.xaxis.set_major_locator(
@@ -557,7 +560,7 @@ def _step_ticks(ax) -> None:
   ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _legend_beside(ax) -> None:
+def legend_beside(ax) -> None:
   """A legend to the right of the axes: inside, it would hide some curve or other."""
   columns = -(-len(ax.get_legend_handles_labels()[1]) // 14)  # as many lines as a panel is high
   ax.legend(
@@ -572,9 +575,78 @@ def _title(figure, title: str | None) -> None:
     figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontsize=14)
 
 
-def _style(i: int) -> dict:
+def style(i: int) -> dict:
   style = LINE_STYLES[i // len(LINE_COLORS) % len(LINE_STYLES)]
   return {"color": LINE_COLORS[i % len(LINE_COLORS)], "linestyle": style}
+
+
+def confusion(
+  path, confusion_CxC: np.ndarray, names: Sequence[str], *, unseen: Sequence[int] = ()
+) -> pathlib.Path:
+  """Writes a PNG of what is taken for what.
+
+  Up to CONFUSION_CLASSES classes it is the matrix, each row in percent of the truth's pixels; a
+  class that is not in the truth has an empty row. With more it is a list of the pairs that most
+  wrong pixels are of.
+
+  Args:
+    path: of the PNG.
+    confusion_CxC: pixels, rows truth, columns prediction.
+    names: C class names.
+    unseen: ids of classes not trained on, marked with a `*`.
+
+  Returns:
+    The path.
+  """
+  confusion = np.asarray(confusion_CxC, np.float64)
+  truth = confusion.sum(1)
+  shares = 100 * np.divide(
+    confusion, truth[:, None], out=np.full_like(confusion, np.nan), where=truth[:, None] > 0
+  )
+  marks = {int(i): " *" for i in unseen}
+  texts = [textwrap.shorten(n, 28, placeholder="…") + marks.get(i, "") for i, n in enumerate(names)]
+  figure, (ax,) = _figure(1)
+  ax.grid(False)
+  draw = _matrix if len(names) <= CONFUSION_CLASSES else _confused_pairs
+  draw(figure, ax, confusion, shares, texts)
+  if marks:
+    figure.text(0.01, 0.005, UNSEEN_NOTE, fontsize=9, color="0.4")
+  return write(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _matrix(figure, ax, confusion, shares, texts) -> None:
+  count = len(texts)
+  side = max(4.0, 0.34 * count)
+  figure.set_size_inches(side + 3.5, side + 2.2)
+  picture = ax.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+  for i, j in np.argwhere(shares >= 1):
+    color = "white" if shares[i, j] > 60 else "0.15"
+    ax.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=8, color=color)
+  ax.set_xticks(range(count), texts, rotation=60, ha="right", rotation_mode="anchor", fontsize=9)
+  ax.set_yticks(range(count), texts, fontsize=9)
+  ax.set_xlabel("prediction")
+  ax.set_ylabel("truth")
+  ax.set_title("Share of the truth's pixels (%; below 1 not written)", fontsize=12)
+  figure.colorbar(picture, ax=ax, label="% of the truth's pixels", fraction=0.04)
+
+
+def _confused_pairs(figure, ax, confusion, shares, texts) -> None:
+  wrong = confusion.copy()
+  np.fill_diagonal(wrong, 0)
+  order = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED_PAIRS]
+  pairs = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape)) if wrong[i, j]]
+  figure.set_size_inches(11, 0.3 * max(len(pairs), 4) + 1.4)
+  values = [100 * wrong[i, j] / wrong.sum() for i, j in pairs]
+  ax.barh(range(len(pairs)), values, color=LINE_COLORS[0], height=0.7)
+  for k, (i, j) in enumerate(pairs):
+    note = f" {values[k]:.2g}   ({shares[i, j]:.0f} % of {texts[i]})"
+    ax.text(values[k], k, note, va="center", fontsize=9, color="0.15")
+  ax.set_yticks(range(len(pairs)), [f"{texts[i]} → {texts[j]}" for i, j in pairs], fontsize=9)
+  ax.set_ylim(max(len(pairs), 1) - 0.4, -0.6)
+  ax.set_xlim(0, 1.5 * max(values, default=1))
+  ax.set_xlabel("% of all wrong pixels")
+  title = "Most frequent mistakes" if pairs else "No pixel is wrong"
+  ax.set_title(f"{title}, {len(texts)} classes: truth → prediction", fontsize=12)
 
 
 def curves(
@@ -620,89 +692,28 @@ def curves(
     for i, name in enumerate(order):
       steps, values = series[name].T
       values = 100 * values if kind == "metric" else values
-      style, text = _style(i), _display(name, order)
+      line, text = style(i), _display(name, order)
       if kind == "metric":
         text += f": {values[-1]:.1f}"
       if len(values) >= SMOOTH_FROM and kind in ("loss", "gradient"):
-        ax.plot(steps, values, alpha=0.22, linewidth=0.8, color=style["color"])
-        ax.plot(steps, _moving_mean(values), linewidth=1.8, label=text, **style)
+        ax.plot(steps, values, alpha=0.22, linewidth=0.8, color=line["color"])
+        ax.plot(steps, _moving_mean(values), linewidth=1.8, label=text, **line)
       else:
         marker = "o" if len(values) < SMOOTH_FROM else None
-        ax.plot(steps, values, marker=marker, markersize=4, linewidth=1.8, label=text, **style)
+        ax.plot(steps, values, marker=marker, markersize=4, linewidth=1.8, label=text, **line)
     every = np.concatenate([points[:, 1] for points in series.values()])
     if kind in ("loss", "gradient") and every.min() > 0 and every.max() / every.min() > 50:
       ax.set_yscale("log")
     elif kind == "lr":
       ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
       ax.set_ylim(bottom=0)
-    _step_ticks(ax)
+    step_ticks(ax)
     ax.set_title(heads[kind][0], loc="left", fontsize=12, fontweight="bold")
     ax.set_ylabel(heads[kind][1])
     if len(order) > 1 or kind == "metric":
-      _legend_beside(ax)
+      legend_beside(ax)
   if not kinds:
     axes[0].set_axis_off()
     axes[0].text(0.5, 0.5, "nothing was recorded yet", ha="center", va="center", fontsize=14)
   _title(figure, title)
-  return _write(path, lambda file: figure.savefig(file, format="png"))
-
-
-def compare_curves(
-  path,
-  runs: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
-  metric: str,
-  *,
-  title: str | None = None,
-) -> pathlib.Path:
-  """Writes a PNG with one curve per method: the mean over seeds in a band of ± one deviation.
-
-  Only steps that all seeds of a method have are averaged, since a mean over fewer seeds would jump.
-  The deviation is the sample's (n - 1); one seed has no band. The legend gives the last values,
-  highest first.
-
-  Args:
-    path: of the PNG.
-    runs: method -> per seed [(step, value)]; fractions where `metric` is a score.
-    metric: its name, such as "hiou" or "eval/hiou": the axis label, and percent for scores.
-    title: a line above.
-
-  Returns:
-    The path.
-
-  Raises:
-    ValueError: no method, or a method whose seeds have no finite value at a common step.
-  """
-  if not runs:
-    raise ValueError("expected at least one method to compare, got none")
-  leaf = metric.rpartition("/")[2]
-  scale, digits = (100, ".1f") if leaf in METRICS else (1, ".3g")
-  summaries = {}
-  for method, seeds in runs.items():
-    tables = [{s: v for s, v in seed if np.isfinite(v)} for seed in seeds]
-    common = sorted(set.intersection(*map(set, tables))) if tables else []
-    if not common:
-      raise ValueError(f"{method!r}: expected seeds with a step in common, got none for {metric}")
-    values = scale * np.array([[t[s] for s in common] for t in tables], np.float64)
-    spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(common))
-    summaries[method] = (np.array(common), values.mean(0), spread, len(values))
-  figure, (ax,) = _figure(1)
-  styles = {method: _style(i) for i, method in enumerate(runs)}
-  for method in sorted(summaries, key=lambda m: -summaries[m][1][-1]):
-    steps, mean, spread, seeds = summaries[method]
-    text = textwrap.fill(method, 30)
-    text += f"\n{mean[-1]:{digits}}"
-    text += f" ± {spread[-1]:{digits}}, {seeds} seeds" if seeds > 1 else ", 1 seed"
-    marker = "o" if len(steps) < SMOOTH_FROM else None
-    ax.plot(steps, mean, marker=marker, markersize=4, linewidth=2, label=text, **styles[method])
-    if seeds > 1:
-      low, high = mean - spread, mean + spread
-      ax.fill_between(steps, low, high, color=styles[method]["color"], alpha=0.15, linewidth=0)
-  name = METRICS.get(leaf, leaf.replace("_", " "))
-  ax.set_ylabel(f"{name} (%)" if leaf in METRICS else name)
-  _step_ticks(ax)
-  ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
-  lines = sum(text.get_text().count("\n") + 1.6 for text in ax.get_legend().get_texts())
-  # Tall enough for a line of the legend each 0.17 inches.
-  figure.set_size_inches(9.5, max(5.0, 0.17 * lines + 1.2))
-  _title(figure, title)
-  return _write(path, lambda file: figure.savefig(file, format="png"))
+  return write(path, lambda file: figure.savefig(file, format="png"))

@@ -190,21 +190,16 @@ def test_evaluation_forward(golden):
   check_text(golden, recorded)
   logits, inside = golden.forward(golden.prompts, golden.image, golden.text)
   check_intermediates(golden, recorded, golden.text, logits, inside)
-  penalty = np.zeros(len(golden.text), np.float32)
-  penalty[golden.seen] = golden.meta["seen_penalty"]
   size = golden.meta["res"]
-  scores = [
-    sliding.merge_windows(
-      image[None],
-      penalty,
-      corners=((0, 0),),
-      height=size,
-      width=size,
-      crop=size,
-      activation=jax.nn.sigmoid,
-    )
-    for image in logits
-  ]
+  slide = sliding.SlidingWindow(
+    lambda windows: golden.forward(golden.prompts, windows, golden.text)[0],
+    len(golden.text),
+    crop=size,
+    stride=size,
+    penalty=golden.meta["seen_penalty"],
+    penalized=golden.seen,
+  )
+  scores = [slide.scores(image) for image in golden.image]
   close(np.moveaxis(np.stack(scores), -1, 1), recorded, "out")
 
 

@@ -1,5 +1,6 @@
 """The whole way on a miniature: train, resume, evaluate, predict, and what is refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,6 +14,7 @@ from data_pipelines.errors import DataError
 from rpn_jax import convert, evaluate, losses, predict, train
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
+from rpn_jax.logging import read_history
 from rpn_jax.models.clip import CLIP, CLIPConfig
 from rpn_jax.parallel import data_mesh
 from rpn_jax.step import compile_train_step
@@ -86,9 +88,7 @@ def test_a_killed_run_continues_exactly(home, finished):
       yield batch
 
   workdir = home / "killed"
-  killed = datasets.SegmentationData(
-    data.names, data.seen, data.unseen, batches_until_killed, data.eval_examples
-  )
+  killed = dataclasses.replace(data, train_batches=batches_until_killed)
   with pytest.raises(Killed):
     train.train(config, workdir, killed)
   assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4"]
@@ -101,39 +101,83 @@ def test_a_killed_run_continues_exactly(home, finished):
 def test_a_finished_run_is_only_evaluated_again(finished):
   config, workdir, result = finished
   data = datasets.load(config)
-  idle = datasets.SegmentationData(
-    data.names, data.seen, data.unseen, lambda start: iter(()), data.eval_examples
-  )
+  idle = dataclasses.replace(data, train_batches=lambda start: iter(()))
   assert train.train(config, workdir, idle)["last"] == result["last"]
 
 
 def test_eval_mode_gives_the_scores_of_training(finished):
   config, workdir, result = finished
   before = (workdir / "metrics.json").read_text()
-  assert evaluate.run(config, workdir, datasets.load(config)) == result["last"]
+  scores = evaluate.run(config, workdir, datasets.load_evaluations(config))
+  assert scores["shapes"]["last"] == result["last"]
   assert (workdir / "metrics.json").read_text() == before
   assert json.loads((workdir / "eval.json").read_text())["last"] == result["last"]
+
+
+def test_a_run_is_evaluated_on_two_worlds_by_their_own_names(home):
+  config = make_config(home, "runlocal,open_vocab")
+  workdir = home / "two_worlds"
+  train.train(config, workdir, datasets.load(config))
+  shapes_data, crowds = datasets.load_evaluations(config)
+  assert (len(shapes_data.names), len(crowds.names)) == (27, 9)
+  results = evaluate.run(config, workdir, [shapes_data, crowds])
+  assert list(results) == ["shapes", "crowds"]
+  assert list(results["crowds"]["last"]["per_class"]) == list(crowds.names)
+  assert not shapes_data.penalized and results["shapes"]["last"]["step"] == 8
+
+
+def test_how_a_run_is_evaluated_may_change(finished):
+  config, workdir, result = finished
+  data = datasets.load(config)
+  other = config.copy_and_resolve_references()
+  with other.unlocked():
+    other.eval.flip, other.eval.stride = True, 32
+  scores = evaluate.run(other, workdir, [data])["shapes"]["last"]
+  assert scores["step"] == 8 and scores["pAcc"] != result["last"]["pAcc"]
 
 
 def test_training_free(home):
   config = make_config(home, "runlocal,training_free")
   workdir = home / "free"
-  result = evaluate.run(config, workdir, datasets.load(config))
+  result = evaluate.run(config, workdir, datasets.load_evaluations(config))["shapes"]["last"]
   assert json.loads((workdir / "metrics.json").read_text())["last"] == result
   with pytest.raises(InputError, match="nothing to train"):
     train.train(config, home / "free2", datasets.load(config))
 
 
-def test_supervised_has_no_unseen_classes(home):
-  config = make_config(home, **{"data.setting": "supervised"})
-  data = datasets.load(config)
-  assert data.unseen == () and len(data.seen) == 27
+def test_supervised_trains_on_every_class(home):
+  data = datasets.load(make_config(home, "runlocal,supervised"))
+  assert len(data.trained) == 27 and data.unseen and not data.penalized
 
 
 def test_zero_shot_labels_never_show_an_unseen_class(home):
   data = datasets.load(make_config(home))
   labels = np.concatenate([next(data.train_batches(k))["label"] for k in range(4)])
-  assert labels.max() == 255 and set(np.unique(labels)) - {255} <= set(range(len(data.seen)))
+  assert labels.max() == 255 and set(np.unique(labels)) - {255} <= set(range(len(data.trained)))
+
+
+def test_transductive_labels_hide_which_unseen_class(home):
+  data = datasets.load(make_config(home, "runlocal,transductive"))
+  labels = np.concatenate([next(data.train_batches(k))["label"] for k in range(4)])
+  assert data.unlabelled == 254 and not data.penalized
+  assert set(np.unique(labels)) - {254, 255} <= set(data.seen) and (labels == 254).any()
+
+
+def test_a_transductive_run_learns_from_pseudo_labels(home):
+  """They begin half-way: the last four of eight steps differ from a run that never has them."""
+  histories = []
+  for i, start in enumerate((0.5, 1.0)):
+    config = make_config(home, "runlocal,transductive", **{"self_training.start": start})
+    config.unlock()
+    config.log_every = 1
+    train.train(config, home / f"transductive{i}", datasets.load(config))
+    histories.append(read_history(home / f"transductive{i}/metrics.jsonl")["train/loss"])
+  with_labels, without = np.array(histories)[..., 1]
+  np.testing.assert_array_equal(with_labels[:4], without[:4])
+  assert (with_labels[4:] != without[4:]).all()
+  config = make_config(home, "runlocal,transductive", **{"self_training.pixels": "all"})
+  with pytest.raises(InputError, match='must be "unseen" or "unlabelled", got \'all\''):
+    train.train(config, home / "transductive2", datasets.load(config))
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
@@ -143,7 +187,7 @@ def test_the_tower_is_bitwise_unchanged(home, preset):
   experiment = Experiment(config, home / "frozen")
   before = jax.tree.map(np.array, experiment.params)
   data = datasets.load(config)
-  text = experiment.text([data.names[i] for i in data.seen])
+  text = experiment.text([data.names[i] for i in data.trained])
   state = experiment.initial_state(text)
   prompts = jax.tree.map(np.array, state.prompts)
   step = compile_train_step(
@@ -172,7 +216,7 @@ def test_another_run_in_the_workdir_is_refused(home, finished):
 def test_evaluating_an_empty_workdir_is_refused(home):
   config = make_config(home)
   with pytest.raises(InputError, match=r"no checkpoints .* train first"):
-    evaluate.run(config, home / "nothing", datasets.load(config))
+    evaluate.run(config, home / "nothing", datasets.load_evaluations(config))
 
 
 def test_predict_any_image_and_words(home, finished, tmp_path):

@@ -194,7 +194,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     raise OSError("disk full")
 
   with pytest.raises(OSError, match="disk full"):
-    visualize._write(path, fail)
+    visualize.write(path, fail)
   assert path.read_bytes() == b"old"
   assert list(tmp_path.iterdir()) == [path]
 
@@ -266,43 +266,6 @@ def test_moving_mean_keeps_constants_and_ends():
   np.testing.assert_allclose(smooth[:196], line[:196])
   noise = np.random.default_rng(0).normal(size=1000)
   assert visualize._moving_mean(noise).std() < 0.3
-
-
-def test_compare_curves_average_over_common_steps(tmp_path, drawn):
-  runs = {
-    "low": [[(10, 0.1), (20, 0.2)]],
-    "a method whose name goes on and on, far beyond one line": [
-      [(10, 0.3), (20, 0.5), (30, 0.9)],
-      [(20, 0.7), (10, 0.5)],
-    ],
-  }
-  visualize.compare_curves(tmp_path / "k.png", runs, "eval/hiou", title="t")
-  figure, (ax,) = drawn[0]
-  assert ax.get_ylabel() == "hIoU (%)"
-  np.testing.assert_array_equal(ax.lines[0].get_xdata(), [10, 20])
-  np.testing.assert_allclose(ax.lines[0].get_ydata(), [40, 60])
-  texts = [t.get_text() for t in ax.get_legend().get_texts()]
-  assert texts[0].endswith("60.0 ± 14.1, 2 seeds")
-  assert texts[1] == "low\n20.0, 1 seed"
-  assert len(ax.collections) == 1
-  assert_nothing_overlaps(figure)
-
-
-@pytest.mark.parametrize("count", [1, 10, 24])
-def test_legends_of_many_lines_stay_inside(tmp_path, drawn, count):
-  points = [(1, 0.1), (2, 0.2)]
-  names = [f"method {i}" for i in range(count)]
-  visualize.compare_curves(tmp_path / "k.png", {n: [points, points] for n in names}, "hiou")
-  visualize.curves(tmp_path / "c.png", {f"train/{n}": points for n in names})
-  for figure, _ in drawn:
-    assert_nothing_overlaps(figure)
-
-
-def test_compare_curves_need_a_common_step(tmp_path):
-  with pytest.raises(ValueError, match="'a': expected seeds with a step in common"):
-    visualize.compare_curves(tmp_path / "k.png", {"a": [[(1, 0.1)], [(2, 0.1)]]}, "hiou")
-  with pytest.raises(ValueError, match="at least one method"):
-    visualize.compare_curves(tmp_path / "k.png", {}, "hiou")
 
 
 def test_import_is_light():

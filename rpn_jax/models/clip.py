@@ -81,16 +81,7 @@ def resize_grid(grid_hxwxD: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def resize_positions(positions_NxD: jax.Array, height: int, width: int) -> jax.Array:
-  """Position embeddings for another patch grid: the class row stays, the grid is resized.
-
-  Args:
-    positions_NxD: class row, then a square grid of rows.
-    height: patch rows wanted.
-    width: patch columns wanted.
-
-  Returns:
-    (1 + height * width, D).
-  """
+  """(1 + height * width, D): the class row, then the square grid of rows resized."""
   side = round((positions_NxD.shape[0] - 1) ** 0.5)
   grid = rearrange(positions_NxD[1:], "(h w) d -> h w d", h=side)
   grid = rearrange(resize_grid(grid, height, width), "h w d -> (h w) d")
@@ -105,14 +96,18 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxNxD, kind: str = "qk", causal: bool = False):
-    """`kind` is "qk" (softmax of queries and keys) or "value" (each token keeps its own value)."""
+    """`kind` names the softmax maps that are summed over the values: "qk", "qq" or "qq_kk"; with
+    "value" each token keeps its own, and "key" returns the keys (B, N, D) themselves."""
     width = x_BxNxD.shape[-1]
     qkv = nn.Dense(3 * width, dtype=self.dtype, name="in_proj")(x_BxNxD)
     q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
-    if kind == "qk":
-      v = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
-    elif kind != "value":
-      raise ValueError(f'attention kind must be "qk" or "value", got {kind!r}')
+    maps = {"qk": [(q, k)], "qq": [(q, q)], "qq_kk": [(q, q), (k, k)], "value": [], "key": []}
+    if kind not in maps:
+      raise ValueError(f"attention kind must be one of {sorted(maps)}, got {kind!r}")
+    if kind == "key":
+      return rearrange(k, "b n h d -> b n (h d)")
+    if maps[kind]:
+      v = sum(jax.nn.dot_product_attention(a, b, v, is_causal=causal) for a, b in maps[kind])
     return nn.Dense(width, dtype=self.dtype, name="out_proj")(rearrange(v, "b n h d -> b n (h d)"))
 
 
@@ -136,10 +131,14 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x_BxNxD, attention: str = "qk", causal: bool = False):
+  def __call__(self, x_BxNxD, attention: str = "qk", causal: bool = False, residual: bool = True):
+    """Without `residual` only what the attention returns: no residual connection, no MLP."""
     x = x_BxNxD
     attend = Attention(self.heads, self.dtype, name="attn")
-    x = x + attend(layer_norm("ln_1")(x), attention, causal).astype(x.dtype)
+    attended = attend(layer_norm("ln_1")(x), attention, causal).astype(x.dtype)
+    if not residual:
+      return attended
+    x = x + attended
     mlp = MLP(self.activation, self.dtype, name="mlp")
     return x + mlp(layer_norm("ln_2")(x)).astype(x.dtype)
 
@@ -169,10 +168,8 @@ class VisionTransformer(nn.Module):
       "position_embedding", init, (1 + c.grid**2, c.vision_width)
     )
     self.ln_pre = layer_norm()
-    block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
-    self.block = [
-      block(c.vision_heads, c.activation, self.dtype) for _ in range(c.vision_layers)
-    ]
+    block = nn.remat(Block, static_argnums=(2, 3, 4)) if self.remat else Block
+    self.block = [block(c.vision_heads, c.activation, self.dtype) for _ in range(c.vision_layers)]
     self.ln_post = layer_norm()
     self.proj = self.param("proj", init, (c.vision_width, c.embed_dim))
 
@@ -186,14 +183,12 @@ class VisionTransformer(nn.Module):
     batch, h, w, _ = patches.shape
     patches = rearrange(patches, "b h w d -> b (h w) d").astype(jnp.float32)
     positions = resize_positions(self.position_embedding, h, w)
-    cls = jnp.broadcast_to(
-      class_embedding_copies * self.class_embedding, (batch, 1, patches.shape[-1])
-    )
+    cls = jnp.tile(class_embedding_copies * self.class_embedding, (batch, 1, 1))
     x = jnp.concatenate([cls, patches], axis=1) + positions
     return self.ln_pre(x).astype(self.dtype), (h, w)
 
-  def run_block(self, i: int, x_BxNxD, attention: str = "qk"):
-    return self.block[i](x_BxNxD, attention, False)
+  def run_block(self, i: int, x_BxNxD, attention: str = "qk", residual: bool = True):
+    return self.block[i](x_BxNxD, attention, False, residual)
 
   def project(self, x_BxNxD):
     """`ln_post`, then the projection into the joint space: (..., D) -> (..., E) float32."""

@@ -64,6 +64,20 @@ def torch_dense(features: int, fan_in: int, dtype, kernel_init=None) -> Dense:
   return Dense(features, dtype=dtype, kernel_init=kernel_init or bound, bias_init=bound)
 
 
+def example_keys(key: jax.Array, first_example, batch: int) -> jax.Array:
+  """One key per example, from its position in the global batch: (B,) keys.
+
+  A batch split over devices draws the same numbers as the whole batch on one.
+  """
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, first_example + jnp.arange(batch))
+
+
+def dropout(x_BxPxD: jax.Array, rate: float, keys_B: jax.Array) -> jax.Array:
+  """Zeroes numbers with probability `rate` and scales the others by 1 / (1 - rate)."""
+  kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BxPxD.shape[1:]))(keys_B)
+  return jnp.where(kept, x_BxPxD / (1 - rate), 0)
+
+
 def count(tree) -> int:
   """Number of scalars in a tree of arrays or shapes."""
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

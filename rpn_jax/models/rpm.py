@@ -52,7 +52,8 @@ class M2oE(nn.Module):
   top_k: int = 2
 
   @nn.compact
-  def __call__(self, patches_BxNxD: jax.Array, grid: tuple[int, int], train: bool) -> jax.Array:
+  def __call__(self, patches_BxNxD, grid: tuple[int, int], first_example=None) -> jax.Array:
+    """`first_example` is the position of row 0 in the global batch; None switches noise off."""
     h, w = grid
     width = patches_BxNxD.shape[-1]
     patches = patches_BxNxD.astype(jnp.float32)
@@ -66,8 +67,9 @@ class M2oE(nn.Module):
     )
     mean_BxR = x.mean((0, 1))
     scores_BxJ = mean_BxR @ gate
-    if train:
-      noise = jax.random.normal(self.make_rng("gate"), scores_BxJ.shape)
+    if first_example is not None:
+      keys = prompts.example_keys(self.make_rng("gate"), first_example, len(scores_BxJ))
+      noise = jax.vmap(lambda key: jax.random.normal(key, (self.experts,)))(keys)
       scores_BxJ += noise * jax.nn.softplus(mean_BxR @ gate_noise)
     gates_BxJ = top_k_gates(scores_BxJ, self.top_k)
     mixed = 0.0

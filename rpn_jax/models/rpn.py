@@ -96,29 +96,32 @@ class RPN(nn.Module):
       self.prompt_proj = prompts.torch_dense(
         width, width, self.dtype, nn.initializers.normal((2 / width) ** 0.5)
       )
-      # Per image and per prompt kind, so that deep and relationship prompts drop independently.
-      self.prompt_drop = nn.Dropout(c.prompt_dropout)
 
-  def __call__(self, image_BxHxWx3, text_CxE, train: bool = False) -> jax.Array:
+  def __call__(
+    self, image_BxHxWx3, text_CxE, train: bool = False, first_example=0
+  ) -> jax.Array:
     """Class logits on the patch grid: (B, h, w, C) float32, before any sigmoid.
 
     Args:
       image_BxHxWx3: normalised images; sides are multiples of the patch size.
       text_CxE: unit-length text embeddings, one per class to be prompted and scored.
       train: dropout (rng `dropout`) and gate noise (rng `gate`) on.
+      first_example: position of the first image in the global batch; the noise of an image
+        depends on its position there, not on how the batch is split over devices.
     """
+    first_example = first_example if train else None
     x, grid = self.visual.embed(image_BxHxWx3, self.config.class_embedding_copies)
     self.sow("intermediates", "embed", x)
     layers = self.clip.vision_layers
     relationship = None
     for i in range(layers):
-      x = self.prompted_block(i, x, relationship, train)
+      x = self.prompted_block(i, x, relationship, first_example)
       patches, cls = self.read_out(x)
       self.sow("intermediates", "patches", patches)
       self.sow("intermediates", "cls", cls)
       if self.uses_rpm and i < layers - 1:
         if self.config.m2oe:
-          mixed = self.m2oe[i](x[:, 1:], grid, train)
+          mixed = self.m2oe[i](x[:, 1:], grid, first_example)
           patches = self.read_out(mixed, class_token=False)
         m = rpm.itp(patches, cls, text_CxE)
         relationship = rpm.apg(m, self.h_of(i, grid))
@@ -131,7 +134,7 @@ class RPN(nn.Module):
   def uses_rpm(self) -> bool:
     return self.config.prompt_tower and self.config.relationship_prompts
 
-  def prompted_block(self, i, x_BxNxD, relationship_BxCxD, train):
+  def prompted_block(self, i, x_BxNxD, relationship_BxCxD, first_example):
     """Block i on [CLS, deep prompts, relationship prompts, patches]; prompt outputs dropped."""
     batch = x_BxNxD.shape[0]
     extra = []
@@ -140,7 +143,12 @@ class RPN(nn.Module):
       extra.append(jnp.broadcast_to(deep, (batch, *deep.shape)))
     if relationship_BxCxD is not None:
       extra.append(self.prompt_proj(relationship_BxCxD))
-    extra = [self.prompt_drop(e, deterministic=not train).astype(x_BxNxD.dtype) for e in extra]
+    rate = self.config.prompt_dropout
+    if first_example is not None and rate:
+      # A key for each kind: deep and relationship prompts drop independently.
+      keys = [prompts.example_keys(self.make_rng("dropout"), first_example, batch) for _ in extra]
+      extra = [prompts.dropout(e, rate, k) for e, k in zip(extra, keys)]
+    extra = [e.astype(x_BxNxD.dtype) for e in extra]
     count = sum(e.shape[1] for e in extra)
     x = jnp.concatenate([x_BxNxD[:, :1], *extra, x_BxNxD[:, 1:]], axis=1)
     x = self.visual.run_block(i, x)

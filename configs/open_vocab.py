@@ -1,0 +1,34 @@
+"""RPN for the open vocabulary: trained on all of COCO-Stuff, evaluated on other sets.
+
+    python main.py --config=configs/open_vocab.py --workdir=runs/open_vocab
+
+Prepare the data first: python -m data_pipelines.prepare coco_stuff --manual_dir=RAW --data_dir=data
+(docs/data.md), and CLIP: python -m rpn_jax.convert ViT-B-16.pt weights/ViT-B-16.safetensors.
+Arguments: preset=paper|released,
+backbone=b16|l14, runlocal.
+
+Meant for one accelerator with 80 GB or several that share the batch.
+Published mIoU in %, A-847 / PC-459 / A-150 / PC-59 / PAS-20 (which of the two averages is not
+said; both are reported here):
+  ViT-B/16      11.4 / 17.3 / 31.5 / 57.1 / 95.2
+  ViT-L/14      14.9 / 22.1 / 36.4 / 61.9 / 96.6
+Not measured here: neither the weights nor the data set could be had.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+  c = common.benchmark(
+    arg,
+    "coco_stuff171",
+    steps=80_000,
+    deep_tokens=100,
+    templates="zegclip15",
+    settings=("supervised",),
+  )
+  # With --mode=eval all of these are evaluated; every one has to be prepared.
+  c.eval.sets = ("ade847", "context459", "ade150", "context59", "voc20", "voc20b", "voc21")
+  return c.lock()

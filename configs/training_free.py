@@ -1,0 +1,56 @@
+"""Segmentation and classification with CLIP as it is: nothing is trained.
+
+    python main.py --config=configs/training_free.py:method=clearclip --workdir=runs/clearclip \\
+      --mode=eval
+    ... --mode=predict --image=FILE_OR_FOLDER --classes="red circle, sand"
+    ... --mode=classify --image=FILE_OR_FOLDER --classes="red circle, sand"
+
+Arguments behind the colon:
+
+    method=maskclip|vanilla|sclip|clearclip   how the last block is read (docs/method.md)
+    denoise, smooth            MaskCLIP's prompt denoising at 0.5, and its key smoothing
+    data=shapes|voc20|voc20b|voc21|context59|context60|context459|coco_stuff171|ade150|ade847|folder
+                               (folder: with --config.data.variant=NAME)
+    backbone=b16|l14           for all data but the embedded world of shapes
+    runlocal                   a few images
+
+Real data sets are prepared as docs/data.md says and evaluated by SCLIP's protocol: short side 336,
+windows of 224 pixels every 112, 80 sentences a class. `--config.eval.crop`, `--config.eval.stride`,
+`--config.data.short_side` and `--config.templates` lead to the other ones.
+"""
+
+import ml_collections
+
+from configs import common, shapes
+
+DATA = (
+  "shapes", "voc20", "voc20b", "voc21", "context59", "context60", "context459", "coco_stuff171",
+  "ade150", "ade847", "folder",
+)  # fmt: skip
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+  args = common.parse_arg(
+    arg,
+    method=("maskclip", "vanilla", "sclip", "clearclip"),
+    denoise=False,
+    smooth=False,
+    data=DATA,
+    backbone=tuple(common.BACKBONES),
+    runlocal=False,
+  )
+  if args.data == "shapes":
+    c = shapes.get_config("training_free,runlocal" if args.runlocal else "training_free")
+  else:
+    weights, patch, _, _ = common.BACKBONES[args.backbone]
+    # Both towers were trained at 224 pixels, where no position embedding has to be resized.
+    c = common.segmentation("paper", args.data, crop=224, patch=patch, deep_tokens=0)
+    c.clip, c.method = weights, "training_free"
+    c.templates = "imagenet80"
+    c.data.setting = "supervised"  # every class is scored alike
+    c.data.short_side, c.eval.stride = 336, 112
+    c.data.eval_images = 4 if args.runlocal else 0
+  c.dense.method = args.method
+  c.dense.denoise = 0.5 if args.denoise else 0.0
+  c.dense.key_smoothing = args.smooth
+  return c.lock()
