@@ -10,7 +10,7 @@ demo: $(VENV)/.run
 	$(RUN) main.py --config=configs/shapes.py --workdir=runs/shapes
 
 test: $(VENV)/.dev lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadscope
 
 test-slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow

@@ -13,6 +13,7 @@ config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/shapes
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures")
 flags.DEFINE_enum("mode", "train", ("train", "eval", "predict", "classify"), "What to do")
 flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
+flags.DEFINE_list("distributed", [], "HOST:PORT,PROCESSES,PROCESS; pods and Slurm need none")
 flags.DEFINE_string("classes", None, 'predict, classify: class names, e.g. "red circle, sand"')
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -41,24 +42,21 @@ def parse_flags(argv):
 
 def run() -> None:
   """Joins data and model. Imports are here so that --help and mistyped flags answer at once."""
-  import jax
-
   from data_pipelines import clip_images, datasets
-  from rpn_jax import classify, evaluate, predict, pretrain, train
+  from rpn_jax import classify, evaluate, parallel, predict, pretrain, train
 
-  # Programs compiled by an earlier run are reused.
-  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache/rpn_jax/xla"))
   config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
-  if config.task == "pretrain":
-    pretrain.pretrain(config, workdir, **datasets.captions(config))
-  elif FLAGS.mode == "train":
-    train.train(config, workdir, datasets.load(config))
-  elif FLAGS.mode == "eval":
-    evaluate.run(config, workdir, datasets.load_evaluations(config))
-  elif FLAGS.mode == "predict":
-    predict.predict(config, workdir, FLAGS.image, FLAGS.classes, datasets.image_loader(config))
-  else:
-    classify.classify(config, workdir, FLAGS.image, FLAGS.classes, clip_images.load)
+  with parallel.session(FLAGS.distributed, config.get("matmul_precision", "default")):
+    if config.task == "pretrain":
+      pretrain.pretrain(config, workdir, **datasets.captions(config))
+    elif FLAGS.mode == "train":
+      train.train(config, workdir, datasets.load(config, parallel.process()))
+    elif FLAGS.mode == "eval":
+      evaluate.run(config, workdir, datasets.load_evaluations(config))
+    elif FLAGS.mode == "predict":
+      predict.predict(config, workdir, FLAGS.image, FLAGS.classes, datasets.image_loader(config))
+    else:
+      classify.classify(config, workdir, FLAGS.image, FLAGS.classes, clip_images.load)
 
 
 def main(argv) -> None:

@@ -18,7 +18,7 @@ import time
 import cv2
 import numpy as np
 import PIL
-from absl import app, flags
+from absl import app, flags, logging
 from PIL import Image
 
 from data_pipelines import pipeline, prepare, transforms, vocabularies
@@ -142,6 +142,7 @@ def libraries(source) -> list[list]:
 
 def main(argv) -> None:
   del argv
+  logging.set_verbosity(logging.WARNING)
   cv2.setNumThreads(1)  # the pipeline's parallelism is over images
   with tempfile.TemporaryDirectory() as folder:
     raw, data_dir = pathlib.Path(folder, "raw"), pathlib.Path(folder, "data")

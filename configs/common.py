@@ -111,7 +111,12 @@ def segmentation(
   c.synonyms = "mean"  # of names like "sea, ocean": first, mean, max or joined
   c.method = "rpn"  # "rpn", or "training_free": CLIP as it is
   c.dtype = "float32"  # compute type of the tower: float32 or bfloat16; prompts stay float32
-  c.remat = False  # recompute blocks in the backward pass: less memory, more time
+  # What blocks recompute in the backward pass, for less memory and more time: "none", "dots" (all
+  # but matrix products) or "full".
+  c.remat = "none"
+  c.matmul_precision = "default"  # of float32 matrix products: default, high or highest
+  c.parallel = "shard_map"  # how the step is spread over devices: "shard_map" (jit) or "pmap"
+  c.shard_state = False  # spread prompts and optimizer state over the devices, for less memory
   c.model = model(preset, deep_tokens=deep_tokens, h_grid=(crop // patch, crop // patch))
 
   c.dense = ml_collections.ConfigDict()  # of method "training_free"

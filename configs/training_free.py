@@ -9,9 +9,9 @@ Arguments behind the colon:
 
     method=maskclip|vanilla|sclip|clearclip   how the last block is read (docs/method.md)
     denoise, smooth            MaskCLIP's prompt denoising at 0.5, and its key smoothing
-    data=shapes|voc20|voc20b|voc21|context59|context60|context459|coco_stuff171|ade150|ade847|folder
-                               (folder: with --config.data.variant=NAME)
-    backbone=b16|l14           for all data but the embedded world of shapes
+    data=shapes|crowds|voc20|voc20b|voc21|context59|context60|context459|coco_stuff171|
+         ade150|ade847|folder  (folder: with --config.data.variant=NAME)
+    backbone=b16|l14           for all data but the embedded worlds, shapes and crowds
     runlocal                   a few images
 
 Real data sets are prepared as docs/data.md says and evaluated by SCLIP's protocol: short side 336,
@@ -24,8 +24,8 @@ import ml_collections
 from configs import common, shapes
 
 DATA = (
-  "shapes", "voc20", "voc20b", "voc21", "context59", "context60", "context459", "coco_stuff171",
-  "ade150", "ade847", "folder",
+  "shapes", "crowds", "voc20", "voc20b", "voc21", "context59", "context60", "context459",
+  "coco_stuff171", "ade150", "ade847", "folder",
 )  # fmt: skip
 
 
@@ -39,8 +39,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     backbone=tuple(common.BACKBONES),
     runlocal=False,
   )
-  if args.data == "shapes":
-    c = shapes.get_config("training_free,runlocal" if args.runlocal else "training_free")
+  if args.data in ("shapes", "crowds"):
+    setting = "zero_shot" if args.data == "shapes" else "supervised"
+    words = f"training_free,{setting}" + (",runlocal" if args.runlocal else "")
+    c = shapes.get_config(words).unlock()
+    c.data.name = args.data
   else:
     weights, patch, _, _ = common.BACKBONES[args.backbone]
     # Both towers were trained at 224 pixels, where no position embedding has to be resized.

@@ -70,14 +70,19 @@ class SegmentationData:
   eval_examples: Callable[[], pipeline.EvalExamples]
 
 
-def load(config) -> SegmentationData:
+def load(config, process: tuple[int, int] = (0, 1)) -> SegmentationData:
   """Opens the data set of `config.data`; the embedded world is prepared if it is not there.
+
+  Args:
+    config: of the run.
+    process: the number of this process and how many there are: it gets its rows of every training
+      batch. Evaluation examples are shared out by who evaluates.
 
   Raises:
     DataError: an unknown name or setting, bad data, or a set that is not prepared.
   """
   _known("config.data.setting", config.data.setting, SETTINGS)
-  return _open(config, config.data.name, config.data.setting)
+  return _open(config, config.data.name, config.data.setting, process)
 
 
 def load_evaluations(config) -> list[SegmentationData]:
@@ -90,7 +95,7 @@ def load_evaluations(config) -> list[SegmentationData]:
   return [_open(config, name, "supervised") for name in config.eval.sets]
 
 
-def _open(config, name: str, setting: str) -> SegmentationData:
+def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
   c = config.data
   _known("data set", name, tuple(SETS))
   vocabulary = _vocabulary(c, name)
@@ -133,6 +138,7 @@ def _open(config, name: str, setting: str) -> SegmentationData:
       batch_size=c.batch_size,
       seed=config.seed,
       start_step=start_step,
+      shard=process,
       num_threads=c.threads,
       workers=c.workers,
     )

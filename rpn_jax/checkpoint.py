@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -12,7 +13,9 @@ from rpn_jax.step import TrainState
 
 # Config fields that may differ between a run and its continuation: they change neither what is
 # trained nor in which order.
-FREE_FIELDS = ("log_every", "eval_every", "data_dir", "workers", "threads")
+FREE_FIELDS = (
+  "log_every", "eval_every", "data_dir", "workers", "threads", "parallel", "shard_state", "remat"
+)  # fmt: skip
 # Nor do these, although they change scores: a trained run may be evaluated in many ways.
 EVALUATION_FIELDS = ("eval", "short_side", "eval_images")
 
@@ -81,7 +84,10 @@ class Checkpoints:
     return self.manager.latest_step()
 
   def save(self, state: TrainState, metrics: dict, meta: dict) -> None:
-    """Saves in the background. `metrics` must hold the ranking metric."""
+    """Saves a state of numpy arrays in the background; every process must call it.
+
+    `metrics` must hold the ranking metric.
+    """
     step = int(state.step)
     self.manager.save(
       step,
@@ -103,19 +109,16 @@ class Checkpoints:
     return meta
 
   def restore(self, step: int, like: TrainState) -> TrainState:
-    """The state at `step`, with the shapes, types and places of `like`."""
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-    )
+    """The state at `step` as numpy, with the shapes and types of `like`."""
+    like = jax.device_get(like)
     items = self.manager.restore(
       step,
       args=ocp.args.Composite(
-        prompts=ocp.args.StandardRestore(abstract.prompts),
-        opt_state=ocp.args.StandardRestore(abstract.opt_state),
+        prompts=ocp.args.StandardRestore(like.prompts),
+        opt_state=ocp.args.StandardRestore(like.opt_state),
       ),
     )
-    done = jax.device_put(jax.numpy.int32(step), like.step.sharding)
-    return TrainState(done, items["prompts"], items["opt_state"])
+    return TrainState(np.int32(step), items["prompts"], items["opt_state"])
 
   def restore_prompts(self, step: int, like: dict) -> dict:
     """Only the prompts, for evaluation and prediction."""

@@ -40,14 +40,14 @@ class Evaluation:
   Attributes:
     scores: of `metrics.scores`, with `per_class` {name: IoU} for the list of IoUs.
     names: of the C scored classes.
-    unseen: class ids.
+    untrained: class ids, of the unseen ones.
     confusion_CxC: pixels, rows truth, columns prediction.
     kept: the first examples, each with its `prediction`, for pictures.
   """
 
   scores: dict
   names: tuple[str, ...]
-  unseen: tuple[int, ...]
+  untrained: tuple[int, ...]
   confusion_CxC: np.ndarray
   kept: list[dict]
 
@@ -102,8 +102,8 @@ def evaluate(
   Args:
     segmenter: images -> ids of the names in `data`.
     examples: sequence (with slices) of {image: (h, w, 3) float32, label: (H, W) int, id: str}.
-    data: `names` that are prompted, the `scored_as` class of each (None: its own), ids of `seen`
-      and `unseen` names, and `ignore`, the label of pixels without a class.
+    data: `names` that are prompted, the `scored_as` class of each (None: its own), ids of `seen`,
+      `unseen` and `trained` names, and `ignore`, the label of pixels without a class.
     keep: how many examples to return with their `prediction`, for pictures.
     partial: where to continue from and what to write on the way.
 
@@ -141,7 +141,8 @@ def evaluate(
   seen, unseen = (sorted({int(scored_as[i]) for i in ids}) for ids in (data.seen, data.unseen))
   scores = metrics.scores(confusion, seen, unseen)
   scores["per_class"] = dict(zip(names, scores.pop("iou")))
-  return Evaluation(scores, names, tuple(unseen), confusion, kept)
+  untrained = tuple(i for i in unseen if i not in scored_as[list(data.trained)])
+  return Evaluation(scores, names, untrained, confusion, kept)
 
 
 def segmented(segmenter: SlidingWindow, examples):
@@ -189,13 +190,13 @@ def pictures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: str 
     [e["label"] for e in kept],
     [e["prediction"] for e in kept],
     evaluation.names,
-    unseen=evaluation.unseen,
+    unseen=evaluation.untrained,
   )
   visualize.confusion(
     workdir / f"confusion{suffix}.png",
     evaluation.confusion_CxC,
     evaluation.names,
-    unseen=evaluation.unseen,
+    unseen=evaluation.untrained,
   )
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rpn_jax import checkpoint, convert, optim
 from rpn_jax.errors import InputError
 from rpn_jax.logging import write_json
+from rpn_jax.models.clip import REMAT_POLICIES
 from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.models.training_free import DenseCLIP
 from rpn_jax.parallel import data_mesh, put_batch
@@ -65,6 +66,10 @@ class Experiment:
     if config.method == "training_free":
       self.model = DenseCLIP(self.clip_config, **config.dense, dtype=jnp.dtype(config.dtype))
     else:
+      if config.remat not in ("none", *REMAT_POLICIES):
+        raise InputError(
+          f'config.remat must be "none", "dots" or "full", got {config.remat!r}'
+        )
       fields = RPNConfig(**config.model)
       self.model = RPN(self.clip_config, fields, jnp.dtype(config.dtype), config.remat)
     self.identity = checkpoint.identity(config, convert.fingerprint(self.clip))

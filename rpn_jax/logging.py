@@ -21,6 +21,15 @@ from rpn_jax.errors import InputError
 LINE_EVERY = 10.0
 RESERVED = ("step", "time")
 
+_silent = False
+
+
+def silence() -> None:
+  """Ends all print and progress of this process, such as one whose fellow reports; not errors."""
+  global _silent
+  _silent = True
+  sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+
 
 class MetricWriter:
   """Metrics of a run, as TensorBoard events and as `metrics.jsonl`.
@@ -176,7 +185,7 @@ class Progress:
     self._done = self._lined_done = 0
     self._lined_at = time.monotonic()
     isatty = getattr(self._stream, "isatty", None)
-    if isatty is not None and isatty():
+    if isatty is not None and isatty() and not _silent:
       from tqdm import tqdm
 
       # Some job runners' terminals report a size of 0 by 0, where tqdm would draw nothing.
@@ -200,7 +209,7 @@ class Progress:
       self._bar.update(count)
       return
     now = time.monotonic()
-    if now - self._lined_at >= LINE_EVERY:
+    if now - self._lined_at >= LINE_EVERY and not _silent:
       self._line(now)
 
   def set_postfix(self, **values) -> None:

@@ -1,7 +1,5 @@
 """One training step: pure, the same for one device and for many."""
 
-import functools
-
 import flax
 import jax
 import jax.numpy as jnp
@@ -38,7 +36,7 @@ def init_prompts(model: RPN, params, text_CxE, key, image_size: int) -> dict:
   return jax.jit(init)(params, text_CxE)
 
 
-def train_step(
+def gradients(
   state: TrainState,
   params: dict,
   text_CxE: jax.Array,
@@ -46,55 +44,70 @@ def train_step(
   key: jax.Array,
   *,
   model: RPN,
-  optimizer: optax.GradientTransformation,
   loss_fn,
   relabel=None,
-) -> tuple[TrainState, dict[str, Term | jax.Array]]:
-  """One update of the prompts.
+  axis: str | None = None,
+) -> tuple[dict, dict[str, Term]]:
+  """Gradients of the prompts and the loss terms, summed over devices.
 
   Args:
     state: before the step.
     params: the frozen tower, read only.
     text_CxE: embeddings of the classes trained on; labels index its rows.
-    batch: `image` (B, H, W, 3) float32 normalised, `label` (B, H, W) int32.
-    key: of the run; dropout and gate noise of a step depend on it and on the step number.
+    batch: `image` (B, H, W, 3) float32 normalised, `label` (B, H, W) int32; this device's part.
+    key: of the run. Dropout and gate noise of an image depend on it, on the step number and on the
+      image's position in the global batch, so that any number of devices draws the same.
     model: the network.
-    optimizer: of `state.opt_state`.
     loss_fn: (logits, label) -> {name: Term}.
     relabel: (logits, label, step) -> label, for self-training; None takes the labels as given.
-
-  Returns:
-    The state after the step, and the loss terms with `loss` (their sum) and `grad_norm`.
+    axis: name of the mapped device axis; None on a single device.
   """
+  rows = batch["image"].shape[0]
+  first_example = 0 if axis is None else jax.lax.axis_index(axis) * rows
+  over_devices = lambda x: x if axis is None else jax.lax.psum(x, axis)
   dropout, gate = jax.random.split(jax.random.fold_in(key, state.step))
 
   def loss(prompts):
-    variables = {"params": params, "prompts": prompts}
-    rngs = {"dropout": dropout, "gate": gate}
-    logits = model.apply(variables, batch["image"], text_CxE, train=True, rngs=rngs)
+    logits = model.apply(
+      {"params": params, "prompts": prompts},
+      batch["image"],
+      text_CxE,
+      train=True,
+      first_example=first_example,
+      rngs={"dropout": dropout, "gate": gate},
+    )
     label = batch["label"]
     if relabel is not None:
       label = relabel(logits, label, state.step)
     terms = loss_fn(logits, label)
+    # Devices have different numbers of masks: the mean is over all of them, not a mean of means.
+    normalizers = over_devices({name: term.normalizer for name, term in terms.items()})
+    terms = {name: Term(term.total, normalizers[name]) for name, term in terms.items()}
     return sum(term.value for term in terms.values()), terms
 
-  (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.prompts)
+  (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.prompts)
+  if axis is not None:
+    # One vector, one all-reduce: XLA does not join them on every backend.
+    totals = {name: term.total for name, term in terms.items()}
+    vector, restore = jax.flatten_util.ravel_pytree((grads, totals))
+    grads, totals = restore(over_devices(vector))
+    terms = {name: Term(totals[name], term.normalizer) for name, term in terms.items()}
+  return grads, terms
+
+
+def update(
+  state: TrainState, grads: dict, terms: dict[str, Term], optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The state after the step, and its loss terms, their sum and the gradients' norm."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.prompts)
   state = TrainState(state.step + 1, optax.apply_updates(state.prompts, updates), opt_state)
-  return state, {**terms, "loss": total, "grad_norm": optax.tree.norm(grads)}
+  values = {name: term.value for name, term in terms.items()}
+  return state, {**values, "loss": sum(values.values()), "grad_norm": optax.tree.norm(grads)}
 
 
-def compile_train_step(mesh: jax.sharding.Mesh, **static):
-  """`train_step` jitted over a mesh: the batch split along `data`, everything else replicated.
-
-  The state is donated; keep no reference to the one passed in.
-  """
-  spec = jax.sharding.PartitionSpec
-  whole = jax.sharding.NamedSharding(mesh, spec())
-  split = jax.sharding.NamedSharding(mesh, spec("data"))
-  return jax.jit(
-    functools.partial(train_step, **static),
-    in_shardings=(whole, whole, whole, split, whole),
-    out_shardings=(whole, whole),
-    donate_argnums=0,
-  )
+def train_step(
+  state: TrainState, params, text_CxE, batch, key, *, optimizer, **settings
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update of the prompts; see `gradients` for the arguments and `update` for the result."""
+  grads, terms = gradients(state, params, text_CxE, batch, key, **settings)
+  return update(state, grads, terms, optimizer)

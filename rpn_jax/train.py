@@ -6,18 +6,19 @@ import time
 
 import jax
 
-from rpn_jax import evaluate, optim, self_training, visualize
+from rpn_jax import evaluate, optim, parallel, self_training, visualize
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import RANKING, Experiment
 from rpn_jax.logging import MetricWriter, progress
 from rpn_jax.losses import LOSSES
 from rpn_jax.models.prompts import count
-from rpn_jax.parallel import check_batch_size, data_mesh, put_batch
-from rpn_jax.step import TrainState, compile_train_step
 
 
 def train(config, workdir, data) -> dict:
   """Trains the prompts of `config`, or continues the run found in the workdir.
+
+  With several processes all of them call this, with their own part of the data; the first one
+  writes the metrics and pictures.
 
   Args:
     config: locked; see `configs/shapes.py` for the fields.
@@ -30,31 +31,35 @@ def train(config, workdir, data) -> dict:
   experiment = Experiment(config, workdir)
   if not experiment.trainable:
     raise InputError(f"method {config.method!r} has nothing to train: use --mode=eval")
-  mesh = data_mesh()
-  check_batch_size(config.data.batch_size, mesh)
+  if config.parallel not in parallel.MODES:
+    raise InputError(
+      f"config.parallel must be one of {sorted(parallel.MODES)}, got {config.parallel!r}"
+    )
+  mesh = parallel.global_mesh()
+  parallel.check_batch_size(config.data.batch_size, mesh)
   experiment.claim_workdir()
 
   trained = [data.names[i] for i in data.trained]
   text_CxE = experiment.text(trained)
-  state = experiment.initial_state(text_CxE)
-  optimizer = experiment.optimizer(state.prompts)
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  state, params, text_CxE = jax.device_put((state, experiment.params, text_CxE), whole)
-  step_fn = compile_train_step(
+  state = jax.device_get(experiment.initial_state(text_CxE))
+  devices = parallel.MODES[config.parallel](
     mesh,
+    state,
+    experiment.optimizer(state.prompts),
+    shard_state=config.shard_state,
     model=experiment.model,
-    optimizer=optimizer,
     loss_fn=loss_of(config.loss),
     relabel=relabel_of(config, data),
   )
+  first = parallel.process()[0] == 0
 
-  def evaluation(state: TrainState):
+  def evaluation(state):
     segmenter = experiment.evaluator(state.prompts, data)
     result = evaluate.evaluate(segmenter, data.eval_examples(), data, keep=evaluate.PICTURES)
     return {"step": int(state.step), **result.scores}, result
 
   # Closed whatever happens: a save under way is finished before an error or Ctrl-C ends the run.
-  with contextlib.closing(experiment.checkpoints()) as checkpoints:
+  with contextlib.closing(experiment.checkpoints()) as checkpoints, parallel.plain_failures():
     start = checkpoints.latest_step() or 0
     best = shown = None
     if start:
@@ -64,33 +69,40 @@ def train(config, workdir, data) -> dict:
       f"{count(state.prompts):,} trained parameters beside {count(experiment.clip):,} frozen; "
       f"{len(trained)} of {len(data.names)} classes trained on {mesh.size} x "
       f"{mesh.devices[0].device_kind}"
+      + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
       + (f"; continuing at step {start} of {config.steps}" if start else ""),
       flush=True,
     )
-    writer = MetricWriter(experiment.workdir, resume_step=start)
+    writer = MetricWriter(experiment.workdir, resume_step=start) if first else None
     rates = optim.schedules(config.optimizer)
-    key = jax.random.key(config.seed + 1)
+    state = devices.place_state(state)
+    constants = (experiment.params, text_CxE, jax.random.key(config.seed + 1))
+    params, text_CxE, key = devices.place_constant(constants)
     batches = data.train_batches(start)
     steps = progress(range(start, config.steps), "train", "step")
     pending = None  # metrics of an earlier step: fetched late, so that the device never waits
     began = time.time()
     for step in steps:
-      state, metrics = step_fn(state, params, text_CxE, put_batch(next(batches), mesh), key)
+      batch = devices.place_batch(next(batches))
+      state, metrics = devices.step(state, params, text_CxE, batch, key)
       done = step + 1
       if pending:
-        log(writer, steps, rates, *pending)
+        log(writer, steps, rates, pending[0], devices.fetch_metrics(pending[1]))
       pending = (done, metrics) if done % config.log_every == 0 or done == config.steps else None
       if done % config.eval_every == 0 or done == config.steps:
-        last, shown = evaluation(state)
-        writer.write(done, {f"eval/{k}": v for k, v in scalars(last).items()})
+        fetched = devices.fetch_state(state)
+        last, shown = evaluation(fetched)
+        if first:
+          writer.write(done, {f"eval/{k}": v for k, v in scalars(last).items()})
         best = last if best is None or rank(last) >= rank(best) else best
-        checkpoints.save(state, {RANKING: rank(last)}, {"best": best})
+        checkpoints.save(fetched, {RANKING: rank(last)}, {"best": best})
     if pending:
-      log(writer, steps, rates, *pending)
+      log(writer, steps, rates, pending[0], devices.fetch_metrics(pending[1]))
     seconds = time.time() - began
   if shown is None:  # the run had already ended
-    last, shown = evaluation(state)
-  report(experiment, writer, shown, last, best, seconds)
+    last, shown = evaluation(devices.fetch_state(state))
+  if first:
+    report(experiment, writer, shown, last, best, seconds)
   return {"last": last, "best": best}
 
 
@@ -132,14 +144,14 @@ def scalars(metrics: dict) -> dict:
 
 
 def log(writer, steps, rates: dict, step: int, metrics: dict) -> None:
-  """Writes the metrics of one step; a loss that is not finite ends the run."""
-  values = {k: float(getattr(v, "value", v)) for k, v in metrics.items()}
+  """Writes the metrics of one step (in the first process); an infinite loss ends the run."""
   learning_rates = {f"{k}/learning_rate": float(rate(step - 1)) for k, rate in rates.items()}
-  writer.write(step, {f"train/{k}": v for k, v in values.items()} | learning_rates)
-  steps.set_postfix(loss=f"{values['loss']:.3f}")
-  if not values["loss"] < float("inf"):
+  if writer:
+    writer.write(step, {f"train/{k}": v for k, v in metrics.items()} | learning_rates)
+  steps.set_postfix(loss=f"{metrics['loss']:.3f}")
+  if not metrics["loss"] < float("inf"):
     raise InputError(
-      f"the loss is {values['loss']} at step {step}: lower config.optimizer.base_lr, or look at "
+      f"the loss is {metrics['loss']} at step {step}: lower config.optimizer.base_lr, or look at "
       "the labels; the newest checkpoint is from before"
     )
 

@@ -16,15 +16,11 @@ from PIL import Image
 
 from configs import shapes as shapes_config
 from data_pipelines import shapes
-from rpn_jax import checkpoint, convert, evaluate, metrics, published, visualize
+from rpn_jax import checkpoint, evaluate, metrics, published, visualize
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
-from rpn_jax.models.clip import CLIP, CLIPConfig
-
-TINY = CLIPConfig(
-  embed_dim=8, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2,
-  text_width=8, text_layers=1, text_heads=2,
-)  # fmt: skip
+from rpn_jax.models.clip import CLIPConfig
+from tests import tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +33,7 @@ class Data:
   seen: tuple[int, ...] = ()
   unseen: tuple[int, ...] = ()
   penalized: tuple[int, ...] = ()
+  trained: tuple[int, ...] = ()
   ignore: int = 255
   scored_as: tuple[int, ...] | None = None
 
@@ -93,10 +90,7 @@ def make_config(home, arg="runlocal", **changes):
 def home(tmp_path_factory):
   """A folder with the weights of a tiny random CLIP."""
   path = tmp_path_factory.mktemp("home")
-  params = jax.jit(CLIP(TINY).init)(
-    jax.random.key(0), np.zeros((1, 32, 32, 3)), np.zeros((1, 77), np.int32)
-  )["params"]
-  convert.save(path / "clip.safetensors", TINY, jax.device_get(params))
+  tiny.save(path / "clip.safetensors")
   return path
 
 
@@ -137,7 +131,7 @@ def test_names_for_the_background_are_one_class():
   ious = {"cat": 1 / 3, "dog": 1 / 3, "background": 1 / 2}
   assert result.scores["per_class"] == pytest.approx(ious)
   assert result.scores["miou_seen"] == pytest.approx((1 / 3 + 1 / 2) / 2)
-  assert result.scores["miou_unseen"] == pytest.approx(1 / 3) and result.unseen == (1,)
+  assert result.scores["miou_unseen"] == pytest.approx(1 / 3) and result.untrained == (1,)
   (kept,) = result.kept
   np.testing.assert_array_equal(kept["prediction"], [[0, 1, 2, 2]])
 
@@ -223,7 +217,7 @@ def test_published_rows():
   assert evaluate.published_cells({"miou": 11.4}) == ["-", "11.4", "11.4", "-", "-", "-"]
   # The three ways to score PASCAL with its background are never mixed.
   assert published.rows("open_vocabulary", "voc21", base) == {}
-  assert published.rows("zero_shot", "voc20", TINY) == {}
+  assert published.rows("zero_shot", "voc20", tiny.TINY) == {}
 
 
 def test_the_best_and_the_worst_classes_are_named():

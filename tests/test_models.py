@@ -159,9 +159,10 @@ def test_paper_preset_runs_at_other_sizes():
   assert out.shape == (1, 5, 8, 5)
 
 
-def test_recomputing_blocks_changes_nothing():
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_recomputing_blocks_changes_nothing(policy):
   model, params, tree, image, text = tiny()
-  again = RPN(model.clip, model.config, remat=True)
+  again = RPN(model.clip, model.config, remat=policy)
   loss = lambda m: lambda p: m.apply({"params": params, "prompts": p}, image, text).sum()
   plain, remat = (jax.jit(jax.grad(loss(m)))(tree) for m in (model, again))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)

@@ -450,7 +450,7 @@ def test_optimizer_and_schedule(golden):
     state, terms = step(state, golden.params, text, batch, jax.random.key(0))
     want = recorded["losses"][t]
     np.testing.assert_allclose(
-      [terms["loss_mask"].value, terms["loss_dice"].value], want, rtol=1e-4
+      [terms["loss_mask"], terms["loss_dice"]], want, rtol=1e-4
     )
     for name, rate in zip(names, rates[t]):
       if name in theirs:

@@ -11,28 +11,19 @@ from PIL import Image
 from configs import shapes as shapes_config
 from data_pipelines import datasets
 from data_pipelines.errors import DataError
-from rpn_jax import convert, evaluate, losses, predict, train
+from rpn_jax import evaluate, losses, predict, train
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
 from rpn_jax.logging import read_history
-from rpn_jax.models.clip import CLIP, CLIPConfig
-from rpn_jax.parallel import data_mesh
-from rpn_jax.step import compile_train_step
-
-TINY = CLIPConfig(
-  embed_dim=8, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2,
-  text_width=8, text_layers=1, text_heads=2,
-)  # fmt: skip
+from rpn_jax.parallel import ShardMap, data_mesh
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
   """A folder with the weights of a tiny random CLIP."""
   path = tmp_path_factory.mktemp("home")
-  params = jax.jit(CLIP(TINY).init)(
-    jax.random.key(0), np.zeros((1, 32, 32, 3)), np.zeros((1, 77), np.int32)
-  )["params"]
-  convert.save(path / "clip.safetensors", TINY, jax.device_get(params))
+  tiny.save(path / "clip.safetensors")
   return path
 
 
@@ -190,18 +181,20 @@ def test_the_tower_is_bitwise_unchanged(home, preset):
   text = experiment.text([data.names[i] for i in data.trained])
   state = experiment.initial_state(text)
   prompts = jax.tree.map(np.array, state.prompts)
-  step = compile_train_step(
+  devices = ShardMap(
     data_mesh(),
+    state,
+    experiment.optimizer(state.prompts),
     model=experiment.model,
-    optimizer=experiment.optimizer(state.prompts),
     loss_fn=losses.sigmoid_loss,
   )
-  batch = next(data.train_batches(0))
+  batch = devices.place_batch(next(data.train_batches(0)))
+  constants = devices.place_constant((experiment.params, text, jax.random.key(0)))
   for _ in range(5):
-    state, metrics = step(state, experiment.params, text, batch, jax.random.key(0))
+    state, metrics = devices.step(state, *constants[:2], batch, constants[2])
     assert np.isfinite(metrics["loss"])
   assert int(state.step) == 5
-  jax.tree.map(np.testing.assert_array_equal, before, experiment.params)
+  jax.tree.map(np.testing.assert_array_equal, before, constants[0])
   changed = jax.tree.map(lambda a, b: bool((a != b).any()), prompts, dict(state.prompts))
   assert changed["head"]["patch_proj"]["kernel"] and changed["h"]
 

@@ -20,6 +20,9 @@ ACTIVATIONS = {
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 
+# What is stored of a block for the backward pass; without an entry here, everything.
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_saveable, "full": None}
+
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
@@ -149,12 +152,13 @@ class VisionTransformer(nn.Module):
   Attributes:
     config: the architecture.
     dtype: compute type of matrix products and of the residual stream.
-    remat: recompute each block in the backward pass instead of storing its activations.
+    remat: what each block recomputes in the backward pass instead of storing it: "none", "dots"
+      (all but its matrix products) or "full".
   """
 
   config: CLIPConfig
   dtype: Any = jnp.float32
-  remat: bool = False
+  remat: str = "none"
 
   def setup(self):
     c = self.config
@@ -168,7 +172,9 @@ class VisionTransformer(nn.Module):
       "position_embedding", init, (1 + c.grid**2, c.vision_width)
     )
     self.ln_pre = layer_norm()
-    block = nn.remat(Block, static_argnums=(2, 3, 4)) if self.remat else Block
+    block = Block
+    if self.remat != "none":
+      block = nn.remat(Block, static_argnums=(2, 3, 4), policy=REMAT_POLICIES[self.remat])
     self.block = [block(c.vision_heads, c.activation, self.dtype) for _ in range(c.vision_layers)]
     self.ln_post = layer_norm()
     self.proj = self.param("proj", init, (c.vision_width, c.embed_dim))

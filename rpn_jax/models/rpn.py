@@ -59,13 +59,13 @@ class RPN(nn.Module):
     clip: architecture of the frozen tower.
     config: see RPNConfig.
     dtype: compute type of the tower and of the head's matrix products.
-    remat: recompute the tower's blocks in the backward pass.
+    remat: what the tower's blocks recompute in the backward pass, see VisionTransformer.
   """
 
   clip: CLIPConfig
   config: RPNConfig
   dtype: Any = jnp.float32
-  remat: bool = False
+  remat: str = "none"
 
   def setup(self):
     c, width, layers = self.config, self.clip.vision_width, self.clip.vision_layers

@@ -1,0 +1,32 @@
+"""A CLIP small enough to train beside in seconds, with random weights."""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+
+from rpn_jax import convert
+from rpn_jax.models.clip import CLIP, CLIPConfig
+
+TINY = CLIPConfig(
+  embed_dim=8, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2,
+  text_width=8, text_layers=1, text_heads=2,
+)  # fmt: skip
+
+# The flags that make configs/shapes.py fit it.
+FLAGS = (
+  "--config.data.crop=32", "--config.data.short_side=32", "--config.eval.crop=32",
+  "--config.data.scale=(128,32)", "--config.eval.stride=24",
+)  # fmt: skip
+
+
+@functools.cache
+def _params():
+  init = jax.jit(CLIP(TINY).init)
+  image, tokens = np.zeros((1, 32, 32, 3)), np.zeros((1, 77), np.int32)
+  return jax.device_get(init(jax.random.key(0), image, tokens)["params"])
+
+
+def save(path: pathlib.Path) -> None:
+  convert.save(path, TINY, _params())
