@@ -27,12 +27,6 @@ from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.step import TrainState, init_prompts, train_step
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/voc.py")
-flags.DEFINE_integer("classes", 20, "Prompted classes", lower_bound=1)
-flags.DEFINE_integer("batch", 1, "Images at a time", lower_bound=1)
-flags.DEFINE_enum("backbone", "", ("", "b16", "l14"), "Random weights instead of config.clip")
-flags.DEFINE_string("json", "", "Also write the numbers to this file")
-flags.mark_flags_as_required(["config"])
 
 BACKBONES = {
   "b16": CLIPConfig(),
@@ -41,9 +35,6 @@ BACKBONES = {
     text_width=768, text_heads=12,
   ),
 }  # fmt: skip
-
-# Seconds of timed calls, at least two of them.
-TIMED = 3.0
 
 
 def random_tower(clip_config: CLIPConfig, key) -> dict:
@@ -74,13 +65,16 @@ def parameters(prompts: dict, tower: dict) -> dict[str, int]:
   return {**parts, "trained": count(prompts), "frozen vision tower": count(tower)}
 
 
-def measure(function, *arguments, donated: int | None = None) -> dict[str, float]:
+def measure(
+  function, *arguments, donated: int | None = None, timed: float = 3.0
+) -> dict[str, float]:
   """Compilation, operations, memory and seconds of a jitted function on this machine.
 
   Args:
     function: jitted.
     *arguments: of it.
     donated: index of the argument that the function uses up and returns first.
+    timed: seconds of timed calls, at least two of them.
   """
   lowered = function.lower(*arguments)
   began = time.perf_counter()
@@ -97,7 +91,7 @@ def measure(function, *arguments, donated: int | None = None) -> dict[str, float
 
   call()
   times = []
-  while len(times) < 2 or sum(times) < TIMED:
+  while len(times) < 2 or sum(times) < timed:
     began = time.perf_counter()
     call()
     times.append(time.perf_counter() - began)
@@ -207,5 +201,15 @@ def main(argv) -> None:
     write_json(pathlib.Path(FLAGS.json), result)
 
 
+def define_flags() -> None:
+  config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/voc.py")
+  flags.DEFINE_integer("classes", 20, "Prompted classes", lower_bound=1)
+  flags.DEFINE_integer("batch", 1, "Images at a time", lower_bound=1)
+  flags.DEFINE_enum("backbone", "", ("", "b16", "l14"), "Random weights instead of config.clip")
+  flags.DEFINE_string("json", "", "Also write the numbers to this file")
+  flags.mark_flags_as_required(["config"])
+
+
 if __name__ == "__main__":
+  define_flags()  # not on import, where others have flags of these names
   app.run(main)

@@ -1,0 +1,224 @@
+"""Speed and memory of the network on this machine, beside a PyTorch implementation of the same.
+
+    make bench      or: python -m benchmarks.speed --torch=PYTHON_WITH_TORCH --cases=voc --batch=2
+
+Both frameworks get the same random weights of ViT-B/16 (or L/14) and the same pictures. Every
+measurement is a process of its own, so that its peak memory is its own; outputs are compared
+before times are. Without --torch, or where that Python has no torch, its columns stay empty.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from configs import coco_stuff, voc
+from rpn_jax import inspect, losses, optim
+from rpn_jax.logging import progress, table
+from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.step import TrainState, init_prompts, train_step
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("cases", ["voc"], "Of voc, coco and voc_l14")
+flags.DEFINE_list("batches", ["2"], "Images at a time")
+flags.DEFINE_list("remat", ["none"], "Of none, dots and full")
+flags.DEFINE_list("what", ["forward", "train"], "What is measured")
+flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Compute type")
+flags.DEFINE_string("torch", "", "A Python that has torch")
+flags.DEFINE_float("seconds", 20.0, "Timed seconds per measurement, at least two calls")
+flags.DEFINE_integer("rounds", 1, "Repetitions, the frameworks in turn; the fastest counts")
+flags.DEFINE_string("child", "", "Internal: folder of a case")
+flags.DEFINE_string("markdown", "", "Also write the table to this file")
+
+# name -> (config module, backbone, prompted classes at test and in training)
+CASES = {
+  "voc": (voc, "b16", 20, 15),
+  "coco": (coco_stuff, "b16", 171, 156),
+  "voc_l14": (voc, "l14", 20, 15),
+}
+
+
+def config_of(case: str):
+  module, backbone, _, _ = CASES[case]
+  return module.get_config(f"preset=released,{backbone}")
+
+
+def write_case(folder: pathlib.Path, case: str, what: str, batch: int) -> None:
+  """Weights, pictures and settings for the children."""
+  _, backbone, tested, trained = CASES[case]
+  config, clip_config = config_of(case), inspect.BACKBONES[backbone]
+  classes = trained if what == "train" else tested
+  side = config.data.crop
+  tower = inspect.random_tower(clip_config, jax.random.key(0))
+  text = np.random.default_rng(1).normal(size=(classes, clip_config.embed_dim))
+  text = np.float32(text / np.linalg.norm(text, axis=-1, keepdims=True))
+  model = RPN(clip_config, RPNConfig(**config.model))
+  prompts = jax.device_get(init_prompts(model, tower, text[:2], jax.random.key(1), side))
+  tree = {"tower": tower["visual"], "prompts": prompts}
+  np.savez(folder / "weights.npz", **flax.traverse_util.flatten_dict(tree, sep="/"))
+  np.savez(folder / "data.npz", text=text, **inspect.random_batch(batch, side, classes))
+  settings = {
+    "case": case,
+    "heads": clip_config.vision_heads,
+    "patch": clip_config.patch_size,
+    "side": side,
+    "dropout": config.model.prompt_dropout,
+    "threads": os.cpu_count(),
+    "seconds": FLAGS.seconds,
+  }
+  (folder / "case.json").write_text(json.dumps(settings))
+
+
+def child(folder: pathlib.Path, what: str, dtype: str, remat: str) -> dict:
+  """One measurement of JAX, in this process."""
+  case = json.loads((folder / "case.json").read_text())
+  config = config_of(case["case"])
+  clip_config = inspect.BACKBONES[CASES[case["case"]][1]]
+  flat = dict(np.load(folder / "weights.npz"))
+  tree = jax.device_put(flax.traverse_util.unflatten_dict(flat, sep="/"))
+  del flat
+  params, prompts = {"visual": tree.pop("tower")}, tree.pop("prompts")
+  data = jax.device_put(dict(np.load(folder / "data.npz")))
+  text = data.pop("text")
+  model = RPN(clip_config, RPNConfig(**config.model), jnp.dtype(dtype), remat)
+  if what == "forward":
+    function = jax.jit(lambda v, image: model.apply(v, image, text))
+    arguments, donated = [{"params": params, "prompts": prompts}, data["image"]], None
+  else:
+    optimizer = optim.make_optimizer(config.optimizer, prompts)
+
+    def function(state, params, batch, key):
+      return train_step(
+        state, params, text, batch, key,
+        model=model, optimizer=optimizer, loss_fn=losses.sigmoid_loss,
+      )  # fmt: skip
+
+    function = jax.jit(function, donate_argnums=0)
+    state = TrainState(jnp.int32(0), prompts, jax.jit(optimizer.init)(prompts))
+    arguments, donated = [state, params, data, jax.random.key(0)], 0
+    del prompts
+  if what == "forward":
+    np.save(folder / "jax.npy", np.asarray(function(*arguments), np.float32))
+  result = inspect.measure(function, *arguments, donated=donated, timed=case["seconds"])
+  device = jax.devices()[0]
+  statistics = device.memory_stats() or {}
+  own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return {
+    **result,
+    "peak_bytes": statistics.get("peak_bytes_in_use", own),
+    "device": device.device_kind,
+    "version": jax.__version__,
+  }
+
+
+def run(command: list[str]) -> dict | None:
+  done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    print(f"{' '.join(command)} failed:\n{done.stderr[-1500:]}", file=sys.stderr)
+    return None
+  return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def best(results: list[dict | None]) -> dict | None:
+  results = [r for r in results if r]
+  return min(results, key=lambda r: r["seconds"]) if results else None
+
+
+def measure_case(case: str, what: str, batch: int) -> list[list]:
+  """Rows of the table: one per remat policy in training, one otherwise."""
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    write_case(folder, case, what, batch)
+    theirs_command = [FLAGS.torch, "benchmarks/torch_rpn.py", name, what, FLAGS.dtype]
+    rows, theirs = [], []
+    for remat in FLAGS.remat if what == "train" else ["none"]:
+      command = [
+        sys.executable, "-m", "benchmarks.speed", f"--child={name}", f"--what={what}",
+        f"--dtype={FLAGS.dtype}", f"--remat={remat}",
+      ]  # fmt: skip
+      ours = []
+      for _ in range(FLAGS.rounds):
+        ours.append(run(command))
+        if FLAGS.torch and len(theirs) < FLAGS.rounds:
+          theirs.append(run(theirs_command))
+      mine, other = best(ours), best(theirs)
+      difference = None
+      if what == "forward" and mine and other:
+        a, b = np.load(folder / "jax.npy"), np.load(folder / "torch.npy")
+        difference = float(np.abs(a - b).max() / np.sqrt((b**2).mean()))
+      rows.append(row(case, what, batch, remat, mine, other, difference))
+  return rows
+
+
+def row(case, what, batch, remat, mine, other, difference) -> list:
+  cells = [case, what, batch, remat if what == "train" else ""]
+  if mine is None:
+    return [*cells, *["failed"] * 4, *["-"] * 5]
+  rate = batch / mine["seconds"]
+  cells += [
+    f"{rate:.3g}",
+    f"{mine['flops'] / mine['seconds'] / 1e9:,.0f}",
+    f"{mine['peak_bytes'] / 1e9:.2f}",
+    f"{mine['seconds_to_compile']:.0f}",
+  ]
+  if other is None:
+    return [*cells, *["-"] * 5]
+  return [
+    *cells,
+    f"{batch / other['seconds']:.3g}",
+    f"{other['peak_bytes'] / 1e9:.2f}",
+    f"{other['seconds'] / mine['seconds']:.2f}",
+    f"{mine['peak_bytes'] / other['peak_bytes']:.2f}",
+    "-" if difference is None else f"{difference:.0e}",
+  ]
+
+
+HEADS = [
+  "case", "what", "batch", "remat", "images/s", "GFLOP/s", "peak GB", "compile s",
+  "PyTorch images/s", "PyTorch peak GB", "speed ratio", "memory ratio", "outputs differ by",
+]  # fmt: skip
+
+
+def main(argv) -> None:
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  if FLAGS.child:
+    result = child(pathlib.Path(FLAGS.child), FLAGS.what[0], FLAGS.dtype, FLAGS.remat[0])
+    print(json.dumps(result))
+    return
+  wanted = [
+    (case, what, int(batch))
+    for case in FLAGS.cases
+    for batch in FLAGS.batches
+    for what in FLAGS.what
+  ]
+  began, rows = time.time(), []
+  for item in progress(wanted, "bench", "case"):
+    rows += measure_case(*item)
+  shown = table(rows, HEADS, markdown=True)
+  versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "jaxlib", "flax"))
+  print(shown)
+  print(
+    f"\n{FLAGS.dtype}; {platform.machine()}, {os.cpu_count()} cores; {versions}; "
+    f"{datetime.date.today()}; {time.time() - began:.0f} s. Ratios above 1 in speed and below 1 in "
+    "memory are ours being better."
+  )
+  if FLAGS.markdown:
+    pathlib.Path(FLAGS.markdown).write_text(shown + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)
