@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint proof bench-data shapes-clip clean
+.PHONY: demo test test-slow lint proof bench bench-data shapes-clip clean
 
 demo: $(VENV)/.run
 	$(RUN) main.py --config=configs/shapes.py --workdir=runs/shapes
@@ -21,6 +21,10 @@ lint: $(VENV)/.dev
 # The comparison of docs/results.md: every method, three seeds; an hour or more on two cores.
 proof: $(VENV)/.run
 	$(RUN) -m benchmarks.proof
+
+# Speed and memory of the network; TORCH=a Python that has torch, to compare with.
+bench: $(VENV)/.run
+	$(RUN) -m benchmarks.speed --torch=$(TORCH)
 
 # Speed of the training pipeline on generated pictures of VOC's size.
 bench-data: $(VENV)/.run

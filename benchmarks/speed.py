@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from configs import coco_stuff, voc
-from rpn_jax import inspect, losses, optim
+from rpn_jax import inspect, losses, optim, parallel
 from rpn_jax.logging import progress, table
 from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.step import TrainState, init_prompts, train_step
@@ -195,6 +195,7 @@ HEADS = [
 def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
+  parallel.lean_cpu()
   if FLAGS.child:
     result = child(pathlib.Path(FLAGS.child), FLAGS.what[0], FLAGS.dtype, FLAGS.remat[0])
     print(json.dumps(result))

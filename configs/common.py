@@ -112,7 +112,7 @@ def segmentation(
   c.method = "rpn"  # "rpn", or "training_free": CLIP as it is
   c.dtype = "float32"  # compute type of the tower: float32 or bfloat16; prompts stay float32
   # What blocks recompute in the backward pass, for less memory and more time: "none", "dots" (all
-  # but matrix products) or "full".
+  # but products with weights) or "full".
   c.remat = "none"
   c.matmul_precision = "default"  # of float32 matrix products: default, high or highest
   c.parallel = "shard_map"  # how the step is spread over devices: "shard_map" (jit) or "pmap"

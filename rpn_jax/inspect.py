@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rpn_jax import convert, losses, optim
+from rpn_jax import convert, losses, optim, parallel
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import find_weights
 from rpn_jax.logging import table, write_json
@@ -179,6 +179,7 @@ def text_of(result: dict) -> str:
 def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
+  parallel.lean_cpu()
   config = FLAGS.config
   try:
     if FLAGS.backbone:

@@ -26,6 +26,17 @@ HEARTBEAT_SECONDS = 30
 PRECISIONS = ("default", "high", "highest")
 
 
+def lean_cpu() -> None:
+  """Half the memory on CPUs; call it before JAX first looks for devices.
+
+  By default XLA schedules operations there as early as they can run and keeps their results, which
+  was measured to make nothing faster (docs/benchmarks.md).
+  """
+  flag, given = "--xla_cpu_enable_concurrency_optimized_scheduler", os.environ.get("XLA_FLAGS", "")
+  if flag not in given:
+    os.environ["XLA_FLAGS"] = f"{given} {flag}=false".strip()
+
+
 @contextlib.contextmanager
 def session(place: Sequence[str] = (), matmul_precision: str = "default"):
   """What a command runs in: its processes joined, JAX set up, failures of the runtime in one line.
@@ -41,6 +52,7 @@ def session(place: Sequence[str] = (), matmul_precision: str = "default"):
     raise InputError(
       f"config.matmul_precision must be one of {PRECISIONS}, got {matmul_precision!r}"
     )
+  lean_cpu()
   jax.config.update("jax_default_matmul_precision", matmul_precision)
   # Programs compiled by an earlier run are reused.
   jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache/rpn_jax/xla"))

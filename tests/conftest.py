@@ -1,7 +1,11 @@
 """Shared options and fixtures."""
 
+import os
 import pathlib
 import sys
+
+# Compilation is most of the time of the tests. Read when JAX first looks for devices.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
@@ -25,6 +29,12 @@ def pytest_configure(config):
   # Many tests run the same programs: compile each once.
   jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_collection_modifyitems(items):
+  # The longest files first: two workers take a file each, and the last should be a short one.
+  longest = ("test_processes", "test_train", "test_parallel", "test_models", "test_parity")
+  items.sort(key=lambda item: item.path.stem not in longest)
 
 
 @pytest.fixture(autouse=True, scope="session")

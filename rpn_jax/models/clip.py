@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 # The value CLIP was trained with (PyTorch's default); Flax's own default is 1e-6.
 LAYER_NORM_EPSILON = 1e-5
@@ -21,7 +22,7 @@ ACTIVATIONS = {
 }
 
 # What is stored of a block for the backward pass; without an entry here, everything.
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_saveable, "full": None}
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names("dot"), "full": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,34 @@ def resize_positions(positions_NxD: jax.Array, height: int, width: int) -> jax.A
   return jnp.concatenate([positions_NxD[:1], grid])
 
 
+# Numbers of one layer's attention maps above which a CPU takes one head after another: 64 MB.
+MAP_ELEMENTS = 2**24
+
+
+def attend(q_BxNxHxd, k_BxNxHxd, v_BxNxHxd, causal: bool = False):
+  """softmax(q kᵀ / √d) v for every head: (B, N, H, d).
+
+  On a CPU, where all maps of 512 x 512 images would go through main memory several times, heads
+  are taken one by one and their maps computed again in the backward pass (docs/benchmarks.md).
+  """
+  batch, tokens, heads, depth = q_BxNxHxd.shape
+  large = batch * heads * tokens**2 > MAP_ELEMENTS
+  if causal or not large or jax.default_backend() != "cpu":
+    return jax.nn.dot_product_attention(q_BxNxHxd, k_BxNxHxd, v_BxNxHxd, is_causal=causal)
+
+  @jax.checkpoint
+  def one_head(qkv):
+    q, k, v = qkv
+    scores = (q * depth**-0.5 @ k.T).astype(jnp.float32)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)
+    return ((weights.astype(v.dtype) @ v) / total).astype(v.dtype)
+
+  split = "b n h d -> (b h) n d"
+  maps = jax.lax.map(one_head, [rearrange(x, split) for x in (q_BxNxHxd, k_BxNxHxd, v_BxNxHxd)])
+  return rearrange(maps, "(b h) n d -> b n h d", h=heads)
+
+
 class Attention(nn.Module):
   """Multi-head self-attention with CLIP's fused input projection."""
 
@@ -103,6 +132,7 @@ class Attention(nn.Module):
     "value" each token keeps its own, and "key" returns the keys (B, N, D) themselves."""
     width = x_BxNxD.shape[-1]
     qkv = nn.Dense(3 * width, dtype=self.dtype, name="in_proj")(x_BxNxD)
+    qkv = checkpoint_name(qkv, "dot")
     q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
     maps = {"qk": [(q, k)], "qq": [(q, q)], "qq_kk": [(q, q), (k, k)], "value": [], "key": []}
     if kind not in maps:
@@ -110,8 +140,9 @@ class Attention(nn.Module):
     if kind == "key":
       return rearrange(k, "b n h d -> b n (h d)")
     if maps[kind]:
-      v = sum(jax.nn.dot_product_attention(a, b, v, is_causal=causal) for a, b in maps[kind])
-    return nn.Dense(width, dtype=self.dtype, name="out_proj")(rearrange(v, "b n h d -> b n (h d)"))
+      v = sum(attend(a, b, v, causal) for a, b in maps[kind])
+    out = nn.Dense(width, dtype=self.dtype, name="out_proj")(rearrange(v, "b n h d -> b n (h d)"))
+    return checkpoint_name(out, "dot")
 
 
 class MLP(nn.Module):
@@ -122,6 +153,7 @@ class MLP(nn.Module):
   def __call__(self, x_BxNxD):
     width = x_BxNxD.shape[-1]
     hidden = nn.Dense(4 * width, dtype=self.dtype, name="c_fc")(x_BxNxD)
+    hidden = checkpoint_name(hidden, "dot")
     hidden = ACTIVATIONS[self.activation](hidden)
     return nn.Dense(width, dtype=self.dtype, name="c_proj")(hidden)
 
@@ -153,7 +185,7 @@ class VisionTransformer(nn.Module):
     config: the architecture.
     dtype: compute type of matrix products and of the residual stream.
     remat: what each block recomputes in the backward pass instead of storing it: "none", "dots"
-      (all but its matrix products) or "full".
+      (all but the products with its weights) or "full".
   """
 
   config: CLIPConfig
