@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import common
+from rpn_jax import losses
 from rpn_jax.models import clip, prompts, rpm
 from rpn_jax.models.clip import CLIP, CLIPConfig, VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN, RPNConfig
@@ -175,6 +177,18 @@ def test_bfloat16_is_near_float32():
   want, got = (jax.jit(m.apply)(variables, image, text) for m in (model, half))
   assert got.dtype == jnp.float32
   assert np.abs(want - got).max() < 0.05 * np.abs(want).max()
+
+  label = np.arange(2 * 32 * 32).reshape(2, 32, 32) // 100 % 5
+
+  def loss(model, prompts):
+    logits = model.apply({"params": params, "prompts": prompts}, image, text)
+    return sum(term.value for term in losses.sigmoid_loss(logits, label).values())
+
+  want, got = (jax.jit(jax.grad(functools.partial(loss, m)))(tree) for m in (model, half))
+  for x in jax.tree.leaves(got):
+    assert x.dtype == jnp.float32
+  difference = jax.tree.map(jnp.subtract, want, got)
+  assert optax.tree.norm(difference) < 0.05 * optax.tree.norm(want)
 
 
 def test_switched_off_parts_have_no_parameters():

@@ -92,8 +92,8 @@ def resize_positions(positions_NxD: jax.Array, height: int, width: int) -> jax.A
   return jnp.concatenate([positions_NxD[:1], grid])
 
 
-# Numbers of one layer's attention maps above which a CPU takes one head after another: 64 MB.
-MAP_ELEMENTS = 2**24
+# Numbers of one layer's attention maps above which a CPU takes one head after another: 16 MB.
+MAP_ELEMENTS = 2**22
 
 
 def attend(q_BxNxHxd, k_BxNxHxd, v_BxNxHxd, causal: bool = False):
