@@ -127,6 +127,9 @@ def segmentation(
   c.steps = 20_000  # optimizer steps
   c.log_every = 10  # steps between logged losses
   c.eval_every = 2_000  # steps between evaluations, each with a checkpoint
+  c.save_every = 500  # steps between checkpoints, besides those; 0: no others
+  # Steps whose loss or gradients are NaN or infinite are not applied; so many in a row end the run.
+  c.max_skipped = 10
 
   c.loss = ml_collections.ConfigDict()
   c.loss.name = "sigmoid"  # "sigmoid" (focal and dice) or "softmax" (cross-entropy)
@@ -229,6 +232,7 @@ def optimizer(steps) -> ml_collections.ConfigDict:
   c.warmup_steps = 1500  # linear warm-up
   c.warmup_ratio = 1e-6  # of the rate at step 0
   c.weight_decay = 0.01  # decoupled, on every parameter, norms and biases too
+  c.clip_norm = 0.0  # gradients are scaled down to this norm over all parameters; 0: as they are
   # (group, regular expression over the whole parameter path, rate factor)
   c.groups = (("h", r"h", 1.0), ("rest", r"(?!h$).*", 10.0))
   return c

@@ -53,6 +53,7 @@ class SegmentationData:
     unlabelled: training label of pixels to be filled by self-training; None without it.
     train_batches: start step -> endless batches {image f32[B,H,W,3], label i32[B,H,W]}; labels
       are positions in `trained`, `unlabelled`, or 255.
+    train_indices: step -> positions, in the training split, of the examples of its batch.
     eval_examples: () -> sized iterable of {image f32[h,w,3], label i32[H,W], id}; labels are
       scored classes, or `ignore`.
   """
@@ -67,6 +68,7 @@ class SegmentationData:
   scored_as: tuple[int, ...]
   unlabelled: int | None
   train_batches: Callable[[int], Iterator[dict]]
+  train_indices: Callable[[int], list[int]]
   eval_examples: Callable[[], pipeline.EvalExamples]
 
 
@@ -143,6 +145,10 @@ def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
       workers=c.workers,
     )
 
+  def train_indices(step: int) -> list[int]:
+    count = len(_source(c, name, "train"))
+    return pipeline.train_indices(count, batch_size=c.batch_size, seed=config.seed, step=step)
+
   @functools.cache  # opened once: every evaluation of a run reads the same examples
   def eval_examples() -> pipeline.EvalExamples:
     source = _source(c, name, "val")
@@ -159,6 +165,7 @@ def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
     scored_as=vocabulary.scored_as,
     unlabelled=unlabelled,
     train_batches=train_batches,
+    train_indices=train_indices,
     eval_examples=eval_examples,
   )
 

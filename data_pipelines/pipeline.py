@@ -203,7 +203,7 @@ def train_batches(
       f"expected at least one batch of {batch_size} examples, got a source of {len(source)}; "
       "lower the batch size or check that the data set was prepared completely"
     )
-  stream = grain.MapDataset.source(_CheckedSource(source)).seed(seed).shuffle().repeat(None)
+  stream = _in_order(_CheckedSource(source), seed)
   # Augmentation comes before slicing: its seed is the position in the global stream.
   stream = stream.random_map(functools.partial(_for_training, transform))
   part = grain.MapDataset.source(_ProcessSlice(stream, batch_size, index, count))
@@ -213,6 +213,17 @@ def train_batches(
     per_worker = max(1, prefetch // workers)
     iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker))
   return iter(iterator)
+
+
+def _in_order(source, seed: int):
+  """The endless stream of examples, reshuffled in every epoch."""
+  return grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+
+
+def train_indices(count: int, *, batch_size: int, seed: int, step: int) -> list[int]:
+  """Which examples of a source of `count` make up batch `step` of `train_batches`."""
+  stream = _in_order(range(count), seed)
+  return [stream[i] for i in range(step * batch_size, (step + 1) * batch_size)]
 
 
 class EvalExamples:

@@ -1,5 +1,6 @@
 """Evaluation at label resolution, and the files that tell about it."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -76,14 +77,15 @@ class Partial:
     return None
 
   def save(self, done: int, confusion_CxC: np.ndarray, *, now: bool = False) -> None:
-    """Writes the file if the last time was SAVE_EVERY seconds ago."""
+    """Writes the file if the last time was SAVE_EVERY seconds ago, and if the disk allows it."""
     if not now and time.monotonic() - self.saved < SAVE_EVERY:
       return
-    temporary = self.path.with_name(self.path.name + ".tmp")
-    with open(temporary, "wb") as file:
-      np.savez_compressed(file, identity=self.identity, done=done, confusion=confusion_CxC)
-    os.replace(temporary, self.path)
     self.saved = time.monotonic()
+    temporary = self.path.with_name(self.path.name + ".tmp")
+    with contextlib.suppress(OSError):  # only an interruption would need it
+      with open(temporary, "wb") as file:
+        np.savez_compressed(file, identity=self.identity, done=done, confusion=confusion_CxC)
+      os.replace(temporary, self.path)
 
 
 def scored_names(names: Sequence[str], scored_as: Sequence[int]) -> tuple[str, ...]:

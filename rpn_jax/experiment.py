@@ -21,9 +21,6 @@ from rpn_jax.text_cache import class_embeddings, expand
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
-# The metric that ranks checkpoints; without unseen classes the plain mean stands in.
-RANKING = "hiou"
-
 
 def cosine(logits):
   """The scores of a training-free method: its logits, which are cosines."""
@@ -103,8 +100,8 @@ class Experiment:
     prompts = self.initial_prompts(text_CxE)
     return TrainState(jnp.int32(0), prompts, self.optimizer(prompts).init(prompts))
 
-  def checkpoints(self) -> checkpoint.Checkpoints:
-    return checkpoint.Checkpoints(self.workdir, self.identity, RANKING)
+  def checkpoints(self, *, read_only: bool = False) -> checkpoint.Checkpoints:
+    return checkpoint.Checkpoints(self.workdir, self.identity, read_only=read_only)
 
   def claim_workdir(self) -> None:
     """Writes `config.json`, or checks that the one there is of this run.
@@ -114,9 +111,15 @@ class Experiment:
     """
     path = self.workdir / "config.json"
     if path.exists():
-      changed = checkpoint.differences(json.loads(path.read_text()), self.identity)
-      if changed:
-        raise checkpoint.other_run(self.workdir, changed)
+      try:
+        stored = json.loads(path.read_text())
+        _ = stored["config"].items(), stored["clip"]
+      except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise InputError(
+          f"expected the settings of a run in {path}, got something else: delete that file if the "
+          "workdir is of this run"
+        ) from None
+      checkpoint.check_identity(self.workdir, stored, self.identity)
       return
     self.workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, self.identity)
@@ -130,20 +133,17 @@ class Experiment:
       return {"last": (0, {})}
     if not (self.workdir / "checkpoints").is_dir():
       raise InputError(f"no checkpoints in {self.workdir}: train first, with the same --workdir")
-    with contextlib.closing(self.checkpoints()) as checkpoints:
-      last = checkpoints.latest_step()
-      if last is None:
-        raise InputError(f"no complete checkpoint in {self.workdir}/checkpoints: train first")
-      steps = {"last": last}
-      best = checkpoints.meta(last)["best"]["step"]
-      # Of several checkpoints with the best score another one may have been kept.
-      if best != last and best in checkpoints.manager.all_steps():
-        steps["best"] = best
+    with contextlib.closing(self.checkpoints(read_only=True)) as checkpoints:
       # No shape depends on the number of classes.
       like = jax.eval_shape(self.initial_prompts, jnp.zeros((1, self.clip_config.embed_dim)))
-      return {
-        name: (step, checkpoints.restore_prompts(step, like)) for name, step in steps.items()
-      }
+      return checkpoints.read(like, self._best_step())
+
+  def _best_step(self) -> int | None:
+    """Of the best evaluation that training has written down."""
+    try:
+      return json.loads((self.workdir / "metrics.json").read_text())["best"]["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+      return None
 
   def restored_prompts(self) -> tuple[int, dict]:
     """Step and prompts of the workdir's newest checkpoint (0 and {} for a training-free method)."""

@@ -3,7 +3,9 @@
 Named like the standard module, which `import logging` still finds: imports here are absolute.
 """
 
+import contextlib
 import json
+import logging
 import math
 import os
 import pathlib
@@ -50,9 +52,6 @@ class MetricWriter:
   """
 
   def __init__(self, workdir, resume_step: int | None = None):
-    # Imported late: tensorboardX loads protobuf, which commands that only predict do not need.
-    from tensorboardX import SummaryWriter
-
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._path = workdir / "metrics.jsonl"
@@ -64,10 +63,11 @@ class MetricWriter:
       temporary = self._path.with_name(self._path.name + ".tmp")
       temporary.write_text(kept)
       os.replace(temporary, self._path)
-    # Stays open across calls: `close` ends it.
-    self._file = open(self._path, "a")  # noqa: SIM115
-    purge = None if resume_step is None else resume_step + 1
-    self._events = SummaryWriter(str(workdir / "events"), purge_step=purge)
+    # Stays open across calls: `close` ends it. Unbuffered: what a full disk refuses is known.
+    self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+    self._unwritten = b""
+    self._events = _Events(workdir / "events", None if resume_step is None else resume_step + 1)
+    self._failing = False
 
   def write(self, step: int, values: Mapping[str, float | None]) -> None:
     """Records numbers (scalars of any kind) at a step; None is left out.
@@ -86,11 +86,29 @@ class MetricWriter:
       numbers[name] = float(np.asarray(value, np.float64).reshape(()))
     entry = {"step": int(step), "time": round(time.time(), 3)}
     entry |= {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
-    # One write of one whole line, flushed: a killed run loses at most the line it was writing.
-    self._file.write(json.dumps(entry) + "\n")
-    self._file.flush()
-    for name, value in numbers.items():
-      self._events.add_scalar(name, value, int(step))
+    self._unwritten += (json.dumps(entry) + "\n").encode()
+    with self._telling():
+      self._flush()
+    with self._telling():
+      self._events.scalars(int(step), numbers)
+
+  def _flush(self) -> None:
+    # One write of whole lines: a killed run loses at most the line it was writing.
+    while self._unwritten:
+      self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+  @contextlib.contextmanager
+  def _telling(self):
+    """A full disk does not end a run: lines wait in memory, and one is printed about it."""
+    try:
+      yield
+    except OSError as error:
+      if not self._failing:
+        print(f"metrics not written to {self._path.parent} ({error.strerror}): trying again with "
+              "the next", flush=True)  # fmt: skip
+      self._failing = True
+    else:
+      self._failing = self._failing and bool(self._unwritten)
 
   def image(self, step: int, name: str, array: np.ndarray) -> None:
     """Adds a picture to the events: (H, W, 3) or (H, W), uint8 or floats in [0, 1].
@@ -105,7 +123,8 @@ class MetricWriter:
       raise ValueError(f"image {name}: expected (H, W, 3) or (H, W), got {array.shape}")
     if array.dtype != np.uint8:
       array = (np.clip(array.astype(np.float32), 0, 1) * 255 + 0.5).astype(np.uint8)
-    self._events.add_image(name, array, int(step), dataformats="HWC")
+    with self._telling():
+      self._events.image(int(step), name, array)
 
   def history(self) -> dict[str, list[tuple[int, float]]]:
     """Name -> [(step, value)] by step; of two values at one step the later written counts."""
@@ -113,14 +132,78 @@ class MetricWriter:
 
   def close(self) -> None:
     """Ends both files; a second call does nothing."""
+    if not self._file.closed:
+      with self._telling():
+        self._flush()
     self._file.close()
-    self._events.close()
+    with self._telling():
+      self._events.close()
 
   def __enter__(self) -> "MetricWriter":
     return self
 
   def __exit__(self, *_) -> None:
     self.close()
+
+
+class _Events:
+  """TensorBoard events, written at once and in the caller's thread.
+
+  tensorboardX's own writer has a thread that ends at the first full disk, after which every call
+  waits for it.
+
+  Args:
+    directory: of the files; made with the first event.
+    purge_step: TensorBoard hides what earlier files have from this step on; None: nothing.
+  """
+
+  def __init__(self, directory: pathlib.Path, purge_step: int | None):
+    self._directory, self._purge_step = directory, purge_step
+    self._writer = None
+    self._files = 0
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    from tensorboardX import summary
+
+    self._write(step, [summary.scalar(name, value) for name, value in values.items()])
+
+  def image(self, step: int, name: str, array: np.ndarray) -> None:
+    from tensorboardX import summary
+
+    self._write(step, [summary.image(name, array, dataformats="HWC")])
+
+  def _write(self, step: int, summaries: list) -> None:
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    try:
+      events = [Event(step=step, wall_time=time.time(), summary=each) for each in summaries]
+      if self._writer is None:
+        self._open()
+        if self._purge_step is not None and self._files == 1:
+          start = SessionLog(status=SessionLog.START)
+          events.insert(0, Event(step=self._purge_step, session_log=start))
+      for event in events:
+        self._writer.write_event(event)
+      self._writer.flush()
+    except OSError:
+      self._writer = None  # half an event would hide what follows: the next goes to a new file
+      raise
+
+  def _open(self) -> None:
+    # Imported late: tensorboardX loads protobuf, which commands that only predict do not need.
+    from tensorboardX.event_file_writer import EventsWriter
+
+    # A NaN is recorded as one; the run itself has told of it.
+    logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+    self._directory.mkdir(parents=True, exist_ok=True)
+    suffix = f".{os.getpid()}.{self._files}"
+    self._writer = EventsWriter(str(self._directory / "events"), suffix)
+    self._files += 1
+
+  def close(self) -> None:
+    if self._writer:
+      self._writer.close()
+      self._writer = None
 
 
 def read_history(path) -> dict[str, list[tuple[int, float]]]:

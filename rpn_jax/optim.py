@@ -71,11 +71,15 @@ def make_optimizer(config, prompts) -> optax.GradientTransformation:
   """AdamW over the groups of `config.groups`.
 
   Args:
-    config: as for `schedules`, and weight_decay.
+    config: as for `schedules`, weight_decay, and clip_norm: gradients are scaled down to this norm
+      over all parameters; 0 leaves them.
     prompts: the trained tree (or its shapes).
   """
   transforms = {
     name: optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=config.weight_decay)
     for name, schedule in schedules(config).items()
   }
-  return optax.multi_transform(transforms, assign_groups(prompts, config.groups))
+  optimizer = optax.multi_transform(transforms, assign_groups(prompts, config.groups))
+  if config.clip_norm:
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+  return optimizer

@@ -3,6 +3,7 @@
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rpn_jax.losses import Term
@@ -17,11 +18,15 @@ class TrainState:
     step: int32, steps done.
     prompts: the trained collection.
     opt_state: of the optimizer, for `prompts` only.
+    skipped: int32, of these steps, the ones not applied: a loss or gradient was NaN or infinite.
+    skipped_in_a_row: int32, the last ones of them without another between.
   """
 
   step: jax.Array
   prompts: dict
   opt_state: optax.OptState
+  skipped: jax.Array = flax.struct.field(default_factory=lambda: np.int32(0))
+  skipped_in_a_row: jax.Array = flax.struct.field(default_factory=lambda: np.int32(0))
 
 
 def init_prompts(model: RPN, params, text_CxE, key, image_size: int) -> dict:
@@ -98,11 +103,23 @@ def gradients(
 def update(
   state: TrainState, grads: dict, terms: dict[str, Term], optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """The state after the step, and its loss terms, their sum and the gradients' norm."""
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.prompts)
-  state = TrainState(state.step + 1, optax.apply_updates(state.prompts, updates), opt_state)
+  """The state after the step, and its loss terms, their sum and the gradients' norm.
+
+  Where one of these is not finite, prompts and optimizer stay as they were, on every device:
+  gradients and terms are those summed over all.
+  """
   values = {name: term.value for name, term in terms.items()}
-  return state, {**values, "loss": sum(values.values()), "grad_norm": optax.tree.norm(grads)}
+  loss, norm = sum(values.values()), optax.tree.norm(grads)
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.prompts)
+  applied = (optax.apply_updates(state.prompts, updates), opt_state)
+  prompts, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(finite, new, old), applied, (state.prompts, state.opt_state)
+  )
+  skipped = state.skipped + jnp.where(finite, 0, 1)
+  in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+  metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped, "skipped_in_a_row": in_a_row}
+  return TrainState(state.step + 1, prompts, opt_state, skipped, in_a_row), {**values, **metrics}
 
 
 def train_step(

@@ -6,24 +6,28 @@ import time
 
 import jax
 
-from rpn_jax import evaluate, optim, parallel, self_training, visualize
+from rpn_jax import evaluate, lock, optim, parallel, preemption, self_training, visualize
 from rpn_jax.errors import InputError
-from rpn_jax.experiment import RANKING, Experiment
+from rpn_jax.experiment import Experiment
 from rpn_jax.logging import MetricWriter, progress
 from rpn_jax.losses import LOSSES
 from rpn_jax.models.prompts import count
+
+# At the end of a run, where there is no later step to try again at: tries, and seconds between.
+LAST_TRIES, LAST_PAUSE = 3, 20.0
 
 
 def train(config, workdir, data) -> dict:
   """Trains the prompts of `config`, or continues the run found in the workdir.
 
   With several processes all of them call this, with their own part of the data; the first one
-  writes the metrics and pictures.
+  writes the metrics and pictures. SIGTERM saves and ends the process with status 0.
 
   Args:
     config: locked; see `configs/shapes.py` for the fields.
     workdir: directory of the run.
-    data: `names`, `seen`, `unseen`, `train_batches(start_step)` and `eval_examples()`.
+    data: `names`, `seen`, `unseen`, `train_batches(start_step)`, `train_indices(step)` and
+      `eval_examples()`.
 
   Returns:
     The last and best metrics, as in `metrics.json`.
@@ -37,8 +41,14 @@ def train(config, workdir, data) -> dict:
     )
   mesh = parallel.global_mesh()
   parallel.check_batch_size(config.data.batch_size, mesh)
-  experiment.claim_workdir()
+  with lock.held(experiment.workdir), preemption.Notice() as notice:
+    experiment.claim_workdir()
+    return run(experiment, data, mesh, notice)
 
+
+def run(experiment: Experiment, data, mesh, notice: preemption.Notice) -> dict:
+  """The training of `train`, in a workdir that is this process's alone."""
+  config = experiment.config
   trained = [data.names[i] for i in data.trained]
   text_CxE = experiment.text(trained)
   state = jax.device_get(experiment.initial_state(text_CxE))
@@ -52,19 +62,14 @@ def train(config, workdir, data) -> dict:
     relabel=relabel_of(config, data),
   )
   first = parallel.process()[0] == 0
-
-  def evaluation(state):
-    segmenter = experiment.evaluator(state.prompts, data)
-    result = evaluate.evaluate(segmenter, data.eval_examples(), data, keep=evaluate.PICTURES)
-    return {"step": int(state.step), **result.scores}, result
+  examples = data.eval_examples()
 
   # Closed whatever happens: a save under way is finished before an error or Ctrl-C ends the run.
   with contextlib.closing(experiment.checkpoints()) as checkpoints, parallel.plain_failures():
-    start = checkpoints.latest_step() or 0
-    best = shown = None
-    if start:
-      best = checkpoints.meta(start)["best"]
-      state = checkpoints.restore(start, state)
+    best = shown = last = None
+    if resumed := checkpoints.resume(state):
+      state, best = resumed
+    start = int(state.step)
     print(
       f"{count(state.prompts):,} trained parameters beside {count(experiment.clip):,} frozen; "
       f"{len(trained)} of {len(data.names)} classes trained on {mesh.size} x "
@@ -74,36 +79,118 @@ def train(config, workdir, data) -> dict:
       flush=True,
     )
     writer = MetricWriter(experiment.workdir, resume_step=start) if first else None
+
+    def evaluation(state, done):
+      """Scores of a state that is saved: an interrupted one is continued from what it counted."""
+      nonlocal best, shown, last
+      partial = evaluate.partial_of(experiment, data, "train", done, len(examples))
+      segmenter = experiment.evaluator(state.prompts, data)
+      shown = evaluate.evaluate(segmenter, examples, data, keep=evaluate.PICTURES, partial=partial)
+      last = {"step": done, **shown.scores}
+      best = last if best is None or rank(last) >= rank(best) else best
+      if first:
+        writer.write(done, {f"eval/{k}": v for k, v in scalars(last).items()})
+        with going_on("metrics.json"):
+          evaluate.write_metrics(experiment.workdir / "metrics.json", last, best, config)
+
+    is_due = lambda done, every: every > 0 and done % every == 0
+    to_evaluate = lambda done: is_due(done, config.eval_every) or done == config.steps
+    if to_evaluate(start) and (start or not config.steps):  # saved, but perhaps not evaluated
+      evaluation(state, start)
     rates = optim.schedules(config.optimizer)
     state = devices.place_state(state)
     constants = (experiment.params, text_CxE, jax.random.key(config.seed + 1))
     params, text_CxE, key = devices.place_constant(constants)
     batches = data.train_batches(start)
     steps = progress(range(start, config.steps), "train", "step")
-    pending = None  # metrics of an earlier step: fetched late, so that the device never waits
-    began = time.time()
-    for step in steps:
-      batch = devices.place_batch(next(batches))
-      state, metrics = devices.step(state, params, text_CxE, batch, key)
-      done = step + 1
-      if pending:
-        log(writer, steps, rates, pending[0], devices.fetch_metrics(pending[1]))
-      pending = (done, metrics) if done % config.log_every == 0 or done == config.steps else None
-      if done % config.eval_every == 0 or done == config.steps:
+    waiting = []  # metrics of the last steps: fetched late, so that the device never waits
+
+    def look(all_but: int):
+      while len(waiting) > all_but:
+        done, metrics = waiting.pop(0)
+        if done % config.log_every == 0 or done == config.steps:
+          log(writer, steps, rates, done, devices.fetch_metrics(metrics))
+        row = {"skipped_in_a_row": metrics["skipped_in_a_row"]}
+        check_row(int(devices.fetch_metrics(row)["skipped_in_a_row"]), done, config, data,
+                  checkpoints)  # fmt: skip
+
+    began, retry_at = time.time(), None
+    with notice.deferred():
+      for step in steps:
+        batch = devices.place_batch(next(batches))
+        state, metrics = devices.step(state, params, text_CxE, batch, key)
+        done = step + 1
+        waiting.append((done, metrics))
+        look(1)
+        stopping = notice.reached(done)
+        planned = is_due(done, config.save_every) or to_evaluate(done)
+        if not (planned or stopping or done == retry_at):
+          continue
+        look(0)  # the curves up to here are part of what is continued from
         fetched = devices.fetch_state(state)
-        last, shown = evaluation(fetched)
-        if first:
-          writer.write(done, {f"eval/{k}": v for k, v in scalars(last).items()})
-        best = last if best is None or rank(last) >= rank(best) else best
-        checkpoints.save(fetched, {RANKING: rank(last)}, {"best": best})
-    if pending:
-      log(writer, steps, rates, pending[0], devices.fetch_metrics(pending[1]))
+        tries = LAST_TRIES if done == config.steps else 1
+        saved = save(checkpoints, fetched, best, tries)
+        retry_at = None if saved else done + max(1, (config.save_every or config.eval_every) // 10)
+        if stopping and not saved:
+          raise InputError(
+            f"SIGTERM at step {done}, which could not be saved: see to the disk and run the same "
+            "command again, it continues at the last checkpoint"
+          )
+        if stopping:
+          print(f"SIGTERM: saved at step {done}", flush=True)
+          notice.end()
+        if to_evaluate(done):
+          with notice.deferred(False):
+            evaluation(fetched, done)
     seconds = time.time() - began
-  if shown is None:  # the run had already ended
-    last, shown = evaluation(devices.fetch_state(state))
+    if start < config.steps and not saved:
+      raise InputError(
+        f"trained to the end, but the last step could not be saved to {checkpoints.directory}: see "
+        "to the disk and run the same command again, it continues at the last checkpoint"
+      )
   if first:
     report(experiment, writer, shown, last, best, seconds)
+  evaluate.partial_of(experiment, data, "train", 0, 0).path.unlink(missing_ok=True)
   return {"last": last, "best": best}
+
+
+def save(checkpoints, state, best: dict | None, tries: int) -> bool:
+  """Whether one of so many tries succeeded."""
+  for left in reversed(range(tries)):
+    if checkpoints.save(state, best):
+      return True
+    if left:
+      time.sleep(LAST_PAUSE)
+  return False
+
+
+@contextlib.contextmanager
+def going_on(what: str):
+  """A file that a run can do without for now: a disk that is full is told of, and no more."""
+  try:
+    yield
+  except OSError as error:
+    print(f"{what} not written ({error.strerror}): going on", flush=True)
+
+
+def check_row(in_a_row: int, done: int, config, data, checkpoints) -> None:
+  """Tells of a step that was not applied; too many in a row end the run."""
+  if not in_a_row:
+    return
+  if in_a_row == 1:
+    print(f"step {done}: loss or gradients are NaN or infinite: not applied", flush=True)
+  if in_a_row < config.max_skipped:
+    return
+  since = done - in_a_row
+  indices = ", ".join(map(str, data.train_indices(since)))
+  newest = checkpoints.steps()
+  place = f"{checkpoints.directory}/{newest[0]}" if newest else "none yet"
+  raise InputError(
+    f"loss or gradients were NaN or infinite in {in_a_row} steps in a row, {since + 1} to {done}, "
+    f"and none was applied (config.max_skipped={config.max_skipped}); step {since + 1} had the "
+    f"training examples {indices}; last good checkpoint: {place}. Lower config.optimizer.base_lr, "
+    "set config.optimizer.clip_norm, or look at these examples"
+  )
 
 
 def loss_of(config):
@@ -144,16 +231,15 @@ def scalars(metrics: dict) -> dict:
 
 
 def log(writer, steps, rates: dict, step: int, metrics: dict) -> None:
-  """Writes the metrics of one step (in the first process); an infinite loss ends the run."""
-  learning_rates = {f"{k}/learning_rate": float(rate(step - 1)) for k, rate in rates.items()}
+  """Writes the metrics of one step (in the first process)."""
+  # A step that was not applied has not moved the schedule on.
+  applied = step - 1 - int(metrics["skipped"])
+  learning_rates = {f"{k}/learning_rate": float(rate(applied)) for k, rate in rates.items()}
+  metrics = {k: v for k, v in metrics.items() if k != "skipped_in_a_row"}
   if writer:
     writer.write(step, {f"train/{k}": v for k, v in metrics.items()} | learning_rates)
-  steps.set_postfix(loss=f"{metrics['loss']:.3f}")
-  if not metrics["loss"] < float("inf"):
-    raise InputError(
-      f"the loss is {metrics['loss']} at step {step}: lower config.optimizer.base_lr, or look at "
-      "the labels; the newest checkpoint is from before"
-    )
+  shown = {"loss": f"{metrics['loss']:.3f}"}
+  steps.set_postfix(**shown, **({"skipped": int(s)} if (s := metrics["skipped"]) else {}))
 
 
 def report(experiment, writer, shown, last, best, seconds) -> None:

@@ -93,7 +93,27 @@ def main(out: pathlib.Path) -> None:
       state, values = run.step(state, *arguments)
       metrics.append(run.fetch_metrics(values))
     facts.setdefault("compiled_later", []).append(len(compiled))
-    record(f"{mode}_{devices}", run.fetch_state(state), metrics)
+    before = run.fetch_state(state)
+    record(f"{mode}_{devices}", before, metrics)
+    # A NaN that only one device sees, twice, and then a step that is good again.
+    poisoned = [next(batches()), next(batches())]
+    poisoned[0]["image"][5] = np.nan
+    told = []
+    for batch in (poisoned[0], poisoned[0], poisoned[1]):
+      state, values = run.step(state, *fixed[:2], run.place_batch(batch), fixed[2])
+      values = run.fetch_metrics(values)
+      after = run.fetch_state(state)
+      leaves = list(zip(*map(jax.tree.leaves, [(s.prompts, s.opt_state) for s in (before, after)])))
+      told.append({
+        "unchanged": all(np.array_equal(a, b) for a, b in leaves),
+        "finite": all(
+          np.isfinite(shard.data).all()
+          for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards
+        ),
+        "skipped": [values["skipped"], values["skipped_in_a_row"]],
+        "step": int(after.step),
+      })  # fmt: skip
+    facts.setdefault("poisoned", {})[f"{mode}_{devices}"] = told
   (out / "facts.json").write_text(json.dumps(facts))
   np.savez(out / "prompts.npz", **arrays)
 

@@ -11,6 +11,7 @@ import pytest
 from rpn_jax import logging
 from rpn_jax.errors import InputError
 from rpn_jax.logging import MetricWriter, progress, read_history, table
+from tests.test_checkpoint import small_files
 
 
 def lines_of(workdir):
@@ -119,6 +120,24 @@ def test_events_hold_scalars_and_images(tmp_path):
   assert ("train/loss", 7) in events
   assert ("eval/picture", 7) in events
   assert ("eval/mask", 8) in events
+
+
+def test_a_full_disk_keeps_metrics_waiting(tmp_path, capsys):
+  with MetricWriter(tmp_path) as writer:
+    writer.write(1, {"loss": 1.0})
+    room = (tmp_path / "metrics.jsonl").stat().st_size + 20  # and half a line
+    with small_files(room):
+      for step in (2, 3):
+        writer.write(step, {"loss": float(step)})
+    assert read_history(tmp_path / "metrics.jsonl")["loss"] == [(1, 1.0)]
+    writer.write(4, {"loss": 4.0})
+    writer.write(5, {"loss": 5.0})
+  assert [v for _, v in read_history(tmp_path / "metrics.jsonl")["loss"]] == [1, 2, 3, 4, 5]
+  # What follows half an event would not be read: it is in a file of its own.
+  for torn in sorted((tmp_path / "events").iterdir())[:-1]:
+    torn.unlink()
+  assert events_of(tmp_path) == [("loss", 4), ("loss", 5)]
+  assert capsys.readouterr().out.count("metrics not written") == 1
 
 
 @pytest.fixture

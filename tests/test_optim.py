@@ -1,5 +1,9 @@
 """Optimizer groups."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from configs import common
@@ -26,3 +30,20 @@ def test_a_parameter_outside_all_groups_is_refused():
 def test_a_parameter_in_two_groups_is_refused():
   with pytest.raises(ValueError, match=r"'h' .* \['h', 'all'\]"):
     optim.assign_groups(TREE, (("h", "h", 1.0), ("all", ".*", 10.0)))
+
+
+def test_gradients_are_clipped_by_their_norm_over_all_groups():
+  config = common.optimizer(10)
+  tree = {"h": jnp.ones(2), "head": {"kernel": jnp.ones(3)}}
+  grads = {"h": jnp.full(2, 3.0), "head": {"kernel": jnp.full(3, -4.0)}}
+  moments = []
+  for clip_norm in (0.0, 1e9, 2.0):
+    config.clip_norm = clip_norm
+    optimizer = optim.make_optimizer(config, tree)
+    _, state = optimizer.update(grads, optimizer.init(tree), tree)
+    moments.append([x for x in jax.tree.leaves(state) if x.ndim])
+  for plain, loose, clipped in zip(*moments):
+    np.testing.assert_array_equal(plain, loose)
+    # First and second moments are of the gradient's first and second power.
+    scale = 2.0 / float(optax.tree.norm(grads))
+    assert np.allclose(clipped, plain * scale) or np.allclose(clipped, plain * scale**2)

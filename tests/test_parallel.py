@@ -49,6 +49,16 @@ def test_the_update_of_one_device(results, case):
   np.testing.assert_allclose(facts[case]["grad_norm"], facts["plain"]["grad_norm"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("case", [f"{mode}_{devices}" for mode, devices in CASES])
+def test_a_nan_on_one_device_is_applied_on_none(results, case):
+  facts, _ = results
+  first, second, good = facts["poisoned"][case]
+  assert first["unchanged"] and second["unchanged"] and not good["unchanged"]
+  assert first["finite"] and second["finite"] and good["finite"]
+  assert [x["skipped"] for x in (first, second, good)] == [[1, 1], [2, 2], [2, 0]]
+  assert [x["step"] for x in (first, second, good)] == [4, 5, 6]
+
+
 def test_the_noise_is_really_there(results):
   facts, _ = results
   assert abs(facts["plain"]["loss"][0] - facts["other_key"]["loss"][0]) > 1e-4

@@ -51,6 +51,12 @@ def test_every_epoch_holds_every_example_once_in_a_new_order():
   assert list(labels[:10]) != list(labels[10:])
 
 
+def test_the_examples_of_a_batch_can_be_named():
+  for step, batch in enumerate(take(6)):
+    named = pipeline.train_indices(10, batch_size=4, seed=5, step=step)
+    assert named == batch["label"][:, 0, 0].tolist()
+
+
 def test_shapes_and_augmentation():
   batches = take(5)
   assert batches[0]["image"].shape == (4, 2, 2, 3) and batches[0]["image"].dtype == np.float32

@@ -11,12 +11,13 @@ from PIL import Image
 from configs import shapes as shapes_config
 from data_pipelines import datasets
 from data_pipelines.errors import DataError
-from rpn_jax import evaluate, losses, predict, train
+from rpn_jax import checkpoint, evaluate, losses, predict, train
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
 from rpn_jax.logging import read_history
 from rpn_jax.parallel import ShardMap, data_mesh
 from tests import tiny
+from tests.test_checkpoint import small_files
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,70 @@ def test_a_killed_run_continues_exactly(home, finished):
   assert again == result
   prompts = [Experiment(config, w).restored_prompts()[1] for w in (workdir, home / "run")]
   jax.tree.map(np.testing.assert_array_equal, *prompts)
+
+
+def with_nan(data, steps):
+  """The data with one pixel of one image NaN in the batches of these steps (from 1)."""
+
+  def batches(start):
+    for i, batch in enumerate(data.train_batches(start), start + 1):
+      if i in steps:
+        batch["image"][1, 0, 0, 0] = np.nan
+      yield batch
+
+  return dataclasses.replace(data, train_batches=batches)
+
+
+def test_a_step_gone_wrong_is_left_out_and_counted(home, capsys):
+  config = make_config(home, max_skipped=2, log_every=1)
+  workdir = home / "nan"
+  data = with_nan(datasets.load(config), {3, 6})
+  train.train(config, workdir, data)
+  history = read_history(workdir / "metrics.jsonl")
+  assert [v for _, v in history["train/skipped"]] == [0, 0, 1, 1, 1, 2, 2, 2]
+  assert np.isnan(history["train/loss"][2][1]) and np.isfinite(history["train/loss"][3][1])
+  out = capsys.readouterr().out
+  assert "step 3: loss or gradients are NaN or infinite: not applied" in out
+  # A step that was not applied does not move the schedule on either.
+  rates = [v for _, v in history["h/learning_rate"]]
+  assert rates[2] == rates[1] and rates[5] == rates[4] and len(set(rates)) == 6
+
+
+def test_too_many_in_a_row_end_the_run(home):
+  config = make_config(home, max_skipped=3, save_every=2)
+  workdir = home / "nans"
+  data = datasets.load(config)
+  indices = ", ".join(map(str, data.train_indices(4)))
+  with pytest.raises(InputError, match=(
+    rf"in 3 steps in a row, 5 to 7, .* step 5 had the training examples {indices}; "
+    r"last good checkpoint: \S+checkpoints/6\. Lower"
+  )):  # fmt: skip
+    train.train(config, workdir, with_nan(data, {5, 6, 7}))
+  # The count goes on where it was: of the checkpoint at step 6, two of the three.
+  with pytest.raises(InputError, match=r"in 3 steps in a row, 5 to 7"):
+    train.train(config, workdir, with_nan(data, {7}))
+  # Nothing but steps was lost: with good data the run ends well.
+  assert train.train(config, workdir, data)["last"]["step"] == 8
+
+
+def test_a_full_disk_does_not_end_a_run(home, monkeypatch, capsys):
+  """All saves but the last one fail, and the curves are kept back."""
+  config = make_config(home, save_every=1, log_every=1)
+  workdir = home / "full"
+  save = checkpoint.Checkpoints.save
+  tries = []
+
+  def full(self, state, best):
+    tries.append(int(state.step))
+    with small_files(10 if state.step < 8 or len(tries) < 10 else None):
+      return save(self, state, best)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", full)
+  monkeypatch.setattr(train, "LAST_PAUSE", 0.0)
+  result = train.train(config, workdir, datasets.load(config))
+  assert tries == [*range(1, 8), 8, 8, 8] and result["last"]["step"] == 8
+  assert capsys.readouterr().out.count("no checkpoint written") == 9
+  assert Experiment(config, workdir).restored_prompts()[0] == 8
 
 
 def test_a_finished_run_is_only_evaluated_again(finished):
