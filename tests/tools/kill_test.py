@@ -1,0 +1,222 @@
+"""Runs that are killed at random moments, and what becomes of them.
+
+    python -m tests.tools.kill_test --runs=20
+
+A run of the tiny network is killed with SIGKILL, then started again, until it has ended; its final
+parameters, optimizer state and curves must be those of a run that nobody touched, to the bit. The
+moments are drawn within a phase: in training, while a checkpoint is written, in an evaluation,
+while the data are prepared. Other runs get SIGTERM and must end by themselves, with status 0.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+STEPS, EVAL_EVERY, SAVE_EVERY = 40, 10, 4
+PHASES = ("training", "save", "evaluation", "preparation")
+# Seconds in which a process must reach its phase or its end; compilation is most of it.
+PATIENCE = 300
+
+
+class Run:
+  """One workdir with data of its own, and the processes that work on it.
+
+  Args:
+    home: with the tiny weights; also holds the cache of compiled programs.
+    name: of the workdir below it.
+    data: name of the folder of prepared data below it.
+  """
+
+  def __init__(self, home: pathlib.Path, name: str, data: str = "data"):
+    self.home, self.workdir, self.data = home, home / name, home / data
+    self.log = home / f"{name}.log"
+    self.process = None
+
+  def start(self, *options: str) -> "Run":
+    environment = {
+      **os.environ,
+      "HOME": str(self.home),
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    command = [
+      sys.executable, "main.py", "--config=configs/shapes.py:runlocal",
+      f"--workdir={self.workdir}", f"--config.clip={self.home}/clip.safetensors",
+      f"--config.data.data_dir={self.data}", f"--config.steps={STEPS}",
+      f"--config.eval_every={EVAL_EVERY}", f"--config.save_every={SAVE_EVERY}",
+      "--config.log_every=1", *tiny.FLAGS, *options,
+    ]  # fmt: skip
+    with open(self.log, "a") as log:
+      self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    return self
+
+  def said(self) -> str:
+    return self.log.read_text()
+
+  def end(self) -> None:
+    """Waits for an end with status 0."""
+    status = self.process.wait(timeout=PATIENCE)
+    assert status == 0, f"status {status}:\n{self.said()[-3000:]}"
+
+  def wait_for(self, condition: Callable[[], bool]) -> bool:
+    """Whether it came true before the process ended."""
+    until = time.monotonic() + PATIENCE
+    while self.process.poll() is None:
+      if condition():
+        return True
+      assert time.monotonic() < until, f"waited in vain:\n{self.said()[-3000:]}"
+      time.sleep(0.0005)
+    return False
+
+  def kill(self, how: int = signal.SIGKILL) -> float:
+    """Seconds until it was gone."""
+    began = time.monotonic()
+    self.process.send_signal(how)
+    self.process.wait(timeout=PATIENCE)
+    return time.monotonic() - began
+
+  # What a process is doing, as its files show it.
+
+  def entries(self) -> list[dict]:
+    try:
+      lines = (self.workdir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+      return []
+    return [json.loads(line) for line in lines]
+
+  def trained(self) -> int:
+    return max((e["step"] for e in self.entries() if "train/loss" in e), default=0)
+
+  def saved(self) -> list[int]:
+    folder = self.workdir / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+  def is_saving(self) -> bool:
+    return any((self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+
+  def is_evaluating(self) -> bool:
+    newest = max(self.saved(), default=0)
+    if not newest or (newest % EVAL_EVERY and newest != STEPS):
+      return False
+    return not any(e["step"] == newest and "eval/pAcc" in e for e in self.entries())
+
+  def is_preparing(self) -> bool:
+    return self.data.is_dir() and not any(self.data.rglob("dataset_info.json"))
+
+  def result(self) -> dict:
+    """What must be equal: final parameters and optimizer state, curves, scores."""
+    meta = json.loads(next((self.workdir / f"checkpoints/{STEPS}/meta").iterdir()).read_text())
+    curves = collections.defaultdict(dict)
+    for entry in self.entries():
+      for name, value in entry.items():
+        if name not in ("step", "time"):
+          curves[name][entry["step"]] = value
+    scores = json.loads((self.workdir / "metrics.json").read_text())
+    return {
+      "checksums": meta["checksums"], "curves": dict(curves),
+      "last": scores["last"], "best": scores["best"],
+    }  # fmt: skip
+
+
+def reach(run: Run, phase: str, draw: random.Random) -> bool:
+  """Waits for a random moment of a phase; False if the run ended before."""
+  if phase == "training":
+    goal = draw.randint(run.trained() + 1, STEPS - 1) if run.trained() < STEPS - 1 else STEPS
+    there = run.wait_for(lambda: run.trained() >= goal)
+  elif phase == "save":
+    skipped = draw.randrange(4)  # not always the first one
+    there = True
+    for _ in range(skipped):
+      there = there and run.wait_for(run.is_saving) and run.wait_for(lambda: not run.is_saving())
+    there = there and run.wait_for(run.is_saving)
+  elif phase == "evaluation":
+    goal = draw.randint(1, STEPS // EVAL_EVERY) * EVAL_EVERY
+    there = run.wait_for(lambda: run.is_evaluating() and max(run.saved()) >= goal)
+  else:
+    there = run.wait_for(run.is_preparing)
+  if there:
+    time.sleep(draw.uniform(0, {"save": 0.03, "evaluation": 0.3}.get(phase, 0.1)))
+  return there
+
+
+def attempt(home: pathlib.Path, number: int, phase: str, draw: random.Random) -> str:
+  """One run, killed once or twice; returns what happened, and raises where it went wrong."""
+  run = Run(home, f"run{number}", f"data{number}" if phase == "preparation" else "data")
+  moments = []
+  for _ in range(draw.randint(1, 2)):
+    run.start()
+    if not reach(run, phase, draw):
+      break
+    doing = [name for name in ("saving", "evaluating", "preparing") if getattr(run, f"is_{name}")()]
+    run.kill()
+    moments.append(f"step {run.trained()} ({', '.join(doing) or 'training'})")
+  else:
+    run.start()
+  run.end()
+  return f"{phase}: killed at " + "; ".join(moments) if moments else f"{phase}: ended too early"
+
+
+def difference(got: dict, want: dict) -> str | None:
+  return next((key for key in want if got[key] != want[key]), None)
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--runs", type=int, default=20)
+  parser.add_argument("--terms", type=int, default=6, help="runs that get SIGTERM")
+  parser.add_argument("--seed", type=int, default=0)
+  args = parser.parse_args()
+  draw = random.Random(args.seed)
+  began, failed, kills, ends = time.time(), 0, 0, []
+  with tempfile.TemporaryDirectory() as folder:
+    home = pathlib.Path(folder)
+    tiny.save(home / "clip.safetensors")
+    reference = Run(home, "reference").start()
+    reference.end()
+    want = reference.result()
+    for number in range(args.runs):
+      told = attempt(home, number, PHASES[number % len(PHASES)], draw)
+      wrong = difference(Run(home, f"run{number}").result(), want)
+      failed += wrong is not None
+      kills += told.count("step")
+      print(f"{number + 1:>3} {'DIFFERENT ' + wrong if wrong else 'identical'}  {told}", flush=True)
+    for number in range(args.terms):
+      phase = PHASES[number % 3]
+      run = Run(home, f"term{number}").start()
+      if reach(run, phase, draw):
+        ends.append(run.kill(signal.SIGTERM))
+        status, newest = run.process.returncode, max(run.saved(), default=0)
+        trained = run.trained()
+        run.start()
+      else:
+        status, newest, trained = 0, STEPS, STEPS
+      run.end()
+      wrong = difference(run.result(), want)
+      if status != 0 or newest < trained:
+        wrong = f"status {status}, {trained - newest} steps not saved"
+      failed += bool(wrong)
+      print(f"SIGTERM in {phase} at step {trained}, saved {newest}: "
+            f"{ends[-1]:.2f} s, {wrong or 'identical'}", flush=True)  # fmt: skip
+  print(
+    f"{args.runs} runs, {kills} kills, {args.terms} ended by SIGTERM (at most "
+    f"{max(ends, default=0):.2f} s), {failed} different, {time.time() - began:.0f} s in all"
+  )
+  return 1 if failed else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
