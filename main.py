@@ -11,7 +11,7 @@ from ml_collections import config_flags
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/shapes.py:preset=paper")
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures")
-flags.DEFINE_enum("mode", "train", ("train", "eval", "predict", "classify"), "What to do")
+flags.DEFINE_enum("mode", "train", ("train", "eval", "predict", "classify", "export"), "What to do")
 flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
 flags.DEFINE_list("distributed", [], "HOST:PORT,PROCESSES,PROCESS; pods and Slurm need none")
 flags.DEFINE_string("classes", None, 'predict, classify: class names, e.g. "red circle, sand"')
@@ -43,7 +43,7 @@ def parse_flags(argv):
 def run() -> None:
   """Joins data and model. Imports are here so that --help and mistyped flags answer at once."""
   from data_pipelines import clip_images, datasets
-  from rpn_jax import classify, evaluate, parallel, predict, pretrain, train
+  from rpn_jax import classify, evaluate, parallel, predict, pretrain, prompts_file, train
 
   config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
   with parallel.session(FLAGS.distributed, config.get("matmul_precision", "default")):
@@ -55,6 +55,8 @@ def run() -> None:
       evaluate.run(config, workdir, datasets.load_evaluations(config))
     elif FLAGS.mode == "predict":
       predict.predict(config, workdir, FLAGS.image, FLAGS.classes, datasets.image_loader(config))
+    elif FLAGS.mode == "export":
+      prompts_file.export(config, workdir, datasets.load(config).names)
     else:
       classify.classify(config, workdir, FLAGS.image, FLAGS.classes, clip_images.load)
 

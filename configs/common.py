@@ -106,6 +106,7 @@ def segmentation(
   c.task = "segment"  # what main.py runs
   c.seed = 0  # of initial prompts, data order, augmentation, dropout and gate noise
   c.clip = ""  # CLIP weights: a path, or a file shipped in rpn_jax/assets
+  c.prompts = ""  # a file of trained prompts, to evaluate or predict with; none: the workdir's
   # Sentences around a class name, averaged: a named set, or one sentence with {} for the name.
   c.templates = "single"
   c.synonyms = "mean"  # of names like "sea, ocean": first, mean, max or joined

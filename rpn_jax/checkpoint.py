@@ -37,7 +37,7 @@ FREE_FIELDS = (
   "parallel", "shard_state", "remat",
 )  # fmt: skip
 # Nor do these, although they change scores: a trained run may be evaluated in many ways.
-EVALUATION_FIELDS = ("eval", "short_side", "eval_images")
+EVALUATION_FIELDS = ("eval", "short_side", "eval_images", "prompts")
 
 # Complete checkpoints that are kept beside the best: should a disk damage the newest, the one
 # before it is there.

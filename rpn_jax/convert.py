@@ -1,9 +1,15 @@
 """CLIP weights from the files people have to the parameter tree of `rpn_jax.models.clip`.
 
-    python -m rpn_jax.convert ViT-B-16.pt clip_b16.safetensors --dtype float16
+    python -m rpn_jax.convert ViT-B-16.pt clip_b16.safetensors --dtype float16 --verify
 
-Reads OpenAI's TorchScript archives, PyTorch state dicts, safetensors with OpenAI's names (as
-open_clip writes them) and this project's own safetensors; also the names of the authors' release.
+Reads TorchScript archives, PyTorch state dicts and safetensors, whole or in shards with an index,
+with the names of OpenAI, open_clip or Hugging Face's transformers, and this project's own files.
+Where a model's config.json or open_clip_config.json is beside its weights it is read, too.
+
+The authors' checkpoint of RPN becomes a file of prompts, and such a file becomes theirs:
+
+    python -m rpn_jax.convert rpn_voc.pth rpn_voc.safetensors --clip clip_b16.safetensors
+    python -m rpn_jax.convert rpn_voc.safetensors rpn_voc.pth
 """
 
 import argparse
@@ -17,7 +23,7 @@ import pathlib
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -29,10 +35,12 @@ from flax import traverse_util
 
 from rpn_jax import torch_archive
 from rpn_jax.errors import InputError
-from rpn_jax.models.clip import CLIP, CLIPConfig
+from rpn_jax.logging import table
+from rpn_jax.models.clip import CLIP, CLIPConfig, resize_positions
+from rpn_jax.text_cache import class_embeddings
 
 FORMAT, VERSION = "rpn_jax.clip", "1"
-OWN, SAFETENSORS = "rpn_jax safetensors", "safetensors with OpenAI's names"
+OWN, SAFETENSORS, SHARDS = "rpn_jax safetensors", "safetensors", "shards with an index"
 
 # --- Names ----------------------------------------------------------------------------------------
 
@@ -115,6 +123,35 @@ class Naming(NamedTuple):
   logit_scale: str | None
 
 
+# Hugging Face's names of the same arrays: (pattern, OpenAI's name, transposed). Queries, keys and
+# values are three arrays there: `{}` is filled with q, k and v.
+_HF_BLOCK = (
+  (r"layer_norm(\d)\.(weight|bias)", r"ln_\1.\2"),
+  (r"self_attn\.out_proj\.(weight|bias)", r"attn.out_proj.\1"),
+  (r"self_attn\.([qkv])_proj\.(weight|bias)", r"attn.in_proj_\2/\1"),
+  (r"mlp\.fc1\.(weight|bias)", r"mlp.c_fc.\1"),
+  (r"mlp\.fc2\.(weight|bias)", r"mlp.c_proj.\1"),
+)
+_HF = (
+  ("logit_scale", "logit_scale"),
+  (r"visual_projection\.weight", "visual.proj/T"),
+  (r"text_projection\.weight", "text_projection/T"),
+  (r"vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
+  (r"vision_model\.embeddings\.patch_embedding\.weight", "visual.conv1.weight"),
+  (r"vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
+  (r"vision_model\.pre_layrnorm\.(weight|bias)", r"visual.ln_pre.\1"),  # their spelling
+  (r"vision_model\.post_layernorm\.(weight|bias)", r"visual.ln_post.\1"),
+  (r"text_model\.embeddings\.token_embedding\.weight", "token_embedding.weight"),
+  (r"text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+  (r"text_model\.final_layer_norm\.(weight|bias)", r"ln_final.\1"),
+  *(
+    (rf"{tower}_model\.encoder\.layers\.(?P<n>\d+)\.{theirs}", (ours, prefix))
+    for tower, prefix in (("vision", "visual."), ("text", ""))
+    for theirs, ours in _HF_BLOCK
+  ),
+)
+
+
 OPENAI = Naming("visual.", "", "logit_scale")
 AUTHORS = Naming("backbone.", "text_encoder.", None)
 
@@ -136,6 +173,67 @@ def clip_rules(naming: Naming, vision_layers: int, text_layers: int) -> list[Rul
   return rules
 
 
+def _from_hf(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+  """The state of a `CLIPModel` of transformers by OpenAI's names.
+
+  Raises:
+    InputError: a name that is not one of theirs, or queries, keys and values that do not fit.
+  """
+  renamed = {}
+  for name, value in state.items():
+    if name.endswith("embeddings.position_ids"):  # 0, 1, 2, … in older files
+      continue
+    new = _hf_name(name)
+    if new is None:
+      raise InputError(
+        f"expected the arrays of a CLIPModel of transformers, {name!r} is unknown in {where}: use "
+        "the complete, unchanged file of such a model"
+      )
+    if new.endswith("/T"):
+      if value.ndim != 2:
+        raise InputError(
+          f"expected {name!r} with 2 axes, got shape {value.shape} in {where}: the file is damaged"
+        )
+      new, value = new.removesuffix("/T"), value.T
+    renamed[new] = value
+  joined = {}
+  for name, value in renamed.items():
+    base, slash, part = name.rpartition("/")
+    if not slash:
+      joined[name] = value
+    elif part == "q":
+      parts = [renamed.get(f"{base}/{letter}") for letter in "qkv"]
+      if any(x is None or x.shape != value.shape or not x.ndim for x in parts):
+        raise InputError(
+          f"expected queries, keys and values of one shape for {base!r} in {where}: the file is "
+          "damaged"
+        )
+      joined[base] = np.concatenate(parts)
+  return joined
+
+
+def _hf_name(name: str) -> str | None:
+  for pattern, new in _HF:
+    if match := re.fullmatch(pattern, name):
+      if isinstance(new, str):
+        return match.expand(new)
+      # The groups of a block's own pattern follow the layer's number.
+      block, prefix = new
+      block = re.sub(r"\\(\d)", lambda m: match[1 + int(m[1])], block)
+      return f"{prefix}transformer.resblocks.{match['n']}.{block}"
+  return None
+
+
+def _plain_openclip(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+  """Without what open_clip puts before OpenAI's names in training and in its newer models."""
+  for prefix in ("module.", "_orig_mod."):
+    if state and all(name.startswith(prefix) for name in state):
+      state = {name.removeprefix(prefix): value for name, value in state.items()}
+  if "text.text_projection" in state:
+    state = {name.removeprefix("text."): value for name, value in state.items()}
+  return state
+
+
 def _to_ours(rules: Iterable[Rule], state: Mapping[str, np.ndarray], where: str) -> dict:
   """Our flat arrays from theirs: every name on both sides used exactly once.
 
@@ -152,7 +250,7 @@ def _to_ours(rules: Iterable[Rule], state: Mapping[str, np.ndarray], where: str)
         f"expected {rule.theirs!r} with {len(axes)} axes, got shape {value.shape} in {where}: "
         "this is no CLIP ViT, use another file"
       )
-    flat[rule.ours] = _float32(np.transpose(value, axes) if axes else value, rule.theirs, where)
+    flat[rule.ours] = float32(np.transpose(value, axes) if axes else value, rule.theirs, where)
   return flat
 
 
@@ -178,13 +276,14 @@ def _same_names(wanted: set[str], got: Iterable[str], where: str) -> None:
       )
 
 
-def _float32(value: np.ndarray, name: str, where: str) -> np.ndarray:
+def float32(value: np.ndarray, name: str, where: str) -> np.ndarray:
+  """A float32 copy of weights, or an InputError that names them."""
   if value.dtype not in (np.float16, np.float32, jnp.bfloat16):
     raise InputError(
       f"expected float16, bfloat16 or float32 weights, {name!r} is {value.dtype} in {where}: "
       "save it with one of these types"
     )
-  return np.ascontiguousarray(value, np.float32).reshape(value.shape)
+  return np.array(value, np.float32, order="C")
 
 
 # --- Architecture ---------------------------------------------------------------------------------
@@ -252,7 +351,11 @@ def _config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConfig:
           f"is not in the file, pass {heads}"
         )
       fields[heads] = width // 64
-  fields.setdefault("activation", "quick_gelu")
+  if set(names) - set(fields) == {"activation"}:
+    raise InputError(
+      f"expected to be told the activation, {where} does not tell it: pass --activation=quick_gelu "
+      "(OpenAI's models, and those of open_clip that say quickgelu) or --activation=gelu"
+    )
   if set(fields) != set(names):
     wrong = sorted(set(fields) ^ set(names))
     raise InputError(f"expected the config fields {names}, {wrong} missing or unknown in {where}")
@@ -319,33 +422,99 @@ _SAFETENSORS_TYPES = {
   "I32": np.int32,
   "I64": np.int64,
 }
+# Of a JSON file beside weights; the largest index known has 100 kB.
+_MAX_JSON_BYTES = 8 << 20
+_MAX_SHARDS = 1000
+# What a folder of a published model holds, in the order of preference.
+_IN_FOLDER = (
+  "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
+  "pytorch_model.bin", "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin",
+)  # fmt: skip
 
 
-def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Views of the file, and its metadata; nothing is read before it is needed."""
   try:
+    # Checks the header: offsets within the file, in order, as long as the shapes say.
     with safetensors.safe_open(path, "numpy") as file:
       metadata = file.metadata() or {}
-    # `safe_open` cannot give bfloat16 to NumPy; the raw bytes it can.
-    entries = safetensors.deserialize(path.read_bytes())
+      names = list(file.keys())
   except safetensors.SafetensorError as error:
     reason = " ".join(str(error).split())[:100]
     raise InputError(
       f"expected a safetensors or PyTorch zip file, {path} is neither or is damaged ({reason}): "
       "get it again"
     ) from None
+  except OSError as error:
+    raise InputError(f"{path} cannot be read ({error.strerror}): check the file") from None
+  # The library cannot give bfloat16 to NumPy; the raw bytes can.
+  content = np.memmap(path, np.uint8, "r")
+  start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+  header = json.loads(content[8:start].tobytes())
   state = {}
-  for name, entry in entries:
+  for name in names:
+    entry = header[name]
     if entry["dtype"] not in _SAFETENSORS_TYPES:
       raise InputError(
         f"expected float weights, {name!r} is {entry['dtype']} in {path}: use another file"
       )
+    begin, end = (start + offset for offset in entry["data_offsets"])
+    data = content[begin:end] if begin < end else np.empty(0, np.uint8)
     dtype = np.dtype(_SAFETENSORS_TYPES[entry["dtype"]])
-    state[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    if begin % dtype.itemsize:  # such a header is allowed, and cannot be a view
+      data = data.copy()
+    state[name] = data.view(dtype).reshape(entry["shape"])
   return state, metadata
+
+
+def _read_json(path: pathlib.Path) -> dict:
+  try:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+      raise InputError(f"expected JSON of at most {_MAX_JSON_BYTES >> 20} MiB, {path} is larger")
+    content = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    if isinstance(error, InputError):
+      raise
+    raise InputError(f"expected JSON in {path}, it cannot be read: get it again") from None
+  if not isinstance(content, dict):
+    raise InputError(f"expected a JSON object in {path}, got something else: get it again")
+  return content
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of all files that an index names, each where the index says it is."""
+  places = _read_json(index).get("weight_map")
+  if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+    raise InputError(f"expected an index with a weight_map in {index}: use the model's own index")
+  files = sorted(set(places.values()))
+  if len(files) > _MAX_SHARDS:
+    raise InputError(f"expected at most {_MAX_SHARDS} shards, {index} names {len(files)}")
+  state = {}
+  for file in files:
+    # A path would lead out of the folder.
+    if file != os.path.basename(file) or file in ("", ".", ".."):
+      raise InputError(f"expected file names in {index}, got the path {file[:60]!r}: refused")
+    _, shard, _ = _read(index.parent / file)
+    told = {name for name, place in places.items() if place == file}
+    if told != set(shard):
+      raise InputError(
+        f"expected in {index.parent / file} the {len(told)} arrays that {index.name} says, got "
+        f"{len(shard)}, {sorted(told ^ set(shard))[0]!r} differs: get both again"
+      )
+    state.update(shard)
+  return state
 
 
 def _read(path: pathlib.Path) -> tuple[str, dict[str, np.ndarray], dict[str, str]]:
   """Kind of file, arrays by name, metadata. The content decides, not the file's name."""
+  if path.is_dir():
+    found = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
+    if found is None:
+      raise InputError(
+        f"expected a file of CLIP weights, {path} is no file and holds none of "
+        f"{', '.join(_IN_FOLDER)}: check the path"
+      )
+    path = found
   if not path.is_file():
     raise InputError(f"expected a file of CLIP weights, {path} is no file: check the path")
   with path.open("rb") as file:
@@ -357,13 +526,64 @@ def _read(path: pathlib.Path) -> tuple[str, dict[str, np.ndarray], dict[str, str
       f"expected a PyTorch zip file, {path} has the format before PyTorch 1.6: "
       "load and save it once with a newer PyTorch"
     )
+  if path.name.endswith(".index.json"):
+    return SHARDS, _read_shards(path), {}
   if head[8:] != b"{":
     raise InputError(
       f"expected CLIP weights (PyTorch zip or safetensors), {path} begins with {head[:4]!r} and is "
       "neither: check the path and the download"
     )
-  state, metadata = _read_safetensors(path)
+  state, metadata = read_safetensors(path)
   return OWN if metadata.get("format") == FORMAT else SAFETENSORS, state, metadata
+
+
+def _told(path: pathlib.Path, kind: str, hf: bool) -> dict:
+  """CLIPConfig fields that no shape tells, from the files of the model's publisher.
+
+  Raises:
+    InputError: a config that this project's CLIP cannot follow.
+  """
+  if kind == torch_archive.TORCHSCRIPT:
+    activation = torch_archive.activation(path)
+    return {"activation": activation} if activation else {}
+  folder = path if path.is_dir() else path.parent
+  beside = folder / ("config.json" if hf else "open_clip_config.json")
+  if not beside.is_file():
+    return {}
+  content = _read_json(beside)
+  try:
+    return _told_by_hf(content) if hf else _told_by_openclip(content)
+  except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+    raise InputError(f"expected the config of a CLIP model in {beside}, {error}") from None
+
+
+def _told_by_hf(content: Mapping) -> dict:
+  # Fields that are left out have these values there (CLIPVisionConfig, CLIPTextConfig).
+  vision, text = (content.get(f"{tower}_config") or {} for tower in ("vision", "text"))
+  activations = {x.get("hidden_act", "quick_gelu") for x in (vision, text)}
+  if len(activations) > 1:
+    raise ValueError(f"its towers have the activations {sorted(map(str, activations))}")
+  for tower in (vision, text):
+    if tower.get("layer_norm_eps", 1e-5) != 1e-5:
+      raise ValueError(f"its layer_norm_eps is {tower['layer_norm_eps']}, CLIP's is 1e-05")
+  return {
+    "activation": activations.pop(),
+    "vision_heads": vision.get("num_attention_heads", 12),
+    "text_heads": text.get("num_attention_heads", 8),
+  }
+
+
+def _told_by_openclip(content: Mapping) -> dict:
+  model = content.get("model_cfg", content)
+  vision = model.get("vision_cfg") or {}
+  if "timm_model_name" in vision:
+    raise ValueError(f"its image tower is {vision['timm_model_name']}, not CLIP's")
+  fields = {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+  if heads := (model.get("text_cfg") or {}).get("heads"):
+    fields["text_heads"] = heads
+  if width := vision.get("width"):
+    fields["vision_heads"] = int(width) // int(vision.get("head_width", 64))
+  return fields
 
 
 def _drop_extras(state: Mapping[str, np.ndarray], fields: Mapping, where: str) -> dict:
@@ -395,9 +615,9 @@ def _drop_extras(state: Mapping[str, np.ndarray], fields: Mapping, where: str) -
   return kept
 
 
-def _load(path, overrides: Mapping | None) -> tuple[str, CLIPConfig, dict]:
+def _load(path, overrides: Mapping | None, read=None) -> tuple[str, CLIPConfig, dict]:
   path, overrides = pathlib.Path(path), dict(overrides or {})
-  kind, state, metadata = _read(path)
+  kind, state, metadata = read or _read(path)
   where = str(path)
   if kind == OWN:
     if metadata.get("version") != VERSION:
@@ -412,10 +632,14 @@ def _load(path, overrides: Mapping | None) -> tuple[str, CLIPConfig, dict]:
         f"expected a config in the metadata of {where}: convert the original again"
       ) from None
     config = _config(fields, overrides, where)
-    flat = {name: _float32(value, name, where) for name, value in state.items()}
+    flat = {name: float32(value, name, where) for name, value in state.items()}
   else:
+    hf = any(name.startswith("vision_model.") for name in state)
+    told = _told(path, kind, hf)
+    state = _from_hf(state, where) if hf else _plain_openclip(state)
     fields = _read_architecture(state, OPENAI, where)
-    config = _config(fields, overrides, where)
+    config = _config({**fields, **told}, overrides, where)
+    kind = f"{kind} with the names of {'Hugging Face' if hf else 'OpenAI'}"
     state = _drop_extras(state, fields, where)
     flat = _to_ours(
       clip_rules(OPENAI, fields["vision_layers"], fields["text_layers"]), state, where
@@ -428,18 +652,20 @@ def load(path, config: Mapping | None = None) -> tuple[CLIPConfig, dict]:
   """CLIP weights of any file this module reads.
 
   Args:
-    path: a TorchScript archive, a PyTorch state dict (zip format, bare or under `state_dict`) or
-      safetensors, with OpenAI's names; or safetensors written by `save`.
+    path: a TorchScript archive, a PyTorch state dict (zip format, bare or under `state_dict`),
+      safetensors, the index of shards of these, or a folder with one of them; with the names of
+      OpenAI, open_clip or transformers; or safetensors written by `save`.
     config: CLIPConfig fields that the file does not tell or that it tells wrongly: `vision_heads`,
-      `text_heads` (else width / 64) and `activation` (else "quick_gelu"; some of open_clip's
-      models have "gelu"). Files written by `save` know them.
+      `text_heads` (else width / 64) and `activation` ("quick_gelu" or "gelu"). Files written by
+      `save` know them, TorchScript archives and a config beside the weights the activation.
 
   Returns:
     The architecture, and the parameters as a nested dictionary of float32 arrays for
     `CLIP(config).apply({"params": ...})`.
 
   Raises:
-    InputError: no such file, a damaged or foreign one, an array missing, unknown or misshapen.
+    InputError: no such file, a damaged or foreign one, an array missing, unknown or misshapen, or
+      an activation that nothing tells.
   """
   return _load(path, config)[1:]
 
@@ -486,10 +712,15 @@ def save(path, config: CLIPConfig, params, dtype=np.float32, metadata=None) -> N
     "version": VERSION,
     "config": json.dumps(dataclasses.asdict(config)),
   }
-  _write_atomically(path, safetensors.numpy.save(arrays, header))
+  write_atomically(path, lambda file: safetensors.numpy.save_file(arrays, file, header))
 
 
-def _write_atomically(path: pathlib.Path, content: bytes) -> None:
+def write_atomically(path: pathlib.Path, write: Callable[[str], None]) -> None:
+  """Lets `write` make a file of another name, which then gets this one.
+
+  Raises:
+    InputError: a place that cannot be written to.
+  """
   temporary = None
   try:
     # In the same folder, for os.replace cannot cross file systems.
@@ -497,15 +728,16 @@ def _write_atomically(path: pathlib.Path, content: bytes) -> None:
       dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
       temporary = file.name
-      file.write(content)
+    write(temporary)
     # A temporary file is private; a result has the permissions of any new file.
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(temporary, 0o666 & ~mask)
     os.replace(temporary, path)
-  except OSError as error:
+  except (OSError, safetensors.SafetensorError) as error:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
     raise InputError(
-      f"expected a writable place, cannot write {path} ({error.strerror}): check the folder"
+      f"expected a writable place, cannot write {path} ({reason}): check the folder and its room"
     ) from None
   finally:
     if temporary and os.path.exists(temporary):
@@ -541,7 +773,8 @@ def from_authors(state: Mapping[str, np.ndarray], where: str = "the authors' sta
   """
   fields = _read_architecture(state, AUTHORS, where)
   # Heads change no shape, and the release's state dict does not tell them.
-  config = _config(fields, {"vision_heads": 1, "text_heads": 1}, where)
+  heads = {"vision_heads": 1, "text_heads": 1}
+  config = _config(fields, {**heads, "activation": "quick_gelu"}, where)
   rules = clip_rules(AUTHORS, config.vision_layers, config.text_layers)
   split = len(rules)
   rules += _AUTHORS_PROMPTS
@@ -604,34 +837,150 @@ def describe(config: CLIPConfig) -> str:
   )
 
 
+# SHA-256 of OpenAI's published files; they are part of the addresses these are downloaded from.
+PUBLISHED = {
+  "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af": "ViT-B/32",
+  "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f": "ViT-B/16",
+  "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "ViT-L/14",
+  "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L/14@336px",
+}
+# In a trained CLIP the first two are closer to each other than the first and the third.
+TRIPLES = (
+  ("a photo of a cat", "a photo of a kitten", "a photo of a truck"),
+  ("a photo of a car", "a photo of an automobile", "a photo of a banana"),
+  ("a photo of the sea", "a photo of the ocean", "a photo of a desk"),
+  ("a photo of a sofa", "a photo of a couch", "a photo of a horse"),
+  ("a photo of a tree", "a photo of a forest", "a photo of a computer"),
+  ("a photo of a person", "a photo of a woman", "a photo of a bridge"),
+)
+
+
+def sha256(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verification(source: pathlib.Path, config: CLIPConfig, params) -> str:
+  """What `--verify` prints: the checksum, and similarities of texts."""
+  lines = []
+  if source.is_file():
+    digest = sha256(source)
+    known = PUBLISHED.get(digest)
+    lines.append(f"sha256 {digest}: " + (f"OpenAI's {known}" if known else "no file of OpenAI's"))
+  texts = list(dict.fromkeys(text for triple in TRIPLES for text in triple))
+  try:
+    embedding = dict(zip(texts, class_embeddings(config, params, texts, "{}", synonyms="joined")))
+  except InputError as error:
+    return "\n".join([*lines, f"no similarities of texts: {error}"])
+  rows, right = [], 0
+  for text, near, far in TRIPLES:
+    close, distant = (float(embedding[text] @ embedding[other]) for other in (near, far))
+    right += close > distant
+    rows.append([text, near, f"{close:.3f}", far, f"{distant:.3f}"])
+  lines.append(table(rows, ["text", "near", "cosine", "far", "cosine"]))
+  lines.append(
+    f"{right} of {len(TRIPLES)} in order"
+    + ("" if right == len(TRIPLES) else ": a CLIP trained on photographs has all of them")
+  )
+  return "\n".join(lines)
+
+
 def main(arguments=None) -> int:
   parser = argparse.ArgumentParser(prog="python -m rpn_jax.convert", description=__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
-  parser.add_argument("source", help="TorchScript archive, PyTorch state dict or safetensors")
-  parser.add_argument("destination", help="the safetensors file to write")
+  parser.add_argument("source", help="weights of CLIP, prompts, or the authors' checkpoint")
+  parser.add_argument("destination", help="the safetensors (or, of prompts, .pth) file to write")
   parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
-  parser.add_argument("--activation", help="quick_gelu (assumed) or gelu, if the file is not ours")
+  parser.add_argument(
+    "--activation", choices=("quick_gelu", "gelu"), help="if neither file nor config tell it"
+  )
   parser.add_argument("--vision_heads", type=int, help="if not width / 64")
   parser.add_argument("--text_heads", type=int, help="if not width / 64")
+  parser.add_argument("--verify", action="store_true", help="checksum, and similarities of texts")
+  parser.add_argument("--clip", help="with the authors' checkpoint: the CLIP it was trained around")
   args = parser.parse_args(arguments)
+  source, destination = pathlib.Path(args.source), pathlib.Path(args.destination)
   given = {
     name: value
     for name in ("activation", "vision_heads", "text_heads")
     if (value := getattr(args, name)) is not None
   }
   try:
-    kind, config, params = _load(args.source, given)
-    save(args.destination, config, params, args.dtype, {"source": kind})
+    read = _read(source)
+    if any(name.startswith("decode_head.") for name in read[1]):
+      lines = _authors_to_prompts(source, read[1], destination, args.clip)
+    elif read[2].get("format") == "rpn_jax.prompts":
+      lines = _prompts_to_authors(source, destination)
+    else:
+      kind, config, params = _load(source, given, read)
+      save(destination, config, params, args.dtype, {"source": kind})
+      count = sum(value.size for value in jax.tree.leaves(params))
+      lines = [f"{source}: {kind}", describe(config)]
+      lines.append(f"{count:,} parameters, fingerprint {fingerprint(params)}")
+      if args.verify:
+        lines.append(verification(source, config, params))
+      lines.append(f"wrote {destination} ({args.dtype})")
   except InputError as error:
-    print(error, file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
     return 2
-  count = sum(value.size for value in jax.tree.leaves(params))
-  assumed = "" if kind == OWN or "activation" in given else " (assumed: the file does not tell)"
-  print(f"{args.source}: {kind}")
-  print(f"{describe(config)}{assumed}")
-  print(f"{count:,} parameters, fingerprint {fingerprint(params)}")
-  print(f"wrote {args.destination} ({args.dtype})")
+  print("\n".join(lines))
   return 0
+
+
+def _authors_to_prompts(source, state: Mapping, destination, clip_path: str | None) -> list[str]:
+  from rpn_jax import prompts_file  # which is written with this module
+
+  if clip_path is None:
+    raise InputError(
+      f"{source} is a checkpoint of the authors' RPN: pass --clip=FILE, the CLIP weights it was "
+      "trained around, which are compared with the ones in it"
+    )
+  theirs, prompts = from_authors(state, str(source))
+  _, clip = load(clip_path)
+  _same_towers(theirs, clip, f"{source} and {clip_path}")
+  side = round(len(prompts["h"]) ** 0.5)
+  # The release's settings; h is stored on the token grid of a training crop.
+  model = {
+    "prompt_tower": True, "relationship_prompts": True, "m2oe": False, "h_shared": True,
+    "deep_tokens": prompts["deep_tokens"].shape[1], "h_grid": [side, side], "head": "released",
+    "class_embedding_copies": 2,
+  }  # fmt: skip
+  content = prompts_file.Prompts(prompts, fingerprint(clip), {"model": model}, (), 0)
+  prompts_file.save(destination, content)
+  count = sum(value.size for value in jax.tree.leaves(prompts))
+  return [
+    f"{source}: the authors' checkpoint, its CLIP is that of {clip_path}",
+    f"wrote {count:,} parameters to {destination}; predict with the preset released and "
+    f"--config.prompts={destination}",
+  ]
+
+
+def _same_towers(theirs: Mapping, clip: Mapping, where: str) -> None:
+  """The release resizes the positions of its image tower; all else is CLIP's own."""
+  theirs, clip = (traverse_util.flatten_dict(tree, sep="/") for tree in (theirs, clip))
+  for name, value in theirs.items():
+    want = clip.get(name)
+    if name == "visual/position_embedding" and want is not None and want.shape != value.shape:
+      side = round((len(value) - 1) ** 0.5)
+      want = np.asarray(resize_positions(jnp.asarray(want), side, side))
+    # OpenAI's weights are float16, which a checkpoint of float32 holds exactly.
+    if want is None or want.shape != value.shape or not np.allclose(want, value, atol=1e-4):
+      raise InputError(
+        f"expected one CLIP in {where}, {name} differs: pass the weights that were trained around"
+      )
+
+
+def _prompts_to_authors(source, destination) -> list[str]:
+  from rpn_jax import prompts_file
+
+  content = prompts_file.load(source)
+  state = to_authors_prompts(content.prompts)
+  meta = {"clip": content.clip, "step": str(content.step), "written_by": "rpn_jax"}
+  write_atomically(destination, lambda file: torch_archive.write(file, state, meta))
+  return [
+    f"wrote {len(state)} arrays by the authors' names to {destination}: load them over a model "
+    "with CLIP's weights, not strictly, for the frozen towers are not in it"
+  ]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from rpn_jax import checkpoint, convert, optim
+from rpn_jax import checkpoint, convert, optim, prompts_file
 from rpn_jax.errors import InputError
 from rpn_jax.logging import write_json
 from rpn_jax.models.clip import REMAT_POLICIES
@@ -127,15 +127,20 @@ class Experiment:
   def restored(self) -> dict[str, tuple[int, dict]]:
     """Step and prompts of the workdir's newest checkpoint, "last", and of the "best" one.
 
-    There is no "best" where it is the newest. A training-free method has step 0 and no prompts.
+    There is no "best" where it is the newest, nor in a file of prompts. A training-free method
+    has step 0 and no prompts.
     """
     if not self.trainable:
       return {"last": (0, {})}
+    # No shape depends on the number of classes.
+    like = jax.eval_shape(self.initial_prompts, jnp.zeros((1, self.clip_config.embed_dim)))
+    if path := self.config.prompts:
+      content = prompts_file.load(path)
+      prompts_file.check(content, path, self.config.to_dict(), self.identity["clip"], like)
+      return {"last": (content.step, content.prompts)}
     if not (self.workdir / "checkpoints").is_dir():
       raise InputError(f"no checkpoints in {self.workdir}: train first, with the same --workdir")
     with contextlib.closing(self.checkpoints(read_only=True)) as checkpoints:
-      # No shape depends on the number of classes.
-      like = jax.eval_shape(self.initial_prompts, jnp.zeros((1, self.clip_config.embed_dim)))
       return checkpoints.read(like, self._best_step())
 
   def _best_step(self) -> int | None:

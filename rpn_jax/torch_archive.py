@@ -9,7 +9,10 @@ import collections
 import math
 import pathlib
 import pickle
+import re
 import zipfile
+import zlib
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +60,10 @@ class _Module:
 
   def __init__(self):
     self.attributes = {}
+
+
+class _Inert:
+  """What stands for a NumPy object in a checkpoint's notes: nothing of it is made or kept."""
 
 
 class _Dispatch(dict):
@@ -113,7 +120,7 @@ class _Unpickler(pickle._Unpickler):
     # State dicts carry version notes (`_metadata`) this way; nothing here needs them.
     if isinstance(target, _Module) and isinstance(state, dict):
       target.attributes = state
-    elif not isinstance(target, collections.OrderedDict):
+    elif not isinstance(target, (collections.OrderedDict, _Inert)):
       raise Refused("it sets attributes of something that is no module")
 
   dispatch[pickle.REDUCE[0]] = load_reduce
@@ -163,6 +170,10 @@ def _untyped(value, *_):
   return value
 
 
+def _inert(*_):
+  return _Inert()
+
+
 _FUNCTIONS = {
   ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
   ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
@@ -172,6 +183,15 @@ _FUNCTIONS = {
   ("torch.jit._pickle", "build_doublelist"): _untyped,
   ("torch.jit._pickle", "build_tensorlist"): _untyped,
   ("torch.jit._pickle", "restore_type_tag"): _untyped,
+  # mmcv's notes beside the state dict (scores, palettes) may be NumPy's: read over.
+  ("_codecs", "encode"): _inert,
+  ("numpy", "dtype"): _inert,
+  ("numpy", "ndarray"): _inert,
+  **{
+    (f"numpy.{core}.multiarray", name): _inert
+    for core in ("core", "_core")
+    for name in ("scalar", "_reconstruct")
+  },
 }
 
 
@@ -242,6 +262,72 @@ def read(path) -> tuple[str, dict[str, np.ndarray]]:
       f"expected a PyTorch file, the description of tensors in {path} is malformed "
       f"({kind}: {_line(error)}): {again}"
     ) from None
+
+
+def activation(path) -> str | None:
+  """What the code in a TorchScript archive calls between the layers of an MLP, as text search.
+
+  "quick_gelu" is x * sigmoid(1.702 x), "gelu" the exact one; None where the code has neither or
+  both, or where there is no code.
+  """
+  found = set()
+  try:
+    with zipfile.ZipFile(path) as archive:
+      codes = [x for x in archive.infolist() if re.search(r"/code/.*\.py$", x.filename)]
+      if sum(info.file_size for info in codes) > _MAX_PICKLE_BYTES:
+        return None
+      for info in codes:
+        calls = re.findall(rb"torch\.(gelu|sigmoid)\(", archive.read(info))
+        found.update("gelu" if call == b"gelu" else "quick_gelu" for call in calls)
+  except (zipfile.BadZipFile, OSError, NotImplementedError, zlib.error):
+    return None
+  return found.pop() if len(found) == 1 else None
+
+
+def write(path, state: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:
+  """Writes what `torch.load` reads as {"meta": meta, "state_dict": state}, as mmcv saves it.
+
+  Args:
+    path: of the new file.
+    state: float32 arrays by name.
+    meta: notes, strings by strings.
+  """
+
+  def text(value: str) -> bytes:
+    return pickle.BINUNICODE + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+  def number(value: int) -> bytes:
+    return pickle.LONG1 + b"\x08" + value.to_bytes(8, "little", signed=True)
+
+  def numbers(values) -> bytes:
+    return pickle.MARK + b"".join(map(number, values)) + pickle.TUPLE
+
+  def named(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+  def dictionary(entries: Mapping[str, bytes]) -> bytes:
+    items = b"".join(text(key) + value for key, value in entries.items())
+    return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
+
+  def tensor(key: str, value: np.ndarray) -> bytes:
+    strides = [math.prod(value.shape[i + 1 :]) for i in range(value.ndim)]
+    storage = pickle.MARK + text("storage") + named("torch", "FloatStorage") + text(key)
+    storage += text("cpu") + number(value.size) + pickle.TUPLE + pickle.BINPERSID
+    hooks = named("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    arguments = storage + number(0) + numbers(value.shape) + numbers(strides)
+    arguments = pickle.MARK + arguments + pickle.NEWFALSE + hooks + pickle.TUPLE
+    return named("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
+
+  arrays = {name: np.array(value, "<f4", order="C") for name, value in state.items()}
+  tensors = {name: tensor(str(i), value) for i, (name, value) in enumerate(arrays.items())}
+  notes = dictionary({key: text(value) for key, value in meta.items()})
+  root = dictionary({"meta": notes, "state_dict": dictionary(tensors)})
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("archive/data.pkl", pickle.PROTO + b"\x02" + root + pickle.STOP)
+    archive.writestr("archive/byteorder", "little")
+    for i, value in enumerate(arrays.values()):
+      archive.writestr(f"archive/data/{i}", value.tobytes())
+    archive.writestr("archive/version", "3\n")
 
 
 def _line(error) -> str:

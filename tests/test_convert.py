@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import traverse_util
-from test_torch_archive import dictionary, write_state
+from test_torch_archive import dictionary, number, text, write_state
 
-from rpn_jax import convert
+from rpn_jax import convert, prompts_file, torch_archive
 from rpn_jax.errors import InputError
+from rpn_jax.experiment import find_weights
 from rpn_jax.models.clip import CLIP, CLIPConfig
 
 HERE = pathlib.Path(__file__).parent
@@ -21,6 +23,7 @@ GOLDEN = HERE / "golden"
 TORCHSCRIPT = HERE / "fixtures" / "torchscript_clip.pt"
 STATE_DICT = GOLDEN / "clip" / "tiny_clip_state_dict.pt"
 OPENCLIP = GOLDEN / "clip" / "tiny_clip_openclip.safetensors"
+HF, HF_CONFIG = GOLDEN / "clip" / "tiny_clip_hf.safetensors", "tiny_clip_hf_config.json"
 
 # Width below 64: the heads must be told.
 TINY = CLIPConfig(
@@ -36,7 +39,8 @@ TINY = CLIPConfig(
   context_length=5,
   vocab_size=7,
 )
-HEADS = {"vision_heads": 4, "text_heads": 3}
+HEADS = {"vision_heads": 4, "text_heads": 3, "activation": "quick_gelu"}
+QUICK = {"activation": "quick_gelu"}
 
 
 def flatten(tree):
@@ -86,11 +90,14 @@ def state(tiny):
 # --- Real files -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [STATE_DICT, OPENCLIP, TORCHSCRIPT], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+  "path", [STATE_DICT, OPENCLIP, HF, TORCHSCRIPT], ids=lambda path: path.name
+)
 def test_embeddings_of_the_original(path, tmp_path):
   recording = TORCHSCRIPT.with_suffix(".npz") if path == TORCHSCRIPT else path.parent / "clip.npz"
   recorded = np.load(recording)
-  config, params = convert.load(path)
+  # The archive's code tells by itself.
+  config, params = convert.load(path, None if path == TORCHSCRIPT else QUICK)
   convert.save(tmp_path / "ours.safetensors", config, params)
   again, params = convert.load(tmp_path / "ours.safetensors")
   assert again == config
@@ -110,7 +117,7 @@ def test_embeddings_of_the_original(path, tmp_path):
 
 
 def test_architecture_of_the_golden_model():
-  config, params = convert.load(STATE_DICT)
+  config, params = convert.load(STATE_DICT, QUICK)
   told = json.loads(str(np.load(STATE_DICT.parent / "clip.npz")["config"]))
   assert config == CLIPConfig(
     embed_dim=told["embed_dim"],
@@ -126,8 +133,9 @@ def test_architecture_of_the_golden_model():
     vocab_size=told["vocab_size"],
   )
   # One model in two formats.
-  same(params, convert.load(OPENCLIP)[1])
-  assert convert.fingerprint(params) == convert.fingerprint(convert.load(OPENCLIP)[1])
+  same(params, convert.load(OPENCLIP, QUICK)[1])
+  same(params, convert.load(HF, QUICK)[1])
+  assert convert.fingerprint(params) == convert.fingerprint(convert.load(OPENCLIP, QUICK)[1])
 
 
 def test_shapes_of_published_models():
@@ -202,6 +210,198 @@ def test_fingerprint(tiny):
   )
 
 
+def hf_names(state: dict, vision: int, text: int) -> dict:
+  """A state by OpenAI's names as transformers would save it."""
+  renamed = {
+    "logit_scale": state["logit_scale"],
+    "visual_projection.weight": state["visual.proj"].T.copy(),
+    "text_projection.weight": state["text_projection"].T.copy(),
+  }
+  plain = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final": "text_model.final_layer_norm",
+  }
+  parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
+           "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
+  for ours, theirs in plain.items():
+    for end in (".weight", ".bias", ""):
+      if end == "" and ours in state:
+        renamed[theirs] = state[ours]
+      elif end and f"{ours}{end}" in state:
+        renamed[f"{theirs}{end}"] = state[f"{ours}{end}"]
+  for tower, start, layers in (("vision", "visual.", vision), ("text", "", text)):
+    for i in range(layers):
+      here, there = f"{start}transformer.resblocks.{i}", f"{tower}_model.encoder.layers.{i}"
+      for end in ("weight", "bias"):
+        for ours, theirs in parts.items():
+          renamed[f"{there}.{theirs}.{end}"] = state[f"{here}.{ours}.{end}"]
+        for letter, part in zip("qkv", np.split(state[f"{here}.attn.in_proj_{end}"], 3)):
+          renamed[f"{there}.self_attn.{letter}_proj.{end}"] = part.copy()
+  return renamed
+
+
+def hf_config(act="quick_gelu") -> dict:
+  return {
+    "vision_config": {"num_attention_heads": 4, "hidden_act": act},
+    "text_config": {"num_attention_heads": 3, "hidden_act": act},
+  }
+
+
+def write_shards(folder, state, count=3) -> pathlib.Path:
+  names = sorted(state)
+  places = {}
+  for i in range(count):
+    part = {name: state[name] for name in names[i::count]}
+    file = f"model-{i + 1:05}-of-{count:05}.safetensors"
+    (folder / file).write_bytes(safetensors.numpy.save(part))
+    places |= dict.fromkeys(part, file)
+  index = folder / "model.safetensors.index.json"
+  index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+  return index
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_a_folder_of_transformers_tells_all(tmp_path, tiny, state, dtype):
+  theirs = {name: value.astype(dtype) for name, value in hf_names(state, 1, 2).items()}
+  theirs["text_model.embeddings.position_ids"] = np.arange(5)[None]
+  (tmp_path / "model.safetensors").write_bytes(safetensors.numpy.save(theirs))
+  (tmp_path / "config.json").write_text(json.dumps(hf_config()))
+  config, params = convert.load(tmp_path)
+  assert config == TINY
+  rounded = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), tiny)
+  same(params, rounded)
+  (tmp_path / "config.json").write_text(json.dumps(hf_config("gelu")))
+  assert convert.load(tmp_path / "model.safetensors")[0].activation == "gelu"
+  assert convert.load(tmp_path, QUICK)[0].activation == "quick_gelu"  # a person knows better
+
+
+def test_shards(tmp_path, tiny, state):
+  index = write_shards(tmp_path, hf_names(state, 1, 2))
+  (tmp_path / "config.json").write_text(json.dumps(hf_config()))
+  for path in (tmp_path, index):
+    config, params = convert.load(path)
+    assert config == TINY
+    same(params, tiny)
+  places = json.loads(index.read_text())["weight_map"]
+  victim = sorted(places)[0]
+  outside = tmp_path.parent / "outside.safetensors"
+  outside.write_bytes(safetensors.numpy.save({victim: np.zeros(1, "f")}))
+  for wrong, match in (
+    ({**places, victim: "../outside.safetensors"}, r"got the path '\.\./outside"),
+    ({**places, victim: str(outside)}, "got the path"),
+    ({**places, victim: "model-00002-of-00003.safetensors"}, "differs"),
+    ({**places, victim: "missing.safetensors"}, "is no file"),
+    ({**places, victim: 3}, "weight_map"),
+    ({k: v for k, v in places.items() if k != victim}, "differs"),
+    ([], "weight_map"),
+  ):
+    index.write_text(json.dumps({"weight_map": wrong}))
+    one_line(match, convert.load, index)
+  index.write_text("[" * 100_000)
+  one_line("cannot be read", convert.load, index)
+
+
+def test_open_clip(tmp_path, tiny, state):
+  """Names of its trainings and of its newer models; exact GELU unless the config says quick."""
+  newer = {
+    name if name.startswith("visual.") or name == "logit_scale" else f"text.{name}": value
+    for name, value in state.items()
+  }
+  trained = {f"module.{name}": value for name, value in state.items()}
+  for names in (state, newer, trained):
+    path = write_state(tmp_path / "x.pt", names)
+    same(convert.load(path, HEADS)[1], tiny)
+  model = {
+    "embed_dim": 4,
+    "vision_cfg": {"width": 8, "head_width": 2},
+    "text_cfg": {"heads": 3},
+  }
+  beside = tmp_path / "open_clip_config.json"
+  for quick, activation in (({}, "gelu"), ({"quick_gelu": True}, "quick_gelu")):
+    beside.write_text(json.dumps({"model_cfg": {**model, **quick}}))
+    assert convert.load(path)[0] == dataclasses.replace(TINY, activation=activation)
+  for wrong, match in (
+    ({"vision_cfg": {"timm_model_name": "convnext"}}, "convnext"),
+    ({"vision_cfg": {"width": 8, "head_width": 0}}, "division"),
+    ({"vision_cfg": 3}, "config of a CLIP"),
+  ):
+    beside.write_text(json.dumps({"model_cfg": {**model, **wrong}}))
+    one_line(match, convert.load, path)
+
+
+def test_towers_of_transformers_that_do_not_fit(tmp_path, state):
+  theirs = hf_names(state, 1, 2)
+  query = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+  for changes, config, match in (
+    ({"vision_model.extra": np.zeros(2, "f")}, hf_config(), "'vision_model.extra' is unknown"),
+    ({query: np.zeros((3, 3), "f")}, hf_config(), "queries, keys and values"),
+    ({query: None}, hf_config(), "in_proj_weight' missing"),
+    ({"text_projection.weight": np.zeros(3, "f")}, hf_config(), "2 axes"),
+    ({}, {**hf_config(), "text_config": {"hidden_act": "gelu"}}, "activations"),
+    ({}, {"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps"),
+    ({}, {"vision_config": [1]}, "config of a CLIP"),
+    ({}, {**hf_config(), "vision_config": {"num_attention_heads": "4"}}, "integer from 1"),
+  ):
+    changed = {k: v for k, v in {**theirs, **changes}.items() if v is not None}
+    (tmp_path / "model.safetensors").write_bytes(safetensors.numpy.save(changed))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    one_line(match, convert.load, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "fields", "count"),
+  [
+    ("B/32", {"patch_size": 32}, 151_277_313),
+    ("B/16", {}, 149_620_737),
+    ("L/14", {"patch_size": 14}, 427_616_513),
+    ("L/14@336", {"patch_size": 14, "image_size": 336}, 427_944_193),
+  ],
+)
+def test_published_sizes(tmp_path, name, fields, count):
+  """Full-size random files of every family and type to one tree of parameters."""
+  if name[0] == "L":
+    fields = {**fields, "vision_width": 1024, "vision_layers": 24, "vision_heads": 16,
+              "embed_dim": 768, "text_width": 768, "text_heads": 12}  # fmt: skip
+  config = CLIPConfig(**fields)
+  noise = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype(np.float16)
+  rules = convert.clip_rules(convert.OPENAI, config.vision_layers, config.text_layers)
+  shapes = convert.expected_shapes(config)
+  state = {}
+  for rule in rules:
+    shape, axes = shapes[rule.ours], convert.LAYOUTS[rule.layout]
+    theirs = [shape[i] for i in np.argsort(axes)] if axes else shape
+    state[rule.theirs] = np.resize(noise, theirs)
+  openai, hf = tmp_path / "openai.safetensors", tmp_path / "hf"
+  hf.mkdir()
+  safetensors.numpy.save_file(state, openai)
+  # bfloat16 holds fewer digits than the noise has: what is equal is its rounding.
+  rounded = {k: v.astype(jnp.bfloat16) for k, v in state.items()}
+  renamed = hf_names(rounded, config.vision_layers, config.text_layers)
+  write_shards(hf, renamed)
+  heads = {"num_attention_heads": config.vision_heads}
+  told = {"vision_config": heads, "text_config": {"num_attention_heads": config.text_heads}}
+  (hf / "config.json").write_text(json.dumps(told))
+  del rounded, renamed
+  for source, options in ((openai, ["--activation=quick_gelu"]), (hf, [])):
+    target = tmp_path / "ours.safetensors"
+    assert convert.main([str(source), str(target), *options]) == 0
+    again, params = convert.load(target)
+    assert again == config
+    assert sum(value.size for value in jax.tree.leaves(params)) == count
+    want = state["visual.transformer.resblocks.11.mlp.c_fc.weight"].T
+    want = want if source == openai else want.astype(jnp.bfloat16)
+    got = params["visual"]["block_11"]["mlp"]["c_fc"]["kernel"]
+    np.testing.assert_array_equal(got, want.astype(np.float32))
+    target.unlink()
+
+
 # --- Bad files ------------------------------------------------------------------------------------
 
 
@@ -220,7 +420,6 @@ def test_files_of_another_kind(tmp_path, tiny):
     assert str(path) in one_line(match, convert.load, path)
   one_line("no file", convert.load, tmp_path / "missing.pt")
   one_line("no file", convert.load, tmp_path)
-  one_line("text_model", convert.load, GOLDEN / "clip" / "tiny_clip_hf.safetensors")
 
 
 def replaced(state, **changes):
@@ -259,6 +458,8 @@ def test_states_that_do_not_fit(tmp_path, state, changes, match):
 def test_config_given_by_a_person(tmp_path, state):
   path = write_state(tmp_path / "x.pt", state)
   one_line("its number of heads is not in the file, pass vision_heads", convert.load, path)
+  heads = {"vision_heads": 4, "text_heads": 3}
+  one_line("does not tell it: pass --activation=quick_gelu", convert.load, path, heads)
   for wrong, match in (
     ({"vision_heads": 3}, "divide the width 8"),
     ({"vision_heads": 0}, "integer from 1"),
@@ -322,6 +523,62 @@ def test_command_line(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def authors():
   return dict(np.load(GOLDEN / "params.npz"))
+
+
+def test_verify(tmp_path, capsys, monkeypatch):
+  source, target = find_weights("shapes_clip.safetensors"), tmp_path / "x.safetensors"
+  assert convert.main([str(source), str(target), "--verify"]) == 0
+  printed = capsys.readouterr().out
+  assert f"sha256 {convert.sha256(source)}: no file of OpenAI's" in printed
+  assert "a photo of a kitten" in printed and re.search(r"\d of 6 in order", printed)
+  monkeypatch.setitem(convert.PUBLISHED, convert.sha256(source), "ViT-X")
+  assert convert.main([str(source), str(target), "--verify"]) == 0
+  assert "OpenAI's ViT-X" in capsys.readouterr().out
+  # A vocabulary of another tokenizer: no similarities, but an answer.
+  assert convert.main([str(TORCHSCRIPT), str(target), "--verify"]) == 0
+  assert "no similarities of texts: " in capsys.readouterr().out
+
+
+def test_an_mmcv_checkpoint_becomes_prompts_and_goes_back(tmp_path, authors, capsys):
+  """By way of files, with every array of the recorded ones equal at the end."""
+  clip, prompts = convert.from_authors(authors)
+  # Notes as mmcv leaves them, one of NumPy's numbers among them.
+  number_of_numpy = b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(" + text("f8")
+  number_of_numpy += b"\x89\x88tR(K\x03" + text("<") + b"NNNK\xffK\xffK\x00tbc_codecs\nencode\n("
+  number_of_numpy += text("\x00" * 8) + text("latin1") + b"tRtR"
+  best = {"best_score": number_of_numpy, "last_ckpt": text("/work/latest.pth")}
+  meta = {"epoch": number(1), "env_info": text("Linux\n"), "hook_msgs": dictionary(best)}
+
+  def mmcv(root):
+    return dictionary({"meta": dictionary(meta), "state_dict": root, "optimizer": b"}"})
+
+  source = write_state(tmp_path / "rpn.pth", authors, mmcv)
+  # The CLIP around it, with its logit scale.
+  params = {**clip, "logit_scale": np.float32(4.6)}
+  fields = convert._read_architecture(authors, convert.AUTHORS, "golden")
+  heads = {"vision_heads": 4, "text_heads": 2, "activation": "quick_gelu"}
+  convert.save(tmp_path / "clip.safetensors", CLIPConfig(**fields, **heads), params)
+
+  ours, back = tmp_path / "prompts.safetensors", tmp_path / "back.pth"
+  assert convert.main([str(source), str(ours)]) == 2
+  assert "pass --clip=FILE" in capsys.readouterr().err
+  option = f"--clip={tmp_path}/clip.safetensors"
+  assert convert.main([str(source), str(ours), option]) == 0, capsys.readouterr().err
+  content = prompts_file.load(ours)
+  same(content.prompts, prompts)
+  assert content.clip == convert.fingerprint(params)
+  assert content.config["model"]["deep_tokens"] == prompts["deep_tokens"].shape[1]
+  assert convert.main([str(ours), str(back)]) == 0
+  kind, state = torch_archive.read(back)
+  trainable = json.loads((GOLDEN / "meta.json").read_text())["trainable"]
+  assert kind == torch_archive.STATE_DICT
+  assert {*state, *convert.AUTHORS_UNUSED} == set(trainable)
+  for name, value in state.items():
+    np.testing.assert_array_equal(value, authors[name])
+  params["text"]["projection"] = params["text"]["projection"] + 1
+  convert.save(tmp_path / "clip.safetensors", CLIPConfig(**fields, **heads), params)
+  assert convert.main([str(source), str(ours), option]) == 2
+  assert "text/projection differs" in capsys.readouterr().err
 
 
 def test_from_authors(authors):

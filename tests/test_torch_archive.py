@@ -116,6 +116,28 @@ def test_state_dict_in_a_checkpoint(tmp_path):
   np.testing.assert_array_equal(torch_archive.read(path)[1]["w"], MATRIX)
 
 
+def test_what_is_written_is_read(tmp_path):
+  state = {"a.w": MATRIX.T, "scalar": np.float32(3), "empty": np.zeros((0, 2), np.float32)}
+  torch_archive.write(tmp_path / "x.pth", state, {"note": "é"})
+  kind, again = torch_archive.read(tmp_path / "x.pth")
+  assert kind == torch_archive.STATE_DICT and list(again) == list(state)
+  for name, value in state.items():
+    np.testing.assert_array_equal(again[name], value)
+    assert again[name].shape == np.shape(value)
+  assert torch_archive.activation(tmp_path / "x.pth") is None
+
+
+@pytest.mark.parametrize(("calls", "want"), [
+  (("sigmoid", "sigmoid"), "quick_gelu"), (("gelu",), "gelu"), (("gelu", "sigmoid"), None),
+])  # fmt: skip
+def test_the_code_of_an_archive_tells_the_activation(tmp_path, calls, want):
+  with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+    for i, call in enumerate(calls):
+      archive.writestr(f"m/code/__torch__/{i}.py", f"_1 = torch.{call}(_0)\n")
+    archive.writestr("m/code/__torch__/0.py.debug_pkl", "torch.gelu(")
+  assert torch_archive.activation(tmp_path / "x.pt") == want
+
+
 @pytest.mark.parametrize("wrapper", ["build_intlist", "restore_type_tag"])
 def test_torchscript_attributes_that_are_no_tensors(tmp_path, wrapper):
   sizes = b"ctorch.jit._pickle\n" + wrapper.encode() + b"\n(](K\x01K\x02etR"

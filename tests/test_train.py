@@ -11,7 +11,7 @@ from PIL import Image
 from configs import shapes as shapes_config
 from data_pipelines import datasets
 from data_pipelines.errors import DataError
-from rpn_jax import checkpoint, evaluate, losses, predict, train
+from rpn_jax import checkpoint, evaluate, losses, predict, prompts_file, train
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
 from rpn_jax.logging import read_history
@@ -297,6 +297,46 @@ def test_predict_any_image_and_words(home, finished, tmp_path):
     with Image.open(workdir / "predictions" / f"{stem}_labels.png") as labels:
       assert labels.size == size and np.asarray(labels).max() < 3
     assert (workdir / "predictions" / f"{stem}_overlay.png").exists()
+
+
+def test_exported_prompts_need_only_clip(home, finished, tmp_path):
+  config, workdir, result = finished
+  path = prompts_file.export(config, workdir, ("a", "b"))
+  content = prompts_file.load(path)
+  assert path.parent == workdir and (content.step, content.names) == (8, ("a", "b"))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    content.prompts,
+    Experiment(config, workdir).restored_prompts()[1],
+  )
+  moved = tmp_path / "mine.safetensors"
+  moved.write_bytes(path.read_bytes())
+  other = config.copy_and_resolve_references()
+  other.prompts = str(moved)
+  Image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "x.png")
+  load = datasets.image_loader(config)
+  labels = []
+  for settings, place in ((config, workdir), (other, tmp_path / "elsewhere")):
+    predict.predict(settings, place, str(tmp_path / "x.png"), "red circle, sand", load)
+    labels.append((place / "predictions/x_labels.png").read_bytes())
+  assert labels[0] == labels[1]
+  scores = evaluate.run(other, tmp_path / "eval", datasets.load_evaluations(other))
+  assert scores["shapes"]["last"] == result["last"]
+
+  # What does not fit is refused with both values.
+  tiny.save(tmp_path / "clip.safetensors", seed=1)
+  for changes, message in (
+    ({"clip": str(tmp_path / "clip.safetensors")}, r"weights \w{16}, config.clip has \w{16}"),
+    ({"model.m2oe_reduced": 4}, r"model\.m2oe_reduced: 3 -> 4"),
+    ({"templates": "zegclip15"}, r"templates: single -> zegclip15"),
+    ({"prompts": str(tmp_path / "x.png")}, "neither or is damaged"),
+    ({"prompts": config.clip}, "of another kind"),
+    ({"prompts": str(tmp_path / "none")}, "is no file"),
+  ):
+    wrong = other.copy_and_resolve_references()
+    wrong.update_from_flattened_dict(changes)
+    with pytest.raises(InputError, match=message):
+      Experiment(wrong, tmp_path / "w").restored_prompts()
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ FLAGS = (
 
 
 @functools.cache
-def _params():
+def _params(seed: int):
   init = jax.jit(CLIP(TINY).init)
   image, tokens = np.zeros((1, 32, 32, 3)), np.zeros((1, 77), np.int32)
-  return jax.device_get(init(jax.random.key(0), image, tokens)["params"])
+  return jax.device_get(init(jax.random.key(seed), image, tokens)["params"])
 
 
-def save(path: pathlib.Path) -> None:
-  convert.save(path, TINY, _params())
+def save(path: pathlib.Path, seed: int = 0) -> None:
+  convert.save(path, TINY, _params(seed))
