@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint proof bench bench-data shapes-clip clean
+.PHONY: demo test test-slow lint ablations bench bench-data shapes-clip clean
 
 demo: $(VENV)/.run
 	$(RUN) main.py --config=configs/shapes.py --workdir=runs/shapes
@@ -18,9 +18,9 @@ test-slow: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 
-# The comparison of docs/results.md: every method, three seeds; an hour or more on two cores.
-proof: $(VENV)/.run
-	$(RUN) -m benchmarks.proof
+# The ablations of docs/results.md: every row of every table, three seeds; hours on two cores.
+ablations: $(VENV)/.run
+	$(RUN) -m rpn_jax.sweep all --jobs=2
 
 # Speed and memory of the network; TORCH=a Python that has torch, to compare with.
 bench: $(VENV)/.run

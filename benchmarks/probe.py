@@ -40,9 +40,8 @@ def main(argv) -> None:
 
   rows = {"as trained": scores()}
   trained = experiment.model
-  silent = dataclasses.replace(trained.config, relationship_prompts=False)
-  experiment.model = RPN(trained.clip, silent)
-  experiment.forward = jax.jit(lambda v, t, image: experiment.model.apply(v, image, t))
+  silent = RPN(trained.clip, dataclasses.replace(trained.config, rpm_layers="none"))
+  experiment.forward = jax.jit(lambda v, t, image: silent.apply(v, image, t))
   rows["prompts left out at test"] = scores()
   print(evaluate.score_table(rows))
 

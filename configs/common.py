@@ -47,6 +47,10 @@ def parse_arg(arg: str, **choices) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(values)
 
 
+# What can adapt the tower in a word of a config's argument; any others are joined by "+" in
+# --config.model.tuner.
+TUNERS = ("rpn", "vpt", "rpn+vpt", "lpm", "bitfit", "adapter", "ssf", "lora", "lst", "full")
+
 # Backbones: weights file, patch, crop and stride of the windows. 512 is no multiple of 14.
 BACKBONES = {
   "b16": ("weights/ViT-B-16.safetensors", 16, 512, 426),
@@ -60,7 +64,7 @@ def benchmark(
   """A published recipe on one of the benchmark data sets, from the words behind the colon.
 
   Args:
-    arg: `setting=…`, `preset=paper|released`, `backbone=b16|l14`, `runlocal`.
+    arg: `setting=…`, `preset=paper|released`, `backbone=b16|l14`, `tuner=…`, `runlocal`.
     name: training set, see `data_pipelines.datasets.SETS`.
     steps: optimizer steps.
     deep_tokens: of the released preset.
@@ -72,6 +76,7 @@ def benchmark(
     setting=settings,
     preset=("paper", "released"),
     backbone=tuple(BACKBONES),
+    tuner=("", *TUNERS),
     runlocal=False,
   )
   weights, patch, crop, stride = BACKBONES[args.backbone]
@@ -80,6 +85,8 @@ def benchmark(
   c.templates = templates
   c.data.setting = args.setting
   c.eval.stride = stride
+  if args.tuner:
+    c.model.tuner = args.tuner
   c.steps = steps
   c.eval_every = steps // 10
   # The paper trains on four devices of 8 images; the released logs are of 8 images in all.
@@ -186,30 +193,30 @@ def model(preset: str, *, deep_tokens: int, h_grid: tuple[int, int]) -> ml_colle
   """
   released = preset == "released"
   c = ml_collections.ConfigDict()
-  c.prompt_tower = True  # prompts inside the tower; False: head only
-  c.relationship_prompts = True  # RPM on or off
-  c.deep_tokens = deep_tokens if released else 0  # P, free prompt tokens in every layer
-  c.m2oe = not released  # multi-scale mixture of experts; absent from the release
+  # What adapts the tower, joined by "+": rpn (relationship prompts), vpt (deep prompt tokens), lpm
+  # (nothing but the head), bitfit, adapter, ssf, lora, lst, full.
+  c.tuner = "rpn+vpt" if released else "rpn"
+  c.deep_tokens = deep_tokens if released else 40  # P, prompt tokens of vpt in every layer
+  c.adapter_width = 64  # bottleneck of adapter
+  c.lora_rank = 8  # of lora
+  c.lst_reduction = 8  # how many times narrower than the tower the network of lst is
+  c.itp = "image_to_pixel"  # relationship map, Eq. 2: image_to_pixel, no_image or no_pixel
+  c.apg = "parameter"  # h, Eq. 3: a bare parameter, or linear: another start, and a bias
+  # Before ITP the gated mixture of experts, their plain sum, or none; absent from the release.
+  c.m2oe = "none" if released else "gated"
   c.m2oe_reduced = 3  # r, width of the experts
   c.m2oe_experts = 4  # scales 1, 1/2, 1/4, 1/8
   c.m2oe_top_k = 2  # experts the gate keeps; the paper gives no number
   c.h_shared = released  # one h for all layers, or one per layer
   # Grid h is stored on; None: that of CLIP's pre-training, resized to the tokens.
   c.h_grid = h_grid if released else ml_collections.config_dict.placeholder(tuple)
-  c.head = preset  # LPM variant
+  # Layers that make relationship prompts: all, first, last, odd, even or none.
+  c.rpm_layers = "all"
+  c.combine = "cat"  # prompts as further tokens (cat), or their class mean added or as factor (mul)
+  c.head = "released" if released else "lpm_c"  # lpm_a to lpm_c, released, tfpm_a to tfpm_c
   c.class_embedding_copies = 2 if released else 1  # the release adds the class embedding twice
   c.prompt_dropout = 0.1  # on projected prompts
   return c
-
-
-def apply_variant(c: ml_collections.ConfigDict, variant: str) -> None:
-  """Turns parts of the network off: the comparisons of docs/results.md."""
-  if variant == "no_rpm":
-    c.relationship_prompts = False
-  elif variant == "vpt":
-    c.relationship_prompts, c.deep_tokens = False, 40
-  elif variant == "lpm":
-    c.prompt_tower = False
 
 
 def normalization(preset: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -235,5 +242,5 @@ def optimizer(steps) -> ml_collections.ConfigDict:
   c.weight_decay = 0.01  # decoupled, on every parameter, norms and biases too
   c.clip_norm = 0.0  # gradients are scaled down to this norm over all parameters; 0: as they are
   # (group, regular expression over the whole parameter path, rate factor)
-  c.groups = (("h", r"h", 1.0), ("rest", r"(?!h$).*", 10.0))
+  c.groups = (("h", r"h(_bias)?", 1.0), ("rest", r"(?!h(_bias)?$).*", 10.0))
   return c

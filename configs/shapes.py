@@ -6,7 +6,8 @@ Arguments behind a colon pick a variant, e.g. `configs/shapes.py:preset=released
 
     preset=paper|released      which reading of RPN (docs/method.md)
     setting=zero_shot|transductive|supervised   which classes are labelled in training
-    variant=rpn|no_rpm|vpt|lpm|training_free   what is trained
+    tuner=…                        what adapts the tower: rpn, vpt, rpn+vpt, lpm (only the head),
+                                   bitfit, adapter, ssf, lora, lst, full; or training_free
     open_vocab                 all classes are labelled in training; --mode=eval then goes through
                                this world and a second one, whose scenes and names are others
     runlocal                   a run of a few steps, to try things
@@ -25,14 +26,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     arg,
     setting=("zero_shot", "transductive", "supervised"),
     preset=("paper", "released"),
-    variant=("rpn", "no_rpm", "vpt", "lpm", "training_free"),
+    tuner=("", *common.TUNERS, "training_free"),
     open_vocab=False,
     runlocal=False,
   )
   c = common.segmentation(args.preset, "shapes", crop=CROP, patch=8, deep_tokens=10)
-  common.apply_variant(c.model, args.variant)
   c.clip = "shapes_clip.safetensors"  # shipped
-  c.method = "training_free" if args.variant == "training_free" else "rpn"
+  if args.tuner == "training_free":
+    c.method = "training_free"
+  elif args.tuner:
+    c.model.tuner = args.tuner
   c.data.setting = "supervised" if args.open_vocab else args.setting
   c.eval.sets = ("shapes", "crowds") if args.open_vocab else ()
   c.steps = 8 if args.runlocal else 1000

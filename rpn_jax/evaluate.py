@@ -166,9 +166,11 @@ def over_processes(confusion_CxC: np.ndarray) -> np.ndarray:
   return np.ascontiguousarray(halves).view(np.int64).sum(0)
 
 
-def write_metrics(path: pathlib.Path, last: dict, best: dict | None, config) -> None:
-  """`metrics.json`: the last and the best evaluation, the config and the versions."""
-  write_json(path, {**last_and_best(last, best), **origin(config)})
+def write_metrics(path: pathlib.Path, last: dict, best: dict | None, config, trained: int) -> None:
+  """`metrics.json`: the last and the best evaluation, how many parameters were trained, the config
+  and the versions."""
+  content = {**last_and_best(last, best), "trained_parameters": trained, **origin(config)}
+  write_json(path, content)
 
 
 def last_and_best(last: dict, best: dict | None, selected_on: str = SELECTED) -> dict:
@@ -311,7 +313,7 @@ def summary(experiment: Experiment, results: dict) -> tuple[list[list[str]], lis
   """Rows of set, method and scores with the published ones among them, and notes to them."""
   config = experiment.config
   setting = "open_vocabulary" if config.eval.sets else config.data.setting
-  own = config.method
+  own = config.model.tuner
   if not experiment.trainable:
     setting, own = "training_free", config.dense.method
   rows, notes = [], []

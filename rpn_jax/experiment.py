@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rpn_jax import checkpoint, convert, optim, prompts_file
 from rpn_jax.errors import InputError
 from rpn_jax.logging import write_json
+from rpn_jax.models import peft
 from rpn_jax.models.clip import REMAT_POLICIES
 from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.models.training_free import DenseCLIP
@@ -25,6 +26,10 @@ ASSETS = pathlib.Path(__file__).parent / "assets"
 def cosine(logits):
   """The scores of a training-free method: its logits, which are cosines."""
   return logits
+
+
+# Logits to scores, by the loss they were trained with.
+SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 
 
 def find_weights(name: str) -> pathlib.Path:
@@ -45,6 +50,7 @@ class Experiment:
     clip: its parameters, both branches and the logit scale.
     params: the vision branch, as the network's `params` collection.
     model: an RPN or a DenseCLIP.
+    inference_model: the same with its tuners merged into the tower where that is possible.
   """
 
   def __init__(self, config, workdir):
@@ -69,9 +75,15 @@ class Experiment:
         )
       fields = RPNConfig(**config.model)
       self.model = RPN(self.clip_config, fields, jnp.dtype(config.dtype), config.remat)
+    # Tuners that can be are merged into the tower for everything but training.
+    self.inference_model = self.model
+    if self.trainable:
+      self.inference_model = self.model.clone(config=peft.merged_config(self.model.config))
     self.identity = checkpoint.identity(config, convert.fingerprint(self.clip))
     # One jitted function for the life of the experiment: evaluations do not compile again.
-    self.forward = jax.jit(lambda variables, text, image: self.model.apply(variables, image, text))
+    self.forward = jax.jit(
+      lambda variables, text, image: self.inference_model.apply(variables, image, text)
+    )
 
   @property
   def trainable(self) -> bool:
@@ -180,7 +192,10 @@ class Experiment:
     c = self.config.eval
     mesh = data_mesh()
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    variables = {"params": self.params, "prompts": prompts}
+    params = self.params
+    if self.trainable:
+      _, params, prompts = peft.merge(self.model.config, params, prompts)
+    variables = {"params": params, "prompts": prompts}
     variables, text = jax.device_put((variables, jnp.asarray(text_CxE)), whole)
 
     def logits(windows):
@@ -197,7 +212,7 @@ class Experiment:
       window_batch=-(-c.window_batch // mesh.size) * mesh.size,
       penalty=c.seen_penalty,
       penalized=penalized,
-      activation=jax.nn.sigmoid if self.trainable else cosine,
+      activation=SCORES[self.config.loss.name] if self.trainable else cosine,
       scales=c.scales,
       flip=c.flip,
       class_of_row=class_of_row,

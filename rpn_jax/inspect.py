@@ -4,6 +4,14 @@ Parameters by component, floating-point operations of one image, memory and imag
 forward pass and of a training step on this machine (the columns of the paper's Table 1), as text
 and, with --json=FILE, as JSON. Weights need not be there: with --backbone=b16 or l14 they are
 random, which costs the same.
+
+What a trained network looks at, drawn into the workdir (or --out), for an image or a folder:
+
+    python -m rpn_jax.inspect attention --config=… --workdir=… --image=… --classes="cat, grass"
+    python -m rpn_jax.inspect distance --config=… --workdir=… --image=… --classes="cat, grass"
+
+`attention` draws the relationship maps m of every layer (the paper's Fig. 1), `distance` how far
+each head looks, before and after training, also as CSV (Fig. 7).
 """
 
 import importlib.metadata
@@ -18,15 +26,21 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rpn_jax import convert, losses, optim, parallel
+from rpn_jax.attention import attention, distance
 from rpn_jax.errors import InputError
-from rpn_jax.experiment import find_weights
+from rpn_jax.experiment import Experiment, find_weights
 from rpn_jax.logging import table, write_json
+from rpn_jax.models import peft
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
 from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.predict import find_images
 from rpn_jax.step import TrainState, init_prompts, train_step
+from rpn_jax.text_cache import check_names
 
 FLAGS = flags.FLAGS
+
+LOOKS = {"attention": attention, "distance": distance}
 
 BACKBONES = {
   "b16": CLIPConfig(),
@@ -122,7 +136,10 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
   optimizer = optim.make_optimizer(config.optimizer, prompts)
   data = random_batch(batch, side, classes)
 
-  forward = jax.jit(lambda variables, image: model.apply(variables, image, text))
+  # As in inference: merged into the tower where that is possible.
+  lean = model.clone(config=peft.merged_config(model.config))
+  forward = jax.jit(lambda variables, image: lean.apply(variables, image, text))
+  _, *merged = peft.merge(model.config, tower, prompts)
 
   def one_step(state, params, batch, key):
     return train_step(
@@ -133,7 +150,7 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
   params = jax.device_put(tower)
   result = {
     "parameters": parameters(prompts, tower),
-    "forward": measure(forward, {"params": params, "prompts": prompts}, data["image"]),
+    "forward": measure(forward, dict(zip(("params", "prompts"), merged)), data["image"]),
   }
   state = TrainState(jnp.int32(0), prompts, jax.jit(optimizer.init)(prompts))
   jitted = jax.jit(one_step, donate_argnums=0)
@@ -176,12 +193,33 @@ def text_of(result: dict) -> str:
   return "\n\n".join([table(rows, ["parameters", "number", "of all"]), table(cost, heads), note])
 
 
+def look(what: str, config) -> None:
+  """The commands `attention` and `distance`."""
+  if not (FLAGS.workdir and FLAGS.image):
+    raise InputError(f'{what} needs --workdir, --image and --classes="a, b"')
+  names = check_names(FLAGS.classes.split(","))
+  experiment = Experiment(config, FLAGS.workdir)
+  out = pathlib.Path(FLAGS.out or FLAGS.workdir)
+  out.mkdir(parents=True, exist_ok=True)
+  for path in LOOKS[what](experiment, find_images(FLAGS.image), names, out):
+    print(path)
+
+
+def number_of_classes(text: str) -> int:
+  if not text.isdecimal() or not int(text):
+    raise InputError(f"--classes: expected how many classes are prompted, got {text!r}")
+  return int(text)
+
+
 def main(argv) -> None:
-  del argv
   logging.set_verbosity(logging.WARNING)
   parallel.lean_cpu()
   config = FLAGS.config
   try:
+    if len(argv) > 1:
+      if argv[1] not in LOOKS or len(argv) > 2:
+        raise InputError(f"unexpected {' '.join(argv[1:])!r}: expected {' or '.join(LOOKS)}")
+      return look(argv[1], config)
     if FLAGS.backbone:
       clip_config = BACKBONES[FLAGS.backbone]
       tower = random_tower(clip_config, jax.random.key(0))
@@ -193,8 +231,8 @@ def main(argv) -> None:
         )
       clip_config, clip = convert.load(path)
       tower = {"visual": clip["visual"]}
-    result = costs(config, clip_config, tower, FLAGS.classes, FLAGS.batch)
-  except InputError as error:
+    result = costs(config, clip_config, tower, number_of_classes(FLAGS.classes), FLAGS.batch)
+  except (InputError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   print(text_of(result))
@@ -204,7 +242,10 @@ def main(argv) -> None:
 
 def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/voc.py")
-  flags.DEFINE_integer("classes", 20, "Prompted classes", lower_bound=1)
+  flags.DEFINE_string("classes", "20", "How many classes; for attention and distance their names")
+  flags.DEFINE_string("workdir", "", "attention, distance: of a trained run")
+  flags.DEFINE_string("image", "", "attention, distance: an image file or a folder")
+  flags.DEFINE_string("out", "", "attention, distance: where to draw; the workdir if not given")
   flags.DEFINE_integer("batch", 1, "Images at a time", lower_bound=1)
   flags.DEFINE_enum("backbone", "", ("", "b16", "l14"), "Random weights instead of config.clip")
   flags.DEFINE_string("json", "", "Also write the numbers to this file")

@@ -44,6 +44,7 @@ class Run:
     last, best: metrics, with the step.
     history: name -> [(step, value)], empty for a run without training.
     evaluations: data set -> metrics, of `--mode=eval` after the training.
+    trained_parameters: how many; None where the files do not say.
   """
 
   directory: pathlib.Path
@@ -52,14 +53,22 @@ class Run:
   best: Mapping
   history: Mapping[str, Sequence[tuple[int, float]]]
   evaluations: Mapping[str, Mapping]
+  trained_parameters: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """Runs that differ only in their seed, under one name."""
+  """Runs that differ only in their seed, under one name.
+
+  Attributes:
+    label: the name.
+    runs: at least one.
+    beside: title -> text, further columns of the table, the same titles in all rows.
+  """
 
   label: str
   runs: tuple[Run, ...]
+  beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def values(self, checkpoint: str, metric: str) -> list[float]:
     """The metric of every run, at its "last" or "best" checkpoint; [] where one has none."""
@@ -97,7 +106,7 @@ def read_run(directory) -> Run:
   directory = pathlib.Path(directory)
   if not (directory / "metrics.json").exists():
     raise InputError(_why_missing(directory))
-  config, last, best = _read_scores(directory / "metrics.json")
+  config, last, best, trained = _read_scores(directory / "metrics.json")
   history = read_history(directory / "metrics.jsonl")
   evaluations = {}
   path = directory / "eval.json"
@@ -109,17 +118,18 @@ def read_run(directory) -> Run:
           f"{path}: of step {evaluated['step']}, and the run ended at {last['step']}; "
           "repeat --mode=eval"
         )
-  return Run(directory, config, last, best, history, evaluations)
+  return Run(directory, config, last, best, history, evaluations, trained)
 
 
-def _read_scores(path: pathlib.Path) -> tuple[dict, dict, dict]:
-  """Config, last and best metrics of a file that `evaluate.write_metrics` wrote."""
+def _read_scores(path: pathlib.Path) -> tuple[dict, dict, dict, int | None]:
+  """Config, last and best metrics and size of a file that `evaluate.write_metrics` wrote."""
   with _complaint(path):
     content = json.loads(path.read_text())
     config = dict(content["config"])
     if not config["data"]["name"]:
       raise ValueError
-    return config, _numbers(content["last"]), _numbers(content["best"])
+    trained = content.get("trained_parameters")
+    return config, _numbers(content["last"]), _numbers(content["best"]), trained
 
 
 def _read_evaluations(path: pathlib.Path, trained_on: str) -> dict[str, dict]:
@@ -282,10 +292,14 @@ def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
   shown += [("best", m) for m in columns(rows)]
   heads = [("best* " if c == "best" else "") + visualize.METRICS[m] for c, m in shown]
   cells = [
-    [i, row.label, len(row.runs), *(mean_and_deviation(row.values(c, m)) for c, m in shown)]
+    [
+      i, row.label, len(row.runs),
+      *(mean_and_deviation(row.values(c, m)) for c, m in shown), *row.beside.values(),
+    ]
     for i, row in enumerate(rows, 1)
-  ]
-  text = table(cells, ["row", "%", "seeds", *heads], markdown=markdown)
+  ]  # fmt: skip
+  heads = ["row", "%", "seeds", *heads, *rows[0].beside]
+  text = table(cells, heads, markdown=markdown)
   note = f"Last checkpoint, mean ± sample standard deviation over seeds; best*: {SELECTED}."
   return f"{text}\n\n{note}"
 
@@ -331,7 +345,8 @@ def summary(rows: Sequence[Row], left_out: Sequence[str]) -> dict:
       for run in row.runs
     ]
     config = {name: values[i] for name, values in fields.items()}
-    summaries.append({"label": row.label, "config": config, **scores, "runs": runs})
+    row_is = {"label": row.label, "beside": dict(row.beside), "config": config}
+    summaries.append({**row_is, **scores, "runs": runs})
   return {"rows": summaries, "left_out": list(left_out), "best": SELECTED}
 
 
@@ -357,10 +372,12 @@ def write(out, rows: Sequence[Row], left_out: Sequence[str] = ()) -> pathlib.Pat
   heads = [f"{c}_{m}_{part}" for c, m in names for part in ("mean", "deviation")]
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
-  writer.writerow(["label", "seeds", *heads, *fields])
+  beside = list(rows[0].beside)
+  writer.writerow(["label", "seeds", *heads, *fields, *beside])
   for row in content["rows"]:
     scores = [row[c].get(m, {}).get(part) for c, m in names for part in ("mean", "deviation")]
-    writer.writerow([row["label"], len(row["runs"]), *scores, *row["config"].values()])
+    scores += [*row["config"].values(), *row["beside"].values()]
+    writer.writerow([row["label"], len(row["runs"]), *scores])
   _write_text(out / "report.csv", text.getvalue())
 
   plot(out / "report.png", rows)

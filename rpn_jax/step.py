@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from rpn_jax.losses import Term
+from rpn_jax.models import peft
 from rpn_jax.models.rpn import RPN
 
 
@@ -30,15 +31,20 @@ class TrainState:
 
 
 def init_prompts(model: RPN, params, text_CxE, key, image_size: int) -> dict:
-  """Initial values of the `prompts` collection."""
+  """Initial values of what is trained: the `prompts` collection, and the tower itself if that is
+  trained too (`peft.variables`)."""
   keys = dict(zip(("prompts", "dropout", "gate"), jax.random.split(key, 3)))
 
   def init(params, text):
     image = jnp.zeros((1, image_size, image_size, 3))
     _, variables = model.apply({"params": params}, image, text, rngs=keys, mutable=["prompts"])
-    return variables["prompts"]
+    return variables.get("prompts", {})
 
-  return jax.jit(init)(params, text_CxE)
+  prompts = dict(jax.jit(init)(params, text_CxE))
+  if "full" in model.config.tuners:
+    # A copy: the training step uses its state up.
+    prompts["visual"] = jax.tree.map(jnp.copy, params["visual"])
+  return prompts
 
 
 def gradients(
@@ -74,7 +80,7 @@ def gradients(
 
   def loss(prompts):
     logits = model.apply(
-      {"params": params, "prompts": prompts},
+      peft.variables(params, prompts),
       batch["image"],
       text_CxE,
       train=True,

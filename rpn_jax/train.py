@@ -70,8 +70,9 @@ def run(experiment: Experiment, data, mesh, notice: preemption.Notice) -> dict:
     if resumed := checkpoints.resume(state):
       state, best = resumed
     start = int(state.step)
+    parameters = count(state.prompts)
     print(
-      f"{count(state.prompts):,} trained parameters beside {count(experiment.clip):,} frozen; "
+      f"{parameters:,} trained parameters beside {count(experiment.clip):,} frozen; "
       f"{len(trained)} of {len(data.names)} classes trained on {mesh.size} x "
       f"{mesh.devices[0].device_kind}"
       + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
@@ -149,7 +150,7 @@ def run(experiment: Experiment, data, mesh, notice: preemption.Notice) -> dict:
         "to the disk and run the same command again, it continues at the last checkpoint"
       )
   if first:
-    report(experiment, writer, shown, last, best, seconds)
+    report(experiment, writer, shown, last, best, seconds, parameters)
   evaluate.partial_of(experiment, data, "train", 0, 0).path.unlink(missing_ok=True)
   return {"last": last, "best": best}
 
@@ -242,10 +243,10 @@ def log(writer, steps, rates: dict, step: int, metrics: dict) -> None:
   steps.set_postfix(**shown, **({"skipped": int(s)} if (s := metrics["skipped"]) else {}))
 
 
-def report(experiment, writer, shown, last, best, seconds) -> None:
+def report(experiment, writer, shown, last, best, seconds, trained: int) -> None:
   """`metrics.json`, the pictures, and the closing lines."""
   workdir, config = experiment.workdir, experiment.config
-  evaluate.write_metrics(workdir / "metrics.json", last, best, config)
+  evaluate.write_metrics(workdir / "metrics.json", last, best, config, trained)
   evaluate.pictures(workdir, shown, config)
   visualize.curves(workdir / "curves.png", writer.history())
   writer.close()

@@ -42,7 +42,7 @@ def batches():
 
 
 def main(out: pathlib.Path) -> None:
-  model = RPN(TINY, RPNConfig(deep_tokens=3, m2oe_experts=2, m2oe_top_k=1))
+  model = RPN(TINY, RPNConfig(tuner="rpn+vpt", deep_tokens=3, m2oe_experts=2, m2oe_top_k=1))
   params = {"visual": VisionTransformer(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))}
   params = {"visual": params["visual"]["params"]}
   text = jax.random.normal(jax.random.key(1), (CLASSES, TINY.embed_dim))

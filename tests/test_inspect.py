@@ -34,6 +34,16 @@ def test_the_shipped_network(tmp_path):
   assert (result["classes"], result["batch"], result["side"]) == (5, 2, 64)
 
 
+def test_wrong_words_are_named():
+  for arguments, message in (
+    (["attention"], "attention needs --workdir, --image and"),
+    (["attenton"], "unexpected 'attenton': expected attention or distance"),
+    (["--classes=a"], "expected how many classes are prompted, got 'a'"),
+  ):
+    done = run(*arguments, "--config=configs/shapes.py")
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
 def test_missing_weights_are_named():
   done = run("--config=configs/voc.py")
   lines = done.stderr.strip().splitlines()

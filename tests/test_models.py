@@ -192,12 +192,12 @@ def test_bfloat16_is_near_float32():
 
 
 def test_switched_off_parts_have_no_parameters():
-  assert set(prompt_shapes(relationship_prompts=False)) == {"prompt_norm", "head"}
-  assert set(prompt_shapes(prompt_tower=False)) == {"head"}
-  assert set(prompt_shapes(relationship_prompts=False, deep_tokens=2)) == {
+  assert set(prompt_shapes(rpm_layers="none")) == {"prompt_norm", "head"}
+  assert set(prompt_shapes(tuner="lpm")) == {"head"}
+  assert set(prompt_shapes(tuner="vpt", deep_tokens=2)) == {
     "deep_tokens", "prompt_proj", "prompt_norm", "head",
   }  # fmt: skip
-  assert not any(k.startswith("m2oe") for k in prompt_shapes(m2oe=False))
+  assert not any(k.startswith("m2oe") for k in prompt_shapes(m2oe="none"))
 
 
 def test_a_prompt_of_the_wrong_shape_is_refused():

@@ -101,8 +101,9 @@ class Golden:
     )
     side = m["res"] // m["patch"]
     self.config = RPNConfig(
+      tuner="rpn+vpt",
       deep_tokens=m["num_tokens"],
-      m2oe=False,
+      m2oe="none",
       h_shared=True,
       h_grid=(side, side),
       head="released",

@@ -120,6 +120,12 @@ def attend(q_BxNxHxd, k_BxNxHxd, v_BxNxHxd, causal: bool = False):
   return rearrange(maps, "(b h) n d -> b n h d", h=heads)
 
 
+def untuned(site, x, y):
+  """The tune function that leaves a projection or norm as it is; see `peft.Tune`."""
+  del site, x
+  return y
+
+
 class Attention(nn.Module):
   """Multi-head self-attention with CLIP's fused input projection."""
 
@@ -127,12 +133,13 @@ class Attention(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x_BxNxD, kind: str = "qk", causal: bool = False):
+  def __call__(self, x_BxNxD, kind: str = "qk", causal: bool = False, tune=untuned):
     """`kind` names the softmax maps that are summed over the values: "qk", "qq" or "qq_kk"; with
     "value" each token keeps its own, and "key" returns the keys (B, N, D) themselves."""
     width = x_BxNxD.shape[-1]
     qkv = nn.Dense(3 * width, dtype=self.dtype, name="in_proj")(x_BxNxD)
-    qkv = checkpoint_name(qkv, "dot")
+    qkv = checkpoint_name(tune("in_proj", x_BxNxD, qkv), "dot")
+    self.sow("intermediates", "qkv", qkv)
     q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
     maps = {"qk": [(q, k)], "qq": [(q, q)], "qq_kk": [(q, q), (k, k)], "value": [], "key": []}
     if kind not in maps:
@@ -141,8 +148,9 @@ class Attention(nn.Module):
       return rearrange(k, "b n h d -> b n (h d)")
     if maps[kind]:
       v = sum(attend(a, b, v, causal) for a, b in maps[kind])
-    out = nn.Dense(width, dtype=self.dtype, name="out_proj")(rearrange(v, "b n h d -> b n (h d)"))
-    return checkpoint_name(out, "dot")
+    v = rearrange(v, "b n h d -> b n (h d)")
+    out = nn.Dense(width, dtype=self.dtype, name="out_proj")(v)
+    return checkpoint_name(tune("out_proj", v, out), "dot")
 
 
 class MLP(nn.Module):
@@ -150,12 +158,12 @@ class MLP(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x_BxNxD):
+  def __call__(self, x_BxNxD, tune=untuned):
     width = x_BxNxD.shape[-1]
     hidden = nn.Dense(4 * width, dtype=self.dtype, name="c_fc")(x_BxNxD)
-    hidden = checkpoint_name(hidden, "dot")
+    hidden = checkpoint_name(tune("c_fc", x_BxNxD, hidden), "dot")
     hidden = ACTIVATIONS[self.activation](hidden)
-    return nn.Dense(width, dtype=self.dtype, name="c_proj")(hidden)
+    return tune("c_proj", hidden, nn.Dense(width, dtype=self.dtype, name="c_proj")(hidden))
 
 
 class Block(nn.Module):
@@ -166,16 +174,22 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x_BxNxD, attention: str = "qk", causal: bool = False, residual: bool = True):
-    """Without `residual` only what the attention returns: no residual connection, no MLP."""
-    x = x_BxNxD
+  def __call__(
+    self, x_BxNxD, attention: str = "qk", causal: bool = False, residual: bool = True, tune=None
+  ):
+    """Without `residual` only what the attention returns: no residual connection, no MLP.
+
+    `tune(site, x, y)` may change what the projection or norm `site` makes of x.
+    """
+    x, tune = x_BxNxD, tune or untuned
     attend = Attention(self.heads, self.dtype, name="attn")
-    attended = attend(layer_norm("ln_1")(x), attention, causal).astype(x.dtype)
+    normed = tune("ln_1", x, layer_norm("ln_1")(x))
+    attended = attend(normed, attention, causal, tune).astype(x.dtype)
     if not residual:
       return attended
     x = x + attended
     mlp = MLP(self.activation, self.dtype, name="mlp")
-    return x + mlp(layer_norm("ln_2")(x)).astype(x.dtype)
+    return x + mlp(tune("ln_2", x, layer_norm("ln_2")(x)), tune).astype(x.dtype)
 
 
 class VisionTransformer(nn.Module):
@@ -211,26 +225,27 @@ class VisionTransformer(nn.Module):
     self.ln_post = layer_norm()
     self.proj = self.param("proj", init, (c.vision_width, c.embed_dim))
 
-  def embed(self, image_BxHxWx3, class_embedding_copies: int = 1):
+  def embed(self, image_BxHxWx3, class_embedding_copies: int = 1, tune=untuned):
     """Tokens before the first block: (B, 1 + h*w, D), and the patch grid (h, w)."""
     size = self.config.patch_size
     _, height, width, _ = image_BxHxWx3.shape
     if height % size or width % size:
       raise ValueError(f"image sides must be multiples of the patch, {size}, got {height}x{width}")
     patches = self.patch_embed(image_BxHxWx3.astype(self.dtype))
+    patches = tune("patch_embed", image_BxHxWx3, patches)
     batch, h, w, _ = patches.shape
     patches = rearrange(patches, "b h w d -> b (h w) d").astype(jnp.float32)
     positions = resize_positions(self.position_embedding, h, w)
     cls = jnp.tile(class_embedding_copies * self.class_embedding, (batch, 1, 1))
     x = jnp.concatenate([cls, patches], axis=1) + positions
-    return self.ln_pre(x).astype(self.dtype), (h, w)
+    return tune("ln_pre", x, self.ln_pre(x)).astype(self.dtype), (h, w)
 
-  def run_block(self, i: int, x_BxNxD, attention: str = "qk", residual: bool = True):
-    return self.block[i](x_BxNxD, attention, False, residual)
+  def run_block(self, i: int, x_BxNxD, attention: str = "qk", residual: bool = True, tune=None):
+    return self.block[i](x_BxNxD, attention, False, residual, tune)
 
-  def project(self, x_BxNxD):
+  def project(self, x_BxNxD, tune=untuned):
     """`ln_post`, then the projection into the joint space: (..., D) -> (..., E) float32."""
-    x = self.ln_post(x_BxNxD.astype(jnp.float32)).astype(self.dtype)
+    x = tune("ln_post", x_BxNxD, self.ln_post(x_BxNxD.astype(jnp.float32))).astype(self.dtype)
     return (x @ self.proj.astype(self.dtype)).astype(jnp.float32)
 
   def __call__(self, image_BxHxWx3, kept_patches_BxK=None):

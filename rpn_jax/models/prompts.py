@@ -31,6 +31,20 @@ def prompt(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> jax.Ar
   return value
 
 
+def tree(module: nn.Module, name: str, init) -> dict:
+  """Several trained tensors of `module` as one nested dict; `init(key)` makes them.
+
+  Raises:
+    flax.errors.ScopeParamShapeError: as for `prompt`.
+  """
+  value = module.variable(COLLECTION, name, lambda: init(module.make_rng(COLLECTION))).value
+  shapes = lambda x: jax.tree.map(lambda leaf: tuple(leaf.shape), x)
+  got, want = shapes(value), shapes(jax.eval_shape(init, jax.random.key(0)))
+  if got != want:
+    raise flax.errors.ScopeParamShapeError(name, f"/{'/'.join(module.path)}", got, want)
+  return value
+
+
 class PromptParams:
   """Mixin: the layer's parameters live in `prompts`."""
 

@@ -12,14 +12,21 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from rpn_jax.models import prompts
-from rpn_jax.models.clip import resize_grid
+from rpn_jax.models.clip import l2_normalize, resize_grid
 
 
-def itp(patches_BxNxE: jax.Array, cls_BxE: jax.Array, text_CxE: jax.Array) -> jax.Array:
+def itp(
+  patches_BxNxE: jax.Array, cls_BxE: jax.Array, text_CxE: jax.Array, kind: str = "image_to_pixel"
+) -> jax.Array:
   """Image-to-pixel semantic attention (Eq. 2): the relationship map m, (B, N, C).
 
-  `p (t * g)^T = (p * g) t^T`: the right-hand side needs no (B, C, E) product.
+  `p (t * g)^T = (p * g) t^T`: the right-hand side needs no (B, C, E) product. Of Table 5: without
+  g ("no_image") it is p t^T; without p ("no_pixel") it is (t * g)^T, (B, E, C).
   """
+  if kind == "no_image":
+    return jnp.einsum("bne,ce->bnc", patches_BxNxE, text_CxE)
+  if kind == "no_pixel":
+    return jnp.einsum("be,ce->bec", cls_BxE, text_CxE)
   return jnp.einsum("bne,ce->bnc", patches_BxNxE * cls_BxE[:, None], text_CxE)
 
 
@@ -45,11 +52,13 @@ class M2oE(nn.Module):
     reduced: R, the width the experts work at.
     experts: how many scales.
     top_k: experts kept by the gate; the paper gives no number.
+    gated: False sums all experts, the plain multi-scale module of Table 5.
   """
 
   reduced: int = 3
   experts: int = 4
   top_k: int = 2
+  gated: bool = True
 
   @nn.compact
   def __call__(self, patches_BxNxD, grid: tuple[int, int], first_example=None) -> jax.Array:
@@ -60,18 +69,9 @@ class M2oE(nn.Module):
     reduce = prompts.torch_dense(self.reduced, width, jnp.float32).copy(name="reduce")
     x = rearrange(reduce(patches), "b (h w) r -> h w b r", h=h)
 
-    init = prompts.uniform(self.reduced**-0.5)
-    gate, gate_noise = (
-      prompts.prompt(self, name, init, (self.reduced, self.experts))
-      for name in ("gate", "gate_noise")
-    )
-    mean_BxR = x.mean((0, 1))
-    scores_BxJ = mean_BxR @ gate
-    if first_example is not None:
-      keys = prompts.example_keys(self.make_rng("gate"), first_example, len(scores_BxJ))
-      noise = jax.vmap(lambda key: jax.random.normal(key, (self.experts,)))(keys)
-      scores_BxJ += noise * jax.nn.softplus(mean_BxR @ gate_noise)
-    gates_BxJ = top_k_gates(scores_BxJ, self.top_k)
+    gates_BxJ = jnp.ones((x.shape[2], self.experts))
+    if self.gated:
+      gates_BxJ = self.gates(x.mean((0, 1)), first_example)
     mixed = 0.0
     for j in range(self.experts):
       small = resize_grid(x, max(1, h >> j), max(1, w >> j))
@@ -96,28 +96,61 @@ class M2oE(nn.Module):
       patches_BxNxD.dtype
     )
 
+  def gates(self, mean_BxR, first_example):
+    """Weights of the experts from the mean of the reduced tokens: (B, J)."""
+    init = prompts.uniform(self.reduced**-0.5)
+    gate, gate_noise = (
+      prompts.prompt(self, name, init, (self.reduced, self.experts))
+      for name in ("gate", "gate_noise")
+    )
+    scores_BxJ = mean_BxR @ gate
+    if first_example is not None:
+      keys = prompts.example_keys(self.make_rng("gate"), first_example, len(scores_BxJ))
+      noise = jax.vmap(lambda key: jax.random.normal(key, (self.experts,)))(keys)
+      scores_BxJ += noise * jax.nn.softplus(mean_BxR @ gate_noise)
+    return top_k_gates(scores_BxJ, self.top_k)
+
+
+def text_branch(cls_BxE, text_CxE, letter: str) -> tuple[jax.Array, ...]:
+  """What a head looks for in the patches, each (B, C, E): t, or t * g, or both (Tables 6 and 7)."""
+  t = jnp.broadcast_to(text_CxE, (len(cls_BxE), *text_CxE.shape))
+  tg = text_CxE * cls_BxE[:, None]
+  return {"a": (t,), "b": (tg,), "c": (tg, t)}[letter]
+
+
+def tfpm(patches_BxNxE, cls_BxE, text_CxE, letter: str) -> jax.Array:
+  """The head without Linear and LayerNorm, logits (B, N, C).
+
+  Both branches have length 1 here and sqrt(E) after LPM's LayerNorm, so the cosine is scaled to
+  logits of LPM's size; variant c adds its two texts up.
+  """
+  text = l2_normalize(sum(text_branch(cls_BxE, text_CxE, letter)))
+  return jnp.einsum("bne,bce->bnc", patches_BxNxE, text) * patches_BxNxE.shape[-1] ** 0.5
+
 
 class LPM(nn.Module):
   """Linear projection module, the head: per-pixel class logits.
 
-  `paper` is variant c (Eq. 7): LN(Linear(p)) . LN(Linear([t * g, t]))^T / sqrt(E).
-  `released` has one more Linear: u = Linear([t * g, t]), text branch LN(Linear(u)).
+  LN(Linear(p)) . LN(Linear(text))^T / sqrt(E), the text being t (variant a), t * g (b) or
+  [t * g, t] (c, Eq. 7). `released` is c with one more Linear: u = Linear([t * g, t]), text branch
+  LN(Linear(u)).
 
   Attributes:
-    variant: "paper" or "released".
+    variant: "lpm_a", "lpm_b", "lpm_c" or "released".
   """
 
-  variant: str = "paper"
+  variant: str = "lpm_c"
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, patches_BxNxE, cls_BxE, text_CxE) -> jax.Array:
     """Logits (B, N, C), float32."""
-    batch, _, embed = patches_BxNxE.shape
-    text_BxCxE = jnp.broadcast_to(text_CxE, (batch, *text_CxE.shape))
-    text = jnp.concatenate([text_CxE * cls_BxE[:, None], text_BxCxE], axis=-1)
+    embed = patches_BxNxE.shape[-1]
+    released = self.variant == "released"
+    letter = "c" if released else self.variant[-1]
+    text = jnp.concatenate(text_branch(cls_BxE, text_CxE, letter), axis=-1)
     small = nn.initializers.normal(0.02)
-    if self.variant == "released":
+    if released:
       text = prompts.torch_dense(embed, 2 * embed, self.dtype).copy(name="text_reduce")(text)
     text = self.branch("text", text, embed, small)
     patches = self.branch("patch", patches_BxNxE, embed, small)

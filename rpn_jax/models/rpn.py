@@ -5,6 +5,7 @@ serves training and inference; the text embeddings are an input, computed once.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,8 +13,19 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from rpn_jax.models import prompts, rpm
+from rpn_jax.errors import InputError
+from rpn_jax.models import peft, prompts, rpm
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer, l2_normalize, resize_grid
+
+# Fields of words, and the words; those of `tuner` are joined by "+".
+WORDS = {
+  "itp": ("image_to_pixel", "no_image", "no_pixel"),
+  "apg": ("parameter", "linear"),
+  "m2oe": ("gated", "sum", "none"),
+  "rpm_layers": ("all", "first", "last", "odd", "even", "none"),
+  "combine": ("cat", "add", "mul"),
+  "head": ("lpm_a", "lpm_b", "lpm_c", "released", "tfpm_a", "tfpm_b", "tfpm_c"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,35 +33,76 @@ class RPNConfig:
   """What is trained, and how it is wired. The defaults are the paper's.
 
   Attributes:
-    prompt_tower: put prompts into the tower. False leaves CLIP's own features under the head
-      ("LPM only").
-    relationship_prompts: RPM on or off.
-    deep_tokens: P, free prompt tokens in every layer.
-    m2oe: multi-scale mixture of experts before ITP.
+    tuner: what adapts the tower, words joined by "+": "rpn" relationship prompts, "vpt" deep
+      prompt tokens, the tuners of `peft`, or "lpm", nothing but the head.
+    deep_tokens: P, free prompt tokens of "vpt" in every layer.
+    adapter_width: bottleneck of "adapter".
+    lora_rank: rank of "lora".
+    lst_reduction: how many times narrower than the tower the side network of "lst" is.
+    itp: "image_to_pixel" (Eq. 2), or without the image ("no_image") or the pixels ("no_pixel").
+    apg: h as a bare "parameter" (Eq. 3), or as a "linear" layer: another start, and a bias.
+    m2oe: before ITP the "gated" mixture of experts, their plain "sum", or "none".
     m2oe_reduced: R, the width of the experts.
     m2oe_experts: number of scales.
     m2oe_top_k: experts the gate keeps.
     h_shared: one h for all layers (release) or one per layer (paper, Eq. 3).
     h_grid: (rows, columns) of the grid h is stored on; it is resized to the token grid. None is
       the grid of CLIP's pre-training.
-    head: LPM variant, "paper" or "released".
+    rpm_layers: layers whose output makes relationship prompts for the next: "all" (but the last
+      of the tower), the "first" or "last" of these, the "odd" or "even" ones, counted from 1, or
+      "none".
+    combine: relationship prompts as further tokens ("cat"), or their mean over the classes added
+      to every patch token ("add") or multiplying it as 1 + mean ("mul").
+    head: LPM variant a, b or c, the release's c, or TFPM, which trains nothing.
     class_embedding_copies: how often the class embedding is added to the class token; the
       released code adds it twice.
     prompt_dropout: dropout rate of projected prompts.
+
+  Raises:
+    InputError: an unknown word.
   """
 
-  prompt_tower: bool = True
-  relationship_prompts: bool = True
-  deep_tokens: int = 0
-  m2oe: bool = True
+  tuner: str = "rpn"
+  deep_tokens: int = 40
+  adapter_width: int = 64
+  lora_rank: int = 8
+  lst_reduction: int = 8
+  itp: str = "image_to_pixel"
+  apg: str = "parameter"
+  m2oe: str = "gated"
   m2oe_reduced: int = 3
   m2oe_experts: int = 4
   m2oe_top_k: int = 2
   h_shared: bool = False
   h_grid: tuple[int, int] | None = None
-  head: str = "paper"
+  rpm_layers: str = "all"
+  combine: str = "cat"
+  head: str = "lpm_c"
   class_embedding_copies: int = 1
   prompt_dropout: float = 0.1
+
+  def __post_init__(self):
+    for field, allowed in WORDS.items():
+      if getattr(self, field) not in allowed:
+        raise InputError(
+          f"config.model.{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}"
+        )
+    known = sorted((*peft.OTHERS, *peft.TUNERS))
+    unknown = [word for word in self.tuners if word not in known]
+    if unknown or len(set(self.tuners)) < len(self.tuners):
+      raise InputError(
+        f'config.model.tuner: expected words joined by "+", each once, of {", ".join(known)}, '
+        f"got {self.tuner!r}"
+      )
+
+  @property
+  def tuners(self) -> tuple[str, ...]:
+    return tuple(self.tuner.split("+"))
+
+  @property
+  def prompted(self) -> bool:
+    """Whether any prompt tokens pass through the tower."""
+    return "rpn" in self.tuners or "vpt" in self.tuners
 
 
 class RPN(nn.Module):
@@ -70,32 +123,51 @@ class RPN(nn.Module):
   def setup(self):
     c, width, layers = self.config, self.clip.vision_width, self.clip.vision_layers
     self.visual = VisionTransformer(self.clip, self.dtype, self.remat)
-    self.head = rpm.LPM(c.head, self.dtype)
-    if not c.prompt_tower:
+    if not c.head.startswith("tfpm"):
+      self.head = rpm.LPM(c.head, self.dtype)
+    self.tuned = {
+      name: prompts.tree(
+        self, name, functools.partial(peft.initial, peft.TUNERS[name], self.clip, c)
+      )
+      for name in c.tuners
+      if name in peft.TUNERS
+    }
+    if "lst" in c.tuners:
+      self.lst = peft.LadderSide(self.clip, c.lst_reduction, self.dtype)
+    if not c.prompted:
       return
     # Epsilon 1e-6 as released (the tower's own norms have 1e-5).
     self.prompt_norm = prompts.LayerNorm(
       epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False
     )
-    token_init = prompts.uniform((6 / (3 * self.clip.patch_size**2 + width)) ** 0.5)
-    if c.deep_tokens:
-      self.deep_tokens = prompts.prompt(
-        self, "deep_tokens", token_init, (layers, c.deep_tokens, width)
-      )
-    if c.relationship_prompts:
+    self.prompt_proj = prompts.torch_dense(
+      width, width, self.dtype, nn.initializers.normal((2 / width) ** 0.5)
+    )
+    init = prompts.uniform((6 / (3 * self.clip.patch_size**2 + width)) ** 0.5)
+    if "vpt" in c.tuners:
+      self.deep_tokens = prompts.prompt(self, "deep_tokens", init, (layers, c.deep_tokens, width))
+    if "rpn" in c.tuners and self.prompting:
       rows, columns = c.h_grid or (self.clip.grid, self.clip.grid)
-      shape = (rows * columns, width)
-      self.h = prompts.prompt(
-        self, "h", token_init, shape if c.h_shared else (layers - 1, *shape)
-      )
-      if c.m2oe:
-        self.m2oe = [
-          rpm.M2oE(c.m2oe_reduced, c.m2oe_experts, c.m2oe_top_k) for _ in range(layers - 1)
-        ]
-    if c.deep_tokens or c.relationship_prompts:
-      self.prompt_proj = prompts.torch_dense(
-        width, width, self.dtype, nn.initializers.normal((2 / width) ** 0.5)
-      )
+      shape = (self.clip.embed_dim if c.itp == "no_pixel" else rows * columns, width)
+      per_layer = () if c.h_shared else (len(self.prompting),)
+      if c.apg == "linear":
+        init = prompts.uniform(shape[0] ** -0.5)
+        self.h_bias = prompts.prompt(self, "h_bias", init, (*per_layer, width))
+      self.h = prompts.prompt(self, "h", init, (*per_layer, *shape))
+      # Without pixels in ITP there is nothing for the experts to see.
+      if c.m2oe != "none" and c.itp != "no_pixel":
+        mixture = (c.m2oe_reduced, c.m2oe_experts, c.m2oe_top_k, c.m2oe == "gated")
+        self.m2oe = [rpm.M2oE(*mixture) for _ in self.prompting]
+
+  @property
+  def prompting(self) -> list[int]:
+    """The layers, counted from 0, whose output makes relationship prompts."""
+    layers = list(range(self.clip.vision_layers - 1))
+    # The paper counts from 1: its odd layers are 0, 2, 4, … here.
+    return {
+      "all": layers, "first": layers[:1], "last": layers[-1:], "odd": layers[::2],
+      "even": layers[1::2], "none": [],
+    }[self.config.rpm_layers]  # fmt: skip
 
   def __call__(
     self, image_BxHxWx3, text_CxE, train: bool = False, first_example=0
@@ -109,36 +181,47 @@ class RPN(nn.Module):
       first_example: position of the first image in the global batch; the noise of an image
         depends on its position there, not on how the batch is split over devices.
     """
+    c = self.config
     first_example = first_example if train else None
-    x, grid = self.visual.embed(image_BxHxWx3, self.config.class_embedding_copies)
+    x, grid = self.visual.embed(image_BxHxWx3, c.class_embedding_copies, self.tune("stem"))
     self.sow("intermediates", "embed", x)
-    layers = self.clip.vision_layers
+    hidden = [x]
     relationship = None
-    for i in range(layers):
+    for i in range(self.clip.vision_layers):
       x = self.prompted_block(i, x, relationship, first_example)
+      hidden.append(x)
+      if "lst" in c.tuners and i == self.clip.vision_layers - 1:
+        x = x + self.lst(hidden)
       patches, cls = self.read_out(x)
       self.sow("intermediates", "patches", patches)
       self.sow("intermediates", "cls", cls)
-      if self.uses_rpm and i < layers - 1:
-        if self.config.m2oe:
-          mixed = self.m2oe[i](x[:, 1:], grid, first_example)
+      relationship = None
+      if "rpn" in c.tuners and i in self.prompting:
+        slot = self.prompting.index(i)
+        if c.m2oe != "none" and c.itp != "no_pixel":
+          mixed = self.m2oe[slot](x[:, 1:], grid, first_example)
           patches = self.read_out(mixed, class_token=False)
-        m = rpm.itp(patches, cls, text_CxE)
-        relationship = rpm.apg(m, self.h_of(i, grid))
+        m = rpm.itp(patches, cls, text_CxE, c.itp)
+        relationship = rpm.apg(m, self.h_of(slot, grid))
+        if c.apg == "linear":
+          relationship += self.h_bias if c.h_shared else self.h_bias[slot]
         self.sow("intermediates", "m", m)
         self.sow("intermediates", "relationship", relationship)
-    logits = self.head(patches, cls, text_CxE)
+    if c.head.startswith("tfpm"):
+      logits = rpm.tfpm(patches, cls, text_CxE, c.head[-1])
+    else:
+      logits = self.head(patches, cls, text_CxE)
     return rearrange(logits, "b (h w) c -> b h w c", h=grid[0])
 
-  @property
-  def uses_rpm(self) -> bool:
-    return self.config.prompt_tower and self.config.relationship_prompts
+  def tune(self, part: str) -> peft.Tune:
+    """The tune function of the stem or of a block."""
+    return peft.Tune({name: tree[part] for name, tree in self.tuned.items() if part in tree})
 
   def prompted_block(self, i, x_BxNxD, relationship_BxCxD, first_example):
     """Block i on [CLS, deep prompts, relationship prompts, patches]; prompt outputs dropped."""
-    batch = x_BxNxD.shape[0]
+    x, batch = x_BxNxD, x_BxNxD.shape[0]
     extra = []
-    if self.config.prompt_tower and self.config.deep_tokens:
+    if "vpt" in self.config.tuners:
       deep = self.prompt_proj(self.deep_tokens[i])
       extra.append(jnp.broadcast_to(deep, (batch, *deep.shape)))
     if relationship_BxCxD is not None:
@@ -148,23 +231,30 @@ class RPN(nn.Module):
       # A key for each kind: deep and relationship prompts drop independently.
       keys = [prompts.example_keys(self.make_rng("dropout"), first_example, batch) for _ in extra]
       extra = [prompts.dropout(e, rate, k) for e, k in zip(extra, keys)]
-    extra = [e.astype(x_BxNxD.dtype) for e in extra]
+    extra = [e.astype(x.dtype) for e in extra]
+    cls, patches = x[:, :1], x[:, 1:]
+    if relationship_BxCxD is not None and self.config.combine != "cat":
+      mean = extra.pop().mean(1, keepdims=True)
+      # A bare product would erase the patches, since prompts start small.
+      patches = patches + mean if self.config.combine == "add" else patches * (1 + mean)
     count = sum(e.shape[1] for e in extra)
-    x = jnp.concatenate([x_BxNxD[:, :1], *extra, x_BxNxD[:, 1:]], axis=1)
-    x = self.visual.run_block(i, x)
+    x = jnp.concatenate([cls, *extra, patches], axis=1)
+    x = self.visual.run_block(i, x, tune=self.tune(f"block_{i}"))
     self.sow("intermediates", "hidden", x)
     return jnp.concatenate([x[:, :1], x[:, 1 + count :]], axis=1)
 
   def read_out(self, x_BxNxD, class_token: bool = True):
     """z = L2norm(ln_post(prompt_norm(x)) proj): patches (B, N, E) and the class token (B, E)."""
-    if self.config.prompt_tower:
+    if self.config.prompted:
       x_BxNxD = self.prompt_norm(x_BxNxD)
-    z = l2_normalize(self.visual.project(x_BxNxD))
+    z = l2_normalize(self.visual.project(x_BxNxD, self.tune("stem")))
     return (z[:, 1:], z[:, 0]) if class_token else z
 
-  def h_of(self, i, grid):
-    """h of layer i (Eq. 3) on the token grid: (N, D)."""
-    h = self.h if self.config.h_shared else self.h[i]
+  def h_of(self, slot, grid):
+    """h of a layer (Eq. 3) on the token grid: (N, D)."""
+    h = self.h if self.config.h_shared else self.h[slot]
+    if self.config.itp == "no_pixel":
+      return h
     rows, columns = self.config.h_grid or (self.clip.grid, self.clip.grid)
     h = rearrange(h, "(h w) d -> h w d", h=rows, w=columns)
     return rearrange(resize_grid(h, *grid), "h w d -> (h w) d")

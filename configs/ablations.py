@@ -1,0 +1,119 @@
+"""The paper's ablations as named changes of one recipe, a row of a table each.
+
+    python main.py --config=configs/ablations.py:table5_itp_no_image,dataset=shapes --workdir=…
+    python -m rpn_jax.sweep table5 --config=configs/ablations.py:dataset=shapes --seeds=3
+
+The first argument is TABLE_ROW; the others:
+
+    dataset=shapes|voc|coco_stuff|context   the recipe that is changed (its config file)
+    setting=… preset=… backbone=… runlocal  are passed on to it
+
+Every row is the `paper` preset but for what it names. The paper says which rows there are, not
+everything about them: what was read into it is in docs/method.md. Table 12, encoders other than
+CLIP, has no row here.
+"""
+
+import difflib
+
+import ml_collections
+
+from configs import coco_stuff, context, shapes, voc
+
+DATASETS = {"shapes": shapes, "voc": voc, "coco_stuff": coco_stuff, "context": context}
+
+# table -> row -> {field: value}. Rows without a change are one run, whatever table they are in.
+TABLES = {
+  # The parts: RPM, M2oE (which lives inside RPM) and LPM; without LPM the head is TFPM.
+  "table4": {
+    "none": {"method": "training_free", "dense.method": "vanilla"},
+    "lpm": {"model.tuner": "lpm"},
+    "rpm": {"model.m2oe": "none", "model.head": "tfpm_c"},
+    "rpm_m2oe": {"model.head": "tfpm_c"},
+    "rpm_lpm": {"model.m2oe": "none"},
+    "rpm_m2oe_lpm": {},
+  },
+  # Inside RPM: ITP, APG and M2oE.
+  "table5": {
+    "itp_no_image": {"model.itp": "no_image"},
+    "itp_no_pixel": {"model.itp": "no_pixel"},
+    "apg_linear": {"model.apg": "linear"},
+    "multi_scale": {"model.m2oe": "sum"},
+    "r6": {"model.m2oe_reduced": 6},
+    "r12": {"model.m2oe_reduced": 12},
+    "rpn": {},  # ITP of both, APG as a parameter, M2oE with r = 3
+  },
+  # Heads and losses.
+  "table6": {
+    f"lpm_{letter}_{loss}": {
+      **({} if letter == "c" else {"model.head": f"lpm_{letter}"}),
+      **({} if loss == "sigmoid" else {"loss.name": loss}),
+    }
+    for letter in "abc"
+    for loss in ("softmax", "sigmoid")
+  },
+  # Heads without parameters.
+  "table7": {f"tfpm_{letter}": {"model.head": f"tfpm_{letter}"} for letter in "abc"},
+  # Rivals under the same head.
+  "table10": {
+    **{
+      tuner: {"model.tuner": tuner}
+      for tuner in ("full", "lpm", "bitfit", "adapter", "vpt", "lst", "ssf", "lora")
+    },
+    "rpn": {},
+  },
+  # Together with deep prompt tokens.
+  "table11": {
+    "vpt": {"model.tuner": "vpt"},
+    "rpn": {},
+    "rpn_vpt": {"model.tuner": "rpn+vpt"},
+  },
+  # Layers whose output makes relationship prompts: 1, 11 of 12, odd, even, all.
+  "table13": {
+    **{f"layers_{word}": {"model.rpm_layers": word} for word in ("first", "last", "odd", "even")},
+    "layers_all": {},
+  },
+  # How relationship prompts meet the tokens.
+  "table14": {
+    "add": {"model.combine": "add"},
+    "mul": {"model.combine": "mul"},
+    "cat": {},
+  },
+  # Not of the paper: both presets and what is left without relationship prompts.
+  "parts": {
+    "rpn_paper": {},
+    "rpn_released": {"preset": "released"},
+    "paper_without_prompts": {"model.rpm_layers": "none"},
+    "released_without_prompts": {"preset": "released", "model.tuner": "vpt"},
+    "vpt_40": {"model.tuner": "vpt"},
+    "lpm": {"model.tuner": "lpm"},
+    "training_free": {"method": "training_free"},
+  },
+}
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+  name, *others = [word.strip() for word in arg.split(",")]
+  table, _, row = name.partition("_")
+  if row not in TABLES.get(table, {}):
+    known = [f"{table}_{row}" for table, rows in TABLES.items() for row in rows]
+    near = difflib.get_close_matches(name, known, 1, 0.0)
+    raise ValueError(
+      f"the first config argument must be TABLE_ROW, got {name!r}; did you mean {near[0]!r}? "
+      f"Known: {', '.join(known)}"
+    )
+  dataset = [word.removeprefix("dataset=") for word in others if word.startswith("dataset=")]
+  dataset = dataset[-1] if dataset else "shapes"
+  if dataset not in DATASETS:
+    raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
+  words = [word for word in others if not word.startswith("dataset=")]
+  changes = dict(TABLES[table][row])
+  if "preset" in changes:
+    words.append(f"preset={changes.pop('preset')}")
+  c = DATASETS[dataset].get_config(",".join(words)).unlock()
+  for path, value in changes.items():
+    section, field = c, path
+    while "." in field:
+      part, field = field.split(".", 1)
+      section = section[part]
+    section[field] = value
+  return c.lock()
