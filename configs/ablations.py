@@ -9,17 +9,19 @@ The first argument is TABLE_ROW; the others:
     setting=… preset=… backbone=… runlocal  are passed on to it
 
 Every row is the `paper` preset but for what it names. The paper says which rows there are, not
-everything about them: what was read into it is in docs/method.md. Table 12, encoders other than
-CLIP, has no row here.
+everything about them: what was read into it is in docs/method.md. Table 12 needs weights that
+`rpn_jax.plain_vit` converts, so it is not for the embedded world.
 """
 
 import difflib
 
 import ml_collections
 
-from configs import coco_stuff, context, shapes, voc
+from configs import coco_stuff, common, context, shapes, voc
 
 DATASETS = {"shapes": shapes, "voc": voc, "coco_stuff": coco_stuff, "context": context}
+
+HALF = (0.5, 0.5, 0.5)
 
 # table -> row -> {field: value}. Rows without a change are one run, whatever table they are in.
 TABLES = {
@@ -66,6 +68,16 @@ TABLES = {
     "vpt": {"model.tuner": "vpt"},
     "rpn": {},
     "rpn_vpt": {"model.tuner": "rpn+vpt"},
+  },
+  # Encoders other than CLIP, with the normalisation they were trained with.
+  "table12": {
+    "vit": {"clip": "weights/vit_b16.safetensors", "data.mean": HALF, "data.std": HALF},
+    "mae": {
+      "clip": "weights/mae_b16.safetensors",
+      "data.mean": common.IMAGENET_MEAN,
+      "data.std": common.IMAGENET_STD,
+    },
+    "clip": {},
   },
   # Layers whose output makes relationship prompts: 1, 11 of 12, odd, even, all.
   "table13": {

@@ -341,7 +341,8 @@ def _config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConfig:
   Heads that nobody gave are width / 64, OpenAI's rule.
   """
   names = [field.name for field in dataclasses.fields(CLIPConfig)]
-  fields = {**fields, **overrides}
+  # Every format but our own is CLIP's, and our own did not always say so.
+  fields = {"vision": "clip", **fields, **overrides}
   for tower in ("vision", "text"):
     width, heads = fields.get(f"{tower}_width"), f"{tower}_heads"
     if heads not in fields and isinstance(width, int):
@@ -361,7 +362,8 @@ def _config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConfig:
     raise InputError(f"expected the config fields {names}, {wrong} missing or unknown in {where}")
   for name in names:
     value = fields[name]
-    if name != "activation" and not (type(value) is int and 0 < value <= _MAX_FIELD):
+    is_size = type(value) is int and 0 < value <= _MAX_FIELD
+    if name not in ("activation", "vision") and not is_size:
       raise InputError(
         f"expected an integer from 1 to {_MAX_FIELD} for {name}, got {value!r} in {where}: "
         "correct it"
@@ -384,7 +386,8 @@ def expected_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
   """{'/'-joined path: shape} of the model's parameters, asked from the model itself."""
   image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
   tokens = jax.ShapeDtypeStruct((1, config.context_length), jnp.int32)
-  tree = jax.eval_shape(CLIP(config).init, jax.random.key(0), image, tokens)["params"]
+  init = functools.partial(CLIP(config).init, method="encode")
+  tree = jax.eval_shape(init, jax.random.key(0), image, tokens)["params"]
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
@@ -494,7 +497,7 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
     # A path would lead out of the folder.
     if file != os.path.basename(file) or file in ("", ".", ".."):
       raise InputError(f"expected file names in {index}, got the path {file[:60]!r}: refused")
-    _, shard, _ = _read(index.parent / file)
+    _, shard, _ = read_arrays(index.parent / file)
     told = {name for name, place in places.items() if place == file}
     if told != set(shard):
       raise InputError(
@@ -505,7 +508,7 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
   return state
 
 
-def _read(path: pathlib.Path) -> tuple[str, dict[str, np.ndarray], dict[str, str]]:
+def read_arrays(path: pathlib.Path) -> tuple[str, dict[str, np.ndarray], dict[str, str]]:
   """Kind of file, arrays by name, metadata. The content decides, not the file's name."""
   if path.is_dir():
     found = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
@@ -617,7 +620,7 @@ def _drop_extras(state: Mapping[str, np.ndarray], fields: Mapping, where: str) -
 
 def _load(path, overrides: Mapping | None, read=None) -> tuple[str, CLIPConfig, dict]:
   path, overrides = pathlib.Path(path), dict(overrides or {})
-  kind, state, metadata = read or _read(path)
+  kind, state, metadata = read or read_arrays(path)
   where = str(path)
   if kind == OWN:
     if metadata.get("version") != VERSION:
@@ -906,7 +909,7 @@ def main(arguments=None) -> int:
     if (value := getattr(args, name)) is not None
   }
   try:
-    read = _read(source)
+    read = read_arrays(source)
     if any(name.startswith("decode_head.") for name in read[1]):
       lines = _authors_to_prompts(source, read[1], destination, args.clip)
     elif read[2].get("format") == "rpn_jax.prompts":

@@ -67,6 +67,10 @@ class Experiment:
         )
     self.params = jax.device_put({"visual": self.clip["visual"]})
     if config.method == "training_free":
+      if self.clip_config.vision != "clip":
+        raise InputError(
+          f"{config.clip} has a vision tower that is no CLIP's: untrained, it knows no words"
+        )
       self.model = DenseCLIP(self.clip_config, **config.dense, dtype=jnp.dtype(config.dtype))
     else:
       if config.remat not in ("none", *REMAT_POLICIES):

@@ -42,6 +42,9 @@ class CLIPConfig:
     context_length: the longest text, in tokens, begin and end tokens included.
     vocab_size: rows of the token embedding.
     activation: "quick_gelu" (OpenAI's weights) or "gelu".
+    vision: what the vision tower is. "clip", or "vit": a plain vision transformer (ViT, MAE) beside
+      CLIP's text tower, with exact GELU, other epsilons, no `ln_pre`, and no `proj`: what takes its
+      tokens to the joint space is trained (Table 12).
   """
 
   embed_dim: int = 512
@@ -56,8 +59,11 @@ class CLIPConfig:
   context_length: int = 77
   vocab_size: int = 49408
   activation: str = "quick_gelu"
+  vision: str = "clip"
 
   def __post_init__(self):
+    if self.vision not in ("clip", "vit"):
+      raise ValueError(f'vision must be "clip" or "vit", got {self.vision!r}')
     if self.activation not in ACTIVATIONS:
       raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
 
@@ -67,10 +73,10 @@ class CLIPConfig:
     return self.image_size // self.patch_size
 
 
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
+def layer_norm(name: str | None = None, epsilon: float = LAYER_NORM_EPSILON) -> nn.LayerNorm:
   # float32 statistics whatever the compute type: bf16 loses the mean of wide activations.
   return nn.LayerNorm(
-    epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name
+    epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name
   )
 
 
@@ -172,6 +178,7 @@ class Block(nn.Module):
   heads: int
   activation: str
   dtype: Any = jnp.float32
+  epsilon: float = LAYER_NORM_EPSILON
 
   @nn.compact
   def __call__(
@@ -183,13 +190,14 @@ class Block(nn.Module):
     """
     x, tune = x_BxNxD, tune or untuned
     attend = Attention(self.heads, self.dtype, name="attn")
-    normed = tune("ln_1", x, layer_norm("ln_1")(x))
+    normed = tune("ln_1", x, layer_norm("ln_1", self.epsilon)(x))
     attended = attend(normed, attention, causal, tune).astype(x.dtype)
     if not residual:
       return attended
     x = x + attended
     mlp = MLP(self.activation, self.dtype, name="mlp")
-    return x + mlp(tune("ln_2", x, layer_norm("ln_2")(x)), tune).astype(x.dtype)
+    normed = tune("ln_2", x, layer_norm("ln_2", self.epsilon)(x))
+    return x + mlp(normed, tune).astype(x.dtype)
 
 
 class VisionTransformer(nn.Module):
@@ -217,13 +225,17 @@ class VisionTransformer(nn.Module):
     self.position_embedding = self.param(
       "position_embedding", init, (1 + c.grid**2, c.vision_width)
     )
-    self.ln_pre = layer_norm()
+    plain = c.vision == "vit"
+    epsilon = 1e-6 if plain else LAYER_NORM_EPSILON
+    self.ln_pre = None if plain else layer_norm()
     block = Block
     if self.remat != "none":
       block = nn.remat(Block, static_argnums=(2, 3, 4), policy=REMAT_POLICIES[self.remat])
-    self.block = [block(c.vision_heads, c.activation, self.dtype) for _ in range(c.vision_layers)]
-    self.ln_post = layer_norm()
-    self.proj = self.param("proj", init, (c.vision_width, c.embed_dim))
+    settings = (c.vision_heads, "gelu" if plain else c.activation, self.dtype, epsilon)
+    self.block = [block(*settings) for _ in range(c.vision_layers)]
+    self.ln_post = layer_norm(epsilon=epsilon)
+    if not plain:
+      self.proj = self.param("proj", init, (c.vision_width, c.embed_dim))
 
   def embed(self, image_BxHxWx3, class_embedding_copies: int = 1, tune=untuned):
     """Tokens before the first block: (B, 1 + h*w, D), and the patch grid (h, w)."""
@@ -238,14 +250,21 @@ class VisionTransformer(nn.Module):
     positions = resize_positions(self.position_embedding, h, w)
     cls = jnp.tile(class_embedding_copies * self.class_embedding, (batch, 1, 1))
     x = jnp.concatenate([cls, patches], axis=1) + positions
-    return tune("ln_pre", x, self.ln_pre(x)).astype(self.dtype), (h, w)
+    if self.ln_pre is not None:
+      x = tune("ln_pre", x, self.ln_pre(x))
+    return x.astype(self.dtype), (h, w)
 
   def run_block(self, i: int, x_BxNxD, attention: str = "qk", residual: bool = True, tune=None):
     return self.block[i](x_BxNxD, attention, False, residual, tune)
 
   def project(self, x_BxNxD, tune=untuned):
-    """`ln_post`, then the projection into the joint space: (..., D) -> (..., E) float32."""
+    """`ln_post`, then the projection into the joint space: (..., D) -> (..., E) float32.
+
+    A plain transformer has none: (..., D) float32.
+    """
     x = tune("ln_post", x_BxNxD, self.ln_post(x_BxNxD.astype(jnp.float32))).astype(self.dtype)
+    if self.config.vision == "vit":
+      return x.astype(jnp.float32)
     return (x @ self.proj.astype(self.dtype)).astype(jnp.float32)
 
   def __call__(self, image_BxHxWx3, kept_patches_BxK=None):
@@ -321,10 +340,12 @@ class CLIP(nn.Module):
   def encode_text(self, tokens_BxT):
     return self.text(tokens_BxT)
 
+  def encode(self, image_BxHxWx3, tokens_CxT):
+    return self.encode_image(image_BxHxWx3), self.encode_text(tokens_CxT)
+
   def __call__(self, image_BxHxWx3, tokens_CxT):
     """Zero-shot logits (B, C): scaled cosine of every image with every text."""
-    image = l2_normalize(self.encode_image(image_BxHxWx3))
-    text = l2_normalize(self.encode_text(tokens_CxT))
+    image, text = map(l2_normalize, self.encode(image_BxHxWx3, tokens_CxT))
     return jnp.exp(self.logit_scale) * image @ text.T
 
 

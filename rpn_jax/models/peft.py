@@ -158,7 +158,8 @@ def sites(clip: CLIPConfig) -> dict[str, list[Site]]:
     Site("ln_1", d, d), Site("in_proj", d, 3 * d), Site("out_proj", d, d),
     Site("ln_2", d, d), Site("c_fc", d, 4 * d), Site("c_proj", 4 * d, d),
   ]  # fmt: skip
-  stem = [Site("patch_embed", 3 * clip.patch_size**2, d), Site("ln_pre", d, d)]
+  stem = [Site("patch_embed", 3 * clip.patch_size**2, d)]
+  stem += [Site("ln_pre", d, d)] if clip.vision == "clip" else []
   parts = {f"block_{i}": block for i in range(clip.vision_layers)}
   return {"stem": [*stem, Site("ln_post", d, d)], **parts}
 

@@ -125,6 +125,8 @@ class RPN(nn.Module):
     self.visual = VisionTransformer(self.clip, self.dtype, self.remat)
     if not c.head.startswith("tfpm"):
       self.head = rpm.LPM(c.head, self.dtype)
+    if self.clip.vision == "vit":
+      self.joint = prompts.torch_dense(self.clip.embed_dim, width, self.dtype)
     self.tuned = {
       name: prompts.tree(
         self, name, functools.partial(peft.initial, peft.TUNERS[name], self.clip, c)
@@ -247,7 +249,10 @@ class RPN(nn.Module):
     """z = L2norm(ln_post(prompt_norm(x)) proj): patches (B, N, E) and the class token (B, E)."""
     if self.config.prompted:
       x_BxNxD = self.prompt_norm(x_BxNxD)
-    z = l2_normalize(self.visual.project(x_BxNxD, self.tune("stem")))
+    z = self.visual.project(x_BxNxD, self.tune("stem"))
+    if self.clip.vision == "vit":
+      z = self.joint(z).astype(jnp.float32)
+    z = l2_normalize(z)
     return (z[:, 1:], z[:, 0]) if class_token else z
 
   def h_of(self, slot, grid):
