@@ -50,4 +50,4 @@ def test_models_losses_and_metrics_are_pure():
 def test_the_core_is_read_in_an_afternoon():
   core = ["clip", "prompts", "rpm", "rpn"]
   lines = sum(len((ROOT / f"rpn_jax/models/{n}.py").read_text().splitlines()) for n in core)
-  assert lines <= 860
+  assert lines <= 890
