@@ -107,6 +107,11 @@ def read_run(directory) -> Run:
   if not (directory / "metrics.json").exists():
     raise InputError(_why_missing(directory))
   config, last, best, trained = _read_scores(directory / "metrics.json")
+  total = config.get("steps", 0)
+  if config.get("method") != "training_free" and last["step"] < total:
+    raise InputError(
+      f"{directory}: not finished, step {last['step']} of {total}; repeat its command"
+    )
   history = read_history(directory / "metrics.jsonl")
   evaluations = {}
   path = directory / "eval.json"

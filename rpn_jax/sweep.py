@@ -78,7 +78,7 @@ def run(command: Sequence[str], workdir: pathlib.Path, cores: Sequence[int]) -> 
   pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
   with open(workdir / LOG, "w") as log:
     code = subprocess.run(command, stdout=log, stderr=log, preexec_fn=pin).returncode
-  if code == 0 and (workdir / "metrics.json").exists():
+  if code == 0 and is_done(workdir):
     return ""
   lines = (workdir / LOG).read_text(errors="replace").strip().splitlines()[-TAIL:]
   return f"{workdir}: exit status {code}, see {workdir / LOG}: {' / '.join(lines)}"
@@ -92,9 +92,18 @@ def shares(jobs: int) -> list[list[int]]:
   return [cores[i::jobs] for i in range(jobs)]
 
 
+def is_done(workdir: pathlib.Path) -> bool:
+  """Whether a run has ended well."""
+  try:
+    report.read_run(workdir)
+  except (InputError, OSError):
+    return False
+  return True
+
+
 def sweep(runs: Mapping[pathlib.Path, Sequence[str]], jobs: int) -> list[str]:
-  """Runs the commands whose workdirs have no `metrics.json` yet; what failed."""
-  todo = [workdir for workdir in runs if not (workdir / "metrics.json").exists()]
+  """Runs the commands whose workdirs hold no finished run; what failed."""
+  todo = [workdir for workdir in runs if not is_done(workdir)]
   free = queue.SimpleQueue()
   for share in shares(jobs):
     free.put(share)

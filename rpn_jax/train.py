@@ -92,7 +92,8 @@ def run(experiment: Experiment, data, mesh, notice: preemption.Notice) -> dict:
       if first:
         writer.write(done, {f"eval/{k}": v for k, v in scalars(last).items()})
         with going_on("metrics.json"):
-          evaluate.write_metrics(experiment.workdir / "metrics.json", last, best, config)
+          path = experiment.workdir / "metrics.json"
+          evaluate.write_metrics(path, last, best, config, parameters)
 
     is_due = lambda done, every: every > 0 and done % every == 0
     to_evaluate = lambda done: is_due(done, config.eval_every) or done == config.steps

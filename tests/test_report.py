@@ -40,7 +40,7 @@ def make(tmp_path):
     directory = tmp_path / name
     directory.mkdir()
     best = scores(50, None if hiou is None else hiou + 0.1)
-    last = scores(100, hiou)
+    last = scores(config["steps"], hiou)
     if hiou is None:
       last["miou_seen"] = last["miou_unseen"] = best["miou_seen"] = best["miou_unseen"] = None
     write_json(directory / "metrics.json", {"last": last, "best": best, "config": config})
@@ -56,6 +56,14 @@ def rows_of(*directories, labels=()):
 
 
 # Rows
+
+
+def test_a_run_that_goes_on_is_not_counted(make):
+  directory = make("on", steps=100)
+  path = directory / "metrics.json"
+  path.write_text(path.read_text().replace('"step": 100', '"step": 50'))
+  with pytest.raises(InputError, match="on: not finished, step 50 of 100"):
+    report.read_run(directory)
 
 
 def test_seeds_become_one_row(make):
