@@ -50,7 +50,7 @@ def finished(home):
 def test_a_run_leaves_its_files(finished):
   _, workdir, result = finished
   content = json.loads((workdir / "metrics.json").read_text())
-  assert set(content) == {"last", "best", "config", "versions"}
+  assert set(content) == {"last", "best", "config", "trained_parameters", "versions"}
   wanted = {"step", "pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou",
             "per_class"}  # fmt: skip
   assert wanted <= set(content["last"]) and wanted <= set(content["best"])
