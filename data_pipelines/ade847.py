@@ -10,6 +10,7 @@ from PIL import Image
 
 from data_pipelines.builder import RawExample, SegmentationBuilder, need
 from data_pipelines.errors import DataError
+from data_pipelines.limits import check_size
 
 _SPLITS = {"train": "training", "val": "validation"}
 _SHORT_SIDE = 512
@@ -72,6 +73,7 @@ def _example(image: pathlib.Path) -> RawExample:
 def _read_objects(path: pathlib.Path) -> np.ndarray:
   """uint16 [H,W]: object ids, of which red holds the high part in tens and green the low byte."""
   with Image.open(path) as file:
+    check_size(path, file.size)
     if file.mode != "RGB":
       raise DataError(
         f"{path}: expected object ids in the colours of an RGB picture, got mode {file.mode}; "

@@ -17,12 +17,9 @@ from PIL import Image, ImageOps
 
 from data_pipelines import vocabularies
 from data_pipelines.errors import DataError
+from data_pipelines.limits import check_size
 
-# Larger pictures are refused: decoded they would fill memory (Pillow's own limit only warns).
-MAX_PIXELS = 200_000_000
 _ORIENTATION = 0x0112  # EXIF tag
-# What Pillow raises on files that are damaged or of another kind.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +115,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
       raise DataError(
         f"{raw.label}: expected the label of {raw.image}, got no such file; {self.obtain}"
       ) from error
-    except UNREADABLE as error:
+    except Exception as error:  # damage surfaces as a dozen kinds
       if isinstance(error, DataError):
         raise
       raise DataError(
@@ -180,7 +177,7 @@ def read_index_image(path: pathlib.Path) -> np.ndarray:
     DataError: a colour picture.
   """
   with Image.open(path) as file:
-    _check_size(path, file.size)
+    check_size(path, file.size)
     if file.mode not in ("L", "P", "1", "I;16", "I;16B", "I"):
       raise DataError(
         f"{path}: expected a label picture of one channel (grey or palette), got mode "
@@ -229,7 +226,7 @@ def _read_image(
   try:
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as file:
-      _check_size(path, file.size)
+      check_size(path, file.size)
       mode, kind = file.mode, file.format
       turned = file.getexif().get(_ORIENTATION, 1) != 1
       file.load()  # a truncated file fails here
@@ -239,7 +236,7 @@ def _read_image(
       image = image.convert("RGB")
   except FileNotFoundError as error:
     raise DataError(f"{path}: expected a picture, got no such file; {obtain}") from error
-  except UNREADABLE as error:
+  except Exception as error:  # damage surfaces as a dozen kinds
     if isinstance(error, DataError):
       raise
     raise DataError(
@@ -255,14 +252,6 @@ def _encode(image: Image.Image) -> bytes:
   file = io.BytesIO()
   image.save(file, "PNG", compress_level=3)
   return file.getvalue()
-
-
-def _check_size(path: pathlib.Path, size: tuple[int, int]) -> None:
-  if size[0] * size[1] > MAX_PIXELS:
-    raise DataError(
-      f"{path}: expected at most {MAX_PIXELS:,} pixels, got {size[0]}x{size[1]}; "
-      "make the picture smaller"
-    )
 
 
 def _short(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -10,6 +11,7 @@ from pycocotools import mask as coco_mask
 from data_pipelines import vocabularies
 from data_pipelines.builder import RawExample, SegmentationBuilder, need, read_index_image
 from data_pipelines.errors import DataError
+from data_pipelines.limits import check_size
 from data_pipelines.pascal import read_names
 
 # All that is read of trainval_merged.json; its parts, boundaries and occlusions are far larger.
@@ -79,11 +81,14 @@ VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt"""
       for image in sorted(data["images"], key=lambda image: image["file_name"]):
         if image["phase"] not in splits:  # test images carry no segmentation
           continue
+        if re.search(r"[/\\\0]", image["file_name"]):
+          raise ValueError(f"the path {image['file_name'][:60]!r}")
         picture = images / image["file_name"]
         shape = int(image["height"]), int(image["width"])
         paint = functools.partial(_paint, path, picture.stem, found[image["image_id"]], shape)
         splits[image["phase"]].append(RawExample(picture.stem, picture, path, paint))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ArithmeticError, LookupError, RecursionError, ValueError, TypeError,
+            AttributeError) as error:  # fmt: skip
       raise DataError(
         f"{path}: expected the annotations of PASCAL in Detail (images, annos_segmentation), got "
         f"{type(error).__name__} ({error}); fetch it again: {self.obtain}"
@@ -97,6 +102,7 @@ def _kept(item: dict) -> dict:
 
 def _paint(path: pathlib.Path, name: str, annotations: list, shape: tuple[int, int]) -> np.ndarray:
   """uint16 [H,W]: the image's masks in file order, later ones over earlier ones."""
+  check_size(f"{path}, {name}", shape[::-1])
   label = np.zeros(shape, np.uint16)
   try:
     for annotation in annotations:
@@ -112,9 +118,17 @@ def _paint(path: pathlib.Path, name: str, annotations: list, shape: tuple[int, i
 def _mask(segmentation: dict | list, shape: tuple[int, int]) -> np.ndarray:
   """bool [H,W] of a COCO segmentation: RLE, compressed or not, or a list of polygons."""
   if isinstance(segmentation, list):
+    corners = np.concatenate([np.asarray(polygon, np.float64) for polygon in segmentation])
+    # pycocotools walks along every edge, however long.
+    if not (np.abs(corners) <= 2 * max(shape)).all():
+      raise ValueError("corners far outside")
     rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *shape))
     return coco_mask.decode(rle).astype(bool)
+  if tuple(segmentation["size"]) != shape:
+    raise ValueError(f"a mask on {segmentation['size']}")
   if isinstance(segmentation["counts"], list):
+    if min(segmentation["counts"], default=0) < 0:
+      raise ValueError("a negative run")
     covered = sum(segmentation["counts"])
     if covered != shape[0] * shape[1]:  # pycocotools leaves the rest as memory was
       raise ValueError(f"a mask of {covered} pixels")

@@ -12,10 +12,7 @@ from PIL import Image, ImageOps
 
 from data_pipelines import folder, pipeline, prepare, shapes, transforms, vocabularies
 from data_pipelines.errors import DataError
-
-# Larger pictures are refused: decoded they would fill memory (Pillow's own limit only warns).
-MAX_PIXELS = 200_000_000
-
+from data_pipelines.limits import check_size
 
 # Class counts and splits of a data set are its vocabulary's; several may share prepared files.
 # name of config.data.name -> name for data_pipelines.prepare
@@ -228,20 +225,15 @@ def read_image(path: pathlib.Path) -> np.ndarray:
   """A picture file as uint8 RGB [H,W,3], turned upright as its EXIF data says.
 
   Raises:
-    DataError: not a picture, damaged, or larger than MAX_PIXELS.
+    DataError: not a picture, damaged, or beyond the sizes of `limits`.
   """
   try:
     with Image.open(path) as file:
-      width, height = file.size
-      if width * height > MAX_PIXELS:
-        raise DataError(
-          f"{path}: expected at most {MAX_PIXELS:,} pixels, got {width} x {height}; "
-          "make the picture smaller"
-        )
+      check_size(path, file.size)
       return np.array(ImageOps.exif_transpose(file).convert("RGB"))
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    if isinstance(error, DataError):
-      raise
+  except DataError:
+    raise
+  except Exception as error:  # damage surfaces as a dozen kinds, struct's and EXIF's among them
     raise DataError(
       f"{path}: expected a readable jpg, png or webp picture, got {type(error).__name__} "
       f"({' '.join(str(error).split())}); open it in a viewer to see whether it is damaged"

@@ -9,6 +9,7 @@ import numpy as np
 from data_pipelines import prepare, vocabularies
 from data_pipelines.builder import RawExample, SegmentationBuilder, listed, need
 from data_pipelines.errors import DataError
+from data_pipelines.limits import MAX_TEXT_BYTES
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _SPLITS = ("train", "val")
@@ -70,7 +71,7 @@ def vocabulary(data_dir: str | pathlib.Path, name: str) -> vocabularies.Vocabula
   try:
     classes = json.loads(path.read_text(encoding="utf-8"))
     return vocabularies.of_names("folder", classes["names"], classes["unseen"])
-  except (OSError, ValueError, KeyError) as error:
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise DataError(
       f"{path}: expected the names of a prepared folder, got {type(error).__name__}; "
       f"delete {path.parent} and prepare it again"
@@ -99,6 +100,8 @@ def _read_classes(manual_dir: pathlib.Path, obtain: str) -> vocabularies.Vocabul
 
 def _read_lines(path: pathlib.Path) -> list[str]:
   """Names of a text file, none blank and none twice, since the line number is the id."""
+  if path.stat().st_size > MAX_TEXT_BYTES:
+    raise DataError(f"{path}: expected at most {MAX_TEXT_BYTES >> 20} MiB of names; shorten it")
   try:
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
   except UnicodeDecodeError as error:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import DataError
+from data_pipelines.limits import check_size
 
 Example = dict[str, Any]
 
@@ -67,10 +68,13 @@ def _decode(value, name: str, what: str) -> np.ndarray:
     return np.asarray(value)
   try:
     with Image.open(io.BytesIO(value)) as file:
+      check_size(f"example {name}", file.size)
       if what == "image":
         file = file.convert("RGB")
       return np.array(file)
-  except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+  except DataError:
+    raise
+  except Exception as error:  # Pillow raises a dozen kinds on damaged files
     raise DataError(
       f"example {name}: expected a readable {what} file, got {len(value)} bytes that do not "
       f"decode ({error}); fetch the file again"

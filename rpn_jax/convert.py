@@ -290,6 +290,7 @@ def float32(value: np.ndarray, name: str, where: str) -> np.ndarray:
 
 # No published CLIP comes near; a file that declares more is damaged or hostile.
 _MAX_FIELD = 1 << 20
+_MAX_LAYERS = 128
 
 
 def _read_architecture(state: Mapping[str, np.ndarray], naming: Naming, where: str) -> dict:
@@ -362,10 +363,11 @@ def _config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConfig:
     raise InputError(f"expected the config fields {names}, {wrong} missing or unknown in {where}")
   for name in names:
     value = fields[name]
-    is_size = type(value) is int and 0 < value <= _MAX_FIELD
+    most = _MAX_LAYERS if name.endswith("_layers") else _MAX_FIELD
+    is_size = type(value) is int and 0 < value <= most
     if name not in ("activation", "vision") and not is_size:
       raise InputError(
-        f"expected an integer from 1 to {_MAX_FIELD} for {name}, got {value!r} in {where}: "
+        f"expected an integer from 1 to {most} for {name}, got {value!r} in {where}: "
         "correct it"
       )
   try:
@@ -428,6 +430,7 @@ _SAFETENSORS_TYPES = {
 # Of a JSON file beside weights; the largest index known has 100 kB.
 _MAX_JSON_BYTES = 8 << 20
 _MAX_SHARDS = 1000
+_MAX_HEADER_BYTES = 16 << 20
 # What a folder of a published model holds, in the order of preference.
 _IN_FOLDER = (
   "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
@@ -437,6 +440,12 @@ _IN_FOLDER = (
 
 def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """Views of the file, and its metadata; nothing is read before it is needed."""
+  with path.open("rb") as file:
+    if int.from_bytes(file.read(8), "little") > _MAX_HEADER_BYTES:
+      raise InputError(
+        f"expected a safetensors or PyTorch zip file, {path} is neither or is damaged (its header "
+        f"would be larger than {_MAX_HEADER_BYTES >> 20} MiB): get it again"
+      )
   try:
     # Checks the header: offsets within the file, in order, as long as the shapes say.
     with safetensors.safe_open(path, "numpy") as file:
@@ -630,7 +639,7 @@ def _load(path, overrides: Mapping | None, read=None) -> tuple[str, CLIPConfig, 
       )
     try:
       fields = dict(json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
       raise InputError(
         f"expected a config in the metadata of {where}: convert the original again"
       ) from None

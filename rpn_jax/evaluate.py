@@ -66,14 +66,25 @@ class Partial:
     self.identity = json.dumps(identity, sort_keys=True)
     self.saved = time.monotonic()
 
-  def load(self) -> tuple[int, np.ndarray] | None:
-    """Number of examples and their confusion matrix; None where there is nothing to continue."""
+  def load(self, classes: int, count: int) -> tuple[int, np.ndarray] | None:
+    """Number of examples and their confusion matrix; None where there is nothing to continue.
+
+    Args:
+      classes: side of the matrix.
+      count: of all examples.
+    """
     try:
+      with zipfile.ZipFile(self.path) as archive:
+        # Compressed arrays can unfold to any size.
+        if sum(info.file_size for info in archive.infolist()) > 8 * classes**2 + (1 << 20):
+          return None
       with np.load(self.path, allow_pickle=False) as file:
-        if str(file["identity"]) == self.identity:
-          return int(file["done"]), file["confusion"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-      pass  # missing or damaged: begin again
+        done, confusion = int(file["done"]), file["confusion"]
+        fits = confusion.shape == (classes, classes) and confusion.dtype == np.int64
+        if str(file["identity"]) == self.identity and fits and 0 <= done <= count:
+          return done, confusion
+    except Exception:  # a damaged archive raises all kinds of errors, and each means: begin again
+      pass
     return None
 
   def save(self, done: int, confusion_CxC: np.ndarray, *, now: bool = False) -> None:
@@ -116,7 +127,7 @@ def evaluate(
   names = scored_names(data.names, scored_as)
   examples = examples[jax.process_index() :: jax.process_count()] if several() else examples
   done, confusion = 0, np.zeros((len(names), len(names)), np.int64)
-  if partial and (loaded := partial.load()):
+  if partial and (loaded := partial.load(len(names), len(examples))):
     done, confusion = loaded
     print(f"{data.name}: continuing at image {done} of {len(examples)}", flush=True)
 

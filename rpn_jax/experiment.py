@@ -20,7 +20,28 @@ from rpn_jax.sliding import SlidingWindow
 from rpn_jax.step import TrainState, init_prompts
 from rpn_jax.text_cache import class_embeddings, expand
 
+# The best scores so far, for an evaluation of the run while it goes on or after it.
+BEST = "best.json"
 ASSETS = pathlib.Path(__file__).parent / "assets"
+
+
+# Least values of numbers in a config; less would fail far from the field's name, or never end.
+LEAST = {
+  "steps": 1, "log_every": 1, "eval_every": 1, "save_every": 0, "max_skipped": 1,
+  "optimizer.clip_norm": 0, "data.batch_size": 1, "data.crop": 1, "data.short_side": 1,
+  "data.threads": 0, "data.workers": 0, "data.eval_images": 0, "eval.crop": 1, "eval.stride": 1,
+  "eval.window_batch": 1,
+}  # fmt: skip
+MOST = 1 << 40
+
+
+def check_numbers(config) -> None:
+  """Raises an InputError for a number that no run can have."""
+  for field, least in LEAST.items():
+    section, _, name = field.rpartition(".")
+    value = (config[section] if section else config)[name]
+    if not least <= value <= MOST:  # also NaN
+      raise InputError(f"config.{field} must be at least {least}, got {value}")
 
 
 def cosine(logits):
@@ -54,6 +75,7 @@ class Experiment:
   """
 
   def __init__(self, config, workdir):
+    check_numbers(config)
     self.config = config
     self.workdir = pathlib.Path(workdir)
     self.clip_config, self.clip = convert.load(find_weights(config.clip))
@@ -162,8 +184,8 @@ class Experiment:
   def _best_step(self) -> int | None:
     """Of the best evaluation that training has written down."""
     try:
-      return json.loads((self.workdir / "metrics.json").read_text())["best"]["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+      return json.loads((self.workdir / BEST).read_text())["best"]["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
       return None
 
   def restored_prompts(self) -> tuple[int, dict]:

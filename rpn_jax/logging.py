@@ -234,7 +234,7 @@ def _read_entries(path: pathlib.Path) -> list[dict]:
       for name, value in entry.items():
         _ = int(value) if name == "step" else float(value)
       _ = entry["step"]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
       if i + 1 == len(lines):
         break
       raise InputError(

@@ -158,7 +158,7 @@ def _numbers(scores: Mapping) -> dict:
 def _complaint(path: pathlib.Path):
   try:
     yield
-  except (ValueError, KeyError, TypeError, AttributeError):
+  except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
     raise InputError(
       f"{path}: expected config, last and best scores of a segmentation run; "
       "it is damaged or of another task"
@@ -173,7 +173,7 @@ def _why_missing(directory: pathlib.Path) -> str:
     steps = [s for points in read_history(history).values() for s, _ in points]
     try:
       total = json.loads(config.read_text())["config"]["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
       total = "?"
     return f"{directory}: not finished, step {max(steps, default=0)} of {total}; repeat its command"
   inside = sum((child / "metrics.json").exists() for child in directory.iterdir())

@@ -233,7 +233,8 @@ def class_embeddings(
 def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray | None:
   """Embeddings from a file of `_write`; None if it is missing, damaged or something else."""
   try:
-    kept = np.load(path, allow_pickle=False)
+    # Mapped, so that a header that lies about the size allocates nothing.
+    kept = np.array(np.load(path, allow_pickle=False, mmap_mode="r"))
     usable = kept.shape == shape and kept.dtype == np.float32
     return kept if usable and np.allclose(np.linalg.norm(kept, axis=-1), 1, atol=1e-4) else None
   except Exception:  # a damaged header raises all kinds of errors, and each means: compute it anew

@@ -21,9 +21,13 @@ from rpn_jax.errors import InputError
 
 STATE_DICT, TORCHSCRIPT = "PyTorch state dict", "TorchScript archive"
 
-# The description of a model of some hundred tensors takes about 100 kB.
-_MAX_PICKLE_BYTES = 64 << 20
+# The description of a model of some hundred tensors takes about 100 kB, code included less than a
+# megabyte. An opcode of one byte can make an object of 64.
+_MAX_PICKLE_BYTES = 4 << 20
 _MAX_DEPTH = 64
+# Modules that are visited: a file can tie them together so that there are 2^64 ways through them.
+_MAX_MODULES = 100_000
+_MAX_AXES = 8
 
 _STORAGES = {
   "HalfStorage": np.dtype("<f2"),
@@ -123,13 +127,29 @@ class _Unpickler(pickle._Unpickler):
     elif not isinstance(target, (collections.OrderedDict, _Inert)):
       raise Refused("it sets attributes of something that is no module")
 
+  def load_setitem(self):
+    _check_keys(self.stack[-2:-1])
+    super().load_setitem()
+
+  def load_setitems(self):
+    _check_keys(self.stack[::2])
+    super().load_setitems()
+
+  dispatch[pickle.SETITEM[0]] = load_setitem
+  dispatch[pickle.SETITEMS[0]] = load_setitems
   dispatch[pickle.REDUCE[0]] = load_reduce
   dispatch[pickle.NEWOBJ[0]] = load_newobj
   dispatch[pickle.BUILD[0]] = load_build
 
 
+def _check_keys(keys) -> None:
+  # The hash of a tuple of tuples of tuples, each twice the one before, takes for ever.
+  if not all(type(key) in (str, int) for key in keys):
+    raise Refused("it has a dictionary with keys that are no names")
+
+
 def _is_size(value) -> bool:
-  return type(value) is int and value >= 0
+  return type(value) is int and 0 <= value < 1 << 62
 
 
 def _rebuild_tensor(storage, offset, sizes, strides, *_):
@@ -141,7 +161,7 @@ def _rebuild_tensor(storage, offset, sizes, strides, *_):
     isinstance(storage, np.ndarray)
     and isinstance(sizes, tuple)
     and isinstance(strides, tuple)
-    and len(sizes) == len(strides)
+    and len(sizes) == len(strides) <= _MAX_AXES
     and all(map(_is_size, (offset, *sizes, *strides)))
   )
   if not valid:
@@ -161,8 +181,8 @@ def _rebuild_parameter(data, *_):
   return data
 
 
-def _ordered_dict(*arguments):
-  return collections.OrderedDict(*arguments)
+def _ordered_dict():
+  return collections.OrderedDict()
 
 
 def _untyped(value, *_):
@@ -195,22 +215,25 @@ _FUNCTIONS = {
 }
 
 
-def _flatten(module: _Module, prefix: str, depth: int, tensors: dict) -> None:
+def _flatten(module: _Module, prefix: str, depth: int, tensors: dict, visits: list) -> None:
   """Adds the tensors below a TorchScript object, named as its state dict names them."""
   # A file can tie a module into itself.
   if depth > _MAX_DEPTH:
     raise Refused(f"its modules are nested more than {_MAX_DEPTH} deep")
+  visits.append(depth)
+  if len(visits) > _MAX_MODULES:
+    raise Refused(f"it has more than {_MAX_MODULES:,} modules")
   for name, value in module.attributes.items():
     if isinstance(value, np.ndarray):
       tensors[f"{prefix}{name}"] = value
     elif isinstance(value, _Module):
-      _flatten(value, f"{prefix}{name}.", depth + 1, tensors)
+      _flatten(value, f"{prefix}{name}.", depth + 1, tensors, visits)
 
 
 def _tensors(root) -> tuple[str, dict[str, np.ndarray]]:
   if isinstance(root, _Module):
     tensors = {}
-    _flatten(root, "", 0, tensors)
+    _flatten(root, "", 0, tensors, [])
     return TORCHSCRIPT, tensors
   if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
     root = root["state_dict"]
@@ -344,16 +367,17 @@ def _read(archive: zipfile.ZipFile, file_bytes: int) -> tuple[str, dict[str, np.
   order = f"{folder}byteorder"
   if order in archive.namelist() and archive.open(order).read(16) != b"little":
     raise Refused("its numbers are not little-endian")
-  storages = {}
+  storages, total = {}, 0
 
   def read_storage(dtype, key, count):
+    nonlocal total
     if key not in storages:
       try:
         info = archive.getinfo(f"{folder}data/{key}")
       except KeyError:
         raise Refused(f"storage {key[:20]!r} is missing from it") from None
       # Stored bytes are part of the file; compressed or overlapping ones could unfold to any size.
-      total = sum(map(len, storages.values())) + info.file_size
+      total += info.file_size
       if info.compress_type != zipfile.ZIP_STORED or total > file_bytes:
         raise Refused(f"storage {key[:20]!r} is compressed or larger than the file")
       storages[key] = archive.read(info)

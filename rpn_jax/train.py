@@ -8,8 +8,8 @@ import jax
 
 from rpn_jax import evaluate, lock, optim, parallel, preemption, self_training, visualize
 from rpn_jax.errors import InputError
-from rpn_jax.experiment import Experiment
-from rpn_jax.logging import MetricWriter, progress
+from rpn_jax.experiment import BEST, Experiment
+from rpn_jax.logging import MetricWriter, progress, write_json
 from rpn_jax.losses import LOSSES
 from rpn_jax.models.prompts import count
 
@@ -91,9 +91,8 @@ def run(experiment: Experiment, data, mesh, notice: preemption.Notice) -> dict:
       best = last if best is None or rank(last) >= rank(best) else best
       if first:
         writer.write(done, {f"eval/{k}": v for k, v in scalars(last).items()})
-        with going_on("metrics.json"):
-          path = experiment.workdir / "metrics.json"
-          evaluate.write_metrics(path, last, best, config, parameters)
+        with going_on(BEST):
+          write_json(experiment.workdir / BEST, {"best": best})
 
     is_due = lambda done, every: every > 0 and done % every == 0
     to_evaluate = lambda done: is_due(done, config.eval_every) or done == config.steps

@@ -33,7 +33,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
   # The longest files first: two workers take a file each, and the last should be a short one.
-  longest = ("test_processes", "test_train", "test_parallel", "test_models", "test_parity")
+  longest = ("test_processes", "test_kills", "test_train", "test_parallel", "test_models",
+             "test_parity")  # fmt: skip
   items.sort(key=lambda item: item.path.stem not in longest)
 
 

@@ -257,7 +257,7 @@ def test_an_interrupted_evaluation_continues(tmp_path, monkeypatch, capsys):
   with pytest.raises(KeyboardInterrupt):
     start(stop=5)
   assert not list(tmp_path.glob("*.tmp"))
-  done, confusion = evaluate.Partial(path, {"step": 8}).load()
+  done, confusion = evaluate.Partial(path, {"step": 8}).load(3, 8)
   assert done == 5
   np.testing.assert_array_equal(
     confusion,
@@ -273,7 +273,7 @@ def test_an_interrupted_evaluation_continues(tmp_path, monkeypatch, capsys):
   with pytest.raises(KeyboardInterrupt):
     start(stop=5, step=9)
   path.write_bytes(path.read_bytes()[:100])
-  assert evaluate.Partial(path, {"step": 9}).load() is None
+  assert evaluate.Partial(path, {"step": 9}).load(3, 8) is None
 
 
 def test_the_sets_before_an_interruption_are_not_repeated(trained, monkeypatch, capsys):
