@@ -5,11 +5,11 @@ import re
 import zlib
 
 import numpy as np
-import scipy.io  # comes with JAX
 
+from data_pipelines import matlab
 from data_pipelines.builder import need
 from data_pipelines.errors import DataError
-from data_pipelines.limits import MAX_MATRIX_BYTES, MAX_TEXT_BYTES
+from data_pipelines.limits import MAX_TEXT_BYTES
 
 
 def read_names(path: pathlib.Path, what: str, obtain: str) -> list[str]:
@@ -35,29 +35,6 @@ def read_names(path: pathlib.Path, what: str, obtain: str) -> list[str]:
   return sorted(names)
 
 
-def _check_unfolded(file) -> None:
-  """Refuses a MATLAB 5 file whose compressed variables unfold to more than a label map has.
-
-  Such a variable is a tag (kind 15, length in bytes) and a zlib stream behind a header of 128.
-  """
-  file.seek(128)
-  total = 0
-  while len(tag := file.read(8)) == 8:
-    kind, length = np.frombuffer(tag, "<u4").tolist()
-    if kind != 15:
-      file.seek(length, 1)
-      continue
-    stream, left = zlib.decompressobj(), length
-    while left > 0 and (data := file.read(min(left, 1 << 16))):
-      left -= len(data)
-      while data:
-        total += len(stream.decompress(data, 1 << 20))
-        data = stream.unconsumed_tail
-        if total > MAX_MATRIX_BYTES:
-          raise ValueError(f"more than {MAX_MATRIX_BYTES:,} bytes when unfolded")
-  file.seek(0)
-
-
 def read_matrix(path: pathlib.Path, field: str, obtain: str) -> np.ndarray:
   """The label map of a MATLAB file, uint8 or uint16 [H,W]; `field` is "variable" or "struct.field".
 
@@ -65,18 +42,19 @@ def read_matrix(path: pathlib.Path, field: str, obtain: str) -> np.ndarray:
     DataError: a damaged file, or one without such a label map.
     FileNotFoundError: no such file.
   """
-  variable, *rest = field.split(".")
-  with path.open("rb") as file:
-    try:
-      _check_unfolded(file)
-      label = scipy.io.loadmat(file, variable_names=[variable])[variable]
-      for key in rest:
-        label = label[key][0, 0]
-    except Exception as error:  # damage surfaces as any of a dozen kinds, zlib's own among them
-      raise DataError(
-        f"{path}: expected a MATLAB file with {field}, got {type(error).__name__} "
-        f"({' '.join(str(error).split())}); fetch it again: {obtain}"
-      ) from error
+  content = path.read_bytes()
+  try:
+    label = matlab.read(content, field)
+  except (ValueError, zlib.error, MemoryError) as error:
+    raise DataError(
+      f"{path}: expected a MATLAB file with {field}, got {type(error).__name__} "
+      f"({' '.join(str(error).split())}); fetch it again: {obtain}"
+    ) from error
+  if label is None:
+    raise DataError(
+      f"{path}: expected {field} as a matrix of numbers, got something else; fetch it again: "
+      f"{obtain}"
+    )
   if label.ndim != 2 or label.dtype not in (np.uint8, np.uint16):
     raise DataError(
       f"{path}: expected {field} as a uint8 or uint16 matrix, got {label.dtype} {label.shape}; "

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import shapes as shapes_config
-from data_pipelines import builder, context, datasets, folder, pascal, pipeline, prepare
+from data_pipelines import builder, context, datasets, folder, matlab, pascal, pipeline, prepare
 from data_pipelines.errors import DataError
 from rpn_jax import convert, evaluate, prompts_file, report, text_cache, torch_archive
 from rpn_jax.errors import InputError
@@ -389,7 +389,7 @@ def test_matrices_and_lists(content, names):
 
 
 def test_a_matrix_that_unfolds_to_gigabytes(tmp_path, monkeypatch):
-  monkeypatch.setattr(pascal, "MAX_MATRIX_BYTES", 1 << 20)
+  monkeypatch.setattr(matlab, "MAX_MATRIX_BYTES", 1 << 20)
   path = tmp_path / "x.mat"
   scipy.io.savemat(path, {"LabelMap": np.zeros((2000, 2000), np.uint16)}, do_compression=True)
   with pytest.raises(DataError, match="when unfolded"):
