@@ -42,7 +42,7 @@ def parse_flags(argv):
 
 def run() -> None:
   """Joins data and model. Imports are here so that --help and mistyped flags answer at once."""
-  from data_pipelines import clip_images, datasets
+  from data_pipelines import datasets
   from rpn_jax import classify, evaluate, parallel, predict, pretrain, prompts_file, train
 
   config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
@@ -54,11 +54,11 @@ def run() -> None:
     elif FLAGS.mode == "eval":
       evaluate.run(config, workdir, datasets.load_evaluations(config))
     elif FLAGS.mode == "predict":
-      predict.predict(config, workdir, FLAGS.image, FLAGS.classes, datasets.image_loader(config))
+      predict.predict(config, workdir, FLAGS.image, FLAGS.classes)
     elif FLAGS.mode == "export":
       prompts_file.export(config, workdir, datasets.load(config).names)
     else:
-      classify.classify(config, workdir, FLAGS.image, FLAGS.classes, clip_images.load)
+      classify.classify(config, workdir, FLAGS.image, FLAGS.classes)
 
 
 def main(argv) -> None:

@@ -3,16 +3,12 @@
 import dataclasses
 import difflib
 import functools
-import pathlib
 from collections.abc import Callable, Iterator
 
 import grain
-import numpy as np
-from PIL import Image, ImageOps
 
 from data_pipelines import folder, pipeline, prepare, shapes, transforms, vocabularies
 from data_pipelines.errors import DataError
-from data_pipelines.limits import check_size
 
 # Class counts and splits of a data set are its vocabulary's; several may share prepared files.
 # name of config.data.name -> name for data_pipelines.prepare
@@ -205,39 +201,6 @@ def captions(config) -> dict:
     "test_labels": labels,
     "test_names": shapes.OBJECTS,
   }
-
-
-def image_loader(config) -> Callable[[pathlib.Path], dict]:
-  """A function path -> {image f32[h,w,3] for the network, original uint8 [H,W,3], id}."""
-  transform = transforms.eval_transform(
-    config.data.short_side, mean=config.data.mean, std=config.data.std
-  )
-
-  def load_image(path: pathlib.Path) -> dict:
-    original = read_image(path)
-    image = transform({"image": original, "id": path.name})["image"]
-    return {"image": image, "original": original, "id": path.name}
-
-  return load_image
-
-
-def read_image(path: pathlib.Path) -> np.ndarray:
-  """A picture file as uint8 RGB [H,W,3], turned upright as its EXIF data says.
-
-  Raises:
-    DataError: not a picture, damaged, or beyond the sizes of `limits`.
-  """
-  try:
-    with Image.open(path) as file:
-      check_size(path, file.size)
-      return np.array(ImageOps.exif_transpose(file).convert("RGB"))
-  except DataError:
-    raise
-  except Exception as error:  # damage surfaces as a dozen kinds, struct's and EXIF's among them
-    raise DataError(
-      f"{path}: expected a readable jpg, png or webp picture, got {type(error).__name__} "
-      f"({' '.join(str(error).split())}); open it in a viewer to see whether it is damaged"
-    ) from error
 
 
 def _known(field: str, value: str, known: tuple[str, ...]) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from rpn_jax import visualize
+from rpn_jax import images, visualize
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
 from rpn_jax.models import peft
@@ -26,16 +26,11 @@ def read_image(path, config, patch: int) -> tuple[np.ndarray, np.ndarray]:
   The short side becomes `config.data.short_side`, both are rounded to patches: the whole picture
   goes through the network at once, not window by window.
   """
-  try:
-    with Image.open(path) as file:
-      picture = ImageOps.exif_transpose(file).convert("RGB")
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    raise InputError(f"{path}: no readable picture ({error})") from None
-  scale = config.data.short_side / min(picture.size)
-  width, height = (max(1, round(side * scale / patch)) * patch for side in picture.size)
-  resized = np.array(picture.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
-  normalised = (resized - np.float32(config.data.mean)) / np.float32(config.data.std)
-  return np.array(picture), normalised[None]
+  picture = images.read(path)
+  scale = config.data.short_side / min(picture.shape[:2])
+  height, width = (max(1, round(side * scale / patch)) * patch for side in picture.shape[:2])
+  resized = np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
+  return picture, images.normalized(resized, config.data.mean, config.data.std)[None]
 
 
 def relationship_maps(experiment: Experiment, image, names: Sequence[str]) -> list[np.ndarray]:

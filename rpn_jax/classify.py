@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rpn_jax import images
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
 from rpn_jax.logging import progress, table, write_json
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
-from rpn_jax.predict import find_images
 from rpn_jax.text_cache import check_names
 
 BATCH = 16  # images per call of the tower
@@ -36,7 +36,7 @@ def find_labelled(folder: str) -> tuple[tuple[str, ...], list[tuple[pathlib.Path
       "one subfolder per class"
     )
   names = check_names([p.name.replace("_", " ") for p in subfolders])
-  return names, [(f, i) for i, p in enumerate(subfolders) for f in find_images(str(p))]
+  return names, [(f, i) for i, p in enumerate(subfolders) for f in images.find(str(p))]
 
 
 def probabilities(experiment: Experiment, names: Sequence[str]) -> Callable:
@@ -53,13 +53,7 @@ def probabilities(experiment: Experiment, names: Sequence[str]) -> Callable:
   return lambda image: np.asarray(apply(params, image))
 
 
-def classify(
-  config,
-  workdir,
-  image: str | None,
-  classes: str | None,
-  load: Callable[[pathlib.Path, int], np.ndarray],
-) -> dict:
+def classify(config, workdir, image: str | None, classes: str | None) -> dict:
   """Writes `classify.json` to the workdir and prints the likeliest classes of every image.
 
   Only the frozen CLIP of the config is used, with its templates, and no prompts.
@@ -69,7 +63,6 @@ def classify(
     workdir: of the run; it need not exist.
     image: a file, or a folder; without `classes` a folder with one subfolder per class.
     classes: names separated by commas.
-    load: (path, side) -> normalised image (side, side, 3) float32.
 
   Returns:
     The content of `classify.json`: `images` {file: {class: probability}}, the likeliest KEPT
@@ -82,7 +75,7 @@ def classify(
     raise InputError("--mode=classify needs --image=FILE_OR_FOLDER")
   if classes:
     names = check_names(classes.split(","))
-    files, labels = find_images(image), None
+    files, labels = images.find(image), None
   else:
     names, pairs = find_labelled(image)
     files, labels = zip(*pairs)
@@ -92,9 +85,9 @@ def classify(
   orders, results = [], {}
   for start in progress(range(0, len(files), BATCH), "classify", "batch"):
     batch = files[start : start + BATCH]
-    images = np.stack([load(file, side) for file in batch])
+    inputs = np.stack([images.for_classification(file, side) for file in batch])
     padding = [(0, min(BATCH, len(files)) - len(batch))] + 3 * [(0, 0)]  # one program for all
-    for file, row in zip(batch, apply(np.pad(images, padding))):
+    for file, row in zip(batch, apply(np.pad(inputs, padding))):
       order = np.argsort(-row)[:KEPT]
       orders.append(order)
       results[str(file)] = {names[i]: round(float(row[i]), 6) for i in order}

@@ -1,14 +1,16 @@
 """What training, evaluation and prediction share: the model of a config, ready to run."""
 
 import contextlib
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
-from rpn_jax import checkpoint, convert, optim, prompts_file
+from rpn_jax import convert, optim
 from rpn_jax.errors import InputError
 from rpn_jax.logging import write_json
 from rpn_jax.models import peft
@@ -39,7 +41,9 @@ def check_numbers(config) -> None:
   """Raises an InputError for a number that no run can have."""
   for field, least in LEAST.items():
     section, _, name = field.rpartition(".")
-    value = (config[section] if section else config)[name]
+    value = (config.get(section, {}) if section else config).get(name)
+    if value is None:  # weights alone are used without a recipe of training
+      continue
     if not least <= value <= MOST:  # also NaN
       raise InputError(f"config.{field} must be at least {least}, got {value}")
 
@@ -72,13 +76,19 @@ class Experiment:
     params: the vision branch, as the network's `params` collection.
     model: an RPN or a DenseCLIP.
     inference_model: the same with its tuners merged into the tower where that is possible.
+    fingerprint: of the weights.
+
+  Args:
+    config: see there.
+    workdir: see there.
+    weights: what `convert.load` gave for config.clip, if that is known already.
   """
 
-  def __init__(self, config, workdir):
+  def __init__(self, config, workdir, weights: tuple | None = None):
     check_numbers(config)
     self.config = config
     self.workdir = pathlib.Path(workdir)
-    self.clip_config, self.clip = convert.load(find_weights(config.clip))
+    self.clip_config, self.clip = weights or convert.load(find_weights(config.clip))
     for field in ("data.crop", "eval.crop"):
       section, name = field.split(".")
       side = config[section][name]
@@ -105,11 +115,18 @@ class Experiment:
     self.inference_model = self.model
     if self.trainable:
       self.inference_model = self.model.clone(config=peft.merged_config(self.model.config))
-    self.identity = checkpoint.identity(config, convert.fingerprint(self.clip))
+    self.fingerprint = convert.fingerprint(self.clip)
     # One jitted function for the life of the experiment: evaluations do not compile again.
     self.forward = jax.jit(
       lambda variables, text, image: self.inference_model.apply(variables, image, text)
     )
+
+  @functools.cached_property
+  def identity(self) -> dict:
+    """What a checkpoint has to have in common with this experiment."""
+    from rpn_jax import checkpoint  # Orbax takes a second that a training-free method can save
+
+    return checkpoint.identity(self.config, self.fingerprint)
 
   @property
   def trainable(self) -> bool:
@@ -124,7 +141,7 @@ class Experiment:
       names,
       c.templates,
       synonyms=c.synonyms,
-      fingerprint=self.identity["clip"],
+      fingerprint=self.fingerprint,
     )
 
   def initial_prompts(self, text_CxE) -> dict:
@@ -138,7 +155,10 @@ class Experiment:
     prompts = self.initial_prompts(text_CxE)
     return TrainState(jnp.int32(0), prompts, self.optimizer(prompts).init(prompts))
 
-  def checkpoints(self, *, read_only: bool = False) -> checkpoint.Checkpoints:
+  def checkpoints(self, *, read_only: bool = False):
+    """The `checkpoint.Checkpoints` of the workdir."""
+    from rpn_jax import checkpoint
+
     return checkpoint.Checkpoints(self.workdir, self.identity, read_only=read_only)
 
   def claim_workdir(self) -> None:
@@ -147,11 +167,14 @@ class Experiment:
     Raises:
       InputError: the workdir belongs to another run.
     """
+    from rpn_jax import checkpoint
+
     path = self.workdir / "config.json"
     if path.exists():
       try:
         stored = json.loads(path.read_text())
-        _ = stored["config"].items(), stored["clip"]
+        config = ml_collections.ConfigDict(dict(stored["config"].items()))
+        stored = checkpoint.identity(config, stored["clip"])
       except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(
           f"expected the settings of a run in {path}, got something else: delete that file if the "
@@ -160,7 +183,7 @@ class Experiment:
       checkpoint.check_identity(self.workdir, stored, self.identity)
       return
     self.workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, self.identity)
+    write_json(path, {"clip": self.fingerprint, "config": self.config.to_dict()})
 
   def restored(self) -> dict[str, tuple[int, dict]]:
     """Step and prompts of the workdir's newest checkpoint, "last", and of the "best" one.
@@ -172,7 +195,9 @@ class Experiment:
       return {"last": (0, {})}
     # No shape depends on the number of classes.
     like = jax.eval_shape(self.initial_prompts, jnp.zeros((1, self.clip_config.embed_dim)))
-    if path := self.config.prompts:
+    if path := self.config.get("prompts"):
+      from rpn_jax import prompts_file
+
       content = prompts_file.load(path)
       prompts_file.check(content, path, self.config.to_dict(), self.identity["clip"], like)
       return {"last": (content.step, content.prompts)}

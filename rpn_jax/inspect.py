@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rpn_jax import convert, losses, optim, parallel
+from rpn_jax import convert, images, losses, optim, parallel
 from rpn_jax.attention import attention, distance
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment, find_weights
@@ -34,7 +34,6 @@ from rpn_jax.models import peft
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
 from rpn_jax.models.rpn import RPN, RPNConfig
-from rpn_jax.predict import find_images
 from rpn_jax.step import TrainState, init_prompts, train_step
 from rpn_jax.text_cache import check_names
 
@@ -201,7 +200,7 @@ def look(what: str, config) -> None:
   experiment = Experiment(config, FLAGS.workdir)
   out = pathlib.Path(FLAGS.out or FLAGS.workdir)
   out.mkdir(parents=True, exist_ok=True)
-  for path in LOOKS[what](experiment, find_images(FLAGS.image), names, out):
+  for path in LOOKS[what](experiment, images.find(FLAGS.image), names, out):
     print(path)
 
 

@@ -139,20 +139,27 @@ def strip_scores(part: tuple, *, merged: tuple[int, int], crop: int, activation:
   return interpolate(interpolate(scores, *column_pair, 1), *row_pair, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("merged", "crop", "activation", "ids"))
-def strip(parts, penalty_C, *, merged, crop, activation, ids):
-  """Mean over views of `strip_scores` less a per-class penalty; their arg-max if `ids`."""
+def class_ids(scores_RxWxC):
+  return scores_RxWxC.argmax(-1)
+
+
+def all_scores(scores_RxWxC):
+  return scores_RxWxC
+
+
+@functools.partial(jax.jit, static_argnames=("merged", "crop", "activation", "output"))
+def strip(parts, penalty_C, *, merged, crop, activation, output):
+  """`output` of the mean over views of `strip_scores` less a per-class penalty."""
   scores = [
     strip_scores(part, merged=m, crop=crop, activation=activation) for part, m in zip(parts, merged)
   ]
-  scores = sum(scores[1:], scores[0]) / len(scores) - penalty_C
-  return scores.argmax(-1) if ids else scores
+  return output(sum(scores[1:], scores[0]) / len(scores) - penalty_C)
 
 
 def merge_views(
-  views: Sequence[View], logits, penalty_C, size: tuple[int, int], *, crop, activation, ids: bool
+  views: Sequence[View], logits, penalty_C, size: tuple[int, int], *, crop, activation, output
 ):
-  """Class ids (height, width) int32 of the averaged views, or their scores (height, width, C).
+  """`output` of the scores (height, width, C) of the averaged views, as numpy.
 
   Args:
     views: V of them.
@@ -161,7 +168,7 @@ def merge_views(
     size: (height, width) of the result.
     crop: window side, pixels.
     activation: logits -> scores.
-    ids: whether to take the arg-max.
+    output: scores of a strip -> arrays (rows, columns, …); one function object for the same ones.
   """
   height, width = size
   columns = [bucket(max(view.width, crop)) for view in views]
@@ -180,11 +187,35 @@ def merge_views(
       merged=merged,
       crop=crop,
       activation=activation,
-      ids=ids,
+      output=output,
     )
     for top in range(0, height, rows)
   ]
-  return np.concatenate([np.asarray(s) for s in strips])[:height, :width]
+  return jax.tree.map(
+    lambda *parts: np.concatenate([np.asarray(p) for p in parts])[:height, :width], *strips
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """What the network said of one image: all that any map of it is merged from, and small.
+
+  Attributes:
+    window: the SlidingWindow that made it.
+    views: of the image.
+    logits: of the windows of each view.
+  """
+
+  window: "SlidingWindow"
+  views: list[View]
+  logits: list[jax.Array]
+
+  def merge(self, output: Callable, size: tuple[int, int], bias_C=0.0):
+    """`output` of the scores (height, width, C) at `size`, with `bias_C` added to them."""
+    w = self.window
+    penalty_C = np.float32(w.penalty_C - bias_C)
+    options = {"crop": w.crop, "activation": w.activation, "output": output}
+    return merge_views(self.views, self.logits, penalty_C, size, **options)
 
 
 class SlidingWindow:
@@ -237,7 +268,7 @@ class SlidingWindow:
   def scores(self, image_hxwx3: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
     """Mean scores (height, width, C) of one normalised image: gigabytes if all three are large."""
     size = size or image_hxwx3.shape[:2]
-    return next(self._results([(image_hxwx3, size)], ids=False))
+    return next(self.read([image_hxwx3])).merge(all_scores, size)
 
   def __call__(self, image_hxwx3: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
     """Class ids at (height, width) `size`, by default the image's own: int32."""
@@ -245,31 +276,37 @@ class SlidingWindow:
 
   def stream(self, pairs: Iterable[tuple[np.ndarray, tuple[int, int]]]) -> Iterator[np.ndarray]:
     """Class ids of many (image, size), in order; windows of several images share a call."""
-    for row in self._results(pairs, ids=True):
+    sizes = collections.deque()
+
+    def images():
+      for image, size in pairs:
+        sizes.append(size)
+        yield image
+
+    for reading in self.read(images()):
+      row = reading.merge(class_ids, sizes.popleft())
       yield self.class_of_row[row].astype(np.int32)
 
-  def _results(self, pairs, ids: bool) -> Iterator[np.ndarray]:
-    merge = functools.partial(
-      merge_views, penalty_C=self.penalty_C, crop=self.crop, activation=self.activation, ids=ids
-    )
-    waiting = collections.deque()  # images whose windows have not all been through the network
+  def read(self, images_hxwx3: Iterable[np.ndarray]) -> Iterator[Reading]:
+    """What the network says of each image, in order; windows of several images share a call."""
+    waiting = collections.deque()  # views of images not all of whose windows were read
     windows, logits = [], []
-    for image, size in pairs:
+    for image in images_hxwx3:
       views, new = self._views(np.asarray(image))
-      waiting.append((views, size))
+      waiting.append(views)
       windows += new
       while len(windows) >= self.window_batch:
         logits += self._run(windows[: self.window_batch])
         windows = windows[self.window_batch :]
-      while waiting and sum(len(v.corners) for v in waiting[0][0]) <= len(logits):
-        views, size = waiting.popleft()
+      while waiting and sum(len(v.corners) for v in waiting[0]) <= len(logits):
+        views = waiting.popleft()
         parts, logits = _split(logits, views)
-        yield merge(views, parts, size=size)
+        yield Reading(self, views, parts)
     if windows:
       logits += self._run(windows)
-    for views, size in waiting:
+    for views in waiting:
       parts, logits = _split(logits, views)
-      yield merge(views, parts, size=size)
+      yield Reading(self, views, parts)
 
   def _views(self, image: np.ndarray) -> tuple[list[View], list[np.ndarray]]:
     """The views of an image, and the windows of all of them one after another."""

@@ -162,7 +162,7 @@ def _embed(config: CLIPConfig, params, texts: Sequence[str]) -> np.ndarray:
       f"the text tower knows {config.vocab_size} tokens, the tokenizer made id {tokens.max()}: "
       "these weights need another tokenizer"
     )
-  size = min(BATCH, len(tokens))
+  size = min(BATCH, 1 << (len(tokens) - 1).bit_length())  # a few sizes, each compiled once
   padded = np.pad(tokens, ((0, -len(tokens) % size), (0, 0)), mode="edge")
   starts = range(0, len(padded), size)
   # A display for the thousands of texts of a large vocabulary, not for a few names.

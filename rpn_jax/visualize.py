@@ -12,11 +12,13 @@ import functools
 import os
 import pathlib
 import textwrap
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from absl import logging
 
-# Ordered so that the first few, which small label sets use, are the easiest to tell apart.
+# The easiest to tell apart; small label sets use no others.
 FIRST_COLORS = (
   (222, 45, 60),  # red
   (52, 118, 235),  # blue
@@ -31,6 +33,23 @@ FIRST_COLORS = (
   (30, 62, 140),  # navy
   (0, 122, 112),  # teal
 )
+# Okabe and Ito (2008), "Color universal design", without black.
+SAFE_COLORS = (
+  (230, 159, 0),  # orange
+  (86, 180, 233),  # sky blue
+  (0, 158, 115),  # bluish green
+  (240, 228, 66),  # yellow
+  (0, 114, 178),  # blue
+  (213, 94, 0),  # vermillion
+  (204, 121, 167),  # reddish purple
+)
+PALETTES = {"default": FIRST_COLORS, "colorblind": SAFE_COLORS}
+# Full protanopia and deuteranopia on linear RGB (Machado, Oliveira and Fernandes, 2009).
+BLINDNESS = (
+  ((0.1523, 1.0526, -0.2049), (0.1145, 0.7863, 0.0992), (-0.0039, -0.0481, 1.0520)),
+  ((0.3673, 0.8606, -0.2280), (0.2801, 0.6725, 0.0474), (-0.0118, 0.0429, 0.9689)),
+)  # fmt: skip
+FULL_VISION = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 HATCH = ((38, 38, 38), (96, 96, 96))
 
 # A legend longer than this stops being read; what is left is summed up in one entry.
@@ -72,10 +91,14 @@ SMOOTH_FROM = 30
 # Colours
 
 
-def _lab(rgb: np.ndarray) -> np.ndarray:
-  """CIELAB (D65) of sRGB values (..., 3) in 0..255."""
+def _linear(rgb: np.ndarray) -> np.ndarray:
   c = np.asarray(rgb, np.float64) / 255
-  linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+  return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def _lab(rgb: np.ndarray, seen_through=FULL_VISION) -> np.ndarray:
+  """CIELAB (D65) of sRGB values (..., 3) in 0..255, as a row of BLINDNESS lets one see them."""
+  linear = np.clip(_linear(rgb) @ np.asarray(seen_through).T, 0, 1)
   to_xyz = np.array(
     [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], np.float64
   )
@@ -86,35 +109,66 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _palette(count: int) -> np.ndarray:
-  """The first `count` colours (count, 3) uint8; a longer palette begins with a shorter one."""
+def _palette(name: str, count: int) -> np.ndarray:
+  """The first `count` colours (count, 3) uint8; a longer palette begins with a shorter one.
+
+  Each is the farthest in CIELAB from all before it, in the colour-blind palette by the smallest
+  of the distances that full colour vision, protanopia and deuteranopia leave.
+  """
+  first = PALETTES[name]
+  views = (FULL_VISION, *BLINDNESS) if name == "colorblind" else (FULL_VISION,)
   levels = np.linspace(0, 255, 18)
   lattice = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3).round()
   lab = _lab(lattice)
   # Greys, near-blacks and near-whites would be taken for the hatch or for the page.
   usable = (lab[:, 0] > 28) & (lab[:, 0] < 92) & (np.hypot(lab[:, 1], lab[:, 2]) > 14)
-  lattice, lab = lattice[usable], lab[usable]
-  taken = _lab(np.array([*FIRST_COLORS, *HATCH, (255, 255, 255)]))
-  nearest = np.min([((lab - color) ** 2).sum(1) for color in taken], axis=0)
-  colors = list(FIRST_COLORS[:count])
+  lattice = lattice[usable]
+  seen = [_lab(lattice, view) for view in views]
+
+  def distances(color):
+    return np.min(
+      [((s - _lab(color, view)) ** 2).sum(1) for s, view in zip(seen, views)], axis=0
+    )
+
+  nearest = np.min([distances(c) for c in (*first, *HATCH, (255, 255, 255))], axis=0)
+  colors = list(first[:count])
   while len(colors) < count:
     best = int(nearest.argmax())
     if nearest[best] == 0:  # thousands of classes: the lattice is used up, so begin again
       return np.resize(np.array(colors, np.uint8), (count, 3))
     colors.append(lattice[best])
-    nearest = np.minimum(nearest, ((lab - lab[best]) ** 2).sum(1))
+    nearest = np.minimum(nearest, distances(lattice[best]))
   return np.array(colors, np.uint8).reshape(count, 3)
 
 
-def class_colors(names: Sequence[str]) -> np.ndarray:
-  """A colour per class, (C, 3) uint8.
+def class_colors(names: Sequence[str], palette: str = "default") -> np.ndarray:
+  """A colour per class, (C, 3) uint8, that belongs to its name.
 
-  The first twelve are picked by hand; each later one is the colour farthest in CIELAB from all
-  before it. The same list always gets the same colours, a longer list keeps those of its
-  beginning, and a name given twice has one colour.
+  A name picks its colour by itself, in whatever list it stands, unless an earlier name of the list
+  has taken it: then it takes the next free one. While there are few classes only the first colours
+  of the palette are used, which are the easiest to tell apart. A name given twice has one colour.
+
+  Args:
+    names: C class names.
+    palette: "default", or "colorblind", which stays distinct without red and green.
+
+  Raises:
+    ValueError: another palette.
   """
-  order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-  return _palette(len(order))[[order[name] for name in names]].reshape(-1, 3).copy()
+  if palette not in PALETTES:
+    raise ValueError(f"expected a palette of {', '.join(PALETTES)}, got {palette!r}")
+  slots: dict[str, int] = {}
+  taken: set[int] = set()
+  for name in dict.fromkeys(names):
+    start, size = 0, len(PALETTES[palette])
+    while taken.issuperset(range(start, start + size)):
+      start, size = start + size, max(24, (start + size) // 3)
+    wish = zlib.crc32(name.encode()) % size
+    slot = next(slot for k in range(size) if (slot := start + (wish + k) % size) not in taken)
+    taken.add(slot)
+    slots[name] = slot
+  colors = _palette(palette, max(taken, default=-1) + 1)
+  return colors[[slots[name] for name in names]].reshape(-1, 3).copy()
 
 
 def colorize(label_HxW: np.ndarray, colors_Cx3: np.ndarray) -> np.ndarray:
@@ -202,13 +256,70 @@ def _write_png(path, picture) -> pathlib.Path:
 
 
 @functools.cache
-def _font(size: int, bold: bool = False):
+def _font(size: int, bold: bool = False, path: str = ""):
   """DejaVu Sans, which matplotlib brings along: the same letters on every machine."""
-  import matplotlib
   from PIL import ImageFont
 
+  return ImageFont.truetype(path or _dejavu(bold), size)
+
+
+def _dejavu(bold: bool = False) -> str:
+  import matplotlib
+
   name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-  return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+  return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name)
+
+
+@functools.cache
+def _letters(path: str) -> frozenset[str]:
+  """The letters that a font can draw."""
+  from matplotlib.ft2font import FT2Font
+
+  try:
+    return frozenset(map(chr, FT2Font(path).get_charmap()))
+  except (RuntimeError, OSError, ValueError):  # a font file of some other kind
+    return frozenset()
+
+
+@functools.cache
+def _font_with(wanted: frozenset[str]) -> str:
+  """Path of an installed font with most of these letters: of DejaVu Sans if it has them all."""
+  from matplotlib import font_manager
+
+  def rank(path):
+    regular = "Bold" not in path and "Regular" in path
+    return len(wanted - _letters(path)), path != _dejavu(), not regular, path
+
+  if wanted <= _letters(_dejavu()):
+    return _dejavu()
+  # A font without plain letters draws symbols only; one that cannot be scaled draws bitmaps.
+  installed = [
+    path
+    for path in sorted(font_manager.findSystemFonts())
+    if {"a", "0", "…"} <= _letters(path) and "Mono" not in path and "Color" not in path
+  ]
+  return min([_dejavu(), *installed], key=rank)
+
+
+def _drawable(texts: Sequence[str]) -> tuple[str, list[str]]:
+  """Path of a font for these texts, and the texts, with codes for letters that no font has."""
+  wanted = frozenset("".join(texts)) - frozenset(map(chr, range(127)))
+  if not wanted:
+    return _dejavu(), list(texts)
+  path = _font_with(wanted)
+  lacking = {ord(c): f"<U+{ord(c):04X}>" for c in wanted - _letters(path) if not c.isspace()}
+  if lacking:
+    _warn_of_letters("".join(sorted(map(chr, lacking)))[:20])
+  return path, [text.translate(lacking) for text in texts]
+
+
+@functools.cache
+def _warn_of_letters(letters: str) -> None:
+  logging.warning(
+    "no installed font has the letters %s: pictures show their codes; install a font that has "
+    "them, such as Debian's fonts-noto-cjk for Chinese, Japanese and Korean",
+    letters,
+  )
 
 
 def _wrap(text: str, font, width: float, lines: int, end: str = "") -> list[str]:
@@ -242,7 +353,13 @@ def _legend(entries: Sequence[tuple], width: int, size: int, note: str = ""):
   """
   from PIL import Image, ImageDraw
 
-  font, gap = _font(size), size // 2
+  path, drawn = _drawable([text + end for _, text, end in entries])
+  if any(d != t + e for d, (_, t, e) in zip(drawn, entries, strict=True)):
+    ends = _drawable([end for *_, end in entries])[1]
+    entries = [
+      (color, d.removesuffix(end), end) for (color, *_), d, end in zip(entries, drawn, ends)
+    ]
+  font, gap = _font(size, path=path), size // 2
   swatch, line = round(1.1 * size), round(1.35 * size)
   spare = swatch + gap + 2 * gap  # of a column, beside its text
   widest = max((font.getlength(text + end) for _, text, end in entries), default=0)
@@ -293,8 +410,12 @@ def _entries(
   colors: np.ndarray,
   unseen: Sequence[int] = (),
   share: bool = False,
+  rest: str | None = None,
 ) -> list[tuple]:
-  """Legend entries of the classes that appear, largest first, then what is ignored."""
+  """Legend entries of the classes that appear, largest first, then what is ignored.
+
+  With `rest`, a name for pixels of no class, these are not hatched but left as they are.
+  """
   counts, ignored = _areas(labels, len(names))
   total = max(1, int(counts.sum()) + ignored)
 
@@ -305,13 +426,13 @@ def _entries(
     return f": {percent:.1f} %" if percent >= 0.05 else ": <0.1 %"
 
   order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-  shown, rest = order[:LEGEND_ENTRIES], order[LEGEND_ENTRIES:]
+  shown, others = order[:LEGEND_ENTRIES], order[LEGEND_ENTRIES:]
   marks = {int(i): " *" for i in unseen}
   entries = [(colors[i], names[i], marks.get(i, "") + end(counts[i])) for i in shown]
-  if rest:
-    entries.append(((), f"and {len(rest)} with fewer pixels", end(counts[rest].sum())))
+  if others:
+    entries.append(((), f"and {len(others)} with fewer pixels", end(counts[others].sum())))
   if ignored:
-    entries.append((None, "ignored", end(ignored)))
+    entries.append((None, "ignored", end(ignored)) if rest is None else ((), rest, end(ignored)))
   return entries
 
 
@@ -348,6 +469,7 @@ def prediction_grid(
   *,
   title: str | None = None,
   unseen: Sequence[int] = (),
+  palette: str = "default",
 ) -> pathlib.Path:
   """Writes a PNG: one row per example, columns image, truth, prediction, and a legend below.
 
@@ -362,6 +484,7 @@ def prediction_grid(
     names: C class names.
     title: a line above.
     unseen: ids of classes not trained on.
+    palette: of `class_colors`.
 
   Returns:
     The path.
@@ -384,7 +507,7 @@ def prediction_grid(
         f"example {i}: expected a prediction of the label's shape {label.shape}, "
         f"got {prediction.shape}"
       )
-  colors = class_colors(names)
+  colors = class_colors(names, palette)
   count = len(images)
   long_side = 480 if count <= 2 else 384 if count <= 4 else 288
   size, gap, margin = 17, 14, 22
@@ -424,49 +547,34 @@ def prediction_grid(
   return _write_png(path, page)
 
 
-def save_prediction(
-  directory, stem: str, image_HxWx3: np.ndarray, label_HxW: np.ndarray, names: Sequence[str]
-) -> list[pathlib.Path]:
-  """Writes one segmented image as `<stem>_overlay.png` and `<stem>_labels.png`.
+def annotated(
+  image_HxWx3: np.ndarray,
+  label_HxW: np.ndarray,
+  names: Sequence[str],
+  *,
+  alpha: float = 0.55,
+  palette: str = "default",
+  rest: str = "other",
+):
+  """An image under the colours of its classes, with a legend of each one's share of the pixels.
 
-  The overlay has a legend with each class's share of the pixels; its picture has at most 2000
-  pixels on the long side, and tiny images are enlarged. The labels keep their size: pixel values
-  are class ids, in a palette PNG (mode P, so that it is an index and can be looked at) up to 256
-  classes, in 16-bit grey (mode I;16) beyond.
+  The picture has at most 2000 pixels on the long side, and tiny images are enlarged.
 
   Args:
-    directory: made if it is missing.
-    stem: beginning of both file names.
     image_HxWx3: uint8 RGB.
-    label_HxW: class ids of the same height and width; 255 is ignored where C <= 255.
+    label_HxW: class ids of the same height and width; pixels of other values stay as they are.
     names: C class names.
+    alpha: weight of the colours, 0 to 1.
+    palette: of `class_colors`.
+    rest: what the legend calls the pixels of no class.
 
   Returns:
-    Both paths, the overlay first.
-
-  Raises:
-    ValueError: a wrong shape or dtype, or an id that the file cannot hold.
+    A PIL image.
   """
   from PIL import Image
 
   image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
-  if image.shape[:2] != label.shape or not label.size:
-    raise ValueError(f"expected image and label of one size, got {image.shape} and {label.shape}")
-  limit = 255 if len(names) <= 256 else 65535
-  if label.min() < 0 or label.max() > limit:
-    raise ValueError(
-      f"expected class ids 0..{limit} for {len(names)} classes, got {label.min()}..{label.max()}"
-    )
-  colors = class_colors(names)
-
-  if limit == 255:
-    index = Image.fromarray(label.astype(np.uint8))
-    palette = np.tile(np.uint8(HATCH[0]), (256, 1))
-    palette[: len(colors)] = colors
-    index.putpalette(palette.tobytes())
-  else:
-    index = Image.fromarray(label.astype(np.uint16))
-
+  colors = class_colors(names, palette)
   long_side = max(label.shape)
   size = label.shape[::-1]
   if long_side > OVERLAY_LONG_SIDE:
@@ -477,18 +585,80 @@ def save_prediction(
   letters = int(np.clip(max(size) // 56, 16, 32))
   margin = letters
   legend_width = max(size[0], 24 * letters)
-  entries = _entries([label], names, colors, share=True)
+  entries = _entries([label], names, colors, share=True, rest=rest)
   legend = _legend(entries, legend_width, letters)
-  picture = overlay(_resized(image, size, smooth=True), _resized(label, size), colors)
+  picture, shown = _resized(image, size, smooth=True), _resized(label, size)
+  inside = (shown >= 0) & (shown < len(names))
+  picture = np.where(inside[..., None], overlay(picture, shown, colors, alpha), picture)
   page = Image.new(
     "RGB", (legend_width + 2 * margin, size[1] + legend.height + 3 * margin), "white"
   )
   page.paste(Image.fromarray(picture), (margin + (legend_width - size[0]) // 2, margin))
   page.paste(legend, (margin, size[1] + 2 * margin))
+  return page
 
+
+def no_class(classes: int) -> int:
+  """The value of pixels of no class in a saved label map."""
+  return 255 if classes <= 255 else 65535
+
+
+def index_picture(label_HxW: np.ndarray, names: Sequence[str], palette: str = "default"):
+  """A PIL image whose pixel values are class ids, and `no_class` where there is none.
+
+  In a palette PNG (mode P, so that it is an index and can be looked at) up to 255 classes, in
+  16-bit grey (mode I;16) beyond.
+
+  Raises:
+    ValueError: a wrong shape or dtype, or an id that the file cannot hold.
+  """
+  from PIL import Image
+
+  label, limit = _checked_label(label_HxW), no_class(len(names))
+  if label.size and (label.min() < 0 or label.max() > limit):
+    raise ValueError(
+      f"expected class ids 0..{limit} for {len(names)} classes, got {label.min()}..{label.max()}"
+    )
+  if limit > 255:
+    return Image.fromarray(label.astype(np.uint16))
+  index = Image.fromarray(label.astype(np.uint8))
+  table = np.tile(np.uint8(HATCH[0]), (256, 1))
+  table[: len(names)] = class_colors(names, palette)
+  index.putpalette(table.tobytes())
+  return index
+
+
+def save_prediction(
+  directory,
+  stem: str,
+  image_HxWx3: np.ndarray,
+  label_HxW: np.ndarray,
+  names: Sequence[str],
+  **options,
+) -> list[pathlib.Path]:
+  """Writes one segmented image as `<stem>_overlay.png` and `<stem>_labels.png`.
+
+  Args:
+    directory: made if it is missing.
+    stem: beginning of both file names.
+    image_HxWx3: uint8 RGB.
+    label_HxW: class ids of the same height and width, and `no_class`.
+    names: C class names.
+    **options: of `annotated`.
+
+  Returns:
+    Both paths: of a picture of `annotated` and of an `index_picture`.
+
+  Raises:
+    ValueError: a wrong shape or dtype, or an id that the file cannot hold.
+  """
+  image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
+  if image.shape[:2] != label.shape or not label.size:
+    raise ValueError(f"expected image and label of one size, got {image.shape} and {label.shape}")
+  index = index_picture(label, names, options.get("palette", "default"))
   directory = pathlib.Path(directory)
   return [
-    _write_png(directory / f"{stem}_overlay.png", page),
+    _write_png(directory / f"{stem}_overlay.png", annotated(image, label, names, **options)),
     _write_png(directory / f"{stem}_labels.png", index),
   ]
 

@@ -105,5 +105,5 @@ def test_what_has_no_maps_is_refused(picture, tmp_path):
   with pytest.raises(InputError, match="at most 12"):
     attention.attention(experiment(), [picture], [str(i) for i in range(13)], tmp_path)
   (tmp_path / "no.png").write_text("no picture")
-  with pytest.raises(InputError, match=r"no\.png: no readable picture"):
+  with pytest.raises(InputError, match=r"no\.png: expected a readable"):
     attention.attention(experiment(), [tmp_path / "no.png"], NAMES, tmp_path)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from configs import training_free
-from data_pipelines import clip_images, shapes
-from rpn_jax import classify, convert
+from data_pipelines import shapes
+from rpn_jax import classify, convert, images
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import find_weights
 from rpn_jax.models.clip import CLIP
@@ -30,9 +30,7 @@ def folder(tmp_path_factory):
 
 
 def run(workdir, image, classes=None):
-  return classify.classify(
-    training_free.get_config(), workdir, image and str(image), classes, clip_images.load
-  )
+  return classify.classify(training_free.get_config(), workdir, image and str(image), classes)
 
 
 def test_probabilities_are_those_of_clip(folder, tmp_path):
@@ -47,9 +45,9 @@ def test_probabilities_are_those_of_clip(folder, tmp_path):
   assert "top1" not in content and len(content["images"]) == classify.BATCH + 1
 
   config, params = convert.load(find_weights("shapes_clip.safetensors"))
-  images = np.stack([clip_images.load(pathlib.Path(file), 64) for file in content["images"]])
+  inputs = np.stack([images.for_classification(file, 64) for file in content["images"]])
   tokens = tokenize([f"a photo of a {name}" for name in names], config.context_length)
-  logits = jax.jit(CLIP(config).apply)({"params": params}, images, tokens)
+  logits = jax.jit(CLIP(config).apply)({"params": params}, inputs, tokens)
   got = [[scores[name] for name in names] for scores in content["images"].values()]
   np.testing.assert_allclose(got, jax.nn.softmax(logits), atol=1e-4)
   for scores in content["images"].values():
@@ -94,9 +92,9 @@ def test_bad_input(folder, tmp_path):
 def test_square_is_the_middle():
   columns = np.broadcast_to(np.arange(60, dtype=np.uint8)[None, :, None], (20, 60, 3))
   # The side stays: nothing is resized, and (60 - 20) / 2 = 20 columns are cut on the left.
-  np.testing.assert_array_equal(clip_images.square(columns, 20), columns[:, 20:40])
+  np.testing.assert_array_equal(images.square(columns, 20), columns[:, 20:40])
   np.testing.assert_array_equal(
-    clip_images.square(columns.transpose(1, 0, 2), 20), columns[:, 20:40].transpose(1, 0, 2)
+    images.square(columns.transpose(1, 0, 2), 20), columns[:, 20:40].transpose(1, 0, 2)
   )
 
 
@@ -104,7 +102,7 @@ def test_resize_has_antialias():
   """Rows of one pixel become grey; picking every fourth row would leave them black or white."""
   stripes = np.zeros((64, 96, 3), np.uint8)
   stripes[::2] = 255
-  small = clip_images.square(stripes, 16)
+  small = images.square(stripes, 16)
   assert small.shape == (16, 16, 3) and np.abs(small[2:-2].astype(int) - 128).max() < 8
 
 
@@ -112,11 +110,11 @@ def test_long_side_is_cut_off():
   """30 x 47 to a short side of 16: 25 columns (25.07), of which 4 (4.5, to even) are cut."""
   image = np.random.default_rng(0).integers(0, 255, (30, 47, 3), np.uint8)
   whole = np.asarray(Image.fromarray(image).resize((25, 16), Image.Resampling.BICUBIC))
-  np.testing.assert_array_equal(clip_images.square(image, 16), whole[:, 4:20])
+  np.testing.assert_array_equal(images.square(image, 16), whole[:, 4:20])
 
 
 def test_normalised_as_clip(tmp_path):
   Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "red.png")
-  image = clip_images.load(tmp_path / "red.png", 16)
+  image = images.for_classification(tmp_path / "red.png", 16)
   want = [(1 - 0.48145466) / 0.26862954, -0.4578275 / 0.26130258, -0.40821073 / 0.27577711]
   np.testing.assert_allclose(image, np.broadcast_to(want, (16, 16, 3)), rtol=1e-5)

@@ -177,7 +177,7 @@ def test_all_scores_are_never_there_at_once(monkeypatch):
   monkeypatch.setattr(sliding, "strip", lambda *a, **k: calls.append((a, k)) or np.zeros((1, 1)))
   sliding.merge_views(
     [view], [np.empty(6)], np.zeros(847, np.float32), (1024, 4096), crop=512,
-    activation=jax.nn.sigmoid, ids=True,
+    activation=jax.nn.sigmoid, output=sliding.class_ids,
   )  # fmt: skip
   ((part,), penalty), static = calls[0]
   memory = strip.lower(((logits, *part[1:]),), penalty, **static).compile().memory_analysis()

@@ -11,7 +11,7 @@ from PIL import Image
 from configs import shapes as shapes_config
 from data_pipelines import datasets
 from data_pipelines.errors import DataError
-from rpn_jax import checkpoint, evaluate, losses, predict, prompts_file, train
+from rpn_jax import Segmenter, checkpoint, evaluate, losses, predict, prompts_file, train
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
 from rpn_jax.logging import read_history
@@ -289,9 +289,8 @@ def test_predict_any_image_and_words(home, finished, tmp_path):
   tall.convert("RGBA").save(folder / "tall.png")
   tall.convert("L").resize((333, 40)).save(folder / "wide.webp")
   (folder / "notes.txt").write_text("not a picture")
-  load = datasets.image_loader(config)
-  written = predict.predict(config, workdir, str(folder), "red circle, sand , a zebra", load)
-  assert len(written) == 6
+  written = predict.predict(config, workdir, str(folder), "red circle, sand , a zebra")
+  assert len(written) == 9
   sizes = {"side": (90, 50), "tall": (50, 90), "wide": (333, 40)}
   for stem, size in sizes.items():
     with Image.open(workdir / "predictions" / f"{stem}_labels.png") as labels:
@@ -314,10 +313,9 @@ def test_exported_prompts_need_only_clip(home, finished, tmp_path):
   other = config.copy_and_resolve_references()
   other.prompts = str(moved)
   Image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "x.png")
-  load = datasets.image_loader(config)
   labels = []
   for settings, place in ((config, workdir), (other, tmp_path / "elsewhere")):
-    predict.predict(settings, place, str(tmp_path / "x.png"), "red circle, sand", load)
+    predict.predict(settings, place, str(tmp_path / "x.png"), "red circle, sand")
     labels.append((place / "predictions/x_labels.png").read_bytes())
   assert labels[0] == labels[1]
   scores = evaluate.run(other, tmp_path / "eval", datasets.load_evaluations(other))
@@ -339,6 +337,29 @@ def test_exported_prompts_need_only_clip(home, finished, tmp_path):
       Experiment(wrong, tmp_path / "w").restored_prompts()
 
 
+def test_a_run_is_loaded_by_its_folder(finished):
+  _, workdir, _ = finished
+  image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+  model = Segmenter.load(workdir)
+  assert model.method == f"RPN, step 8 of {workdir}" and model.step == 8
+  result = model(image, "red circle, sand , a zebra")
+  assert result.labels.shape == (40, 60) and 0 <= result.scores.min() <= result.scores.max() <= 1
+  both = model([image, image[:, ::-1]], ["sand", "a zebra"], background=["sky"])
+  assert [r.labels.min() >= -1 for r in both] == [True, True]
+  free = Segmenter.load(workdir, method="maskclip")
+  assert free.method == "training-free maskclip on clip, no trained prompts"
+  assert free(image, "sand").labels.max() == 0
+
+
+def test_a_run_without_its_whole_config_is_refused(finished, tmp_path):
+  _, workdir, _ = finished
+  content = json.loads((workdir / "config.json").read_text())
+  del content["config"]["eval"]
+  (tmp_path / "config.json").write_text(json.dumps(content))
+  with pytest.raises(InputError, match=r"config.json: expected the whole config"):
+    Segmenter.load(tmp_path)
+
+
 @pytest.mark.parametrize(
   "classes, message",
   [("cat, dog, cat", "'cat' is given twice"), ("cat,,dog", "2 of 3 is empty"), (" ", "is empty")],
@@ -347,23 +368,22 @@ def test_bad_class_lists(home, finished, tmp_path, classes, message):
   config, workdir, _ = finished
   Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
   with pytest.raises(InputError, match=message):
-    predict.predict(config, workdir, str(tmp_path), classes, datasets.image_loader(config))
+    predict.predict(config, workdir, str(tmp_path), classes)
 
 
 def test_bad_images(home, finished, tmp_path):
   config, workdir, _ = finished
-  load = datasets.image_loader(config)
   broken = tmp_path / "broken.jpg"
   broken.write_bytes(b"\xff\xd8\xff not a jpeg")
   before = set((workdir / "predictions").glob("*")) if (workdir / "predictions").exists() else set()
-  with pytest.raises(DataError, match=r"broken\.jpg: expected a readable"):
-    predict.predict(config, workdir, str(broken), "cat", load)
+  with pytest.raises(InputError, match=r"broken\.jpg: expected a readable"):
+    predict.predict(config, workdir, str(broken), "cat")
   assert set((workdir / "predictions").glob("*")) == before
   with pytest.raises(InputError, match="no such file"):
-    predict.predict(config, workdir, str(tmp_path / "none.jpg"), "cat", load)
+    predict.predict(config, workdir, str(tmp_path / "none.jpg"), "cat")
   (tmp_path / "empty").mkdir()
   with pytest.raises(InputError, match=r"in this folder"):
-    predict.predict(config, workdir, str(tmp_path / "empty"), "cat", load)
+    predict.predict(config, workdir, str(tmp_path / "empty"), "cat")
 
 
 def test_weights_of_the_wrong_kind(home, tmp_path):

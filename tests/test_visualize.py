@@ -29,9 +29,37 @@ def test_class_colors_are_far_apart(count, least):
   colors = visualize.class_colors([str(i) for i in range(count)])
   assert colors.shape == (count, 3)
   assert colors.dtype == np.uint8
-  lab = visualize._lab(np.concatenate([colors, np.uint8(visualize.HATCH)]))
-  distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1e9 * np.eye(count + 2)
-  assert distance.min() > least
+  assert least_distance(colors) > least
+
+
+def least_distance(colors, seen_through=visualize.FULL_VISION):
+  lab = visualize._lab(np.concatenate([colors, np.uint8(visualize.HATCH)]), seen_through)
+  distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1e9 * np.eye(len(lab))
+  return distance.min()
+
+
+@pytest.mark.parametrize(("count", "least"), [(7, 15), (20, 11), (60, 7)])
+def test_colorblind_palette_stays_distinct_without_red_and_green(count, least):
+  names = [f"c{i}" for i in range(count)]
+  for view in (visualize.FULL_VISION, *visualize.BLINDNESS):
+    safe = least_distance(visualize.class_colors(names, "colorblind"), view)
+    assert safe > least
+    if view != visualize.FULL_VISION:
+      assert safe > 1.25 * least_distance(visualize.class_colors(names), view)
+  grey = np.array([[128, 128, 128]])  # what the eye sees without it is seen with it
+  np.testing.assert_allclose(
+    visualize._lab(grey, visualize.BLINDNESS[0]), visualize._lab(grey), atol=0.5
+  )
+  with pytest.raises(ValueError, match="default, colorblind, got 'x'"):
+    visualize.class_colors(names, "x")
+
+
+def test_a_name_has_its_color_in_every_list():
+  alone = {name: visualize.class_colors([name])[0].tolist() for name in map(str, range(200))}
+  assert len({tuple(c) for c in alone.values()}) == len(visualize.FIRST_COLORS)
+  differing = list({tuple(color): name for name, color in alone.items()}.values())
+  for names in (differing[:3], differing[2::-1], differing):
+    assert visualize.class_colors(names).tolist() == [alone[name] for name in names]
 
 
 def test_lab_agrees_with_published_values():
@@ -183,6 +211,34 @@ def test_saving_refuses_ids_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"expected class ids 0\.\.255"):
       visualize.save_prediction(tmp_path, "a", image, np.full((2, 2), wrong), SHAPES)
   assert not list(tmp_path.iterdir())
+
+
+def test_pixels_of_no_class_stay_as_they_are(tmp_path):
+  image = np.full((600, 600, 3), 200, np.uint8)
+  label = np.full((600, 600), -1)
+  label[:300] = 1
+  page = np.asarray(visualize.annotated(image, label, SHAPES, alpha=1.0))
+  left = (page.shape[1] - 600) // 2
+  picture = page[left : left + 600, left : left + 600]  # the margins are equal
+  assert (picture[300:] == 200).all()
+  assert (picture[:300] == visualize.class_colors(SHAPES)[1]).all()
+
+
+def test_letters_that_no_font_has_are_named(monkeypatch):
+  monkeypatch.setattr(visualize, "_font_with", lambda wanted: visualize._dejavu())
+  warned = []
+  monkeypatch.setattr(visualize, "_warn_of_letters", warned.append)
+  path, texts = visualize._drawable(["a cat", "猫 é"])
+  assert (path, texts) == (visualize._dejavu(), ["a cat", "<U+732B> é"])
+  assert warned == ["猫"]
+  assert visualize._drawable(["naïve Straße"])[1] == ["naïve Straße"]
+
+
+def test_letters_are_drawn_with_a_font_that_has_them():
+  path = visualize._font_with(frozenset("猫"))
+  if path == visualize._dejavu():
+    pytest.skip("no font with Chinese letters is installed")
+  assert visualize._drawable(["猫"]) == (path, ["猫"])
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

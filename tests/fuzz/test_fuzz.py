@@ -33,7 +33,7 @@ from PIL import Image
 from configs import shapes as shapes_config
 from data_pipelines import builder, context, datasets, folder, matlab, pascal, pipeline, prepare
 from data_pipelines.errors import DataError
-from rpn_jax import convert, evaluate, prompts_file, report, text_cache, torch_archive
+from rpn_jax import convert, evaluate, images, prompts_file, report, text_cache, torch_archive
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
 from rpn_jax.logging import read_history
@@ -305,7 +305,7 @@ def bomb(width: int, height: int) -> bytes:
 @example(bomb(1, 65_000))
 def test_pictures(content):
   with file_of(content, "x.png") as path:
-    image = answered(datasets.read_image, path)
+    image = answered(images.read, path)
     if image is not None:
       assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
   answered(pipeline.check_example, {"image": content, "label": content, "id": "x"})
