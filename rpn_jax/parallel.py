@@ -56,6 +56,8 @@ def session(place: Sequence[str] = (), matmul_precision: str = "default"):
   jax.config.update("jax_default_matmul_precision", matmul_precision)
   # Programs compiled by an earlier run are reused.
   jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache/rpn_jax/xla"))
+  # Of a short command, small programs are most of the time too.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
   initialize(place)
   if jax.process_index():
     logging.silence()  # the first process speaks for all

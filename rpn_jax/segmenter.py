@@ -95,11 +95,7 @@ class Segmentation:
     self.other, self.emphasis = float(other), dict(emphasis or {})
     self._trainable, self._reading, self._size = trainable, reading, size
     self._class_of_row, self._filled = class_of_row, filled
-    unknown = [name for name in self.emphasis if name not in names]
-    if unknown:
-      raise InputError(f"emphasis on {unknown[0]!r}: expected one of {', '.join(names)}")
-    if not 0 <= self.other <= 1:
-      raise InputError(f"expected an `other` threshold in [0, 1], got {other}")
+    _check_adjustment(names, self.other, self.emphasis)
 
   def adjusted(self, *, other: float | None = None, emphasis: Mapping | None = None):
     """The same picture with another threshold or emphasis; the network does not run again."""
@@ -338,6 +334,7 @@ class Segmenter:
     """As a call with many pictures, one after another; windows of several share a pass."""
     names = parse_names(names)
     words = parse_names(background) if background else ()
+    _check_adjustment(names, other, emphasis or {})  # before the network has run
     window, class_of_row, filled = self._window(names, words)
     c = self.experiment.config.data
     waiting = deque()
@@ -387,6 +384,14 @@ class Segmenter:
 
   def __repr__(self) -> str:
     return f"Segmenter({self.method})"
+
+
+def _check_adjustment(names: Sequence[str], other: float, emphasis: Mapping) -> None:
+  unknown = [name for name in emphasis if name not in names]
+  if unknown:
+    raise InputError(f"emphasis on {unknown[0]!r}: expected one of {', '.join(names)}")
+  if not 0 <= other <= 1:
+    raise InputError(f"expected an `other` threshold in [0, 1], got {other}")
 
 
 def _config_of_run(workdir: pathlib.Path) -> ml_collections.ConfigDict:

@@ -1,0 +1,137 @@
+"""What `pip install .` gives: the wheel's contents, and the command."""
+
+import email
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import rpn_cli
+import rpn_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCENE = ROOT / "rpn_jax/assets/scene.png"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+  """Built from a copy, since setuptools leaves folders behind."""
+  copy = tmp_path_factory.mktemp("source") / "rpn"
+  packages = ("rpn_jax", "data_pipelines", "configs", "tests", "benchmarks", "colab", "docs")
+  for folder in packages:
+    shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+  for file in ROOT.iterdir():
+    if file.is_file():
+      shutil.copy(file, copy)
+  out = tmp_path_factory.mktemp("wheel")
+  command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+  result = subprocess.run(
+    [*command, "--wheel-dir", str(out), str(copy)], capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr
+  (path,) = out.iterdir()
+  return path
+
+
+def test_wheel_has_what_runs_and_nothing_else(wheel):
+  with zipfile.ZipFile(wheel) as archive:
+    names = archive.namelist()
+    info = next(n for n in names if n.endswith("METADATA"))
+    metadata = email.message_from_bytes(archive.read(info))
+    entry = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+  tops = {n.split("/")[0] for n in names if ".dist-info" not in n}
+  assert tops == {"rpn_jax", "data_pipelines", "configs", "rpn_cli.py"}
+  source = {
+    str(p.relative_to(ROOT))
+    for folder in ("rpn_jax", "data_pipelines", "configs")
+    for p in (ROOT / folder).rglob("*")
+    if p.is_file() and "__pycache__" not in p.parts
+  }
+  assert source <= set(names), f"missing from the wheel: {sorted(source - set(names))}"
+  assert not [n for n in names if "test" in n or n.endswith(".pyc")]
+  assert metadata["Name"] == "rpn-jax" and metadata["Version"] == rpn_jax.__version__
+  assert {"rpn_jax/py.typed", "rpn_jax/assets/shapes_clip.safetensors"} <= set(names)
+  assert re.search(r"^rpn = rpn_cli:main$", entry, re.M)
+  wanted = (ROOT / "requirements.txt").read_text().splitlines()
+  wanted = {re.match(r"[\w-]+", line)[0] for line in wanted if line and not line.startswith("#")}
+  got = metadata.get_all("Requires-Dist")
+  assert wanted == {re.match(r"[\w-]+", line)[0] for line in got if "extra" not in line}
+  assert [line for line in got if "extra" in line and line.startswith("gradio==")]
+
+
+def test_the_wheel_segments_away_from_the_source(wheel, tmp_path):
+  with zipfile.ZipFile(wheel) as archive:
+    archive.extractall(tmp_path / "site")
+  environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+  command = [sys.executable, "-m", "rpn_cli", "segment", str(SCENE), "plain yellow, sand, water"]
+  result = subprocess.run(
+    command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+  )
+  assert result.returncode == 0, result.stderr
+  assert "training-free sclip on shapes_clip" in result.stdout and not result.stderr
+  files = {p.name for p in (tmp_path / "predictions").iterdir()}
+  assert files == {"scene_overlay.png", "scene_labels.png", "scene.json"}
+
+
+def test_version_is_in_one_place_and_in_the_changelog(capsys):
+  version = rpn_jax.__version__
+  assert f"## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
+  assert version not in (ROOT / "pyproject.toml").read_text()
+  with pytest.raises(SystemExit) as ended:
+    rpn_cli.main(["--version"])
+  assert ended.value.code == 0 and capsys.readouterr().out == f"rpn-jax {version}\n"
+
+
+def test_the_pin_of_the_demo_is_one():
+  pin = re.search(r"gradio==[\d.]+", (ROOT / "pyproject.toml").read_text())[0]
+  assert pin in (ROOT / "requirements-dev.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["segment", "none.jpg", "cat"], "error: none.jpg: expected a picture or a folder"),
+    (["segment", str(SCENE), "cat,,dog"], "error: class name 2 of 3 is empty"),
+    (["segment", str(SCENE), "cat", "--model", "none"], "error: model='none': expected"),
+    (["segment", str(SCENE), "cat", "--other", "2"], "threshold in [0, 1], got 2"),
+    (["segment", str(SCENE), "cat", "--method", "x"], "error: method='x' is not known"),
+    (["prepare", "voc2013"], "error: "),
+    (["convert", "none.pt", "out.safetensors"], "none.pt is no file"),
+  ],
+)
+def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert rpn_cli.main(arguments) == 2
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 1 and message in lines[0], lines
+  assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_help_answers_at_once(capsys):
+  for arguments in (
+    ["--help"],
+    ["segment", "--help"],
+    ["convert", "--help"],
+    ["prepare", "--help"],
+  ):
+    with pytest.raises(SystemExit) as ended:
+      rpn_cli.main(arguments)
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+  code = "import sys, rpn_cli; print('jax' in sys.modules)"
+  out = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+  assert out.strip() == "False"
+
+
+def test_quiet_prints_nothing(tmp_path):
+  command = [sys.executable, "-m", "rpn_cli", "segment", str(SCENE), "sand, water", "--quiet"]
+  result = subprocess.run(
+    [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+  )
+  assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+  assert len(list(tmp_path.iterdir())) == 3
