@@ -483,6 +483,7 @@ def authors_settings(config, rates):
   settings.warmup_ratio = config["warmup_ratio"]
   settings.steps = config["max_iters"]
   settings.weight_decay = config["weight_decay"]
+  settings.clip_norm = 0.0
   settings.groups = (("h", r"h", 1.0), ("rest", r"(?!h$).*", 10.0))
   return settings
 
