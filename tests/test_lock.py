@@ -6,11 +6,13 @@ import sys
 
 import pytest
 
+from data_pipelines.errors import DataError
 from rpn_jax import lock
 from rpn_jax.errors import InputError
 
 HOLD = """
 import pathlib, sys, time
+from data_pipelines.errors import DataError
 from rpn_jax import lock
 with lock.held(pathlib.Path(sys.argv[1])):
   print("held", flush=True)
@@ -50,3 +52,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(lock.fcntl, "flock", refuse)
   with lock.held(tmp_path):
     assert "cannot be locked (Operation not supported)" in capsys.readouterr().out
+
+
+def test_errors_are_one_line_whatever_they_quote():
+  for error in (InputError, DataError):
+    assert str(error("no file a\nb\x1b[31m é")) == r"no file a\nb\x1b[31m é"

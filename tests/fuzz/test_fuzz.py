@@ -43,8 +43,8 @@ from tests.test_convert import TINY, hf_config, hf_names, write_shards
 from tests.test_torch_archive import dictionary, number, tensor, text, write_state
 
 CASES = int(os.environ.get("FUZZ_CASES", "25"))
-# Beside what the process already has, and what the largest allowed picture takes.
-MEMORY_BYTES = 768 << 20
+# Beside what the process already has: what the largest allowed picture takes (docs/reliability.md).
+MEMORY_BYTES = 3 << 30
 LINE = 1500  # characters of a message
 
 fuzzed = settings(
