@@ -1,0 +1,108 @@
+"""The notebooks run from top to bottom, unattended, and are kept without outputs."""
+
+import ast
+import os
+import pathlib
+import shutil
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+SECONDS = 900  # a cell
+
+
+def source(path) -> str:
+  cells = nbformat.read(path, as_version=4).cells
+  return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+
+
+def run(path, tmp_path, *changes):
+  """Executes a notebook in a copy of the project's folder, so that nothing is left behind."""
+  for name in ("rpn_jax", "data_pipelines", "configs", "docs"):
+    os.symlink(ROOT / name, tmp_path / name)
+  shutil.copytree(ROOT / "colab", tmp_path / "colab")
+  notebook = nbformat.read(path, as_version=4)
+  for cell in notebook.cells:
+    for old, new in changes:
+      cell.source = cell.source.replace(old, new)
+  changed = "\n".join(cell.source for cell in notebook.cells)
+  assert all(new in changed for _, new in changes)
+  client = NotebookClient(
+    notebook, timeout=SECONDS, resources={"metadata": {"path": str(tmp_path / "colab")}}
+  )
+  client.execute()
+  return notebook
+
+
+def outputs(notebook, kind) -> list:
+  found = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+  return [o["data"][kind] for o in found if kind in o.get("data", {})]
+
+
+def printed(notebook) -> str:
+  cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  return "".join(o["text"] for c in cells for o in c.outputs if o.output_type == "stream")
+
+
+def test_there_are_three():
+  assert [path.stem for path in NOTEBOOKS] == ["demo", "peft", "train"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_kept_without_outputs(path):
+  for cell in nbformat.read(path, as_version=4).cells:
+    if cell.cell_type == "code":
+      assert not cell.outputs and cell.execution_count is None, "clear all outputs before a commit"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_calls_public_functions_only(path):
+  tree = ast.parse(source(path))
+  names = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+  names += [a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names]
+  assert not [name for name in names if name.startswith("_")]
+
+
+def test_demo(tmp_path):
+  notebook = run(ROOT / "colab/demo.ipynb", tmp_path)
+  assert len(outputs(notebook, "image/png")) == 5  # three results and two figures
+  assert {p.name for p in (tmp_path / "runs/notebook").iterdir()} == {
+    "scene_overlay.png", "scene_labels.png", "scene.json"
+  }  # fmt: skip
+
+
+def test_train_quickly(tmp_path):
+  """Around a CLIP of random weights, whose programs are compiled in seconds."""
+  tiny.save(tmp_path / "clip.safetensors")
+  notebook = run(
+    ROOT / "colab/train.ipynb",
+    tmp_path,
+    ("config.steps = 60", "config.steps = 4"),
+    ("config.eval_every = 30", "config.eval_every = 2"),
+    ("range(60)", "range(12)"),
+    ("shapes_clip.safetensors", str(tmp_path / "clip.safetensors")),
+    ("crop = 64", "crop = 32"),
+    ("= 96, 48", "= 32, 24"),
+    ("(384, 96)", "(128, 32)"),
+    ("batch_size = 8", "batch_size = 2"),
+  )
+  assert "after 4 steps" in printed(notebook) and "RPN, step 4 of" in printed(notebook)
+  assert len(outputs(notebook, "image/png")) == 4
+
+
+@pytest.mark.slow
+def test_train(tmp_path):
+  notebook = run(ROOT / "colab/train.ipynb", tmp_path)
+  assert "after 60 steps" in printed(notebook)
+
+
+@pytest.mark.slow
+def test_peft(tmp_path):
+  notebook = run(ROOT / "colab/peft.ipynb", tmp_path)
+  assert len(outputs(notebook, "image/png")) == 2
+  assert "lpm" in printed(notebook)
