@@ -186,7 +186,7 @@ def attention(experiment: Experiment, files: Sequence[pathlib.Path], names, out)
   if len(names) > MAX_CLASSES:
     raise InputError(f"expected at most {MAX_CLASSES} classes for one picture, got {len(names)}")
   written = []
-  for file in files:
+  for file in map(pathlib.Path, files):
     picture, image = read_image(file, experiment.config, experiment.clip_config.patch_size)
     maps = relationship_maps(experiment, image, names)
     layers = [i + 1 for i in experiment.model.prompting]

@@ -953,7 +953,8 @@ def _authors_to_prompts(source, state: Mapping, destination, clip_path: str | No
   side = round(len(prompts["h"]) ** 0.5)
   # The release's settings; h is stored on the token grid of a training crop.
   model = {
-    "prompt_tower": True, "relationship_prompts": True, "m2oe": False, "h_shared": True,
+    "tuner": "rpn+vpt", "itp": "image_to_pixel", "apg": "parameter", "m2oe": "none",
+    "rpm_layers": "all", "combine": "cat", "h_shared": True,
     "deep_tokens": prompts["deep_tokens"].shape[1], "h_grid": [side, side], "head": "released",
     "class_embedding_copies": 2,
   }  # fmt: skip

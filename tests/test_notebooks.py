@@ -104,5 +104,5 @@ def test_train(tmp_path):
 @pytest.mark.slow
 def test_peft(tmp_path):
   notebook = run(ROOT / "colab/peft.ipynb", tmp_path)
-  assert len(outputs(notebook, "image/png")) == 2
+  assert len(outputs(notebook, "image/png")) == 3
   assert "lpm" in printed(notebook)
