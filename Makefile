@@ -1,10 +1,11 @@
 # make demo    install, train on the embedded world, evaluate, draw (about five minutes)
 # make test    install, lint, run the tests
+# make docs    the pages of docs/ as a site
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint ablations bench bench-data shapes-clip clean
+.PHONY: demo test test-slow lint docs ablations bench bench-data shapes-clip clean
 
 demo: $(VENV)/.run
 	$(RUN) main.py --config=configs/shapes.py --workdir=runs/shapes
@@ -17,6 +18,12 @@ test-slow: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
+
+# docs/ as a site in build/site; the page of config fields is written anew first.
+docs: $(VENV)/.run
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(RUN) -m configs.reference
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 # The ablations of docs/results.md: every row of every table, three seeds; hours on two cores.
 ablations: $(VENV)/.run

@@ -178,8 +178,9 @@ def segmentation(
   c.eval.window_batch = 4  # windows per call of the network
   # Test-time augmentation: scores averaged over sizes, as factors on short_side, and mirror images.
   c.eval.scales = (1.0,)
-  c.eval.flip = False
+  c.eval.flip = False  # also average over the mirror images
   c.eval.seen_penalty = 0.1  # subtracted from the scores of seen classes in the zero-shot setting
+  c.eval.palette = "default"  # of predictions.png: "default", or "colorblind"
   return c
 
 

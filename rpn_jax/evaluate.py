@@ -206,6 +206,7 @@ def pictures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: str 
     [e["prediction"] for e in kept],
     evaluation.names,
     unseen=evaluation.untrained,
+    palette=config.eval.palette,
   )
   visualize.confusion(
     workdir / f"confusion{suffix}.png",

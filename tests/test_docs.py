@@ -1,0 +1,213 @@
+"""What README.md and docs/ say can be done is done here in a smaller form; links lead somewhere."""
+
+import ast
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import reference
+from data_pipelines import shapes
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "colab/README.md", ROOT / "rpn_jax/assets/README.md"]
+README = (ROOT / "README.md").read_text()
+TORCHSCRIPT = ROOT / "tests/fixtures/torchscript_clip.pt"
+
+
+def blocks(text: str, language: str) -> list[str]:
+  return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def commands(text: str) -> list[str]:
+  """Shell commands of a text, with lines joined and comments left out."""
+  lines = "\n".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
+  return [shlex.join(shlex.split(line, comments=True)) for line in lines if line.strip()]
+
+
+# Links
+
+
+def anchors(path: pathlib.Path) -> set[str]:
+  heads = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+  return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+  text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
+  for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    if re.match(r"https?://", target):
+      continue
+    file, _, anchor = target.partition("#")
+    path = (page.parent / file).resolve() if file else page
+    assert path.exists(), f"{page.name} links to {target}, which is not there"
+    if anchor:
+      assert anchor in anchors(path), f"{page.name} links to {target}, which is no heading"
+
+
+def test_every_page_is_in_the_index():
+  index = (ROOT / "docs/index.md").read_text()
+  for page in (ROOT / "docs").glob("*.md"):
+    assert page.name == "index.md" or f"]({page.name})" in index, f"docs/index.md lacks {page.name}"
+
+
+# Config fields
+
+
+def test_the_page_of_config_fields_is_fresh():
+  assert reference.PAGE.read_text() == reference.markdown(), "run: python -m configs.reference"
+
+
+def test_every_config_field_has_a_comment():
+  comments = reference.all_comments()
+  for name in reference.FAMILIES:
+    bare = [field for field in reference.flat(reference.family(name)) if not comments.get(field)]
+    assert not bare, f"configs/{name}.py: no comment on {bare}"
+  assert comments["model.m2oe_reduced"] == "r, width of the experts"
+  assert comments["data.setting"].startswith("zero_shot: unseen classes")
+
+
+# Troubleshooting
+
+
+def messages() -> str:
+  """Every text in the code, with … for what is filled in."""
+  found = []
+  files = [*ROOT.glob("rpn_jax/**/*.py"), *ROOT.glob("data_pipelines/*.py")]
+  for path in [*files, ROOT / "main.py", ROOT / "configs/common.py"]:
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.JoinedStr):
+        parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
+        found.append("".join(map(str, parts)))
+      elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        found.append(node.value.replace("%s", "…"))
+  return "\n".join(found)
+
+
+def test_each_error_that_is_explained_exists():
+  page = (ROOT / "docs/troubleshooting.md").read_text()
+  rows = re.findall(r"^\| `(.+?)` \| (.+) \|$", page, re.M)
+  assert len(rows) > 30
+  code = messages()
+  for message, cure in rows:
+    assert message in code, f"no error says {message!r}"
+    assert len(cure) > 20
+
+
+# README
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A folder to run commands in: the project, a tiny CLIP, pictures with masks."""
+  root = tmp_path_factory.mktemp("readme")
+  for name in ("rpn_jax", "data_pipelines", "configs", "main.py", "rpn_cli.py"):
+    os.symlink(ROOT / name, root / name)
+  tiny.save(root / "clip.safetensors")
+  shutil.copy(TORCHSCRIPT, root / "ViT-B-16.pt")
+  (root / "weights").mkdir()
+  rng = np.random.default_rng(0)
+  for kind in ("images", "labels"):
+    (root / "PICTURES" / kind).mkdir(parents=True)
+  (root / "PICTURES/names.txt").write_text("\n".join(shapes.CLASSES))
+  for i in range(6):
+    image, label = shapes.draw_scene(rng, 40, 48, (1, 2))
+    Image.fromarray(image).save(root / f"PICTURES/images/{i}.png")
+    Image.fromarray(label).save(root / f"PICTURES/labels/{i}.png")
+  return root
+
+
+def run(place, command: str) -> str:
+  words = shlex.split(command.replace(".venv/bin/python", sys.executable))
+  result = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=600)
+  assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+  return result.stdout
+
+
+def tiny_flags(*more: str) -> str:
+  flags = shlex.join([*tiny.FLAGS, "--config.clip=clip.safetensors", *more])
+  return " " + flags
+
+
+def smaller(command: str) -> str | None:
+  """The same command on less; None where something else proves it."""
+  if command.startswith("make "):
+    return None
+  if command.startswith(("pip install", ".venv/bin/pip install")):
+    return None
+  if "rpn_jax.demo" in command:
+    return None  # tests/test_demo.py opens the page
+  if "main.py" in command and "training_free" in command:
+    return command.replace("method=sclip", "method=sclip,runlocal") + tiny_flags()
+  if "main.py" in command and "folder.py" in command:
+    flags = ("--config.steps=2", "--config.eval_every=2", "--config.data.batch_size=2")
+    return command + tiny_flags(*flags, "--config.optimizer.warmup_steps=1")
+  if "main.py" in command and "shapes.py" in command:
+    return command.replace("shapes.py", "shapes.py:runlocal") + tiny_flags("--config.steps=2")
+  return command.replace("PHOTO_OR_FOLDER", "PICTURES/images")
+
+
+def test_commands_of_the_readme_run(place):
+  """In their order, in one folder, as a person would."""
+  listed = commands(README)
+  # `make demo` comes first and leaves the run that later commands are about.
+  demo = subprocess.run(
+    ["make", "-n", "-B", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+  ).stdout
+  train = next(line for line in demo.splitlines() if "main.py" in line)
+  assert train == ".venv/bin/python main.py --config=configs/shapes.py --workdir=runs/shapes"
+  run(place, smaller(train))
+  ran = 0
+  for command in listed:
+    if small := smaller(command):
+      run(place, small)
+      ran += 1
+  assert ran >= 8
+  for file in (
+    "predictions/scene.json", "predictions/5_overlay.png", "runs/mine/metrics.json",
+    "runs/sclip/metrics.json", "weights/ViT-B-16.safetensors",
+  ):  # fmt: skip
+    assert (place / file).exists(), file
+
+
+def test_what_make_runs_exists():
+  listed = [c for c in commands(README) if c.startswith("make ")]
+  assert listed[:2] == ["make demo", "make test"]
+  for command in listed:
+    subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_install_lines_name_the_pinned_versions():
+  requirements = (ROOT / "requirements.txt").read_text() + (ROOT / "pyproject.toml").read_text()
+  lines = [c for c in commands(README) if "pip install" in c]
+  assert len(lines) == 3
+  for line in lines:
+    name, version = re.search(r"install '?(\w+)(?:\[\w+\])?==([\d.]+)", line).groups()
+    assert f"{name}=={version}" in requirements
+  assert "jax==0.12.0.1" in requirements and README.count("0.12.0.1 with Python 3.12") == 2
+
+
+def test_python_of_the_readme_runs(place, monkeypatch):
+  monkeypatch.chdir(place)
+  (code,) = blocks(README, "python")
+  exec(compile(code, "README.md", "exec"), {})
+  assert (place / "predictions/scene_overlay.png").exists()
+
+
+def test_a_first_reader_finds_the_way():
+  """Three sentences, then a picture that is there."""
+  first = README.split("\n\n")[1]
+  assert len(re.findall(r"\.(?:\s|$)", first.replace("\n", " "))) == 3
+  picture = re.search(r"!\[.*\]\((.*)\)", README)[1]
+  with Image.open(ROOT / picture) as opened:
+    assert min(opened.size) > 300
