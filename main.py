@@ -5,7 +5,7 @@ import pathlib
 import re
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
@@ -15,6 +15,8 @@ flags.DEFINE_enum("mode", "train", ("train", "eval", "predict", "classify", "exp
 flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
 flags.DEFINE_list("distributed", [], "HOST:PORT,PROCESSES,PROCESS; pods and Slurm need none")
 flags.DEFINE_string("classes", None, 'predict, classify: class names, e.g. "red circle, sand"')
+flags.DEFINE_bool("quiet", False, "Print nothing but errors")
+flags.DEFINE_bool("verbose", False, "Print what the libraries log and compile, and tracebacks")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -53,26 +55,26 @@ def run() -> None:
       train.train(config, workdir, datasets.load(config, parallel.process()))
     elif FLAGS.mode == "eval":
       evaluate.run(config, workdir, datasets.load_evaluations(config))
-    elif FLAGS.mode == "predict":
-      predict.predict(config, workdir, FLAGS.image, FLAGS.classes)
     elif FLAGS.mode == "export":
       prompts_file.export(config, workdir, datasets.load(config).names)
     else:
-      classify.classify(config, workdir, FLAGS.image, FLAGS.classes)
+      action = {"predict": predict.predict, "classify": classify.classify}[FLAGS.mode]
+      action(config, workdir, FLAGS.image, FLAGS.classes)
 
 
 def main(argv) -> None:
   from data_pipelines.errors import DataError
-  from rpn_jax.errors import InputError
+  from rpn_jax import errors, logging
 
   if len(argv) > 1:
     fail(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
-  if FLAGS.mode == "predict" and not (FLAGS.image and FLAGS.classes):
-    fail('--mode=predict needs --image=FILE_OR_FOLDER and --classes="a, b"')
-  logging.set_verbosity(logging.WARNING)
+  logging.set_loudness(FLAGS.quiet, FLAGS.verbose)
   try:
     run()
-  except (InputError, DataError, OSError) as error:  # OSError: a disk or a path, not the code
+    print(logging.contents(FLAGS.workdir))
+  except (errors.InputError, DataError, OSError) as error:  # OSError: a disk or a path, no bug
+    if FLAGS.verbose:
+      raise
     fail(str(error))
 
 

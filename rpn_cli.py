@@ -48,16 +48,12 @@ def segment(arguments: list[str]) -> int:
   parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
   args = parser.parse_args(arguments)
 
-  from absl import logging as absl_logging
-
   from rpn_jax import images, logging, parallel
   from rpn_jax.errors import InputError
   from rpn_jax.predict import save_all
   from rpn_jax.segmenter import Segmenter, parse_names
 
-  absl_logging.set_verbosity(absl_logging.WARNING)
-  if args.quiet:
-    logging.silence()
+  logging.set_loudness(args.quiet)
   try:
     with parallel.session():
       names, files = parse_names(args.words), images.find(args.image)

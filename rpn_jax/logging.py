@@ -33,6 +33,48 @@ def silence() -> None:
   sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
 
 
+def set_loudness(quiet: bool = False, verbose: bool = False) -> None:
+  """What a command prints: nothing but errors, the usual, or also what the libraries say.
+
+  Verbose are the log of Orbax, grain and absl at level INFO, and a line for every program that JAX
+  compiles.
+  """
+  from absl import logging as absl_logging
+
+  absl_logging.set_verbosity(absl_logging.INFO if verbose else absl_logging.WARNING)
+  if verbose:
+    import jax
+
+    jax.config.update("jax_log_compiles", True)
+  if quiet:
+    silence()
+
+
+# What a workdir may hold, in the order in which one looks at it.
+CONTENTS = {
+  "predictions.png": "image, truth and prediction",
+  "confusion.png": "what is taken for what",
+  "curves.png": "losses and scores over the steps",
+  "predictions": "overlays, labels and numbers of your pictures",
+  "eval.md": "scores of every set and class, beside published ones",
+  "eval.json": "the same as numbers",
+  "classify.json": "probabilities of every picture",
+  "metrics.json": "last and best scores, the config, versions",
+  "metrics.jsonl": "the log, a line of JSON per entry",
+  "events": "the log for TensorBoard",
+  "checkpoints": "prompts and optimizer state, the latest and the best",
+  "config.json": "every setting; with checkpoints all that Segmenter.load needs",
+}
+
+
+def contents(workdir) -> str:
+  """Lines that say what is in a workdir and what it is."""
+  workdir = pathlib.Path(workdir)
+  there = {name: text for name, text in CONTENTS.items() if (workdir / name).exists()}
+  width = max(map(len, there), default=0)
+  return "\n".join([f"In {workdir}:", *(f"  {n:{width}}  {text}" for n, text in there.items())])
+
+
 class MetricWriter:
   """Metrics of a run, as TensorBoard events and as `metrics.jsonl`.
 

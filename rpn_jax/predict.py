@@ -3,12 +3,13 @@
 import pathlib
 
 from rpn_jax import images
+from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
 from rpn_jax.logging import progress
 from rpn_jax.segmenter import Segmenter, parse_names
 
 
-def predict(config, workdir, image: str, classes: str) -> list[pathlib.Path]:
+def predict(config, workdir, image: str | None, classes: str | None) -> list[pathlib.Path]:
   """Writes overlay, labels and JSON of every picture to `workdir/predictions`.
 
   Args:
@@ -20,6 +21,8 @@ def predict(config, workdir, image: str, classes: str) -> list[pathlib.Path]:
   Returns:
     The files written.
   """
+  if not (image and classes):
+    raise InputError('--mode=predict needs --image=FILE_OR_FOLDER and --classes="a, b"')
   names, files = parse_names(classes), images.find(image)
   experiment = Experiment(config, workdir)
   segmenter = Segmenter(experiment, *experiment.restored_prompts())

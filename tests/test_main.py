@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests import tiny
+
 ROOT = pathlib.Path(__file__).parent.parent
 GOOD = ["--config=configs/shapes.py:runlocal", "--workdir={tmp}/w"]
 
@@ -36,6 +38,25 @@ def test_one_line_and_an_exit_code(tmp_path, arguments, message):
   lines = [line for line in result.stderr.splitlines() if line.strip()]
   assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result.stderr
   assert not (tmp_path / "w").exists()
+
+
+SMALL = (*tiny.FLAGS, "--config.clip={tmp}/clip.safetensors", "--config.data.data_dir={tmp}/data")
+
+
+def test_quiet_prints_nothing_and_verbose_what_libraries_say(tmp_path):
+  tiny.save(tmp_path / "clip.safetensors")
+  quiet = run(tmp_path, *GOOD, *SMALL, "--config.steps=2", "--quiet")
+  assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+  verbose = run(tmp_path, *GOOD, *SMALL, "--config.steps=2", "--verbose", "--mode=eval")
+  assert verbose.returncode == 0 and "Compiling" in verbose.stderr
+  # The last lines say where everything is.
+  closing = verbose.stdout.partition(f"In {tmp_path}/w:\n")[2].splitlines()
+  named = [line.split()[0] for line in closing]
+  assert {"predictions.png", "curves.png", "eval.md", "metrics.json", "checkpoints"} <= set(named)
+  kept = {p.name for p in (tmp_path / "w").iterdir()}
+  assert set(named) <= kept and kept - set(named) == set()
+  unreadable = run(tmp_path, *GOOD, "--config.clip=/none/clip.pt", "--verbose")
+  assert "Traceback" in unreadable.stderr and "/none/clip.pt" in unreadable.stderr
 
 
 def test_main_is_short():
