@@ -120,8 +120,10 @@ def _palette(name: str, count: int) -> np.ndarray:
   levels = np.linspace(0, 255, 18)
   lattice = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3).round()
   lab = _lab(lattice)
-  # Greys, near-blacks and near-whites would be taken for the hatch or for the page.
-  usable = (lab[:, 0] > 28) & (lab[:, 0] < 92) & (np.hypot(lab[:, 1], lab[:, 2]) > 14)
+  # Greys, near-blacks and near-whites would be taken for the hatch or for the page; neon colours
+  # tire the eye on large areas.
+  chroma = np.hypot(lab[:, 1], lab[:, 2])
+  usable = (lab[:, 0] > 28) & (lab[:, 0] < 92) & (chroma > 14) & (chroma < 78)
   lattice = lattice[usable]
   seen = [_lab(lattice, view) for view in views]
 
