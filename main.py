@@ -72,6 +72,9 @@ def main(argv) -> None:
   try:
     run()
     print(logging.contents(FLAGS.workdir))
+  except KeyboardInterrupt:
+    print("interrupted: the same command goes on with what is done", file=sys.stderr)
+    sys.exit(130)
   except (errors.InputError, DataError, OSError) as error:  # OSError: a disk or a path, no bug
     if FLAGS.verbose:
       raise

@@ -27,7 +27,7 @@ def parse_arg(arg: str, **choices) -> ml_collections.ConfigDict:
     ValueError: an unknown word, with the nearest known one.
   """
   values = {k: v[0] if isinstance(v, tuple) else v for k, v in choices.items()}
-  known = list(choices) + [w for v in choices.values() if isinstance(v, tuple) for w in v]
+  known = list(choices) + [w for v in choices.values() if isinstance(v, tuple) for w in v if w]
   for word in filter(None, (w.strip() for w in arg.split(","))):
     name, equals, value = word.partition("=")
     if not equals and name not in choices:

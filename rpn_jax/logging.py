@@ -60,9 +60,11 @@ CONTENTS = {
   "eval.json": "the same as numbers",
   "classify.json": "probabilities of every picture",
   "metrics.json": "last and best scores, the config, versions",
+  "best.json": "the best scores so far",
   "metrics.jsonl": "the log, a line of JSON per entry",
   "events": "the log for TensorBoard",
-  "checkpoints": "prompts and optimizer state, the latest and the best",
+  "checkpoints": "prompts and optimizer state, the latest two and the best",
+  "prompts.safetensors": "the trained prompts alone, for --config.prompts",
   "config.json": "every setting; with checkpoints all that Segmenter.load needs",
 }
 

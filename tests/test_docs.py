@@ -147,12 +147,15 @@ def smaller(command: str) -> str | None:
     return None
   if "rpn_jax.demo" in command:
     return None  # tests/test_demo.py opens the page
+  if "rpn_jax.sweep" in command:
+    return None  # hours; tests/test_sweep.py
   if "main.py" in command and "training_free" in command:
     return command.replace("method=sclip", "method=sclip,runlocal") + tiny_flags()
   if "main.py" in command and "folder.py" in command:
     flags = ("--config.steps=2", "--config.eval_every=2", "--config.data.batch_size=2")
     return command + tiny_flags(*flags, "--config.optimizer.warmup_steps=1")
-  if "main.py" in command and "shapes.py" in command:
+  if "shapes.py" in command:
+    command = command.replace("PHOTO_OR_FOLDER", "PICTURES/images")
     return command.replace("shapes.py", "shapes.py:runlocal") + tiny_flags("--config.steps=2")
   return command.replace("PHOTO_OR_FOLDER", "PICTURES/images")
 
