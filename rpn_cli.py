@@ -34,6 +34,7 @@ def segment(arguments: list[str]) -> int:
   parser.add_argument(
     "--method", help="rpn, vanilla, maskclip, sclip, clearclip; else what the model has"
   )
+  parser.add_argument("--checkpoint", default="last", choices=("last", "best"), help="of a run")
   parser.add_argument("--out", default="predictions", help="folder to write to (%(default)s)")
   parser.add_argument(
     "--other",
@@ -58,6 +59,7 @@ def segment(arguments: list[str]) -> int:
     with parallel.session():
       names, files = parse_names(args.words), images.find(args.image)
       choices = {"method": args.method, "templates": args.templates, "synonyms": args.synonyms}
+      choices["checkpoint"] = args.checkpoint
       segmenter = Segmenter.load(args.model, **choices)
       options = {"other": args.other, "background": args.background, "palette": args.palette}
       save_all(segmenter, files, names, args.out, **options)

@@ -34,11 +34,17 @@ class Models:
   """The models on offer, each loaded when it is first asked for and then shared by everybody.
 
   Args:
-    names: what `Segmenter.load` takes; the first one is loaded at once, to fail early.
+    names: what `Segmenter.load` takes; the first one is loaded at once, to fail early. Of a run's
+      folder both checkpoints are on offer.
   """
 
   def __init__(self, names: Sequence[str]):
-    self.names = tuple(dict.fromkeys(names))
+    self._choices = {}
+    for name in names:
+      self._choices[name] = (name, "last")
+      if pathlib.Path(name).is_dir():
+        self._choices[f"{name}, best checkpoint"] = (name, "best")
+    self.names = tuple(self._choices)
     self._lock = threading.Lock()
     self._load = functools.lru_cache(8)(Segmenter.load)
     self.get(self.names[0])
@@ -51,7 +57,9 @@ class Models:
     if name not in self.names:
       raise InputError(f"model {name!r} is not on offer here; choose {' or '.join(self.names)}")
     with self._lock:  # two users at once must not load it twice
-      return self._load(name, method=None if method == OWN_METHOD else method)
+      model, checkpoint = self._choices[name]
+      method = None if method == OWN_METHOD else method
+      return self._load(model, method=method, checkpoint=checkpoint)
 
 
 def segment(

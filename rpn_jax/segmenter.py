@@ -259,6 +259,7 @@ class Segmenter:
     model="shapes_clip",
     *,
     method: str | None = None,
+    checkpoint: str = "last",
     templates: str | Sequence[str] | None = None,
     synonyms: str | None = None,
     clip: str | None = None,
@@ -269,6 +270,7 @@ class Segmenter:
       model: a folder, a file, or one of SHIPPED.
       method: None takes a run's trained prompts, and "sclip" where there are weights only; one of
         vanilla, maskclip, sclip and clearclip reads a CLIP as it is, that of a run too.
+      checkpoint: of a run: "last", or "best", the one with the highest score in its evaluations.
       templates: sentences around a name, see `text_cache.template_sentences`; None takes the run's,
         or the 80 of ImageNet for weights.
       synonyms: how several words for a class are joined, see `text_cache`; None takes the run's.
@@ -282,6 +284,8 @@ class Segmenter:
       raise InputError(
         f"method={method!r} is not known; did you mean {near!r}? Known: rpn, {', '.join(METHODS)}"
       )
+    if checkpoint not in ("last", "best"):
+      raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
     path = pathlib.Path(model).expanduser()
     name = str(model) if str(model) in SHIPPED and not path.exists() else path.stem
     weights = None
@@ -304,7 +308,8 @@ class Segmenter:
       if value is not None:
         config[field] = value
     experiment = Experiment(config.lock(), path if path.is_dir() else ".", weights)
-    step, prompts = experiment.restored_prompts()
+    restored = experiment.restored()
+    step, prompts = restored.get(checkpoint, restored["last"])  # the best may be the last
     return cls(experiment, step, prompts, "" if path.is_dir() else name)
 
   def __call__(self, pictures, names, *, other: float = 0.0, background=(), emphasis=None):

@@ -777,16 +777,20 @@ def confusion(
   )
   marks = {int(i): " *" for i in unseen}
   texts = [textwrap.shorten(n, 28, placeholder="…") + marks.get(i, "") for i, n in enumerate(names)]
+  from matplotlib.font_manager import FontProperties
+
+  path_of_font, texts = _drawable(texts)
+  font = FontProperties(fname=path_of_font, size=9)
   figure, (ax,) = _figure(1)
   ax.grid(False)
   draw = _matrix if len(names) <= CONFUSION_CLASSES else _confused_pairs
-  draw(figure, ax, confusion, shares, texts)
+  draw(figure, ax, confusion, shares, texts, font)
   if marks:
     figure.text(0.01, 0.005, UNSEEN_NOTE, fontsize=9, color="0.4")
   return write(path, lambda file: figure.savefig(file, format="png"))
 
 
-def _matrix(figure, ax, confusion, shares, texts) -> None:
+def _matrix(figure, ax, confusion, shares, texts, font) -> None:
   count = len(texts)
   side = max(4.0, 0.34 * count)
   figure.set_size_inches(side + 3.5, side + 2.2)
@@ -794,15 +798,16 @@ def _matrix(figure, ax, confusion, shares, texts) -> None:
   for i, j in np.argwhere(shares >= 1):
     color = "white" if shares[i, j] > 60 else "0.15"
     ax.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=8, color=color)
-  ax.set_xticks(range(count), texts, rotation=60, ha="right", rotation_mode="anchor", fontsize=9)
-  ax.set_yticks(range(count), texts, fontsize=9)
+  turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+  ax.set_xticks(range(count), texts, fontproperties=font, **turned)
+  ax.set_yticks(range(count), texts, fontproperties=font)
   ax.set_xlabel("prediction")
   ax.set_ylabel("truth")
   ax.set_title("Share of the truth's pixels (%; below 1 not written)", fontsize=12)
   figure.colorbar(picture, ax=ax, label="% of the truth's pixels", fraction=0.04)
 
 
-def _confused_pairs(figure, ax, confusion, shares, texts) -> None:
+def _confused_pairs(figure, ax, confusion, shares, texts, font) -> None:
   wrong = confusion.copy()
   np.fill_diagonal(wrong, 0)
   order = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED_PAIRS]
@@ -812,8 +817,9 @@ def _confused_pairs(figure, ax, confusion, shares, texts) -> None:
   ax.barh(range(len(pairs)), values, color=LINE_COLORS[0], height=0.7)
   for k, (i, j) in enumerate(pairs):
     note = f" {values[k]:.2g}   ({shares[i, j]:.0f} % of {texts[i]})"
-    ax.text(values[k], k, note, va="center", fontsize=9, color="0.15")
-  ax.set_yticks(range(len(pairs)), [f"{texts[i]} → {texts[j]}" for i, j in pairs], fontsize=9)
+    ax.text(values[k], k, note, va="center", fontproperties=font, color="0.15")
+  rows = [f"{texts[i]} → {texts[j]}" for i, j in pairs]
+  ax.set_yticks(range(len(pairs)), rows, fontproperties=font)
   ax.set_ylim(max(len(pairs), 1) - 0.4, -0.6)
   ax.set_xlim(0, 1.5 * max(values, default=1))
   ax.set_xlabel("% of all wrong pixels")

@@ -94,6 +94,15 @@ def test_users_share_one_model_and_its_programs(models, monkeypatch):
   assert len(results) == 4 and programs() == before
 
 
+def test_both_checkpoints_of_a_run_are_on_offer(tmp_path, monkeypatch):
+  loaded = []
+  monkeypatch.setattr(segmenter.Segmenter, "load", lambda name, **choices: loaded.append(choices))
+  models = demo.Models(["shapes_clip", str(tmp_path)])
+  assert models.names == ("shapes_clip", str(tmp_path), f"{tmp_path}, best checkpoint")
+  models.get(models.names[2])
+  assert [choices["checkpoint"] for choices in loaded] == ["last", "best"]
+
+
 def test_listens_on_this_machine_only_unless_told(capsys):
   with pytest.raises(SystemExit):
     demo.main(["--help"])

@@ -346,6 +346,10 @@ def test_a_run_is_loaded_by_its_folder(finished):
   assert result.labels.shape == (40, 60) and 0 <= result.scores.min() <= result.scores.max() <= 1
   both = model([image, image[:, ::-1]], ["sand", "a zebra"], background=["sky"])
   assert [r.labels.min() >= -1 for r in both] == [True, True]
+  best = json.loads((workdir / "metrics.json").read_text())["best"]["step"]
+  assert Segmenter.load(workdir, checkpoint="best").step == best
+  with pytest.raises(InputError, match='"last" or "best", got \'newest\''):
+    Segmenter.load(workdir, checkpoint="newest")
   free = Segmenter.load(workdir, method="maskclip")
   assert free.method == "training-free maskclip on clip, no trained prompts"
   assert free(image, "sand").labels.max() == 0
