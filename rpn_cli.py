@@ -63,6 +63,9 @@ def segment(arguments: list[str]) -> int:
       segmenter = Segmenter.load(args.model, **choices)
       options = {"other": args.other, "background": args.background, "palette": args.palette}
       save_all(segmenter, files, names, args.out, **options)
+  except KeyboardInterrupt:
+    print("interrupted; the pictures done so far are kept", file=sys.stderr)
+    return 130
   except (InputError, OSError) as error:  # OSError: a disk or a path, not the code
     print(f"error: {error}", file=sys.stderr)
     return 2

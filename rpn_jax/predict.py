@@ -1,5 +1,6 @@
 """Segmentation of a person's pictures with the model of a config: main.py --mode=predict."""
 
+import collections
 import pathlib
 
 from rpn_jax import images
@@ -42,13 +43,33 @@ def save_all(segmenter: Segmenter, files, names, directory, *, palette="default"
 
   Returns:
     The files written.
+
+  Raises:
+    InputError: some could not be read; the others are written first.
   """
   # Two files of one name but another suffix must not overwrite each other.
   repeated = len({f.stem for f in files}) < len(files)
-  written = []
-  results = segmenter.stream(progress(files, "segment", "image"), names, **options)
-  for file, result in zip(files, results, strict=True):
+  written, unreadable, waiting = [], [], collections.deque()
+
+  def pictures():
+    for file in progress(files, "segment", "image"):
+      try:
+        picture = images.read(file)
+      except InputError as error:
+        unreadable.append(error)
+        continue
+      waiting.append(file)
+      yield picture
+
+  for result in segmenter.stream(pictures(), names, **options):
+    file = result.file = waiting.popleft()
     stem = file.name.replace(".", "_") if repeated else file.stem
     written += result.save(directory, stem, palette=palette)
+  if unreadable and not written:
+    raise unreadable[0]
   print(f"{segmenter.method}\n" + "\n".join(map(str, written)))
+  if unreadable:
+    raise InputError(
+      f"{len(unreadable)} of {len(files)} pictures left out, such as {unreadable[0]}"
+    )
   return written

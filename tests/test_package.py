@@ -1,6 +1,7 @@
 """What `pip install .` gives: the wheel's contents, and the command."""
 
 import email
+import json
 import os
 import pathlib
 import re
@@ -110,6 +111,21 @@ def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
   lines = capsys.readouterr().err.strip().splitlines()
   assert len(lines) == 1 and message in lines[0], lines
   assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_one_damaged_picture_does_not_stop_a_folder(tmp_path, capsys):
+  (tmp_path / "in").mkdir()
+  for name in ("a.png", "c.png"):
+    shutil.copy(SCENE, tmp_path / "in" / name)
+  (tmp_path / "in/b.jpg").write_text("not a picture")
+  command = ["segment", str(tmp_path / "in"), "sand, water", "--out", str(tmp_path / "out")]
+  assert rpn_cli.main(command) == 2
+  assert "error: 1 of 3 pictures left out, such as" in capsys.readouterr().err
+  assert {p.name for p in (tmp_path / "out").iterdir()} == {
+    f"{stem}{end}" for stem in "ac" for end in ("_overlay.png", "_labels.png", ".json")
+  }
+  content = json.loads((tmp_path / "out/c.json").read_text())
+  assert content["image"] == str(tmp_path / "in/c.png")
 
 
 def test_help_answers_at_once(capsys):
