@@ -65,6 +65,15 @@ def find_weights(name: str) -> pathlib.Path:
   return path
 
 
+def load_clip(name: str) -> tuple:
+  """CLIPConfig and parameters (`visual`, `text`, `logit_scale`) of a weights file or shipped name.
+
+  Raises:
+    InputError: see `convert.load`.
+  """
+  return convert.load(find_weights(name))
+
+
 class Experiment:
   """The frozen tower, the network around it and the files of one config in one workdir.
 
@@ -88,7 +97,7 @@ class Experiment:
     check_numbers(config)
     self.config = config
     self.workdir = pathlib.Path(workdir)
-    self.clip_config, self.clip = weights or convert.load(find_weights(config.clip))
+    self.clip_config, self.clip = weights or load_clip(config.clip)
     for field in ("data.crop", "eval.crop"):
       section, name = field.split(".")
       side = config[section][name]

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rpn_jax import convert, images, visualize
+from rpn_jax import images, visualize
 from rpn_jax.errors import InputError
-from rpn_jax.experiment import Experiment, find_weights
+from rpn_jax.experiment import Experiment, load_clip
 from rpn_jax.logging import write_json
 from rpn_jax.models.training_free import METHODS, SCALE
 from rpn_jax.sliding import Reading, bucket
@@ -295,7 +295,7 @@ class Segmenter:
       if method == "rpn":
         raise InputError(f"method='rpn' needs the workdir of a training run, got {model}")
       file, own_templates = SHIPPED[name] if name == str(model) else (path, "imagenet80")
-      weights = convert.load(find_weights(str(file)))
+      weights = load_clip(str(file))
       config = _config_of_weights(str(file), weights[0].image_size, own_templates)
     else:
       raise InputError(

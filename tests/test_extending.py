@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 BLOCKS = re.findall(
   r"As `(\w+\.py)`.*?```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL
 )
-LINES = {"my_tuner.py": 40, "my_set.py": 60}
+LINES = {"my_loop.py": 40, "my_tuner.py": 40, "my_set.py": 60}
 
 
 @pytest.fixture
@@ -45,8 +45,21 @@ def run(folder, *command):
 
 def test_the_page_keeps_its_word():
   assert {name: len(code.splitlines()) < LINES[name] for name, code in BLOCKS} == {
-    "my_tuner.py": True, "my_set.py": True,
+    "my_loop.py": True, "my_tuner.py": True, "my_set.py": True,
   }  # fmt: skip
+
+
+def test_a_loop_of_ones_own(folder):
+  *losses, shape = run(folder, "my_loop.py").splitlines()
+  assert len(losses) == 3 and all(float(x) > 0 for x in losses) and shape == "(2, 8, 8, 2)"
+
+
+def test_every_public_name_is_there():
+  import rpn_jax
+
+  assert set(rpn_jax._PUBLIC) | {"__version__"} == set(rpn_jax.__all__)
+  for name in rpn_jax.__all__:
+    assert getattr(rpn_jax, name) is not None
 
 
 def test_a_tuner_of_ones_own(folder):
