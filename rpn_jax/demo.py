@@ -2,11 +2,12 @@
 
     python -m rpn_jax.demo --model=runs/shapes --model=weights/ViT-B-16.safetensors
 
-`Session` is everything but the page, which is Gradio's (`pip install "rpn-jax[demo]"`).
+The page is Gradio's (`pip install ".[demo]"`), what its buttons do are plain functions.
 """
 
 import argparse
 import functools
+import hashlib
 import importlib.util
 import pathlib
 import shutil
@@ -15,8 +16,9 @@ import tempfile
 import threading
 from collections.abc import Sequence
 
-from rpn_jax import images
+from rpn_jax import images, visualize
 from rpn_jax.errors import InputError
+from rpn_jax.logging import write_json
 from rpn_jax.models.training_free import METHODS
 from rpn_jax.segmenter import SHIPPED, Segmentation, Segmenter, parse_names
 
@@ -90,7 +92,12 @@ def segment(
 
 def files(result: Segmentation, folder: pathlib.Path) -> list[str]:
   """Paths of the mask and the JSON for download."""
-  return [str(path) for path in result.save(folder)[1:]]
+  stem = pathlib.Path(result.file).stem
+  mask = visualize.write(
+    folder / f"{stem}_labels.png", lambda file: result.mask().save(file, format="PNG")
+  )
+  write_json(folder / f"{stem}.json", result.summary())
+  return [str(mask), str(folder / f"{stem}.json")]
 
 
 def table(result: Segmentation) -> list[list]:
@@ -131,7 +138,8 @@ def build(models: Models, root: pathlib.Path):
     return wrapped
 
   def folder(request: gr.Request) -> pathlib.Path:
-    return root / str(request.session_hash or "anonymous")
+    # Hashed: the browser chooses this text, and folders are deleted by it.
+    return root / hashlib.sha256(str(request.session_hash).encode()).hexdigest()[:16]
 
   def shown(result, alpha, safe, request):
     palette = "colorblind" if safe else "default"
@@ -263,7 +271,9 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("--port", type=int, help="the first free one from 7860 on, if not given")
   args = parser.parse_args(arguments)
   if importlib.util.find_spec("gradio") is None:
-    print('error: the page needs Gradio: pip install "rpn-jax[demo]"', file=sys.stderr)
+    print(
+      'error: the page needs Gradio: pip install ".[demo]" in the project folder', file=sys.stderr
+    )
     return 2
   from rpn_jax import parallel
 

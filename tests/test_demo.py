@@ -103,12 +103,16 @@ def test_both_checkpoints_of_a_run_are_on_offer(tmp_path, monkeypatch):
   assert [choices["checkpoint"] for choices in loaded] == ["last", "best"]
 
 
-def test_listens_on_this_machine_only_unless_told(capsys):
+def test_listens_on_this_machine_only_unless_told(capsys, monkeypatch):
   with pytest.raises(SystemExit):
     demo.main(["--help"])
   assert "127.0.0.1" in capsys.readouterr().out
   assert demo.main(["--model", "nowhere"]) == 2
-  assert "model='nowhere': expected the workdir" in capsys.readouterr().err
+  monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+  assert demo.main([]) == 2
+  errors = capsys.readouterr().err.splitlines()
+  assert "model='nowhere': expected the workdir" in errors[0]
+  assert errors[1].startswith("error: the page needs Gradio: pip install")
 
 
 @pytest.fixture(scope="module")

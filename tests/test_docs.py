@@ -153,7 +153,8 @@ def smaller(command: str) -> str | None:
     return command.replace("method=sclip", "method=sclip,runlocal") + tiny_flags()
   if "main.py" in command and "folder.py" in command:
     flags = ("--config.steps=2", "--config.eval_every=2", "--config.data.batch_size=2")
-    return command + tiny_flags(*flags, "--config.optimizer.warmup_steps=1")
+    quick = ("--config.model.tuner=lpm", "--config.optimizer.warmup_steps=1")
+    return command + tiny_flags(*flags, *quick)
   if "shapes.py" in command:
     command = command.replace("PHOTO_OR_FOLDER", "PICTURES/images")
     return command.replace("shapes.py", "shapes.py:runlocal") + tiny_flags("--config.steps=2")
