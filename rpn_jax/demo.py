@@ -112,7 +112,8 @@ def table(result: Segmentation) -> list[list]:
 
 
 CSS = """
-.gradio-container { max-width: 1500px !important; margin: auto; }
+.gradio-container { max-width: min(1500px, 100vw) !important; margin: auto; }
+.gradio-container .column { min-width: min(320px, 100%) !important; max-width: 100%; }
 """
 
 
