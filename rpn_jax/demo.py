@@ -27,7 +27,7 @@ MAX_MEGABYTES = 20
 MAX_PIXELS = 40_000_000
 MAX_WORDS = 100
 SLIDERS = 24  # classes with a slider, the largest first
-OWN_METHOD = "as the model is"
+OWN_METHOD = "default"
 SCENE = pathlib.Path(__file__).parent / "assets" / "scene.png"
 SCENE_WORDS = "plain yellow, plain blue, striped orange, dotted orange, plain orange, sand, water"
 
