@@ -5,8 +5,10 @@ import json
 import random
 import signal
 
+import ml_collections
 import pytest
 
+from rpn_jax import checkpoint
 from rpn_jax.checkpoint import Checkpoints
 from tests import tiny
 from tests.tools import kill_test
@@ -22,7 +24,8 @@ def home(tmp_path_factory):
 
 def read_while_training(run: Run) -> set[int]:
   """Steps of the checkpoints that a reader got, all of them whole."""
-  identity = json.loads((run.workdir / "config.json").read_text())
+  settings = json.loads((run.workdir / "config.json").read_text())
+  identity = checkpoint.identity(ml_collections.ConfigDict(settings["config"]), settings["clip"])
   steps = set()
   like = None
   with contextlib.closing(Checkpoints(run.workdir, identity, read_only=True)) as checkpoints:
