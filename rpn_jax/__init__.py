@@ -17,11 +17,6 @@ if TYPE_CHECKING:
   from rpn_jax.step import TrainState, init_prompts, train_step
   from rpn_jax.text_cache import class_embeddings
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-  from rpn_jax.segmenter import Segmenter
-
 __version__ = "0.2.0"
 
 # Name -> module.

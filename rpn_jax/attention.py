@@ -86,6 +86,29 @@ def mean_distance(qkv_BxNx3D, heads: int, grid: tuple[int, int], patch: int) -> 
   return np.asarray(jax.lax.map(one_head, jnp.arange(heads)))
 
 
+def attention_from(experiment: Experiment, image, place: tuple[float, float]) -> np.ndarray:
+  """What one patch looks at in CLIP as it is, the mean over the heads: (layers, h, w).
+
+  The weights over the patches, without the class token; a layer's sum is 1.
+
+  Args:
+    experiment: whose frozen tower it is.
+    image: (1, H, W, 3), normalised, see `read_image`.
+    place: of the patch in the picture, (down, right) as fractions of its sides, 0 to 1.
+  """
+  clip = experiment.clip_config
+  h, w = (side // clip.patch_size for side in image.shape[1:3])
+  down, right = (min(int(f * n), n - 1) for f, n in zip(place, (h, w)))
+  inside = _inside(VisionTransformer(clip), {"params": experiment.params["visual"]}, image)
+  maps = []
+  for i in range(clip.vision_layers):
+    qkv = inside[f"block_{i}"]["attn"]["qkv"][0][0, -h * w :].astype(jnp.float32)
+    q, k, _ = (x.reshape(h * w, clip.vision_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
+    scores = jnp.einsum("nd,mnd->nm", q[down * w + right], k) * q.shape[-1] ** -0.5
+    maps.append(jax.nn.softmax(scores).mean(0).reshape(h, w))
+  return np.stack(maps)
+
+
 def distances(clip: CLIPConfig, visual: dict, image) -> np.ndarray:
   """Mean attention distance in CLIP as it is: (layers, heads) pixels."""
   return _distances(clip, _inside(VisionTransformer(clip), {"params": visual}, image), image)

@@ -57,6 +57,24 @@ def test_distance_of_a_head_that_looks_at_itself():
   assert itself < 1e-3 < 10 < evenly
 
 
+def test_attention_from_a_patch_is_that_of_the_tower(picture):
+  """The bottom left corner, against weights computed for all patches at once."""
+  e = experiment()
+  _, image = attention.read_image(picture, e.config, TINY.patch_size)
+  h, w = (side // TINY.patch_size for side in image.shape[1:3])
+  maps = attention.attention_from(e, image, (0.99, 0.0))
+  assert maps.shape == (TINY.vision_layers, h, w)
+  np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
+  tower = VisionTransformer(TINY).apply(
+    {"params": e.params["visual"]}, image, mutable=["intermediates"]
+  )[1]["intermediates"]
+  qkv = tower["block_1"]["attn"]["qkv"][0][:, -h * w :]
+  q, k, _ = (x.reshape(1, h * w, TINY.vision_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
+  scores = jnp.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5
+  want = jax.nn.softmax(scores).mean(1)[0, (h - 1) * w]
+  np.testing.assert_allclose(maps[1], want.reshape(h, w), rtol=1e-4)
+
+
 def test_distance_counts_patches_only():
   tokens = jax.random.normal(jax.random.key(0), (1, 4, 24))
   others = jax.random.normal(jax.random.key(1), (1, 5, 24))

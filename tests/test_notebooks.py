@@ -70,7 +70,7 @@ def test_calls_public_functions_only(path):
 
 def test_demo(tmp_path):
   notebook = run(ROOT / "colab/demo.ipynb", tmp_path)
-  assert len(outputs(notebook, "image/png")) == 5  # three results and two figures
+  assert len(outputs(notebook, "image/png")) == 6  # three results and three figures
   assert {p.name for p in (tmp_path / "runs/notebook").iterdir()} == {
     "scene_overlay.png", "scene_labels.png", "scene.json"
   }  # fmt: skip
