@@ -13,7 +13,6 @@ import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 
-import flax
 import jax
 import numpy as np
 
@@ -145,6 +144,12 @@ def process() -> tuple[int, int]:
   return jax.process_index(), jax.process_count()
 
 
+def devices_text() -> str:
+  """The devices of all processes, as "cpu" or "8 x NVIDIA H100"."""
+  count, kind = jax.device_count(), jax.devices()[0].device_kind
+  return kind if count == 1 else f"{count} x {kind}"
+
+
 def data_mesh(devices=None) -> jax.sharding.Mesh:
   """Devices along one axis, `data`; by default this process's own."""
   return jax.sharding.Mesh(np.array(devices or jax.local_devices()), (AXIS,))
@@ -261,6 +266,11 @@ class Pmap:
         "holds the whole state"
       )
     self.local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    # Under the step's own axis name: for inputs placed under another one JAX would compile it
+    # again when its outputs come back as inputs.
+    self.split = jax.sharding.NamedSharding(
+      data_mesh(self.local), jax.sharding.PartitionSpec(AXIS)
+    )
     self.step = jax.pmap(
       functools.partial(step.train_step, optimizer=optimizer, axis=AXIS, **settings),
       axis_name=AXIS,
@@ -269,9 +279,16 @@ class Pmap:
     )
 
   def place_state(self, state):
-    return flax.jax_utils.replicate(state, self.local)
+    return jax.tree.map(self._on_each, state)
 
   place_constant = place_state
+
+  def _on_each(self, x):
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(self._on_each(jax.random.key_data(x)))
+    row = np.asarray(x)[None]
+    shape = (len(self.local), *row.shape[1:])
+    return jax.make_array_from_callback(shape, self.split, lambda _: row)
 
   def place_batch(self, batch: dict) -> dict:
     return jax.tree.map(lambda x: x.reshape(len(self.local), -1, *x.shape[1:]), batch)
