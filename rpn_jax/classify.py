@@ -12,6 +12,7 @@ from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
 from rpn_jax.logging import progress, table, write_json
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
+from rpn_jax.parallel import devices_text
 from rpn_jax.text_cache import check_names
 
 BATCH = 16  # images per call of the tower
@@ -83,7 +84,7 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
   apply = probabilities(experiment, names)
   side = experiment.clip_config.image_size
   orders, results = [], {}
-  for start in progress(range(0, len(files), BATCH), "classify", "batch"):
+  for start in progress(range(0, len(files), BATCH), f"classify on {devices_text()}", "batch"):
     batch = files[start : start + BATCH]
     inputs = np.stack([images.for_classification(file, side) for file in batch])
     padding = [(0, min(BATCH, len(files)) - len(batch))] + 3 * [(0, 0)]  # one program for all

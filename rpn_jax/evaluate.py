@@ -20,6 +20,7 @@ from rpn_jax import metrics, published, visualize
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
 from rpn_jax.logging import progress, table, write_json
+from rpn_jax.parallel import devices_text
 from rpn_jax.sliding import SlidingWindow
 
 # Examples shown in predictions.png.
@@ -136,7 +137,8 @@ def evaluate(
     before = segmented(segmenter, examples[: min(keep, done)])
     kept = [{**example, "prediction": scored_as[rows]} for example, rows in before]
     examples = examples[done:]
-  for example, rows in segmented(segmenter, progress(examples, "evaluate", "image")):
+  shown = progress(examples, f"evaluate on {devices_text()}", "image")
+  for example, rows in segmented(segmenter, shown):
     prediction = scored_as[rows]
     if len(kept) < keep:
       kept.append({**example, "prediction": prediction})

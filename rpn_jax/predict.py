@@ -7,6 +7,7 @@ from rpn_jax import images
 from rpn_jax.errors import InputError
 from rpn_jax.experiment import Experiment
 from rpn_jax.logging import progress
+from rpn_jax.parallel import devices_text
 from rpn_jax.segmenter import Segmenter, parse_names
 
 
@@ -52,7 +53,7 @@ def save_all(segmenter: Segmenter, files, names, directory, *, palette="default"
   written, unreadable, waiting = [], [], collections.deque()
 
   def pictures():
-    for file in progress(files, "segment", "image"):
+    for file in progress(files, f"segment on {devices_text()}", "image"):
       try:
         picture = images.read(file)
       except InputError as error:

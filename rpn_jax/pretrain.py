@@ -14,6 +14,7 @@ from rpn_jax import convert
 from rpn_jax.errors import InputError
 from rpn_jax.logging import MetricWriter, progress, write_json
 from rpn_jax.models.clip import CLIP, CLIPConfig, l2_normalize
+from rpn_jax.parallel import devices_text
 from rpn_jax.text_cache import class_embeddings
 from rpn_jax.tokenizer import tokenize
 
@@ -114,7 +115,7 @@ def pretrain(
   stream = batches()
   started = time.time()
   accuracy = 0.0
-  steps = progress(range(1, config.steps + 1), "pre-train", "step")
+  steps = progress(range(1, config.steps + 1), f"pre-train on {devices_text()}", "step")
   for step in steps:
     batch = next(stream)
     tokens = tokenize(list(batch["caption"]), clip_config.context_length)

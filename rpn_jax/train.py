@@ -70,11 +70,10 @@ def run(experiment: Experiment, data, mesh, notice: preemption.Notice) -> dict:
     if resumed := checkpoints.resume(state):
       state, best = resumed
     start = int(state.step)
-    parameters = count(state.prompts)
+    parameters, where = count(state.prompts), parallel.devices_text()
     print(
       f"{parameters:,} trained parameters beside {count(experiment.clip):,} frozen; "
-      f"{len(trained)} of {len(data.names)} classes trained on {mesh.size} x "
-      f"{mesh.devices[0].device_kind}"
+      f"{len(trained)} of {len(data.names)} classes trained on {where}"
       + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
       + (f"; continuing at step {start} of {config.steps}" if start else ""),
       flush=True,
@@ -103,7 +102,7 @@ def run(experiment: Experiment, data, mesh, notice: preemption.Notice) -> dict:
     constants = (experiment.params, text_CxE, jax.random.key(config.seed + 1))
     params, text_CxE, key = devices.place_constant(constants)
     batches = data.train_batches(start)
-    steps = progress(range(start, config.steps), "train", "step")
+    steps = progress(range(start, config.steps), f"train on {where}", "step")
     waiting = []  # metrics of the last steps: fetched late, so that the device never waits
 
     def look(all_but: int):
@@ -254,7 +253,3 @@ def report(experiment, writer, shown, last, best, seconds, trained: int) -> None
   print(f"\nTrained to step {config.steps} ({seconds:.0f} s in this call). Scores in %:")
   print(evaluate.score_table(rows))
   print("The best checkpoint was selected on the evaluation classes; report the last.")
-  print(
-    f"Look at {workdir}/predictions.png and {workdir}/curves.png. "
-    f"Every number is in {workdir}/metrics.json."
-  )
