@@ -35,7 +35,7 @@ def run(folder, *command):
   shapes = (ROOT / "configs/shapes.py").read_text()
   shapes = shapes.replace("SIDE = 96", "SIDE = 32").replace("CROP = 64", "CROP = 32")
   (folder / "configs/shapes.py").write_text(shapes.replace("stride = 48", "stride = 24"))
-  env = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "HOME": str(folder)}
+  env = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"}
   done = subprocess.run(
     [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=300
   )

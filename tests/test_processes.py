@@ -41,12 +41,8 @@ def started(home, workdir, processes: int, devices: int, steps: int, *options):
   """main.py in so many processes of so many simulated devices."""
   environment = {
     **os.environ,
-    "HOME": str(home),  # one compilation cache for all
     "JAX_PLATFORMS": "cpu",
-    # Compilation is most of the time here, and speed is nothing.
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-    "--xla_backend_optimization_level=0",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
   }
   port, running = free_port(), []
   for i in range(processes):

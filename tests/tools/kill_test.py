@@ -34,7 +34,7 @@ class Run:
   """One workdir with data of its own, and the processes that work on it.
 
   Args:
-    home: with the tiny weights; also holds the cache of compiled programs.
+    home: with the tiny weights.
     name: of the workdir below it.
     data: name of the folder of prepared data below it.
   """
@@ -47,10 +47,8 @@ class Run:
   def start(self, *options: str) -> "Run":
     environment = {
       **os.environ,
-      "HOME": str(self.home),
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+      "XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0"),
     }
     command = [
       sys.executable, "main.py", "--config=configs/shapes.py:runlocal",
