@@ -288,7 +288,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return "-"
   values = 100 * np.array(values, np.float64)
   spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-  return f"{values.mean():.1f}{spread}"
+  return f"{round(values.mean(), 1) + 0.0:.1f}{spread}"  # no "-0.0"
 
 
 def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
@@ -407,7 +407,8 @@ def plot(path, rows: Sequence[Row]) -> pathlib.Path:
   labels = [textwrap.fill(row.label, 44, break_on_hyphens=False) for row in rows]
   heights = [0.18 * (label.count("\n") + 1) + 0.2 for label in labels]
   bars_high = max(1.2, sum(heights)) + 0.6
-  curves_high = 3.6 if any(curves) else 0
+  # A single evaluation is no curve, and its bar says it all.
+  curves_high = 3.6 if any(len(steps) > 1 for c in curves for steps, *_ in c.values()) else 0
 
   figure = Figure(figsize=(5 + 3.6 * len(metrics), bars_high + curves_high), dpi=110)
   FigureCanvasAgg(figure)

@@ -13,6 +13,7 @@ names joined by commas, the runs of the first seed come first.
 
 import argparse
 import concurrent.futures
+import dataclasses
 import importlib.util
 import json
 import os
@@ -144,12 +145,36 @@ def table_rows(
       if is_free(changes):
         break  # has no seeds
     if runs:
-      size = runs[0].trained_parameters or 0
-      beside = {"trained": f"{size:,}"}
-      if table == "table10":
-        beside["paper, VOC hIoU"] = str(published.TUNERS.get(label, "-"))
-      found.append(report.Row(label, tuple(runs), beside))
-  return found, missing
+      found.append(report.Row(label, tuple(runs)))
+  plain = next((row for row in found if not rows[row.label]), None)
+  return [dataclasses.replace(row, beside=beside(table, row, plain)) for row in found], missing
+
+
+def beside(table: str, row: report.Row, plain: report.Row | None) -> dict[str, str]:
+  """Further columns of a row.
+
+  Args:
+    table: its name.
+    row: what the columns are of.
+    plain: the row that changes nothing, to which differences are taken.
+  """
+  columns = {"trained": f"{row.runs[0].trained_parameters or 0:,}"}
+  if plain:
+    columns[f"hIoU less {plain.label}'s"] = report.mean_and_deviation(differences(row, plain))
+  if table == "table10":
+    columns["paper, VOC hIoU"] = str(published.TUNERS.get(row.label, "-"))
+  return columns
+
+
+def differences(row: report.Row, plain: report.Row) -> list[float]:
+  """hIoU of a row less that of the plain one, seed by seed; [] for the plain one itself.
+
+  Runs of a seed see the same pictures in the same order: differences spread less than scores do.
+  """
+  if row is plain or is_free(row.runs[0].config):
+    return []
+  of, to = ({run.config["seed"]: run.last.get("hiou") for run in r.runs} for r in (row, plain))
+  return [of[seed] - to[seed] for seed in of if None not in (of[seed], to.get(seed))]
 
 
 def is_free(changes: Mapping) -> bool:
