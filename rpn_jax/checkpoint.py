@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 import warnings
 
 import jax
@@ -42,6 +43,9 @@ EVALUATION_FIELDS = ("eval", "short_side", "eval_images", "prompts")
 # Complete checkpoints that are kept beside the best: should a disk damage the newest, the one
 # before it is there.
 KEPT = 2
+
+# Seconds to try to remove what a failed save left.
+CLEANING = 5
 
 
 def identity(config, fingerprint: str) -> dict:
@@ -179,8 +183,13 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Of all checkpoints, the newest first, as the disk has them now."""
-    self.manager.reload()
-    return sorted(self.manager.all_steps(), reverse=True)
+    while True:
+      try:
+        self.manager.reload()
+        return sorted(self.manager.all_steps(), reverse=True)
+      except FileNotFoundError:  # a run that goes on has deleted one while it was looked at
+        if not self.directory.is_dir():
+          raise
 
   def save(self, state: TrainState, best: dict | None) -> bool:
     """Saves a state of numpy arrays; every process must call it.
@@ -248,8 +257,13 @@ class Checkpoints:
   def _clean(self) -> None:
     """Removes what a failed save left, which would take the room of the next."""
     if jax.process_index() == 0:
-      for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+      until = time.monotonic() + CLEANING
+      pattern = "*.orbax-checkpoint-tmp*"
+      while (leftovers := list(self.directory.glob(pattern))) and time.monotonic() < until:
+        for leftover in leftovers:
+          shutil.rmtree(leftover, ignore_errors=True)
+        # Threads of the save may still be writing, and make the folder again.
+        time.sleep(0.1)
 
   def resume(self, like: TrainState) -> tuple[TrainState, dict | None] | None:
     """The newest intact state, as numpy, and the best scores so far; None for a new run.

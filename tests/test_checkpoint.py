@@ -3,6 +3,7 @@
 import contextlib
 import json
 import resource
+import shutil
 
 import jax
 import numpy as np
@@ -195,6 +196,22 @@ def test_a_save_that_fails_harms_nothing(workdir, capfd):
   assert folders(workdir) == ["30", "41"]
   with opened(workdir) as checkpoints:
     same(checkpoints.resume(LIKE)[0], 41)
+
+
+def test_a_checkpoint_deleted_while_the_folder_is_read(workdir, monkeypatch):
+  """The run that goes on deletes one between its being listed and its being looked at."""
+  with reading(workdir) as checkpoints:
+    reload, calls = checkpoints.manager.reload, []
+
+    def deleted_meanwhile():
+      calls.append(1)
+      if len(calls) == 1:
+        shutil.rmtree(workdir / "checkpoints/20")
+        raise FileNotFoundError("checkpoints/20")
+      reload()
+
+    monkeypatch.setattr(checkpoints.manager, "reload", deleted_meanwhile)
+    assert checkpoints.steps() == [30, 10]
 
 
 def test_a_folder_that_is_gone_is_told_of(workdir, capfd):
