@@ -59,6 +59,18 @@ def _inside(model, variables, image, *text) -> dict:
   return apply(variables, jnp.asarray(image))["intermediates"]
 
 
+def _qkv_of_layers(clip: CLIPConfig, inside: dict) -> list:
+  """Projected tokens (B, N, 3 D) of every layer, from what `_inside` gives of a tower."""
+  return [inside[f"block_{i}"]["attn"]["qkv"][0] for i in range(clip.vision_layers)]
+
+
+def _queries_and_keys(qkv_BxNx3D, heads: int, patches: int) -> tuple:
+  """Of the patches, which are the last tokens: (B, patches, heads, D / heads) each."""
+  q, k, _ = jnp.split(qkv_BxNx3D[:, -patches:].astype(jnp.float32), 3, axis=-1)
+  split = lambda x: x.reshape(*x.shape[:2], heads, -1)
+  return split(q), split(k)
+
+
 def mean_distance(qkv_BxNx3D, heads: int, grid: tuple[int, int], patch: int) -> np.ndarray:
   """How far each head looks, on average over the patches: (heads,) pixels.
 
@@ -72,9 +84,7 @@ def mean_distance(qkv_BxNx3D, heads: int, grid: tuple[int, int], patch: int) -> 
     patch: size in pixels.
   """
   h, w = grid
-  q, k, _ = jnp.split(qkv_BxNx3D[:, -h * w :].astype(jnp.float32), 3, axis=-1)
-  split = lambda x: x.reshape(*x.shape[:2], heads, -1)
-  q, k = split(q), split(k)
+  q, k = _queries_and_keys(qkv_BxNx3D, heads, h * w)
   place = jnp.stack(jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij"), -1).reshape(-1, 2)
   distance = patch * jnp.linalg.norm(1.0 * place[:, None] - place[None], axis=-1)
 
@@ -101,10 +111,9 @@ def attention_from(experiment: Experiment, image, place: tuple[float, float]) ->
   down, right = (min(int(f * n), n - 1) for f, n in zip(place, (h, w)))
   inside = _inside(VisionTransformer(clip), {"params": experiment.params["visual"]}, image)
   maps = []
-  for i in range(clip.vision_layers):
-    qkv = inside[f"block_{i}"]["attn"]["qkv"][0][0, -h * w :].astype(jnp.float32)
-    q, k, _ = (x.reshape(h * w, clip.vision_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
-    scores = jnp.einsum("nd,mnd->nm", q[down * w + right], k) * q.shape[-1] ** -0.5
+  for qkv in _qkv_of_layers(clip, inside):
+    q, k = _queries_and_keys(qkv, clip.vision_heads, h * w)
+    scores = jnp.einsum("nd,mnd->nm", q[0, down * w + right], k[0]) * q.shape[-1] ** -0.5
     maps.append(jax.nn.softmax(scores).mean(0).reshape(h, w))
   return np.stack(maps)
 
@@ -123,7 +132,7 @@ def tuned_distances(experiment: Experiment, prompts, image, names) -> np.ndarray
 
 def _distances(clip: CLIPConfig, inside: dict, image) -> np.ndarray:
   grid = tuple(side // clip.patch_size for side in image.shape[1:3])
-  layers = [inside[f"block_{i}"]["attn"]["qkv"][0] for i in range(clip.vision_layers)]
+  layers = _qkv_of_layers(clip, inside)
   return np.stack([mean_distance(x, clip.vision_heads, grid, clip.patch_size) for x in layers])
 
 

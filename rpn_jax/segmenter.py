@@ -156,6 +156,12 @@ class Segmentation:
     order = np.argsort(-counts, kind="stable")
     return {self.names[i]: float(counts[i] / self.labels.size) for i in order if counts[i]}
 
+  @functools.cached_property
+  def _mean_scores(self) -> dict[int, float]:
+    """Id -> best score, the mean over the class's pixels: a pass over the picture for each."""
+    ids = np.unique(self.labels[self.labels >= 0]).tolist()
+    return {i: float(self.confidence[self.labels == i].mean()) for i in ids}
+
   def overlay(self, alpha: float = 0.55, palette: str = "default"):
     """A PIL image of the picture under the colours of its classes, with a legend by area.
 
@@ -171,9 +177,8 @@ class Segmentation:
     rows = []
     for name, share in self.shares().items():
       i = self.names.index(name)
-      score = float(self.confidence[self.labels == i].mean())
       rows.append(
-        {"name": name, "id": i, "share": round(share, 6), "score": round(score, 4),
+        {"name": name, "id": i, "share": round(share, 6), "score": round(self._mean_scores[i], 4),
          "color": colors[i]}
       )  # fmt: skip
     height, width = self.labels.shape
@@ -192,10 +197,14 @@ class Segmentation:
       "emphasis": self.emphasis,
     }
 
+  @property
+  def _index(self) -> np.ndarray:
+    """The labels as files have them: `visualize.no_class` where there is none."""
+    return np.where(self.labels < 0, visualize.no_class(len(self.names)), self.labels)
+
   def mask(self, palette: str = "default"):
     """A PIL image of the class ids; `visualize.no_class` where there is none."""
-    label = np.where(self.labels < 0, visualize.no_class(len(self.names)), self.labels)
-    return visualize.index_picture(label, self.names, palette)
+    return visualize.index_picture(self._index, self.names, palette)
 
   def save(self, directory, stem: str | None = None, **options) -> list[pathlib.Path]:
     """Writes `<stem>_overlay.png`, `<stem>_labels.png` and `<stem>.json`.
@@ -209,8 +218,9 @@ class Segmentation:
       The paths, in this order.
     """
     stem = stem or pathlib.Path(self.file).stem or "picture"
-    label = np.where(self.labels < 0, visualize.no_class(len(self.names)), self.labels)
-    written = visualize.save_prediction(directory, stem, self.image, label, self.names, **options)
+    written = visualize.save_prediction(
+      directory, stem, self.image, self._index, self.names, **options
+    )
     path = pathlib.Path(directory) / f"{stem}.json"
     write_json(path, self.summary())
     return [*written, path]
@@ -406,12 +416,11 @@ def _config_of_run(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     raise InputError(f"{workdir}: expected the workdir of a run, with a config.json; train first")
   try:
     config = json.loads(path.read_text())["config"]
-    fields = config["eval"]["crop"], config["data"]["short_side"], config["method"]
+    _ = config["eval"]["crop"], config["data"]["short_side"], config["method"]
   except (ValueError, KeyError, TypeError):
     raise InputError(
       f"{path}: expected the whole config of a segmentation run; repeat the run with this version"
     ) from None
-  del fields
   return ml_collections.ConfigDict(_with_tuples(config))
 
 
