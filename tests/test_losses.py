@@ -91,6 +91,7 @@ def test_all_ignored_is_finite():
 
 
 def test_rows_per_chunk_divides():
-  assert losses.rows_per_chunk(1, 512, 512, 20) == 512
-  assert 512 % losses.rows_per_chunk(8, 512, 512, 156) == 0
-  assert losses.rows_per_chunk(8, 7, 10**9, 156) == 1
+  assert losses.rows_per_chunk(1, 512, 512, 20, 32) == 64
+  assert losses.rows_per_chunk(1, 512, 512, 20, 512) == 512
+  assert 512 % losses.rows_per_chunk(8, 512, 512, 156, 32) == 0
+  assert losses.rows_per_chunk(8, 7, 10**9, 156, 32) == 1
