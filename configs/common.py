@@ -119,8 +119,8 @@ def segmentation(
   c.synonyms = "mean"  # of names like "sea, ocean": first, mean, max or joined
   c.method = "rpn"  # "rpn", or "training_free": CLIP as it is
   c.dtype = "float32"  # compute type of the tower: float32 or bfloat16; prompts stay float32
-  # What blocks recompute in the backward pass, for less memory and more time: "none", "dots" (all
-  # but products with weights) or "full".
+  # What blocks recompute in the backward pass, for less memory and more time: "none", "dots" (the
+  # MLP and the norms) or "full".
   c.remat = "none"
   c.matmul_precision = "default"  # of float32 matrix products: default, high or highest
   c.parallel = "shard_map"  # how the step is spread over devices: "shard_map" (jit) or "pmap"

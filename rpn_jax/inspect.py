@@ -152,7 +152,7 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
     "forward": measure(forward, dict(zip(("params", "prompts"), merged)), data["image"]),
   }
   state = TrainState(jnp.int32(0), prompts, jax.jit(optimizer.init)(prompts))
-  jitted = jax.jit(one_step, donate_argnums=0)
+  jitted = jax.jit(one_step, donate_argnums=0, compiler_options=parallel.compiler_options())
   result["train_step"] = measure(jitted, state, params, data, key, donated=0)
   for part in ("forward", "train_step"):
     result[part]["images_per_second"] = batch / result[part]["seconds"]

@@ -5,6 +5,7 @@ on the devices, runs the step, and brings state and metrics back as plain numpy.
 """
 
 import contextlib
+import ctypes
 import functools
 import glob
 import importlib.util
@@ -26,14 +27,41 @@ PRECISIONS = ("default", "high", "highest")
 
 
 def lean_cpu() -> None:
-  """Half the memory on CPUs; call it before JAX first looks for devices.
+  """A fraction of the memory on CPUs; call it before JAX first looks for devices.
 
   By default XLA schedules operations there as early as they can run and keeps their results, which
-  was measured to make nothing faster (docs/benchmarks.md).
+  was measured to make nothing faster (docs/benchmarks.md). And of what compiling a training step
+  took, glibc would keep 0.2 GB for later.
   """
   flag, given = "--xla_cpu_enable_concurrency_optimized_scheduler", os.environ.get("XLA_FLAGS", "")
   if flag not in given:
     os.environ["XLA_FLAGS"] = f"{given} {flag}=false".strip()
+  _watch_compilations()
+
+
+@functools.cache
+def _watch_compilations() -> None:
+  if sys.platform != "linux":
+    return
+  trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+
+  def give_memory_back(event, seconds, **_):
+    if seconds > 1 and event == "/jax/core/compile/backend_compile_duration":
+      trim(0)
+
+  if trim:
+    jax.monitoring.register_event_duration_secs_listener(give_memory_back)
+
+
+def compiler_options() -> dict[str, str] | None:
+  """For the training step: XLA keeps optimization barriers on CPUs, too, until it has scheduled.
+
+  By default it takes them out before, and then computes again at once what `remat` would have
+  computed late, and adds up late what should be added up at once (docs/benchmarks.md).
+  """
+  if jax.default_backend() != "cpu":
+    return None
+  return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 @contextlib.contextmanager
@@ -216,6 +244,7 @@ class ShardMap:
       in_shardings=(self.state_sharding, self.whole, self.whole, self.split, self.whole),
       out_shardings=(self.state_sharding, self.whole),
       donate_argnums=0,
+      compiler_options=compiler_options(),
     )
     self._gather = jax.jit(lambda tree: tree, out_shardings=self.whole)
 

@@ -13,16 +13,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-# The value CLIP was trained with (PyTorch's default); Flax's own default is 1e-6.
-LAYER_NORM_EPSILON = 1e-5
+from rpn_jax.models.layers import ACTIVATIONS, LAYER_NORM_EPSILON, LayerNorm, attend
 
-ACTIVATIONS = {
-  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
-
-# What is stored of a block for the backward pass; without an entry here, everything.
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names("dot"), "full": None}
+# What is stored of a block, beside its input, for the backward pass; without an entry, everything.
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names("attention"), "full": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +67,6 @@ class CLIPConfig:
     return self.image_size // self.patch_size
 
 
-def layer_norm(name: str | None = None, epsilon: float = LAYER_NORM_EPSILON) -> nn.LayerNorm:
-  # float32 statistics whatever the compute type: bf16 loses the mean of wide activations.
-  return nn.LayerNorm(
-    epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name
-  )
-
-
 def resize_grid(grid_hxwxD: jax.Array, height: int, width: int) -> jax.Array:
   """Bilinear resize of the two leading axes, align_corners=False, no antialias."""
   if grid_hxwxD.shape[:2] == (height, width):
@@ -96,34 +83,6 @@ def resize_positions(positions_NxD: jax.Array, height: int, width: int) -> jax.A
   grid = rearrange(positions_NxD[1:], "(h w) d -> h w d", h=side)
   grid = rearrange(resize_grid(grid, height, width), "h w d -> (h w) d")
   return jnp.concatenate([positions_NxD[:1], grid])
-
-
-# Numbers of one layer's attention maps above which a CPU takes one head after another: 16 MB.
-MAP_ELEMENTS = 2**22
-
-
-def attend(q_BxNxHxd, k_BxNxHxd, v_BxNxHxd, causal: bool = False):
-  """softmax(q kᵀ / √d) v for every head: (B, N, H, d).
-
-  On a CPU, where all maps of 512 x 512 images would go through main memory several times, heads
-  are taken one by one and their maps computed again in the backward pass (docs/benchmarks.md).
-  """
-  batch, tokens, heads, depth = q_BxNxHxd.shape
-  large = batch * heads * tokens**2 > MAP_ELEMENTS
-  if causal or not large or jax.default_backend() != "cpu":
-    return jax.nn.dot_product_attention(q_BxNxHxd, k_BxNxHxd, v_BxNxHxd, is_causal=causal)
-
-  @jax.checkpoint
-  def one_head(qkv):
-    q, k, v = qkv
-    scores = (q * depth**-0.5 @ k.T).astype(jnp.float32)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    total = weights.sum(-1, keepdims=True)
-    return ((weights.astype(v.dtype) @ v) / total).astype(v.dtype)
-
-  split = "b n h d -> (b h) n d"
-  maps = jax.lax.map(one_head, [rearrange(x, split) for x in (q_BxNxHxd, k_BxNxHxd, v_BxNxHxd)])
-  return rearrange(maps, "(b h) n d -> b n h d", h=heads)
 
 
 def untuned(site, x, y):
@@ -144,7 +103,7 @@ class Attention(nn.Module):
     "value" each token keeps its own, and "key" returns the keys (B, N, D) themselves."""
     width = x_BxNxD.shape[-1]
     qkv = nn.Dense(3 * width, dtype=self.dtype, name="in_proj")(x_BxNxD)
-    qkv = checkpoint_name(tune("in_proj", x_BxNxD, qkv), "dot")
+    qkv = checkpoint_name(tune("in_proj", x_BxNxD, qkv), "attention")
     self.sow("intermediates", "qkv", qkv)
     q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
     maps = {"qk": [(q, k)], "qq": [(q, q)], "qq_kk": [(q, q), (k, k)], "value": [], "key": []}
@@ -156,7 +115,7 @@ class Attention(nn.Module):
       v = sum(attend(a, b, v, causal) for a, b in maps[kind])
     v = rearrange(v, "b n h d -> b n (h d)")
     out = nn.Dense(width, dtype=self.dtype, name="out_proj")(v)
-    return checkpoint_name(tune("out_proj", v, out), "dot")
+    return checkpoint_name(tune("out_proj", v, out), "attention")
 
 
 class MLP(nn.Module):
@@ -167,7 +126,7 @@ class MLP(nn.Module):
   def __call__(self, x_BxNxD, tune=untuned):
     width = x_BxNxD.shape[-1]
     hidden = nn.Dense(4 * width, dtype=self.dtype, name="c_fc")(x_BxNxD)
-    hidden = checkpoint_name(tune("c_fc", x_BxNxD, hidden), "dot")
+    hidden = tune("c_fc", x_BxNxD, hidden)
     hidden = ACTIVATIONS[self.activation](hidden)
     return tune("c_proj", hidden, nn.Dense(width, dtype=self.dtype, name="c_proj")(hidden))
 
@@ -190,13 +149,13 @@ class Block(nn.Module):
     """
     x, tune = x_BxNxD, tune or untuned
     attend = Attention(self.heads, self.dtype, name="attn")
-    normed = tune("ln_1", x, layer_norm("ln_1", self.epsilon)(x))
+    normed = tune("ln_1", x, LayerNorm(self.epsilon, name="ln_1")(x))
     attended = attend(normed, attention, causal, tune).astype(x.dtype)
     if not residual:
       return attended
     x = x + attended
     mlp = MLP(self.activation, self.dtype, name="mlp")
-    normed = tune("ln_2", x, layer_norm("ln_2", self.epsilon)(x))
+    normed = tune("ln_2", x, LayerNorm(self.epsilon, name="ln_2")(x))
     return x + mlp(normed, tune).astype(x.dtype)
 
 
@@ -206,13 +165,10 @@ class VisionTransformer(nn.Module):
   Attributes:
     config: the architecture.
     dtype: compute type of matrix products and of the residual stream.
-    remat: what each block recomputes in the backward pass instead of storing it: "none", "dots"
-      (all but the products with its weights) or "full".
   """
 
   config: CLIPConfig
   dtype: Any = jnp.float32
-  remat: str = "none"
 
   def setup(self):
     c = self.config
@@ -227,13 +183,10 @@ class VisionTransformer(nn.Module):
     )
     plain = c.vision == "vit"
     epsilon = 1e-6 if plain else LAYER_NORM_EPSILON
-    self.ln_pre = None if plain else layer_norm()
-    block = Block
-    if self.remat != "none":
-      block = nn.remat(Block, static_argnums=(2, 3, 4), policy=REMAT_POLICIES[self.remat])
+    self.ln_pre = None if plain else LayerNorm()
     settings = (c.vision_heads, "gelu" if plain else c.activation, self.dtype, epsilon)
-    self.block = [block(*settings) for _ in range(c.vision_layers)]
-    self.ln_post = layer_norm(epsilon=epsilon)
+    self.block = [Block(*settings) for _ in range(c.vision_layers)]
+    self.ln_post = LayerNorm(epsilon)
     if not plain:
       self.proj = self.param("proj", init, (c.vision_width, c.embed_dim))
 
@@ -297,7 +250,7 @@ class TextTransformer(nn.Module):
       "position_embedding", nn.initializers.normal(0.01), (c.context_length, c.text_width)
     )
     self.block = [Block(c.text_heads, c.activation, self.dtype) for _ in range(c.text_layers)]
-    self.ln_final = layer_norm()
+    self.ln_final = LayerNorm()
     self.projection = self.param(
       "projection", nn.initializers.normal(c.text_width**-0.5), (c.text_width, c.embed_dim)
     )

@@ -27,7 +27,8 @@ import numpy as np
 from einops import rearrange
 
 from rpn_jax.models import prompts
-from rpn_jax.models.clip import ACTIVATIONS, LAYER_NORM_EPSILON, CLIPConfig, attend
+from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.models.layers import ACTIVATIONS, attend
 
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
 uniform_start = nn.initializers.lecun_uniform()
@@ -186,22 +187,16 @@ class SideBlock(nn.Module):
   @nn.compact
   def __call__(self, x_BxNxD):
     width = x_BxNxD.shape[-1]
-    qkv = dense(3 * width, "in_proj", self.dtype)(side_norm("ln_1")(x_BxNxD))
+    qkv = dense(3 * width, "in_proj", self.dtype)(prompts.LayerNorm(name="ln_1")(x_BxNxD))
     q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
     attended = rearrange(attend(q, k, v), "b n h d -> b n (h d)")
     x = x_BxNxD + dense(width, "out_proj", self.dtype)(attended)
-    hidden = dense(4 * width, "c_fc", self.dtype)(side_norm("ln_2")(x))
+    hidden = dense(4 * width, "c_fc", self.dtype)(prompts.LayerNorm(name="ln_2")(x))
     return x + dense(width, "c_proj", self.dtype)(ACTIVATIONS[self.activation](hidden))
 
 
 def dense(features, name, dtype, kernel_init=uniform_start):
   return prompts.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
-
-
-def side_norm(name):
-  return prompts.LayerNorm(
-    epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name
-  )
 
 
 class LadderSide(nn.Module):
@@ -231,7 +226,8 @@ class LadderSide(nn.Module):
       side = SideBlock(
         self.clip.vision_heads, self.clip.activation, self.dtype, name=f"block_{i}"
       )(side).astype(self.dtype)
-    return dense(self.clip.vision_width, "up", self.dtype, zeros)(side_norm("norm")(side))
+    side = prompts.LayerNorm(name="norm")(side)
+    return dense(self.clip.vision_width, "up", self.dtype, zeros)(side)
 
 
 def variables(params: dict, tree: dict) -> dict:

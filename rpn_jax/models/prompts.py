@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rpn_jax.models import layers
+
 COLLECTION = "prompts"
 
 
@@ -59,8 +61,10 @@ class Dense(PromptParams, nn.Dense):
   """`nn.Dense` in `prompts`."""
 
 
-class LayerNorm(PromptParams, nn.LayerNorm):
-  """`nn.LayerNorm` in `prompts`."""
+class LayerNorm(PromptParams, layers.LayerNorm):
+  """`layers.LayerNorm` in `prompts`."""
+
+  trained: bool = True
 
 
 class Conv(PromptParams, nn.Conv):

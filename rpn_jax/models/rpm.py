@@ -160,7 +160,4 @@ class LPM(nn.Module):
     """LN(Linear(x)), the norm in float32."""
     dense = prompts.torch_dense(features, x.shape[-1], self.dtype, kernel_init)
     x = dense.copy(name=f"{name}_proj")(x)
-    norm = prompts.LayerNorm(
-      epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=f"{name}_norm"
-    )
-    return norm(x)
+    return prompts.LayerNorm(name=f"{name}_norm")(x)

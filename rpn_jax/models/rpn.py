@@ -15,7 +15,13 @@ from einops import rearrange
 
 from rpn_jax.errors import InputError
 from rpn_jax.models import peft, prompts, rpm
-from rpn_jax.models.clip import CLIPConfig, VisionTransformer, l2_normalize, resize_grid
+from rpn_jax.models.clip import (
+  REMAT_POLICIES,
+  CLIPConfig,
+  VisionTransformer,
+  l2_normalize,
+  resize_grid,
+)
 
 # Fields of words, and the words; those of `tuner` are joined by "+".
 WORDS = {
@@ -112,7 +118,8 @@ class RPN(nn.Module):
     clip: architecture of the frozen tower.
     config: see RPNConfig.
     dtype: compute type of the tower and of the head's matrix products.
-    remat: what the tower's blocks recompute in the backward pass, see VisionTransformer.
+    remat: what the tower's blocks compute again in the backward pass instead of storing it: "none",
+      "dots" (the MLP and the norms, so that only attention's products are stored) or "full".
   """
 
   clip: CLIPConfig
@@ -122,7 +129,7 @@ class RPN(nn.Module):
 
   def setup(self):
     c, width, layers = self.config, self.clip.vision_width, self.clip.vision_layers
-    self.visual = VisionTransformer(self.clip, self.dtype, self.remat)
+    self.visual = VisionTransformer(self.clip, self.dtype)
     if not c.head.startswith("tfpm"):
       self.head = rpm.LPM(c.head, self.dtype)
     if self.clip.vision == "vit":
@@ -139,9 +146,7 @@ class RPN(nn.Module):
     if not c.prompted:
       return
     # Epsilon 1e-6 as released (the tower's own norms have 1e-5).
-    self.prompt_norm = prompts.LayerNorm(
-      epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False
-    )
+    self.prompt_norm = prompts.LayerNorm(epsilon=1e-6)
     self.prompt_proj = prompts.torch_dense(
       width, width, self.dtype, nn.initializers.normal((2 / width) ** 0.5)
     )
@@ -194,7 +199,8 @@ class RPN(nn.Module):
       hidden.append(x)
       if "lst" in c.tuners and i == self.clip.vision_layers - 1:
         x = x + self.lst(hidden)
-      patches, cls = self.read_out(x)
+      z = self.read_out(x)
+      patches, cls = z[:, 1:], z[:, 0]
       self.sow("intermediates", "patches", patches)
       self.sow("intermediates", "cls", cls)
       relationship = None
@@ -202,7 +208,7 @@ class RPN(nn.Module):
         slot = self.prompting.index(i)
         if c.m2oe != "none" and c.itp != "no_pixel":
           mixed = self.m2oe[slot](x[:, 1:], grid, first_example)
-          patches = self.read_out(mixed, class_token=False)
+          patches = self.read_out(mixed)
         m = rpm.itp(patches, cls, text_CxE, c.itp)
         relationship = rpm.apg(m, self.h_of(slot, grid))
         if c.apg == "linear":
@@ -234,26 +240,42 @@ class RPN(nn.Module):
       keys = [prompts.example_keys(self.make_rng("dropout"), first_example, batch) for _ in extra]
       extra = [prompts.dropout(e, rate, k) for e, k in zip(extra, keys)]
     extra = [e.astype(x.dtype) for e in extra]
-    cls, patches = x[:, :1], x[:, 1:]
+    if first_example is not None:
+      # The gradients of prompts are taken from those of the tokens before these are passed on:
+      # XLA's CPU scheduler would keep the tokens' of every layer to the end.
+      x, extra = jax.lax.optimization_barrier((x, extra))
     if relationship_BxCxD is not None and self.config.combine != "cat":
       mean = extra.pop().mean(1, keepdims=True)
       # A bare product would erase the patches, since prompts start small.
-      patches = patches + mean if self.config.combine == "add" else patches * (1 + mean)
+      add = self.config.combine == "add"
+      patches = x[:, 1:] + mean if add else x[:, 1:] * (1 + mean)
+      x = jnp.concatenate([x[:, :1], patches], axis=1)
+    block = RPN.joined_block
+    if self.remat != "none":
+      block = nn.remat(block, static_argnums=1, policy=REMAT_POLICIES[self.remat])
+    return block(self, i, x, extra)
+
+  def joined_block(self, i, x_BxNxD, extra: list):
+    """Block i on [CLS, extra, patches] -> [CLS, patches]."""
     count = sum(e.shape[1] for e in extra)
-    x = jnp.concatenate([cls, *extra, patches], axis=1)
+    x = jnp.concatenate([x_BxNxD[:, :1], *extra, x_BxNxD[:, 1:]], axis=1)
     x = self.visual.run_block(i, x, tune=self.tune(f"block_{i}"))
     self.sow("intermediates", "hidden", x)
     return jnp.concatenate([x[:, :1], x[:, 1 + count :]], axis=1)
 
-  def read_out(self, x_BxNxD, class_token: bool = True):
-    """z = L2norm(ln_post(prompt_norm(x)) proj): patches (B, N, E) and the class token (B, E)."""
-    if self.config.prompted:
-      x_BxNxD = self.prompt_norm(x_BxNxD)
-    z = self.visual.project(x_BxNxD, self.tune("stem"))
+  def read_out(self, x_BxNxD):
+    """z = L2norm(ln_post(prompt_norm(x)) proj) of every token: (B, N, E)."""
+    z = self.project(x_BxNxD)
     if self.clip.vision == "vit":
       z = self.joint(z).astype(jnp.float32)
-    z = l2_normalize(z)
-    return (z[:, 1:], z[:, 0]) if class_token else z
+    return l2_normalize(z)
+
+  # In the backward pass the first norm is computed again for the second, not stored.
+  @nn.remat
+  def project(self, x_BxNxD):
+    if self.config.prompted:
+      x_BxNxD = self.prompt_norm(x_BxNxD)
+    return self.visual.project(x_BxNxD, self.tune("stem"))
 
   def h_of(self, slot, grid):
     """h of a layer (Eq. 3) on the token grid: (N, D)."""
