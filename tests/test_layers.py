@@ -46,7 +46,9 @@ def test_norm_computes_in_float32():
 
 
 def test_heads_one_by_one_are_all_heads_at_once(monkeypatch):
+  # Five of the tokens are only looked at.
   q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 9, 4, 8))
+  q = q[:, :4]
   loss = lambda x: (layers.attend(*x) ** 2).sum()
   plain = layers.attend(q, k, v), jax.grad(loss)((q, k, v))
   monkeypatch.setattr(layers, "MAP_ELEMENTS", 0)

@@ -11,7 +11,7 @@ import pytest
 from configs import common
 from rpn_jax import losses
 from rpn_jax.models import prompts, rpm
-from rpn_jax.models.clip import CLIP, CLIPConfig, VisionTransformer, l2_normalize
+from rpn_jax.models.clip import CLIP, Block, CLIPConfig, VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.step import init_prompts
 
@@ -241,3 +241,22 @@ def test_exact_gelu_differs_from_quick():
   exact = VisionTransformer(CLIPConfig(**{**vars(TINY), "activation": "gelu"}))
   difference = np.abs(exact.apply(params, image) - VisionTransformer(TINY).apply(params, image))
   assert 0 < difference.max() < 0.1
+
+
+def test_extra_tokens_are_looked_at_only():
+  """A block on x and extra tokens gives x what it gives it when they are among its tokens."""
+  x, extra = jax.random.normal(jax.random.key(0), (2, 5, 16)), jnp.ones((2, 3, 16))
+  block = Block(heads=2, activation="quick_gelu")
+  variables = block.init(jax.random.key(1), x)
+  bias = variables["params"]["attn"]["in_proj"]["bias"]
+  variables["params"]["attn"]["in_proj"]["bias"] = jax.random.normal(jax.random.key(2), bias.shape)
+
+  def joined(x, extra):
+    y = block.apply(variables, jnp.concatenate([x[:, :1], extra, x[:, 1:]], axis=1))
+    return jnp.concatenate([y[:, :1], y[:, 4:]], axis=1)
+
+  apart = lambda x, extra: block.apply(variables, x, extra_BxPxD=extra)
+  gradient = lambda f: jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1))(x, extra)
+  for got, want in zip((apart(x, extra), *gradient(apart)), (joined(x, extra), *gradient(joined))):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  assert np.abs(apart(x, extra) - block.apply(variables, x)).max() > 0.01

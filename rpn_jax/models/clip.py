@@ -1,7 +1,7 @@
 """CLIP (Radford et al., 2021): both towers, purely functional, parameters in `params`.
 
-Shape letters: B batch, N tokens, D tower width, E joint embedding, T text length,
-H/W pixels, h/w patch grid.
+Shape letters: B batch, N tokens, P extra tokens, D tower width, E joint embedding,
+T text length, H/W pixels, h/w patch grid.
 """
 
 import dataclasses
@@ -98,14 +98,24 @@ class Attention(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x_BxNxD, kind: str = "qk", causal: bool = False, tune=untuned):
+  def __call__(
+    self, x_BxNxD, kind: str = "qk", causal: bool = False, tune=untuned, extra_BxPxD=None
+  ):
     """`kind` names the softmax maps that are summed over the values: "qk", "qq" or "qq_kk"; with
-    "value" each token keeps its own, and "key" returns the keys (B, N, D) themselves."""
+    "value" each token keeps its own, and "key" returns the keys (B, N, D) themselves.
+
+    Extra tokens have keys and values only: they are looked at, and nothing is returned for them.
+    """
     width = x_BxNxD.shape[-1]
-    qkv = nn.Dense(3 * width, dtype=self.dtype, name="in_proj")(x_BxNxD)
-    qkv = checkpoint_name(tune("in_proj", x_BxNxD, qkv), "attention")
+    in_proj = nn.Dense(3 * width, dtype=self.dtype, name="in_proj")
+    project = lambda x: checkpoint_name(tune("in_proj", x, in_proj(x)), "attention")
+    split = lambda qkv: rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
+    qkv = project(x_BxNxD)
     self.sow("intermediates", "qkv", qkv)
-    q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
+    q, k, v = split(qkv)
+    if extra_BxPxD is not None:
+      _, *more = split(project(extra_BxPxD))
+      k, v = (jnp.concatenate(pair, axis=1) for pair in zip((k, v), more))
     maps = {"qk": [(q, k)], "qq": [(q, q)], "qq_kk": [(q, q), (k, k)], "value": [], "key": []}
     if kind not in maps:
       raise ValueError(f"attention kind must be one of {sorted(maps)}, got {kind!r}")
@@ -141,16 +151,25 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BxNxD, attention: str = "qk", causal: bool = False, residual: bool = True, tune=None
+    self,
+    x_BxNxD,
+    attention: str = "qk",
+    causal: bool = False,
+    residual: bool = True,
+    tune=None,
+    extra_BxPxD=None,
   ):
-    """Without `residual` only what the attention returns: no residual connection, no MLP.
+    """(B, N, D) -> (B, N, D). Extra tokens are looked at by the others, but not computed further.
 
+    Without `residual` only what the attention returns: no residual connection, no MLP.
     `tune(site, x, y)` may change what the projection or norm `site` makes of x.
     """
     x, tune = x_BxNxD, tune or untuned
+    ln_1 = LayerNorm(self.epsilon, name="ln_1")
+    norm = lambda x: tune("ln_1", x, ln_1(x))
+    extra = None if extra_BxPxD is None else norm(extra_BxPxD)
     attend = Attention(self.heads, self.dtype, name="attn")
-    normed = tune("ln_1", x, LayerNorm(self.epsilon, name="ln_1")(x))
-    attended = attend(normed, attention, causal, tune).astype(x.dtype)
+    attended = attend(norm(x), attention, causal, tune, extra).astype(x.dtype)
     if not residual:
       return attended
     x = x + attended
@@ -207,8 +226,11 @@ class VisionTransformer(nn.Module):
       x = tune("ln_pre", x, self.ln_pre(x))
     return x.astype(self.dtype), (h, w)
 
-  def run_block(self, i: int, x_BxNxD, attention: str = "qk", residual: bool = True, tune=None):
-    return self.block[i](x_BxNxD, attention, False, residual, tune)
+  def run_block(
+    self, i: int, x_BxNxD, attention: str = "qk", residual: bool = True, tune=None, extra_BxPxD=None
+  ):
+    """See `Block`."""
+    return self.block[i](x_BxNxD, attention, False, residual, tune, extra_BxPxD)
 
   def project(self, x_BxNxD, tune=untuned):
     """`ln_post`, then the projection into the joint space: (..., D) -> (..., E) float32.

@@ -4,7 +4,8 @@ Automatic differentiation would keep several arrays of each: what a sigmoid was 
 what came out, the input of a norm with and without its mean. The tower is frozen, so its matrix
 products need no stored input, and these arrays would be most of a training step's memory.
 
-Shape letters: N tokens, D width, H heads (of all images), d width of a head.
+Shape letters: N tokens, M tokens that are looked at, D width, H heads (of all images), d width of a
+head.
 """
 
 import functools
@@ -83,32 +84,32 @@ normalize.defvjp(normalize_forward, normalize_backward)
 MAP_ELEMENTS = 2**22
 
 
-def attend(q_BxNxHxd, k_BxNxHxd, v_BxNxHxd, causal: bool = False):
+def attend(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, causal: bool = False):
   """softmax(q kᵀ / √d) v for every head: (B, N, H, d).
 
   On a CPU, where all maps of 512 x 512 images would go through main memory several times, heads
   are taken one by one (docs/benchmarks.md).
   """
   batch, tokens, heads, _ = q_BxNxHxd.shape
-  large = batch * heads * tokens**2 > MAP_ELEMENTS
+  large = batch * heads * tokens * k_BxMxHxd.shape[1] > MAP_ELEMENTS
   if causal or not large or jax.default_backend() != "cpu":
-    return jax.nn.dot_product_attention(q_BxNxHxd, k_BxNxHxd, v_BxNxHxd, is_causal=causal)
+    return jax.nn.dot_product_attention(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, is_causal=causal)
   split = lambda x: rearrange(x, "b n h d -> (b h) n d")
-  out = attend_by_head(split(q_BxNxHxd), split(k_BxNxHxd), split(v_BxNxHxd))
+  out = attend_by_head(split(q_BxNxHxd), split(k_BxMxHxd), split(v_BxMxHxd))
   return rearrange(out, "(b h) n d -> b n h d", h=heads)
 
 
 @jax.custom_vjp
-def attend_by_head(q_HxNxd, k_HxNxd, v_HxNxd):
+def attend_by_head(q_HxNxd, k_HxMxd, v_HxMxd):
   """softmax(q kᵀ / √d) v, one head after another: (H, N, d).
 
   Of a map only the logarithm of each row's sum is stored; the backward pass computes it again
   from that, without its product with v (FlashAttention, Dao et al., 2022).
   """
-  return attend_forward(q_HxNxd, k_HxNxd, v_HxNxd)[0]
+  return attend_forward(q_HxNxd, k_HxMxd, v_HxMxd)[0]
 
 
-def attend_forward(q_HxNxd, k_HxNxd, v_HxNxd):
+def attend_forward(q_HxNxd, k_HxMxd, v_HxMxd):
   def one_head(qkv):
     q, k, v = qkv
     scores = (q * q.shape[-1] ** -0.5 @ k.T).astype(jnp.float32)
@@ -118,28 +119,27 @@ def attend_forward(q_HxNxd, k_HxNxd, v_HxNxd):
     out = ((weights.astype(v.dtype) @ v) / total).astype(v.dtype)
     return out, (largest + jnp.log(total))[:, 0]
 
-  out, log_total = jax.lax.map(one_head, (q_HxNxd, k_HxNxd, v_HxNxd))
-  return out, (q_HxNxd, k_HxNxd, v_HxNxd, checkpoint_name(log_total, "attention"))
+  out, log_total = jax.lax.map(one_head, (q_HxNxd, k_HxMxd, v_HxMxd))
+  return out, (q_HxNxd, k_HxMxd, v_HxMxd, checkpoint_name(log_total, "attention"))
 
 
 def attend_backward(stored, g_HxNxd):
-  # Maps as keys x queries, and keys transposed beforehand, so that no product has a transposed map
-  # in it: these have a slower kernel. The barrier keeps that copy of the keys out of the forward
-  # pass.
-  q_HxNxd, k_HxNxd, v_HxNxd, log_total_HxN = stored
+  # Maps as M x N, and keys transposed beforehand, so that no product has a transposed map in it:
+  # these have a slower kernel. The barrier keeps that copy of the keys out of the forward pass.
+  q_HxNxd, k_HxMxd, v_HxMxd, log_total_HxN = stored
   scale = q_HxNxd.shape[-1] ** -0.5
-  k_HxNxd, g_HxNxd = jax.lax.optimization_barrier((k_HxNxd, g_HxNxd))
+  k_HxMxd, g_HxNxd = jax.lax.optimization_barrier((k_HxMxd, g_HxNxd))
 
   def one_head(arrays):
-    q, k, v, log_total, g, k_dxN = arrays
+    q, k, v, log_total, g, k_dxM = arrays
     q = q * scale
     weights = jnp.exp((k @ q.T).astype(jnp.float32) - log_total)
     scores = (v @ g.T).astype(jnp.float32)
     scores = (weights * (scores - (weights * scores).sum(0))).astype(q.dtype)
-    return k_dxN @ scores * scale, scores @ q, weights.astype(g.dtype) @ g
+    return k_dxM @ scores * scale, scores @ q, weights.astype(g.dtype) @ g
 
   dq_HxdxN, dk, dv = jax.lax.map(
-    one_head, (q_HxNxd, k_HxNxd, v_HxNxd, log_total_HxN, g_HxNxd, k_HxNxd.swapaxes(1, 2))
+    one_head, (q_HxNxd, k_HxMxd, v_HxMxd, log_total_HxN, g_HxNxd, k_HxMxd.swapaxes(1, 2))
   )
   return dq_HxdxN.swapaxes(1, 2), dk, dv
 

@@ -226,7 +226,10 @@ class RPN(nn.Module):
     return peft.Tune({name: tree[part] for name, tree in self.tuned.items() if part in tree})
 
   def prompted_block(self, i, x_BxNxD, relationship_BxCxD, first_example):
-    """Block i on [CLS, deep prompts, relationship prompts, patches]; prompt outputs dropped."""
+    """Block i on [CLS, patches], which look at deep and relationship prompts, too.
+
+    What the block would make of the prompts themselves is not used and not computed.
+    """
     x, batch = x_BxNxD, x_BxNxD.shape[0]
     extra = []
     if "vpt" in self.config.tuners:
@@ -250,18 +253,15 @@ class RPN(nn.Module):
       add = self.config.combine == "add"
       patches = x[:, 1:] + mean if add else x[:, 1:] * (1 + mean)
       x = jnp.concatenate([x[:, :1], patches], axis=1)
-    block = RPN.joined_block
+    block = RPN.run_block
     if self.remat != "none":
       block = nn.remat(block, static_argnums=1, policy=REMAT_POLICIES[self.remat])
-    return block(self, i, x, extra)
-
-  def joined_block(self, i, x_BxNxD, extra: list):
-    """Block i on [CLS, extra, patches] -> [CLS, patches]."""
-    count = sum(e.shape[1] for e in extra)
-    x = jnp.concatenate([x_BxNxD[:, :1], *extra, x_BxNxD[:, 1:]], axis=1)
-    x = self.visual.run_block(i, x, tune=self.tune(f"block_{i}"))
+    x = block(self, i, x, jnp.concatenate(extra, axis=1) if extra else None)
     self.sow("intermediates", "hidden", x)
-    return jnp.concatenate([x[:, :1], x[:, 1 + count :]], axis=1)
+    return x
+
+  def run_block(self, i, x_BxNxD, extra_BxPxD):
+    return self.visual.run_block(i, x_BxNxD, tune=self.tune(f"block_{i}"), extra_BxPxD=extra_BxPxD)
 
   def read_out(self, x_BxNxD):
     """z = L2norm(ln_post(prompt_norm(x)) proj) of every token: (B, N, E)."""
