@@ -111,12 +111,12 @@ def child(folder: pathlib.Path, what: str, dtype: str, remat: str) -> dict:
     state = TrainState(jnp.int32(0), prompts, jax.jit(optimizer.init)(prompts))
     arguments, donated = [state, params, data, jax.random.key(0)], 0
     del prompts
-  if what == "forward":
-    np.save(folder / "jax.npy", np.asarray(function(*arguments), np.float32))
   result = inspect.measure(function, *arguments, donated=donated, timed=case["seconds"])
   device = jax.devices()[0]
   statistics = device.memory_stats() or {}
   own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  if what == "forward":
+    np.save(folder / "jax.npy", np.asarray(function(*arguments), np.float32))
   return {
     **result,
     "peak_bytes": statistics.get("peak_bytes_in_use", own),
