@@ -310,7 +310,7 @@ class Progress:
     self._bar = None
     self._postfix = ""
     self._done = self._lined_done = 0
-    self._lined_at = time.monotonic()
+    self._lined_at, self._rate = time.monotonic(), 0.0
     isatty = getattr(self._stream, "isatty", None)
     if isatty is not None and isatty() and not _silent:
       from tqdm import tqdm
@@ -358,12 +358,16 @@ class Progress:
     self.close()
 
   def _line(self, now: float) -> None:
-    # The rate since the last line: that of the whole run would include compilation for hours.
-    rate = (self._done - self._lined_done) / (now - self._lined_at)
+    # The rate since the last line: that of the whole run would include compilation for hours. The
+    # first unit may be hardly anything else, and an evaluation may lie between two lines.
+    since = (self._done - self._lined_done) / (now - self._lined_at)
+    rate, self._rate = max(since, self._rate), since
     count = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
-    parts = [f"{self._desc}: {count} {self._unit}", f"{rate:.3g} {self._unit}/s"]
-    if self._total is not None and rate > 0:
-      parts.append(f"{_duration((self._total - self._done) / rate)} left")
+    parts = [f"{self._desc}: {count} {self._unit}"]
+    if self._done > 1:
+      parts.append(f"{rate:.3g} {self._unit}/s")
+      if self._total is not None and rate > 0:
+        parts.append(f"{_duration((self._total - self._done) / rate)} left")
     if self._postfix:
       parts.append(self._postfix)
     print(", ".join(parts), file=self._stream, flush=True)

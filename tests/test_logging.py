@@ -164,6 +164,19 @@ def test_progress_writes_a_line_every_ten_seconds(clock, capsys):
   assert lines[1] == "train: 20/100 step, 1 step/s, 1:20 left, loss=0.123, top1=0.5"
 
 
+def test_progress_forgets_compilation_and_a_pause(clock, capsys):
+  steps = progress(100, "train", "step")
+  for seconds in (600, *[1] * 10, 1000, *[1] * 10):
+    clock.now += seconds
+    steps.update()
+  assert capsys.readouterr().err.splitlines() == [
+    "train: 1/100 step",
+    "train: 11/100 step, 1 step/s, 1:29 left",
+    "train: 12/100 step, 1 step/s, 1:28 left",
+    "train: 22/100 step, 1 step/s, 1:18 left",
+  ]
+
+
 def test_progress_of_a_total_and_of_a_generator(clock, capsys):
   with progress(3, "download", "MB") as bar:
     clock.now = 20
@@ -174,7 +187,7 @@ def test_progress_of_a_total_and_of_a_generator(clock, capsys):
   clock.now = 40
   assert list(generator) == [0, 1]
   lines = capsys.readouterr().err.splitlines()
-  assert lines == ["download: 2/3 MB, 0.1 MB/s, 0:10 left", "read: 1 file, 0.05 file/s"]
+  assert lines == ["download: 2/3 MB, 0.1 MB/s, 0:10 left", "read: 1 file"]
 
 
 def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
