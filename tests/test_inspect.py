@@ -5,6 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rpn_jax import inspect
+from rpn_jax.models import layers
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -33,6 +39,20 @@ def test_a_small_network(tmp_path):
   for cost in (forward, step):
     assert cost["images_per_second"] > 0 and cost["temporary_bytes"] > 0
   assert (result["classes"], result["batch"], result["side"]) == (5, 2, 32)
+
+
+def test_operations_of_loops_and_of_what_is_computed_again():
+  """One head after another is as many products as all at once; a gradient has two for each."""
+  q = jnp.ones((2, 7, 4, 8))
+  count = lambda f, *a: inspect.operations(jax.make_jaxpr(f)(*a).jaxpr)
+  by_head = lambda q: layers.attend_by_head(*[q.reshape(8, 7, 8)] * 3)
+  products = 2 * (2 * 4) * 7 * 7 * 8
+  assert count(by_head, q) == count(lambda q: layers.attend(q, q, q), q) == 2 * products
+  # Forward two, and of the backward pass one that computes the map again and four.
+  assert count(jax.grad(lambda q: by_head(q).sum()), q) == 7 * products
+  image, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((4, 4, 3, 5))
+  conv = nn.Conv(5, (4, 4), strides=(4, 4), padding="VALID", use_bias=False)
+  assert count(lambda x: conv.apply({"params": {"kernel": kernel}}, x), image) == 2 * 4 * 48 * 5
 
 
 def test_wrong_words_are_named():
