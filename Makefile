@@ -27,7 +27,7 @@ docs: $(VENV)/.run
 
 # The ablations of docs/results.md: every row of every table, three seeds; hours on two cores.
 ablations: $(VENV)/.run
-	$(RUN) -m rpn_jax.sweep all --jobs=2
+	$(RUN) -m rpn_jax sweep all --jobs=2
 
 # Speed and memory of the network; TORCH=a Python that has torch, to compare with.
 bench: $(VENV)/.run

@@ -45,37 +45,38 @@ def parse_flags(argv):
 def run() -> None:
   """Joins data and model. Imports are here so that --help and mistyped flags answer at once."""
   from data_pipelines import datasets
-  from rpn_jax import classify, evaluate, parallel, predict, pretrain, prompts_file, train
+  from rpn_jax import devices
+  from rpn_jax.tasks import classify, evaluate, export, predict, pretrain, train
 
   config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
-  with parallel.session(FLAGS.distributed, config.get("matmul_precision", "default")):
+  with devices.runtime(FLAGS.distributed, config.get("matmul_precision", "default")):
     if config.task == "pretrain":
       pretrain.pretrain(config, workdir, **datasets.captions(config))
     elif FLAGS.mode == "train":
-      train.train(config, workdir, datasets.load(config, parallel.process()))
+      train.train(config, workdir, datasets.load(config, devices.process()))
     elif FLAGS.mode == "eval":
       evaluate.run(config, workdir, datasets.load_evaluations(config))
     elif FLAGS.mode == "export":
-      prompts_file.export(config, workdir, datasets.load(config).names)
+      export.export(config, workdir, datasets.load(config).names)
     else:
       action = {"predict": predict.predict, "classify": classify.classify}[FLAGS.mode]
       action(config, workdir, FLAGS.image, FLAGS.classes)
 
 
 def main(argv) -> None:
-  from data_pipelines.errors import DataError
-  from rpn_jax import errors, logging
+  from rpn_jax.base import console
+  from rpn_jax.base.errors import InputError
 
   if len(argv) > 1:
     fail(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
-  logging.set_loudness(FLAGS.quiet, FLAGS.verbose)
+  console.set_verbosity(FLAGS.quiet, FLAGS.verbose)
   try:
     run()
-    print(logging.contents(FLAGS.workdir))
+    print(console.describe_workdir(FLAGS.workdir))
   except KeyboardInterrupt:
     print("interrupted: the same command goes on with what is done", file=sys.stderr)
     sys.exit(130)
-  except (errors.InputError, DataError, OSError) as error:  # OSError: a disk or a path, no bug
+  except (InputError, OSError) as error:  # OSError: a disk or a path, no bug
     if FLAGS.verbose:
       raise
     fail(str(error))

@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from PIL import Image
 
 from data_pipelines import pipeline, prepare, transforms, vocabularies
-from rpn_jax.logging import progress, table
+from rpn_jax.base.console import progress, table
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("images", 400, "Pictures of the generated set")

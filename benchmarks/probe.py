@@ -15,10 +15,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from data_pipelines import datasets
-from rpn_jax import evaluate
-from rpn_jax.experiment import Experiment
-from rpn_jax.logging import table
+from rpn_jax.base.console import table
+from rpn_jax.inference import evaluation
+from rpn_jax.inference.predictor import Experiment
 from rpn_jax.models.rpn import RPN
+from rpn_jax.tasks import evaluate
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Config of the run")
@@ -36,7 +37,7 @@ def main(argv) -> None:
   examples = data.eval_examples()
 
   def scores():
-    return evaluate.evaluate(experiment.evaluator(prompts, data), examples, data).scores
+    return evaluation.evaluate(experiment.evaluator(prompts, data), examples, data).scores
 
   rows = {"as trained": scores()}
   trained = experiment.model

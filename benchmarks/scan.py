@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from rpn_jax import inspect, parallel
-from rpn_jax.logging import progress, table
+from rpn_jax import devices
+from rpn_jax.analysis import costs
+from rpn_jax.base.console import progress, table
 from rpn_jax.models.clip import Block
 
 FLAGS = flags.FLAGS
@@ -22,9 +23,9 @@ TOKENS = 1 + (512 // 16) ** 2
 
 def main(argv) -> None:
   del argv
-  parallel.lean_cpu()
-  clip = inspect.BACKBONES["b16"]
-  tower = inspect.random_tower(clip, jax.random.key(0))["visual"]
+  devices.configure_cpu()
+  clip = costs.BACKBONES["b16"]
+  tower = costs.random_tower(clip, jax.random.key(0))["visual"]
   layers = [tower[f"block_{i}"] for i in range(clip.vision_layers)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
   block = Block(clip.vision_heads, clip.activation)
@@ -42,13 +43,13 @@ def main(argv) -> None:
           x = one(x, p)
       return (x**2).mean()
 
-    return jax.jit(jax.grad(loss), compiler_options=parallel.compiler_options())
+    return jax.jit(jax.grad(loss), compiler_options=devices.compiler_options())
 
   rows = []
   cases = [(kind, remat) for remat in ("none", "full") for kind in ("unrolled", "scan")]
   for kind, remat in progress(cases, "bench", "case"):
     params = jax.device_put(stacked if kind == "scan" else layers)
-    got = inspect.measure(gradient(kind, remat), x, params, timed=FLAGS.seconds)
+    got = costs.measure(gradient(kind, remat), x, params, timed=FLAGS.seconds)
     rows.append([
       kind, remat, f"{got['seconds']:.2f}", f"{got['temporary_bytes'] / 2**20:,.0f}",
       f"{got['seconds_to_compile']:.1f}",

@@ -26,10 +26,12 @@ import numpy as np
 from absl import app, flags, logging
 
 from configs import coco_stuff, voc
-from rpn_jax import inspect, losses, optim, parallel
-from rpn_jax.logging import progress, table
+from rpn_jax import devices
+from rpn_jax.analysis import costs
+from rpn_jax.base.console import progress, table
 from rpn_jax.models.rpn import RPN, RPNConfig
-from rpn_jax.step import TrainState, init_prompts, train_step
+from rpn_jax.training import losses, optim
+from rpn_jax.training.step import TrainState, init_prompts, train_step
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("cases", ["voc"], "Of voc, coco and voc_l14")
@@ -59,17 +61,17 @@ def config_of(case: str):
 def write_case(folder: pathlib.Path, case: str, what: str, batch: int) -> None:
   """Weights, pictures and settings for the children."""
   _, backbone, tested, trained = CASES[case]
-  config, clip_config = config_of(case), inspect.BACKBONES[backbone]
+  config, clip_config = config_of(case), costs.BACKBONES[backbone]
   classes = trained if what == "train" else tested
   side = config.data.crop
-  tower = inspect.random_tower(clip_config, jax.random.key(0))
+  tower = costs.random_tower(clip_config, jax.random.key(0))
   text = np.random.default_rng(1).normal(size=(classes, clip_config.embed_dim))
   text = np.float32(text / np.linalg.norm(text, axis=-1, keepdims=True))
   model = RPN(clip_config, RPNConfig(**config.model))
   prompts = jax.device_get(init_prompts(model, tower, text[:2], jax.random.key(1), side))
   tree = {"tower": tower["visual"], "prompts": prompts}
   np.savez(folder / "weights.npz", **flax.traverse_util.flatten_dict(tree, sep="/"))
-  np.savez(folder / "data.npz", text=text, **inspect.random_batch(batch, side, classes))
+  np.savez(folder / "data.npz", text=text, **costs.random_batch(batch, side, classes))
   settings = {
     "case": case,
     "heads": clip_config.vision_heads,
@@ -86,7 +88,7 @@ def child(folder: pathlib.Path, what: str, dtype: str, remat: str) -> dict:
   """One measurement of JAX, in this process."""
   case = json.loads((folder / "case.json").read_text())
   config = config_of(case["case"])
-  clip_config = inspect.BACKBONES[CASES[case["case"]][1]]
+  clip_config = costs.BACKBONES[CASES[case["case"]][1]]
   flat = dict(np.load(folder / "weights.npz"))
   tree = jax.device_put(flax.traverse_util.unflatten_dict(flat, sep="/"))
   del flat
@@ -106,12 +108,12 @@ def child(folder: pathlib.Path, what: str, dtype: str, remat: str) -> dict:
         model=model, optimizer=optimizer, loss_fn=losses.sigmoid_loss,
       )  # fmt: skip
 
-    options = parallel.compiler_options()
+    options = devices.compiler_options()
     function = jax.jit(function, donate_argnums=0, compiler_options=options)
     state = TrainState(jnp.int32(0), prompts, jax.jit(optimizer.init)(prompts))
     arguments, donated = [state, params, data, jax.random.key(0)], 0
     del prompts
-  result = inspect.measure(function, *arguments, donated=donated, timed=case["seconds"])
+  result = costs.measure(function, *arguments, donated=donated, timed=case["seconds"])
   device = jax.devices()[0]
   statistics = device.memory_stats() or {}
   own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -195,7 +197,7 @@ HEADS = [
 def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
-  parallel.lean_cpu()
+  devices.configure_cpu()
   if FLAGS.child:
     result = child(pathlib.Path(FLAGS.child), FLAGS.what[0], FLAGS.dtype, FLAGS.remat[0])
     print(json.dumps(result))

@@ -1,7 +1,7 @@
 """The paper's ablations as named changes of one recipe, a row of a table each.
 
     python main.py --config=configs/ablations.py:table5_itp_no_image,dataset=shapes --workdir=…
-    python -m rpn_jax.sweep table5 --config=configs/ablations.py:dataset=shapes --seeds=3
+    python -m rpn_jax sweep table5 --config=configs/ablations.py:dataset=shapes --seeds=3
 
 The first argument is TABLE_ROW; the others:
 
@@ -10,7 +10,7 @@ The first argument is TABLE_ROW; the others:
 
 Every row is the `paper` preset but for what it names. The paper says which rows there are, not
 everything about them: what was read into it is in docs/method.md. Table 12 needs weights that
-`rpn_jax.plain_vit` converts, so it is not for the embedded world.
+`python -m rpn_jax convert_vit` converts, so it is not for the embedded world.
 """
 
 import difflib

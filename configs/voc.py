@@ -3,7 +3,7 @@
     python main.py --config=configs/voc.py:setting=zero_shot --workdir=runs/voc
 
 Prepare the data first: python -m data_pipelines.prepare voc --manual_dir=RAW --data_dir=data
-(docs/data.md), and CLIP: python -m rpn_jax.convert ViT-B-16.pt weights/ViT-B-16.safetensors.
+(docs/data.md), and CLIP: python -m rpn_jax convert ViT-B-16.pt weights/ViT-B-16.safetensors.
 Arguments: setting=zero_shot|transductive|supervised, preset=paper|released,
 backbone=b16|l14, runlocal.
 

@@ -9,8 +9,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from data_pipelines.builder import RawExample, SegmentationBuilder, need
-from data_pipelines.errors import DataError
-from data_pipelines.limits import check_size
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.pixels import check_size
 
 _SPLITS = {"train": "training", "val": "validation"}
 _SHORT_SIDE = 512
@@ -45,7 +45,7 @@ ADE20K_2021_17_01/images/ADE/{training,validation}/**/*_seg.png"""
       # By name: the folders in between are kinds of scenes.
       images = sorted(here.rglob("*.jpg"), key=lambda path: path.name)
       if not images:
-        raise DataError(
+        raise InputError(
           f"{here}: expected .jpg files in folders of scenes, got none; {self.obtain}"
         )
       splits[split] = [_example(path) for path in images]
@@ -75,7 +75,7 @@ def _read_objects(path: pathlib.Path) -> np.ndarray:
   with Image.open(path) as file:
     check_size(path, file.size)
     if file.mode != "RGB":
-      raise DataError(
+      raise InputError(
         f"{path}: expected object ids in the colours of an RGB picture, got mode {file.mode}; "
         "fetch the file again"
       )

@@ -16,8 +16,8 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 
 from data_pipelines import vocabularies
-from data_pipelines.errors import DataError
-from data_pipelines.limits import check_size
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.pixels import check_size
 
 _ORIENTATION = 0x0112  # EXIF tag
 
@@ -72,7 +72,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     """Split -> raw files in a fixed order. Opens index files only.
 
     Raises:
-      DataError: a file or folder is missing; says which, where it belongs and where to get it.
+      InputError: a file or folder is missing; says which, where it belongs and where to get it.
     """
 
   def allowed(self) -> np.ndarray | None:
@@ -93,12 +93,12 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     """The record of one raw example: image bytes, label uint8 or uint16 [H,W], id.
 
     Raises:
-      DataError: an unreadable file, an image and a label of two sizes, a label out of range.
+      InputError: an unreadable file, an image and a label of two sizes, a label out of range.
     """
     label = self._read_label(raw)
     image, encoded = _read_image(raw.image, label.shape, self.obtain)
     if (image.height, image.width) != label.shape:
-      raise DataError(
+      raise InputError(
         f"{raw.label}: expected a label of its image's size, {image.width}x{image.height} as in "
         f"{raw.image}, got {label.shape[1]}x{label.shape[0]}; check that the two belong together"
       )
@@ -112,20 +112,20 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     try:
       label = read_index_image(raw.label) if raw.read_label is None else raw.read_label()
     except FileNotFoundError as error:
-      raise DataError(
+      raise InputError(
         f"{raw.label}: expected the label of {raw.image}, got no such file; {self.obtain}"
       ) from error
     except Exception as error:  # damage surfaces as a dozen kinds
-      if isinstance(error, DataError):
+      if isinstance(error, InputError):
         raise
-      raise DataError(
+      raise InputError(
         f"{raw.label}: expected a readable label file, got {_short(error)}; fetch it again"
       ) from error
     allowed = self.allowed_values
     if allowed is not None and not allowed[label].all():
       wrong = np.unique(label[~allowed[label]])
       listed = np.flatnonzero(allowed)
-      raise DataError(
+      raise InputError(
         f"{raw.label}: expected label values {_spans(listed)}, got "
         f"{', '.join(map(str, wrong[:5]))} on {int((~allowed[label]).sum())} pixels; check that "
         f"the file belongs to {self.title}"
@@ -174,18 +174,18 @@ def read_index_image(path: pathlib.Path) -> np.ndarray:
   """A picture file whose pixels are ids, uint8 or uint16 [H,W]; palettes give their indices.
 
   Raises:
-    DataError: a colour picture.
+    InputError: a colour picture.
   """
   with Image.open(path) as file:
     check_size(path, file.size)
     if file.mode not in ("L", "P", "1", "I;16", "I;16B", "I"):
-      raise DataError(
+      raise InputError(
         f"{path}: expected a label picture of one channel (grey or palette), got mode "
         f"{file.mode}; store class ids, not colours"
       )
     label = np.array(file)
   if label.dtype == np.int32 and (label.min(initial=0) < 0 or label.max(initial=0) > 65535):
-    raise DataError(f"{path}: expected ids 0…65535, got {label.min()}…{label.max()}")
+    raise InputError(f"{path}: expected ids 0…65535, got {label.min()}…{label.max()}")
   return label.astype(np.uint8 if label.dtype in (np.uint8, bool) else np.uint16)
 
 
@@ -193,10 +193,10 @@ def need(path: pathlib.Path, what: str, obtain: str) -> pathlib.Path:
   """The path, if it is there.
 
   Raises:
-    DataError: it is not; names it, what it is for and where to get it.
+    InputError: it is not; names it, what it is for and where to get it.
   """
   if not path.exists():
-    raise DataError(f"{path}: expected {what}, got no such file or folder; {obtain}")
+    raise InputError(f"{path}: expected {what}, got no such file or folder; {obtain}")
   return path
 
 
@@ -206,12 +206,12 @@ def listed(
   """The folder's files with one of the (lower-case) suffixes, sorted by name.
 
   Raises:
-    DataError: no such folder, or none of these files in it.
+    InputError: no such folder, or none of these files in it.
   """
   need(folder, what, obtain)
   files = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes)
   if not files:
-    raise DataError(f"{folder}: expected {what}, got no {' or '.join(suffixes)} file; {obtain}")
+    raise InputError(f"{folder}: expected {what}, got no {' or '.join(suffixes)} file; {obtain}")
   return files
 
 
@@ -235,11 +235,11 @@ def _read_image(
         image = ImageOps.exif_transpose(file)
       image = image.convert("RGB")
   except FileNotFoundError as error:
-    raise DataError(f"{path}: expected a picture, got no such file; {obtain}") from error
+    raise InputError(f"{path}: expected a picture, got no such file; {obtain}") from error
   except Exception as error:  # damage surfaces as a dozen kinds
-    if isinstance(error, DataError):
+    if isinstance(error, InputError):
       raise
-    raise DataError(
+    raise InputError(
       f"{path}: expected a readable picture, got {_short(error)}; fetch the file again"
     ) from error
   as_is = (kind == "JPEG" and mode in ("RGB", "L")) or (kind == "PNG" and mode == "RGB")

@@ -10,9 +10,9 @@ from pycocotools import mask as coco_mask
 
 from data_pipelines import vocabularies
 from data_pipelines.builder import RawExample, SegmentationBuilder, need, read_index_image
-from data_pipelines.errors import DataError
-from data_pipelines.limits import check_size
 from data_pipelines.pascal import read_names
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.pixels import check_size
 
 # All that is read of trainval_merged.json; its parts, boundaries and occlusions are far larger.
 _KEPT = {"images", "image_id", "file_name", "phase", "height", "width"}
@@ -52,7 +52,7 @@ VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt"""
     if annotations.exists():
       return self._from_annotations(annotations, images)
     if not pictures.is_dir():
-      raise DataError(
+      raise InputError(
         f"{annotations}: expected the labels of PASCAL Context, got neither this file nor "
         f"{pictures}; {self.obtain}"
       )
@@ -89,7 +89,7 @@ VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt"""
         splits[image["phase"]].append(RawExample(picture.stem, picture, path, paint))
     except (OSError, ArithmeticError, LookupError, RecursionError, ValueError, TypeError,
             AttributeError) as error:  # fmt: skip
-      raise DataError(
+      raise InputError(
         f"{path}: expected the annotations of PASCAL in Detail (images, annos_segmentation), got "
         f"{type(error).__name__} ({error}); fetch it again: {self.obtain}"
       ) from error
@@ -108,7 +108,7 @@ def _paint(path: pathlib.Path, name: str, annotations: list, shape: tuple[int, i
     for annotation in annotations:
       label[_mask(annotation["segmentation"], shape)] = annotation["category_id"]
   except Exception as error:  # pycocotools raises any kind, Exception itself among them
-    raise DataError(
+    raise InputError(
       f"{path}: expected masks of {name} as RLE or polygons on {shape[1]}x{shape[0]} pixels, got "
       f"{type(error).__name__} ({error}); fetch the file again"
     ) from error
@@ -140,7 +140,7 @@ def _read_picture(path: pathlib.Path) -> np.ndarray:
   """uint16 [H,W] in the numbering of 459 of a picture with values 0…59."""
   label = read_index_image(path)
   if label.max(initial=0) > 59:
-    raise DataError(
+    raise InputError(
       f"{path}: expected 0 (background) to 59, got {label.max()}; convert trainval_merged.json anew"
     )
   ids = vocabularies.load(Context.vocabulary).ids

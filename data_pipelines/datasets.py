@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import grain
 
 from data_pipelines import folder, pipeline, prepare, shapes, transforms, vocabularies
-from data_pipelines.errors import DataError
+from rpn_jax.base.errors import InputError
 
 # Class counts and splits of a data set are its vocabulary's; several may share prepared files.
 # name of config.data.name -> name for data_pipelines.prepare
@@ -74,7 +74,7 @@ def load(config, process: tuple[int, int] = (0, 1)) -> SegmentationData:
       batch. Evaluation examples are shared out by who evaluates.
 
   Raises:
-    DataError: an unknown name or setting, bad data, or a set that is not prepared.
+    InputError: an unknown name or setting, bad data, or a set that is not prepared.
   """
   _known("config.data.setting", config.data.setting, SETTINGS)
   return _open(config, config.data.name, config.data.setting, process)
@@ -97,7 +97,7 @@ def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
   seen, unseen = vocabulary.seen, vocabulary.unseen
   count = len(vocabulary.names)
   if setting != "supervised" and not unseen:
-    raise DataError(
+    raise InputError(
       f"config.data.setting={setting!r} needs a split into seen and unseen classes and {name} has "
       "none; use config.data.setting='supervised'"
     )
@@ -123,7 +123,7 @@ def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
 
   def train_batches(start_step: int) -> Iterator[dict]:
     if vocabulary.num_classes < count:
-      raise DataError(
+      raise InputError(
         f"{name} is for evaluation: {count} names are scored as {vocabulary.num_classes} classes; "
         "train on a set whose names are its classes"
       )
@@ -206,4 +206,4 @@ def captions(config) -> dict:
 def _known(field: str, value: str, known: tuple[str, ...]) -> None:
   if value not in known:
     near = difflib.get_close_matches(value, known, 1, 0.0)[0]
-    raise DataError(f"{field}={value!r} is not known; did you mean {near!r}? Known: {known}")
+    raise InputError(f"{field}={value!r} is not known; did you mean {near!r}? Known: {known}")

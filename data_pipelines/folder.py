@@ -8,8 +8,8 @@ import numpy as np
 
 from data_pipelines import prepare, vocabularies
 from data_pipelines.builder import RawExample, SegmentationBuilder, listed, need
-from data_pipelines.errors import DataError
 from data_pipelines.limits import MAX_TEXT_BYTES
+from rpn_jax.base.errors import InputError
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _SPLITS = ("train", "val")
@@ -49,7 +49,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
       return _split(_pairs(images, labels, self.obtain), images)
     stray = [p for p in images.iterdir() if p.suffix.lower() in _PICTURES]
     if stray:
-      raise DataError(
+      raise InputError(
         f"{stray[0]}: expected pictures in images/train and images/val or all in images, got both; "
         "move this one into one of the two"
       )
@@ -65,14 +65,14 @@ def vocabulary(data_dir: str | pathlib.Path, name: str) -> vocabularies.Vocabula
   """The class names of a prepared folder.
 
   Raises:
-    DataError: no folder is prepared under this name.
+    InputError: no folder is prepared under this name.
   """
   path = prepare.prepared_folder("folder", data_dir, name) / "names.json"
   try:
     classes = json.loads(path.read_text(encoding="utf-8"))
     return vocabularies.of_names("folder", classes["names"], classes["unseen"])
   except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-    raise DataError(
+    raise InputError(
       f"{path}: expected the names of a prepared folder, got {type(error).__name__}; "
       f"delete {path.parent} and prepare it again"
     ) from error
@@ -82,7 +82,7 @@ def _read_classes(manual_dir: pathlib.Path, obtain: str) -> vocabularies.Vocabul
   path = need(manual_dir / "names.txt", "the class names, one per line", obtain)
   names, unseen = _read_lines(path), []
   if len(names) > vocabularies.IGNORE_WIDE:
-    raise DataError(
+    raise InputError(
       f"{path}: expected at most {vocabularies.IGNORE_WIDE} names, got {len(names)}; "
       "masks have 16 bits"
     )
@@ -91,7 +91,7 @@ def _read_classes(manual_dir: pathlib.Path, obtain: str) -> vocabularies.Vocabul
     unknown = [name for name in unseen if name not in names]
     if unknown or len(unseen) == len(names):
       got = f"{unknown[0]!r}, which is not one" if unknown else "all of them"
-      raise DataError(
+      raise InputError(
         f"{manual_dir / 'unseen.txt'}: expected some of the names in names.txt, got {got}; "
         "write them as there"
       )
@@ -101,18 +101,18 @@ def _read_classes(manual_dir: pathlib.Path, obtain: str) -> vocabularies.Vocabul
 def _read_lines(path: pathlib.Path) -> list[str]:
   """Names of a text file, none blank and none twice, since the line number is the id."""
   if path.stat().st_size > MAX_TEXT_BYTES:
-    raise DataError(f"{path}: expected at most {MAX_TEXT_BYTES >> 20} MiB of names; shorten it")
+    raise InputError(f"{path}: expected at most {MAX_TEXT_BYTES >> 20} MiB of names; shorten it")
   try:
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
   except UnicodeDecodeError as error:
-    raise DataError(f"{path}: expected text in UTF-8, got other bytes; save it anew") from error
+    raise InputError(f"{path}: expected text in UTF-8, got other bytes; save it anew") from error
   if not lines:
-    raise DataError(f"{path}: expected one name per line, got an empty file; write the names")
+    raise InputError(f"{path}: expected one name per line, got an empty file; write the names")
   first = {}
   for number, line in enumerate(lines, 1):
     if not line or first.setdefault(line, number) != number:
       got = f"{line!r} in lines {first[line]} and {number}" if line else f"none in line {number}"
-      raise DataError(f"{path}: expected a name of its own in every line, got {got}; correct it")
+      raise InputError(f"{path}: expected a name of its own in every line, got {got}; correct it")
   return lines
 
 
@@ -123,18 +123,18 @@ def _pairs(images: pathlib.Path, labels: pathlib.Path, obtain: str) -> list[RawE
   by_name = {}
   for picture in pictures:
     if picture.stem in by_name:
-      raise DataError(
+      raise InputError(
         f"{picture}: expected one picture of this name, got {by_name[picture.stem].name} too; "
         "rename one and its mask"
       )
     if picture.stem not in masks:
-      raise DataError(
+      raise InputError(
         f"{labels / picture.stem}.png: expected the mask of {picture}, got no such file; {obtain}"
       )
     by_name[picture.stem] = picture
   for name, mask in masks.items():
     if name not in by_name:
-      raise DataError(
+      raise InputError(
         f"{images / name}.*: expected the picture of {mask}, got no such file; {obtain}"
       )
   return [RawExample(name, by_name[name], masks[name]) for name in sorted(by_name)]
@@ -143,7 +143,7 @@ def _pairs(images: pathlib.Path, labels: pathlib.Path, obtain: str) -> list[RawE
 def _split(examples: list[RawExample], images: pathlib.Path) -> dict[str, list[RawExample]]:
   """A tenth for val, at least one: those whose names hash lowest."""
   if len(examples) < 2:
-    raise DataError(
+    raise InputError(
       f"{images}: expected at least two pictures, one to train on and one to test on, got one"
     )
   order = sorted(examples, key=lambda raw: hashlib.sha256(raw.id.encode()).digest())

@@ -8,15 +8,15 @@ import numpy as np
 
 from data_pipelines import matlab
 from data_pipelines.builder import need
-from data_pipelines.errors import DataError
 from data_pipelines.limits import MAX_TEXT_BYTES
+from rpn_jax.base.errors import InputError
 
 
 def read_names(path: pathlib.Path, what: str, obtain: str) -> list[str]:
   """The image names of a list file, one per line, sorted and without repetition.
 
   Raises:
-    DataError: no such file, or no text with names.
+    InputError: no such file, or no text with names.
   """
   need(path, what, obtain)
   try:
@@ -24,14 +24,14 @@ def read_names(path: pathlib.Path, what: str, obtain: str) -> list[str]:
       raise OSError("too long")
     names = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()} - {""}
   except (OSError, UnicodeDecodeError) as error:
-    raise DataError(
+    raise InputError(
       f"{path}: expected {what}, one name a line, got {type(error).__name__}; fetch it again: "
       f"{obtain}"
     ) from error
   if not names:
-    raise DataError(f"{path}: expected {what}, got an empty file; fetch it again: {obtain}")
+    raise InputError(f"{path}: expected {what}, got an empty file; fetch it again: {obtain}")
   if paths := [name for name in names if re.search(r"[/\\\0]", name)]:
-    raise DataError(f"{path}: expected names of images, got the path {paths[0][:60]!r}; refused")
+    raise InputError(f"{path}: expected names of images, got the path {paths[0][:60]!r}; refused")
   return sorted(names)
 
 
@@ -39,24 +39,24 @@ def read_matrix(path: pathlib.Path, field: str, obtain: str) -> np.ndarray:
   """The label map of a MATLAB file, uint8 or uint16 [H,W]; `field` is "variable" or "struct.field".
 
   Raises:
-    DataError: a damaged file, or one without such a label map.
+    InputError: a damaged file, or one without such a label map.
     FileNotFoundError: no such file.
   """
   content = path.read_bytes()
   try:
     label = matlab.read(content, field)
   except (ValueError, zlib.error, MemoryError) as error:
-    raise DataError(
+    raise InputError(
       f"{path}: expected a MATLAB file with {field}, got {type(error).__name__} "
       f"({' '.join(str(error).split())}); fetch it again: {obtain}"
     ) from error
   if label is None:
-    raise DataError(
+    raise InputError(
       f"{path}: expected {field} as a matrix of numbers, got something else; fetch it again: "
       f"{obtain}"
     )
   if label.ndim != 2 or label.dtype not in (np.uint8, np.uint16):
-    raise DataError(
+    raise InputError(
       f"{path}: expected {field} as a uint8 or uint16 matrix, got {label.dtype} {label.shape}; "
       f"fetch it again: {obtain}"
     )

@@ -16,8 +16,8 @@ import grain
 import numpy as np
 from PIL import Image
 
-from data_pipelines.errors import DataError
-from data_pipelines.limits import check_size
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.pixels import check_size
 
 Example = dict[str, Any]
 
@@ -33,10 +33,10 @@ def check_example(example: Example, where: str = "") -> Example:
     image uint8 [H,W,3], label unsigned or signed integers [H,W] (if given), id str.
 
   Raises:
-    DataError: an undecodable or misshapen image or label, or two that differ in size.
+    InputError: an undecodable or misshapen image or label, or two that differ in size.
   """
   if "image" not in example:
-    raise DataError(f"{where or 'example'}: expected keys image, label, id, got {sorted(example)}")
+    raise InputError(f"{where or 'example'}: expected keys image, label, id, got {sorted(example)}")
   name = example.get("id", where)
   name = name.decode() if isinstance(name, bytes) else str(name)
   checked = {"image": _to_rgb(_decode(example["image"], name, "image"), name), "id": name}
@@ -45,12 +45,12 @@ def check_example(example: Example, where: str = "") -> Example:
     if label.ndim == 3 and label.shape[-1] == 1:
       label = label[..., 0]
     if label.ndim != 2 or label.dtype.kind not in "ui":
-      raise DataError(
+      raise InputError(
         f"example {name}: expected a label of integers [H,W], got {label.dtype} "
         f"{list(label.shape)}; store class ids, one channel"
       )
     if label.shape != checked["image"].shape[:2]:
-      raise DataError(
+      raise InputError(
         f"example {name}: expected label and image of one size, got label {_size(label)} and "
         f"image {_size(checked['image'])}; check that the two files belong together"
       )
@@ -72,10 +72,10 @@ def _decode(value, name: str, what: str) -> np.ndarray:
       if what == "image":
         file = file.convert("RGB")
       return np.array(file)
-  except DataError:
+  except InputError:
     raise
   except Exception as error:  # Pillow raises a dozen kinds on damaged files
-    raise DataError(
+    raise InputError(
       f"example {name}: expected a readable {what} file, got {len(value)} bytes that do not "
       f"decode ({error}); fetch the file again"
     ) from error
@@ -85,12 +85,12 @@ def _to_rgb(image: np.ndarray, name: str) -> np.ndarray:
   """uint8 [H,W], [H,W,1], [H,W,3] or CMYK [H,W,4] -> uint8 [H,W,3]."""
   channels = image.shape[-1] if image.ndim == 3 else 1
   if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
-    raise DataError(
+    raise InputError(
       f"example {name}: expected an image uint8 [H,W,3] (or grey, or CMYK), got {image.dtype} "
       f"{list(image.shape)}; convert it in the source"
     )
   if not image.size:
-    raise DataError(f"example {name}: expected pixels, got an empty image {list(image.shape)}")
+    raise InputError(f"example {name}: expected pixels, got an empty image {list(image.shape)}")
   if channels == 4:
     return np.array(Image.fromarray(image, "CMYK").convert("RGB"))
   if channels == 1:
@@ -111,11 +111,11 @@ class _CheckedSource:
     where = f"number {index}"
     try:
       example = self.source[index]
-    except DataError:
+    except InputError:
       raise
     # The source decodes with a library of its own choice: any exception means a bad record.
     except Exception as error:
-      raise DataError(
+      raise InputError(
         f"example {where}: expected a readable record, got {type(error).__name__}: "
         f"{' '.join(str(error).split())}; prepare the data set again"
       ) from error
@@ -152,7 +152,7 @@ class _ProcessSlice:
 
 def _for_training(transform: Callable, example: Example, rng: np.random.Generator) -> Example:
   if "label" not in example:
-    raise DataError(f"example {example['id']}: expected a label to train on, got none")
+    raise InputError(f"example {example['id']}: expected a label to train on, got none")
   example = transform(example, rng)
   return {"image": example["image"], "label": example["label"]}  # strings make no array
 
@@ -191,19 +191,19 @@ def train_batches(
     `close()`, to be called when workers > 0.
 
   Raises:
-    DataError: fewer examples than one batch, a batch that the processes cannot share evenly, or,
+    InputError: fewer examples than one batch, a batch that the processes cannot share evenly, or,
       while iterating, a bad example.
   """
   index, count = shard
   if not 0 <= index < count:
-    raise DataError(f"expected a shard (index, count) with 0 <= index < count, got {shard}")
+    raise InputError(f"expected a shard (index, count) with 0 <= index < count, got {shard}")
   if batch_size < 1 or batch_size % count:
-    raise DataError(
+    raise InputError(
       f"expected a batch size divisible by the {count} processes, got {batch_size}; "
       f"use a multiple of {count}"
     )
   if len(source) < batch_size:
-    raise DataError(
+    raise InputError(
       f"expected at least one batch of {batch_size} examples, got a source of {len(source)}; "
       "lower the batch size or check that the data set was prepared completely"
     )
@@ -276,10 +276,10 @@ def eval_examples(
     'id': str}. Sizes differ between examples.
 
   Raises:
-    DataError: a source without examples or, when reached, a bad example.
+    InputError: a source without examples or, when reached, a bad example.
   """
   if not len(source):
-    raise DataError("expected examples to evaluate on, got an empty source; check the split")
+    raise InputError("expected examples to evaluate on, got an empty source; check the split")
   dataset = grain.MapDataset.source(_CheckedSource(source)).map(transform)
   dataset = dataset[: limit or len(source)]
   return EvalExamples(dataset, grain.ReadOptions(num_threads, prefetch))

@@ -38,7 +38,7 @@ from array_record.python import array_record_module
 
 from data_pipelines import preview, shapes, vocabularies
 from data_pipelines.builder import RawExample, SegmentationBuilder
-from data_pipelines.errors import DataError
+from rpn_jax.base.errors import InputError
 
 # Loaded when asked for: one set's needs are not every set's.
 BUILDERS = {
@@ -80,7 +80,7 @@ def prepare(
     The prepared folder, with the records, summary.json and preview.png.
 
   Raises:
-    DataError: an unknown name or config, missing or bad raw files, a data_dir without room or
+    InputError: an unknown name or config, missing or bad raw files, a data_dir without room or
       permission, or another process that prepares this set.
   """
   if name == "shapes":
@@ -112,13 +112,13 @@ def prepared_folder(
   """The folder of a prepared data set.
 
   Raises:
-    DataError: it is not prepared, with the command that does it, or lacks files.
+    InputError: it is not prepared, with the command that does it, or lacks files.
   """
   builder_class = _builder_class(name)
   folder = _folder(builder_class, data_dir, _config_name(builder_class, config, data_dir))
   if not folder.exists():
     option = f" --config={shlex.quote(config)}" if config else ""
-    raise DataError(
+    raise InputError(
       f"expected {name} prepared in {folder}, got no such folder; run: "
       f"python -m data_pipelines.prepare {name}{option} --manual_dir=RAW_FILES "
       f"--data_dir={shlex.quote(str(data_dir))}"
@@ -139,7 +139,7 @@ def source(
     config: as given to `prepare`; a folder's name.
 
   Raises:
-    DataError: the set is not prepared or has no such split.
+    InputError: the set is not prepared or has no such split.
   """
   return Records(prepared_folder(name, data_dir, config), split)
 
@@ -159,7 +159,7 @@ class Records:
         split=split, decoders={"image": tfds.decode.SkipDecoding()}
       )
     except ValueError as error:
-      raise DataError(
+      raise InputError(
         f"{folder}: expected one of the splits {', '.join(builder.info.splits)} or a slice of one, "
         f"got {split!r}; correct the name or prepare the set with it"
       ) from error
@@ -203,7 +203,7 @@ def overview(data_dir: str | pathlib.Path) -> str:
 def _builder_class(name: str) -> type[SegmentationBuilder]:
   _known("data set", name, [*BUILDERS, "shapes"])
   if name == "shapes":
-    raise DataError("shapes: the embedded world is opened by data_pipelines.shapes.source")
+    raise InputError("shapes: the embedded world is opened by data_pipelines.shapes.source")
   module, _, cls = BUILDERS[name].partition(":")
   return getattr(importlib.import_module(module), cls)
 
@@ -211,7 +211,7 @@ def _builder_class(name: str) -> type[SegmentationBuilder]:
 def _raw(cls, manual_dir: str | pathlib.Path | None) -> pathlib.Path:
   if manual_dir is None or not pathlib.Path(manual_dir).is_dir():
     got = "none" if manual_dir is None else f"no folder {manual_dir}"
-    raise DataError(
+    raise InputError(
       f"expected the raw files of {cls.title} in --manual_dir, got {got}; "
       "python -m data_pipelines.prepare --list says which and where they are obtained"
     )
@@ -224,7 +224,7 @@ def _config_name(cls, config: str | None, data_dir: str | pathlib.Path = "") -> 
     slug = re.sub(r"\W+", "_", config or "").strip("_").lower()
     if not slug:
       there = [folder.parent.name for folder in _folders(cls, data_dir)]
-      raise DataError(
+      raise InputError(
         f"expected the name of a prepared folder, got {config!r}; prepared in {data_dir or '.'}: "
         f"{', '.join(there) or 'none'}"
       )
@@ -232,7 +232,7 @@ def _config_name(cls, config: str | None, data_dir: str | pathlib.Path = "") -> 
   configs = [c.name for c in cls.BUILDER_CONFIGS]
   if config is not None:
     if not configs:
-      raise DataError(f"{cls.name} has no configs, got {config!r}; leave it out")
+      raise InputError(f"{cls.name} has no configs, got {config!r}; leave it out")
     _known(f"config of {cls.name}", config, configs)
   return config or (configs[0] if configs else "")
 
@@ -262,7 +262,7 @@ def _builder(cls, data_dir: str | pathlib.Path, config: str) -> SegmentationBuil
 def _known(what: str, name: str, known: Iterable[str]) -> None:
   if name not in known:
     near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-    raise DataError(
+    raise InputError(
       f"{what} {name!r} is not known; did you mean {near!r}? Known: {', '.join(known)}"
     )
 
@@ -271,7 +271,7 @@ def _counts(folder: pathlib.Path) -> dict[str, int]:
   """Examples per split of a prepared folder.
 
   Raises:
-    DataError: files are missing or damaged.
+    InputError: files are missing or damaged.
   """
   try:
     splits = tfds.builder_from_directory(folder).info.splits
@@ -279,7 +279,7 @@ def _counts(folder: pathlib.Path) -> dict[str, int]:
   except Exception as error:  # TFDS fails in many ways on a damaged folder
     missing = [f"{type(error).__name__} in dataset_info.json"]
   if missing or not splits:
-    raise DataError(
+    raise InputError(
       f"{folder}: expected a prepared data set, got one without {(missing or ['splits'])[0]}; "
       "delete the folder and prepare it again"
     )
@@ -295,7 +295,7 @@ def _already(cls, folder: pathlib.Path, manual_dir: str | pathlib.Path | None) -
     made_from = None
   asked = None if manual_dir is None else str(pathlib.Path(manual_dir).resolve())
   if cls.name == "folder" and None not in (asked, made_from) and asked != made_from:
-    raise DataError(
+    raise InputError(
       f"{folder} was prepared from {made_from}, got {asked}; give the new one a name of its own "
       "with --config=NAME, or delete the old"
     )
@@ -309,7 +309,7 @@ def _already(cls, folder: pathlib.Path, manual_dir: str | pathlib.Path | None) -
 def _state(folder: pathlib.Path) -> str:
   try:
     return f"{_listed(_counts(folder))} in {folder}"
-  except DataError as error:
+  except InputError as error:
     return f"damaged: {error}"
 
 
@@ -328,20 +328,20 @@ def _list_examples(
   for split, raws in splits.items():
     repeated = [n for n, count in collections.Counter(r.id for r in raws).items() if count > 1]
     if repeated:
-      raise DataError(
+      raise InputError(
         f"{manual_dir}: expected {split} images of different names, got {repeated[0]} more than "
         "once; remove the copy"
       )
   for split, count in builder.counts.items():
     found = len(splits.get(split, ()))
     if found != count and not allow_partial:
-      raise DataError(
+      raise InputError(
         f"{manual_dir}: expected {count:,} {split} images of {builder.title}, got {found:,}; "
         f"{builder.obtain}; --allow_partial takes what is there"
       )
   splits = {split: raws for split, raws in splits.items() if raws}
   if not splits:
-    raise DataError(f"{manual_dir}: expected images of {builder.title}, got none")
+    raise InputError(f"{manual_dir}: expected images of {builder.title}, got none")
   return splits
 
 
@@ -555,7 +555,7 @@ def _storing(path: pathlib.Path):
   try:
     yield
   except (OSError, RuntimeError) as error:
-    raise DataError(
+    raise InputError(
       f"{path}: expected to write here, got {' '.join(str(error).split())}; see to room and "
       "permission and run the command again: finished shards are kept"
     ) from error
@@ -571,7 +571,7 @@ def _locked(path: pathlib.Path, folder: pathlib.Path):
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)
-      raise DataError(
+      raise InputError(
         f"{folder} is being prepared by {file.read() or 'another process'}; wait for it to end"
       ) from error
     file.truncate(0)
@@ -591,7 +591,7 @@ def _write_text(path: pathlib.Path, text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-  """The command; returns its exit status: 0, 2 after a DataError, 130 when interrupted."""
+  """The command; returns its exit status: 0, 2 after a InputError, 130 when interrupted."""
   parser = argparse.ArgumentParser(
     prog="python -m data_pipelines.prepare",
     description="Turns the raw files of a data set into checked records.",
@@ -621,7 +621,7 @@ def main(arguments: list[str] | None = None) -> int:
         config=args.config,
         allow_partial=args.allow_partial,
       )
-  except DataError as error:
+  except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:

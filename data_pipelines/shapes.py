@@ -23,7 +23,7 @@ import tqdm
 from absl import logging
 from PIL import Image
 
-from data_pipelines.errors import DataError
+from rpn_jax.base.errors import InputError
 
 # RGB anchors. Hues lie well apart and are saturated, while the grounds are dull:
 # grass is an olive green, sand a pale beige, water a blue-grey.
@@ -517,7 +517,7 @@ def prepare(data_dir: str | pathlib.Path, config: ShapesConfig | None = None) ->
       validation.
 
   Raises:
-    DataError: `data_dir` cannot be written to.
+    InputError: `data_dir` cannot be written to.
   """
   config = config or ShapesConfig()
   folder = _folder(data_dir, config)
@@ -532,7 +532,7 @@ def prepare(data_dir: str | pathlib.Path, config: ShapesConfig | None = None) ->
     # Another run may have written the same scenes meanwhile; they are the same to the bit.
     if _is_complete(folder, config):
       return folder
-    raise DataError(
+    raise InputError(
         f"expected a folder to write scenes to, got {data_dir!s} ({error}); "
         "choose a data_dir that is writable and has a few MiB of room"
     ) from error
@@ -574,20 +574,20 @@ def source(
     label holding indices into `CLASSES`.
 
   Raises:
-    DataError: the scenes are not there, or there is no such split.
+    InputError: the scenes are not there, or there is no such split.
   """
   config = config or ShapesConfig()
   folder = _folder(data_dir, config)
   with _quiet():
     if not _is_complete(folder, config):
-      raise DataError(
+      raise InputError(
           f"expected prepared scenes, got none or a part in {folder}; "
           "run data_pipelines.shapes.prepare first"
       )
     try:
       return _Scenes(tfds.builder_from_directory(folder).as_data_source(split=split))
     except ValueError as error:
-      raise DataError(
+      raise InputError(
           f'expected split "train" or "val" or a slice of one, got {split!r} for '
           f"{folder} ({error}); correct the name"
       ) from error

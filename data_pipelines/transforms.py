@@ -13,18 +13,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from data_pipelines.errors import DataError
+from rpn_jax.base import pixels
+from rpn_jax.base.errors import InputError
 
 # Label of a pixel that belongs to no class. Sets of more than 255 classes cannot use 255.
 IGNORE = 255
 IGNORE_WIDE = 65535
-
-# Per-channel (R, G, B) statistics of pixel values in [0, 1]. ImageNet's are the ones of the
-# released RPN, CLIP's are the ones CLIP was trained with.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _LABEL_VALUES = 65536  # every uint16
 _BYTES = np.arange(256, dtype=np.float32)
@@ -65,12 +59,12 @@ class LabelMap:
     raw = np.fromiter(ids.keys(), np.int64, len(ids))
     new = np.fromiter(ids.values(), np.int64, len(ids))
     if len(ids) and (min(raw.min(), new.min()) < 0 or raw.max() >= _LABEL_VALUES):
-      raise DataError(
+      raise InputError(
         f"expected raw label values in 0…{_LABEL_VALUES - 1} and class ids of 0 or more, got "
         f"raw {raw.min()}…{raw.max()} and ids from {new.min()}; correct the id table"
       )
     if len(ids) and new.max() > ignore:
-      raise DataError(
+      raise InputError(
         f"expected class ids below the ignore value {ignore}, got {new.max()}; "
         f"use ignore={IGNORE_WIDE} for sets of more than {IGNORE} classes"
       )
@@ -83,7 +77,7 @@ class LabelMap:
   def identity(cls, num_classes: int, *, ignore: int = IGNORE) -> "LabelMap":
     """Labels stay as they are; anything but 0…num_classes−1 and `ignore` is an error."""
     if num_classes > ignore:
-      raise DataError(
+      raise InputError(
         f"expected at most {ignore} classes with the ignore value {ignore}, got {num_classes}; "
         f"use ignore={IGNORE_WIDE}"
       )
@@ -94,7 +88,7 @@ class LabelMap:
     """Zero-shot training: a class id becomes its position in `seen`, unseen ones `ignore`."""
     wrong = [i for i in seen if not 0 <= i < num_classes]
     if wrong or len(set(seen)) != len(seen):
-      raise DataError(
+      raise InputError(
         f"expected distinct seen class ids in 0…{num_classes - 1}, got {wrong or list(seen)}"
       )
     ids = dict.fromkeys(range(num_classes), ignore)
@@ -118,7 +112,7 @@ class LabelMap:
       uint8 [H,W], or uint16 where `ignore` needs it.
 
     Raises:
-      DataError: a value that the table does not allow.
+      InputError: a value that the table does not allow.
     """
     if label.dtype not in (np.uint8, np.uint16):
       outside = (label < 0) | (label >= _LABEL_VALUES)
@@ -135,7 +129,7 @@ class LabelMap:
     allowed = allowed[allowed != self.ignore]
     span = f"{allowed.min()}…{allowed.max()} or {self.ignore}" if len(allowed) else self.ignore
     values = np.unique(label[wrong])
-    raise DataError(
+    raise InputError(
       f"example {example_id}: expected label values {span}, got "
       f"{', '.join(map(str, values[:5]))} on {int(wrong.sum())} pixels; "
       "check that the label file and the id table belong to the same data set"
@@ -161,17 +155,6 @@ def fit_size(height: int, width: int, scale: Sequence[int]) -> tuple[int, int]:
   return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-  """(height, width) with the short side exactly `short_side` pixels, however long the other."""
-  factor = short_side / min(height, width)
-  return int(height * factor + 0.5), int(width * factor + 0.5)
-
-
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Bilinear on uint8, without antialiasing: what the released models were trained on."""
-  return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-
-
 def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """Nearest neighbour (OpenCV's rule: source index = floor(target index · ratio))."""
   return cv2.resize(label, (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
@@ -185,8 +168,8 @@ class Resize:
 
   def __call__(self, example, rng=None):
     image = example["image"]
-    size = short_side_size(*image.shape[:2], self.short_side)
-    return {**example, "image": resize_image(image, size)}
+    size = pixels.short_side_size(*image.shape[:2], self.short_side)
+    return {**example, "image": pixels.resize(image, size)}
 
 
 class RandomResize:
@@ -204,7 +187,7 @@ class RandomResize:
     size = self.size(*example["image"].shape[:2], rng.uniform(*self.ratio))
     return {
       **example,
-      "image": resize_image(example["image"], size),
+      "image": pixels.resize(example["image"], size),
       "label": resize_label(example["label"], size),
     }
 
@@ -346,13 +329,11 @@ class Normalize:
   """uint8 [H,W,3] -> float32 [H,W,3]: (value / 255 − mean) / std per channel (R, G, B)."""
 
   def __init__(self, mean: Sequence[float], std: Sequence[float]):
-    mean = np.asarray(mean, np.float64) * 255
-    std = np.asarray(std, np.float64) * 255
-    # float32 throughout, as recorded; a table makes it one pass over the image.
-    self.table = ((_BYTES[:, None] - mean.astype(np.float32)) / std.astype(np.float32))[None]
+    self.mean = mean
+    self.std = std
 
   def __call__(self, example, rng=None):
-    return {**example, "image": cv2.LUT(example["image"], self.table)}
+    return {**example, "image": pixels.normalize(example["image"], self.mean, self.std)}
 
 
 class Pad:
@@ -400,8 +381,8 @@ def train_transform(
   cat_max_ratio: float = 0.75,
   flip: float = 0.5,
   photometric: bool = True,
-  mean: Sequence[float] = CLIP_MEAN,
-  std: Sequence[float] = CLIP_STD,
+  mean: Sequence[float] = pixels.CLIP_MEAN,
+  std: Sequence[float] = pixels.CLIP_STD,
 ) -> Compose:
   """The training pipeline, in the released order.
 
@@ -434,8 +415,8 @@ def eval_transform(
   short_side: int = 512,
   label_map: LabelMap | None = None,
   *,
-  mean: Sequence[float] = CLIP_MEAN,
-  std: Sequence[float] = CLIP_STD,
+  mean: Sequence[float] = pixels.CLIP_MEAN,
+  std: Sequence[float] = pixels.CLIP_STD,
 ) -> Compose:
   """The test pipeline: short side exact, aspect kept, no limit on the long side.
 

@@ -4,8 +4,8 @@ import functools
 import pathlib
 
 from data_pipelines.builder import RawExample, SegmentationBuilder, need
-from data_pipelines.errors import DataError
 from data_pipelines.pascal import read_matrix, read_names
+from rpn_jax.base.errors import InputError
 
 # Where people unpack SBD: a folder with cls/*.mat, train.txt and val.txt.
 _SBD = ("VOCdevkit/VOCaug/dataset", "VOCaug/dataset", "benchmark_RELEASE/dataset", "sbd")
@@ -46,7 +46,7 @@ VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"""
     if not converted.is_dir():
       need(own, "the labels of VOC 2012", self.obtain)
       if sbd is None:
-        raise DataError(
+        raise InputError(
           f"{converted}: expected SBD's labels here as .png files or as cls/*.mat in one of "
           f"{', '.join(_SBD)} below {manual_dir}, got neither; {self.obtain}"
         )
@@ -76,7 +76,7 @@ VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"""
       train = read_names(ready, "the list of the training images of VOC and SBD", self.obtain)
       both = sorted(set(train) & set(val))
       if both:
-        raise DataError(
+        raise InputError(
           f"{ready}: expected no validation image, got {len(both)} of val.txt such as {both[0]}; "
           "use the list of 10,582 names"
         )

@@ -11,7 +11,7 @@ import json
 import pathlib
 from collections.abc import Iterable, Mapping
 
-from data_pipelines.errors import DataError
+from rpn_jax.base.errors import InputError
 
 _FOLDER = pathlib.Path(__file__).parent / "vocabularies"
 
@@ -100,7 +100,7 @@ def load(name: str, naming: str = "dataset") -> Vocabulary:
       prompts with ("potted plant"); "spaced", context459 with its words apart.
 
   Raises:
-    DataError: an unknown name or naming, with the nearest known one, or a damaged file.
+    InputError: an unknown name or naming, with the nearest known one, or a damaged file.
   """
   if name in REGISTERED:
     _known(f"naming of {name}", naming, ["dataset"])
@@ -111,7 +111,7 @@ def load(name: str, naming: str = "dataset") -> Vocabulary:
   _known(f"naming of {name}", naming, namings)
   names = (("background",) if entry.background else ()) + tuple(namings[naming]())
   if len(names) != entry.count:
-    raise DataError(
+    raise InputError(
       f"expected {entry.count} names of {name} ({naming}), got {len(names)} in {_FOLDER.name}; "
       "restore the file"
     )
@@ -159,7 +159,7 @@ def _known(what: str, name: str, known: Iterable[str]) -> None:
   known = list(known)
   if name not in known:
     near = difflib.get_close_matches(name, known, 1, 0.0)
-    raise DataError(
+    raise InputError(
       f"{what} {name!r} is not known; did you mean {near[0]!r}? Known: {', '.join(known)}"
     )
 
@@ -170,6 +170,6 @@ def _read(file: str):
   try:
     return json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
-    raise DataError(
+    raise InputError(
       f"expected a JSON file of this package at {path}, got {type(error).__name__}; reinstall it"
     ) from error

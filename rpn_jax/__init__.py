@@ -8,14 +8,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from rpn_jax.experiment import load_clip
-  from rpn_jax.losses import sigmoid_loss, softmax_loss
+  from rpn_jax.inference.predictor import load_clip
+  from rpn_jax.inference.segmenter import Segmenter
   from rpn_jax.models.clip import CLIPConfig
-  from rpn_jax.models.peft import Tuner, merge
   from rpn_jax.models.rpn import RPN, RPNConfig
-  from rpn_jax.segmenter import Segmenter
-  from rpn_jax.step import TrainState, init_prompts, train_step
-  from rpn_jax.text_cache import class_embeddings
+  from rpn_jax.models.tuners import Tuner, merge
+  from rpn_jax.text.embeddings import class_embeddings
+  from rpn_jax.training.losses import sigmoid_loss, softmax_loss
+  from rpn_jax.training.step import TrainState, init_prompts, train_step
 
 __version__ = "0.2.0"
 
@@ -24,16 +24,16 @@ _PUBLIC = {
   "CLIPConfig": "models.clip",
   "RPN": "models.rpn",
   "RPNConfig": "models.rpn",
-  "Segmenter": "segmenter",
-  "TrainState": "step",
-  "Tuner": "models.peft",
-  "class_embeddings": "text_cache",
-  "init_prompts": "step",
-  "load_clip": "experiment",
-  "merge": "models.peft",
-  "sigmoid_loss": "losses",
-  "softmax_loss": "losses",
-  "train_step": "step",
+  "Segmenter": "inference.segmenter",
+  "TrainState": "training.step",
+  "Tuner": "models.tuners",
+  "class_embeddings": "text.embeddings",
+  "init_prompts": "training.step",
+  "load_clip": "inference.predictor",
+  "merge": "models.tuners",
+  "sigmoid_loss": "training.losses",
+  "softmax_loss": "training.losses",
+  "train_step": "training.step",
 }
 __all__ = [
   "RPN",

@@ -15,9 +15,8 @@ from PIL import Image
 
 from configs import reference
 from data_pipelines import shapes
-from tests import tiny
+from tests import ROOT, tiny
 
-ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / "colab/README.md", ROOT / "rpn_jax/assets/README.md"]
 README = (ROOT / "README.md").read_text()
@@ -111,7 +110,7 @@ def test_each_error_that_is_explained_exists():
 def place(tmp_path_factory):
   """A folder to run commands in: the project, a tiny CLIP, pictures with masks."""
   root = tmp_path_factory.mktemp("readme")
-  for name in ("rpn_jax", "data_pipelines", "configs", "main.py", "rpn_cli.py"):
+  for name in ("rpn_jax", "data_pipelines", "configs", "main.py"):
     os.symlink(ROOT / name, root / name)
   tiny.save(root / "clip.safetensors")
   shutil.copy(TORCHSCRIPT, root / "ViT-B-16.pt")
@@ -145,9 +144,9 @@ def smaller(command: str) -> str | None:
     return None
   if command.startswith(("pip install", ".venv/bin/pip install")):
     return None
-  if "rpn_jax.demo" in command:
+  if "rpn_jax demo" in command:
     return None  # tests/test_demo.py opens the page
-  if "rpn_jax.sweep" in command:
+  if "rpn_jax sweep" in command:
     return None  # hours; tests/test_sweep.py
   if "main.py" in command and "training_free" in command:
     return command.replace("method=sclip", "method=sclip,runlocal") + tiny_flags()

@@ -1,7 +1,6 @@
 """The programs of docs/extending.md, run as they stand but for the length of a run."""
 
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -9,10 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests import ROOT, tiny
+
 BLOCKS = re.findall(
   r"As `(\w+\.py)`.*?```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL
 )

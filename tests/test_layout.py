@@ -1,11 +1,10 @@
 """Which room may import which: the arrows that keep the parts apart."""
 
 import ast
-import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests import ROOT
 
 # folder or file -> top-level packages it must not import
 FORBIDDEN = {

@@ -1,14 +1,12 @@
 """The command line: what a person sees when something is wrong."""
 
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from tests import tiny
+from tests import ROOT, tiny
 
-ROOT = pathlib.Path(__file__).parent.parent
 GOOD = ["--config=configs/shapes.py:runlocal", "--workdir={tmp}/w"]
 
 

@@ -2,16 +2,14 @@
 
 import ast
 import os
-import pathlib
 import shutil
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests import tiny
+from tests import ROOT, tiny
 
-ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 SECONDS = 900  # a cell
 

@@ -3,7 +3,6 @@
 import email
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -12,10 +11,10 @@ import zipfile
 
 import pytest
 
-import rpn_cli
 import rpn_jax
+from rpn_jax import cli
+from tests import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 SCENE = ROOT / "rpn_jax/assets/scene.png"
 
 
@@ -46,7 +45,7 @@ def test_wheel_has_what_runs_and_nothing_else(wheel):
     metadata = email.message_from_bytes(archive.read(info))
     entry = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
   tops = {n.split("/")[0] for n in names if ".dist-info" not in n}
-  assert tops == {"rpn_jax", "data_pipelines", "configs", "rpn_cli.py"}
+  assert tops == {"rpn_jax"}
   source = {
     str(p.relative_to(ROOT))
     for folder in ("rpn_jax", "data_pipelines", "configs")
@@ -57,7 +56,7 @@ def test_wheel_has_what_runs_and_nothing_else(wheel):
   assert not [n for n in names if "test" in n or n.endswith(".pyc")]
   assert metadata["Name"] == "rpn-jax" and metadata["Version"] == rpn_jax.__version__
   assert {"rpn_jax/py.typed", "rpn_jax/assets/shapes_clip.safetensors"} <= set(names)
-  assert re.search(r"^rpn = rpn_cli:main$", entry, re.M)
+  assert re.search(r"^rpn = rpn_jax\.cli:main$", entry, re.M)
   wanted = (ROOT / "requirements.txt").read_text().splitlines()
   wanted = {re.match(r"[\w-]+", line)[0] for line in wanted if line and not line.startswith("#")}
   got = metadata.get_all("Requires-Dist")
@@ -69,7 +68,7 @@ def test_the_wheel_segments_away_from_the_source(wheel, tmp_path):
   with zipfile.ZipFile(wheel) as archive:
     archive.extractall(tmp_path / "site")
   environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-  command = [sys.executable, "-m", "rpn_cli", "segment", str(SCENE), "plain yellow, sand, water"]
+  command = [sys.executable, "-m", "rpn_jax", "segment", str(SCENE), "plain yellow, sand, water"]
   result = subprocess.run(
     command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
   )
@@ -84,7 +83,7 @@ def test_version_is_in_one_place_and_in_the_changelog(capsys):
   assert f"## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
   assert version not in (ROOT / "pyproject.toml").read_text()
   with pytest.raises(SystemExit) as ended:
-    rpn_cli.main(["--version"])
+    cli.main(["--version"])
   assert ended.value.code == 0 and capsys.readouterr().out == f"rpn-jax {version}\n"
 
 
@@ -107,7 +106,7 @@ def test_the_pin_of_the_demo_is_one():
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert rpn_cli.main(arguments) == 2
+  assert cli.main(arguments) == 2
   lines = capsys.readouterr().err.strip().splitlines()
   assert len(lines) == 1 and message in lines[0], lines
   assert not list(tmp_path.glob("*.safetensors"))
@@ -119,7 +118,7 @@ def test_one_damaged_picture_does_not_stop_a_folder(tmp_path, capsys):
     shutil.copy(SCENE, tmp_path / "in" / name)
   (tmp_path / "in/b.jpg").write_text("not a picture")
   command = ["segment", str(tmp_path / "in"), "sand, water", "--out", str(tmp_path / "out")]
-  assert rpn_cli.main(command) == 2
+  assert cli.main(command) == 2
   assert "error: 1 of 3 pictures left out, such as" in capsys.readouterr().err
   assert {p.name for p in (tmp_path / "out").iterdir()} == {
     f"{stem}{end}" for stem in "ac" for end in ("_overlay.png", "_labels.png", ".json")
@@ -136,16 +135,16 @@ def test_help_answers_at_once(capsys):
     ["prepare", "--help"],
   ):
     with pytest.raises(SystemExit) as ended:
-      rpn_cli.main(arguments)
+      cli.main(arguments)
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("usage: ")
-  code = "import sys, rpn_cli; print('jax' in sys.modules)"
+  code = "import sys, rpn_jax.cli; print('jax' in sys.modules)"
   out = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
   assert out.strip() == "False"
 
 
 def test_quiet_prints_nothing(tmp_path):
-  command = [sys.executable, "-m", "rpn_cli", "segment", str(SCENE), "sand, water", "--quiet"]
+  command = [sys.executable, "-m", "rpn_jax", "segment", str(SCENE), "sand, water", "--quiet"]
   result = subprocess.run(
     [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
   )

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpn_jax import convert, losses, metrics, optim, self_training, sliding
+from rpn_jax.inference import metrics, sliding
 from rpn_jax.models import clip, rpm
 from rpn_jax.models.clip import CLIP, CLIPConfig, VisionTransformer
 from rpn_jax.models.rpn import RPN, RPNConfig
-from rpn_jax.step import TrainState, train_step
-from rpn_jax.tokenizer import tokenize
+from rpn_jax.text.tokenizer import tokenize
+from rpn_jax.training import losses, optim, pseudo_labels
+from rpn_jax.training.step import TrainState, train_step
+from rpn_jax.weights import authors, clip_file
 
 TOLERANCE = 1e-4  # of the reference's root mean square, as the set's README states
 
@@ -85,7 +87,7 @@ class Golden:
     self.meta = m = json.loads((directory / "meta.json").read_text())
     state = dict(np.load(directory / "params.npz"))
     USED["params.npz"] = set(state)
-    self.clip, self.prompts = convert.from_authors(state)
+    self.clip, self.prompts = authors.from_authors(state)
     vocab, text_width = state["text_encoder.token_embedding.weight"].shape
     self.clip_config = CLIPConfig(
       embed_dim=m["out_dim"],
@@ -250,7 +252,7 @@ def check_step(golden, recorded, text, label_of, loss_fn):
     grad = jax.grad(lambda x: sum(t.value for t in loss_fn(x, label).values()))(full)
     close(np.moveaxis(grad, -1, 1), recorded, "grad.logits")
   shapes = {k: v.shape for k, v in np.load(golden.directory / "params.npz").items()}
-  theirs = convert.to_authors_prompts(grads)
+  theirs = authors.to_authors_prompts(grads)
   compared = 0
   for key in [k for k in recorded.arrays if k.startswith("grad.") and k != "grad.logits"]:
     name = key.removeprefix("grad.")
@@ -323,11 +325,11 @@ def test_train_step_self_training(golden):
   before = golden.label.copy()
   before[np.isin(before, golden.unseen)] = -1
   close(before[:, None], recorded, "label_before_pseudo")
-  label_of = lambda logits: self_training.pseudo_labels(logits, jnp.asarray(before), golden.unseen)
+  label_of = lambda logits: pseudo_labels.pseudo_labels(logits, jnp.asarray(before), golden.unseen)
   text = golden.inputs["text_embedding"]  # this recording was made with the given text
   check_step(golden, recorded, text, label_of, losses.sigmoid_loss)
   logits, _ = golden.forward(golden.prompts, golden.image, text)
-  everywhere = self_training.pseudo_labels(logits, jnp.full_like(before, -1), golden.unseen)
+  everywhere = pseudo_labels.pseudo_labels(logits, jnp.full_like(before, -1), golden.unseen)
   close(np.asarray(everywhere)[:, None], recorded, "pseudo_label")
 
 
@@ -442,7 +444,7 @@ def test_optimizer_and_schedule(golden):
   )
   factors = {name: factor for name, _, factor in settings.groups}
   schedules = {factors[name]: s for name, s in optim.schedules(settings).items()}
-  theirs = convert.to_authors_prompts(
+  theirs = authors.to_authors_prompts(
     flax.traverse_util.unflatten_dict(
       {k: np.full(np.shape(v), factors[groups[k]]) for k, v in flat(golden.prompts).items()},
       sep="/",
@@ -462,7 +464,7 @@ def test_optimizer_and_schedule(golden):
   used = [name in theirs for name in names]
   np.testing.assert_allclose(decays[used], settings.weight_decay)
   initial = np.load(golden.directory / "params.npz")
-  final = convert.to_authors_prompts(state.prompts)
+  final = authors.to_authors_prompts(state.prompts)
   for key in [k for k in recorded.arrays if k.startswith("final.")]:
     name = key.removeprefix("final.")
     # Parameters nothing uses get no gradient and are left as they were; ours do not exist.
@@ -552,7 +554,7 @@ def test_metrics(golden):
 def test_clip(golden_dir):
   recorded = Recorded(golden_dir / "clip" / "clip.npz")
   settings = json.loads(str(recorded["config"]))
-  config, params = convert.load(
+  config, params = clip_file.load(
     golden_dir / "clip" / "tiny_clip_state_dict.pt", {"activation": "quick_gelu"}
   )
   assert config.vision_layers == settings["vision_layers"]

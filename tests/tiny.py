@@ -6,8 +6,8 @@ import pathlib
 import jax
 import numpy as np
 
-from rpn_jax import convert
 from rpn_jax.models.clip import CLIP, CLIPConfig
+from rpn_jax.weights import clip_file
 
 TINY = CLIPConfig(
   embed_dim=8, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2,
@@ -29,4 +29,4 @@ def _params(seed: int):
 
 
 def save(path: pathlib.Path, seed: int = 0) -> None:
-  convert.save(path, TINY, _params(seed))
+  clip_file.save(path, TINY, _params(seed))

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from rpn_jax.errors import InputError
-from rpn_jax.models import peft, prompts, rpm
+from rpn_jax.base.errors import InputError
+from rpn_jax.models import heads, ladder, prompts, rpm, tuners
 from rpn_jax.models.clip import (
   REMAT_POLICIES,
   CLIPConfig,
@@ -93,7 +93,7 @@ class RPNConfig:
         raise InputError(
           f"config.model.{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}"
         )
-    known = sorted((*peft.OTHERS, *peft.TUNERS))
+    known = sorted((*tuners.OTHERS, *tuners.TUNERS))
     unknown = [word for word in self.tuners if word not in known]
     if unknown or len(set(self.tuners)) < len(self.tuners):
       raise InputError(
@@ -131,18 +131,18 @@ class RPN(nn.Module):
     c, width, layers = self.config, self.clip.vision_width, self.clip.vision_layers
     self.visual = VisionTransformer(self.clip, self.dtype)
     if not c.head.startswith("tfpm"):
-      self.head = rpm.LPM(c.head, self.dtype)
+      self.head = heads.LPM(c.head, self.dtype)
     if self.clip.vision == "vit":
       self.joint = prompts.torch_dense(self.clip.embed_dim, width, self.dtype)
     self.tuned = {
       name: prompts.tree(
-        self, name, functools.partial(peft.initial, peft.TUNERS[name], self.clip, c)
+        self, name, functools.partial(tuners.initial, tuners.TUNERS[name], self.clip, c)
       )
       for name in c.tuners
-      if name in peft.TUNERS
+      if name in tuners.TUNERS
     }
     if "lst" in c.tuners:
-      self.lst = peft.LadderSide(self.clip, c.lst_reduction, self.dtype)
+      self.lst = ladder.LadderSide(self.clip, c.lst_reduction, self.dtype)
     if not c.prompted:
       return
     # Epsilon 1e-6 as released (the tower's own norms have 1e-5).
@@ -216,14 +216,14 @@ class RPN(nn.Module):
         self.sow("intermediates", "m", m)
         self.sow("intermediates", "relationship", relationship)
     if c.head.startswith("tfpm"):
-      logits = rpm.tfpm(patches, cls, text_CxE, c.head[-1])
+      logits = heads.tfpm(patches, cls, text_CxE, c.head[-1])
     else:
       logits = self.head(patches, cls, text_CxE)
     return rearrange(logits, "b (h w) c -> b h w c", h=grid[0])
 
-  def tune(self, part: str) -> peft.Tune:
+  def tune(self, part: str) -> tuners.Tune:
     """The tune function of the stem or of a block."""
-    return peft.Tune({name: tree[part] for name, tree in self.tuned.items() if part in tree})
+    return tuners.Tune({name: tree[part] for name, tree in self.tuned.items() if part in tree})
 
   def prompted_block(self, i, x_BxNxD, relationship_BxCxD, first_example):
     """Block i on [CLS, patches], which look at deep and relationship prompts, too.

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from rpn_jax.errors import InputError
+from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer, l2_normalize
 
 # method -> (attention kind of the last block, whether its residual connection and MLP stay)

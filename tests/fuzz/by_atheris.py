@@ -16,9 +16,8 @@ import atheris
 
 with atheris.instrument_imports(include=["rpn_jax", "data_pipelines", "pickle"]):
   from data_pipelines import matlab, pipeline
-  from data_pipelines.errors import DataError
-  from rpn_jax import convert, torch_archive
-  from rpn_jax.errors import InputError
+  from rpn_jax.base.errors import InputError
+  from rpn_jax.weights import clip_file, torch_archive
 
 
 def by_file(read):
@@ -49,9 +48,9 @@ def pictures(content: bytes) -> None:
 
 READERS = {
   "pickles": (pickles, InputError),
-  "safetensors": (by_file(convert.load), InputError),
+  "safetensors": (by_file(clip_file.load), InputError),
   "matlab": (read_matlab, (ValueError, zlib.error)),
-  "pictures": (pictures, DataError),
+  "pictures": (pictures, InputError),
 }
 
 

@@ -32,15 +32,19 @@ from PIL import Image
 
 from configs import shapes as shapes_config
 from data_pipelines import builder, context, datasets, folder, matlab, pascal, pipeline, prepare
-from data_pipelines.errors import DataError
-from rpn_jax import convert, evaluate, images, prompts_file, report, text_cache, torch_archive
-from rpn_jax.errors import InputError
-from rpn_jax.experiment import Experiment
-from rpn_jax.logging import read_history
-from rpn_jax.tokenizer import tokenize
+from rpn_jax.analysis.runs import read_run
+from rpn_jax.base import pixels
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.words import check_names
+from rpn_jax.inference import evaluation
+from rpn_jax.inference.predictor import Experiment
+from rpn_jax.text import embeddings
+from rpn_jax.text.tokenizer import tokenize
+from rpn_jax.training.metric_log import read_history
+from rpn_jax.weights import clip_file, names, prompts_file, torch_archive
 from tests import tiny
-from tests.test_convert import TINY, hf_config, hf_names, write_shards
-from tests.test_torch_archive import dictionary, number, tensor, text, write_state
+from tests.weights.test_clip_file import TINY, hf_config, hf_names, write_shards
+from tests.weights.test_torch_archive import dictionary, number, tensor, text, write_state
 
 CASES = int(os.environ.get("FUZZ_CASES", "25"))
 # Beside what the process already has: what the largest allowed picture takes (docs/reliability.md).
@@ -64,7 +68,7 @@ def bounded_memory():
   assert grown < MEMORY_BYTES, f"{grown >> 20} MiB"
 
 
-def answered(call, *args, own=(InputError, DataError)):
+def answered(call, *args, own=(InputError, InputError)):
   """What the call gives, or None where it refuses in one line."""
   try:
     with warnings.catch_warnings():
@@ -153,9 +157,9 @@ def damaged_json(good):
 def tiny_state() -> dict:
   rng = np.random.default_rng(0)
   state = {}
-  shapes = convert.expected_shapes(TINY)
-  for rule in convert.clip_rules(convert.OPENAI, 1, 2):
-    shape, axes = shapes[rule.ours], convert.LAYOUTS[rule.layout]
+  shapes = clip_file.expected_shapes(TINY)
+  for rule in names.clip_rules(names.OPENAI, 1, 2):
+    shape, axes = shapes[rule.ours], names.LAYOUTS[rule.layout]
     state[rule.theirs] = rng.normal(
       size=[shape[i] for i in np.argsort(axes)] if axes else shape
     ).astype(np.float32)
@@ -173,7 +177,7 @@ def weights_files() -> list[bytes]:
     write_state(place / "b", {k: v.astype(np.float16) for k, v in STATE.items()})
     (place / "c").write_bytes(safetensors.numpy.save(STATE))
     (place / "d").write_bytes(safetensors.numpy.save(hf_names(STATE, 1, 2)))
-    convert.save(place / "e", *convert.load(place / "a", HEADS))
+    clip_file.save(place / "e", *clip_file.load(place / "a", HEADS))
     prompts = {"h": np.ones((4, 8), np.float32), "head": {"bias": np.ones(4, np.float32)}}
     prompts_file.save(place / "f", prompts_file.Prompts(prompts, "0" * 16, {}, ("a",), 1))
     return [(place / name).read_bytes() for name in "abcdef"]
@@ -186,9 +190,9 @@ WEIGHTS = weights_files()
 @given(damaged(WEIGHTS))
 def test_damaged_weights(content):
   with file_of(content, "w.safetensors") as path:
-    loaded = answered(convert.load, path, HEADS)
+    loaded = answered(clip_file.load, path, HEADS)
     if loaded is not None:
-      assert convert.expected_shapes(loaded[0])
+      assert clip_file.expected_shapes(loaded[0])
     answered(prompts_file.load, path)
 
 
@@ -211,7 +215,7 @@ def test_weights_with_other_names_shapes_and_types(data):
     if not state:
       return
   with file_of(safetensors.numpy.save(state), "w.safetensors") as path:
-    answered(convert.load, path, HEADS)
+    answered(clip_file.load, path, HEADS)
 
 
 MARKER = pathlib.Path(tempfile.gettempdir()) / f"executed_{os.getpid()}"
@@ -256,7 +260,7 @@ def test_configs_beside_weights(content, name):
     (place / name).write_bytes(content)
     state = hf_names(STATE, 1, 2) if name == "config.json" else STATE
     (place / "model.safetensors").write_bytes(safetensors.numpy.save(state))
-    answered(convert.load, place, {"vision_heads": 4, "text_heads": 3})
+    answered(clip_file.load, place, {"vision_heads": 4, "text_heads": 3})
 
 
 @fuzzed
@@ -265,7 +269,7 @@ def test_indices_of_shards(content):
   with tempfile.TemporaryDirectory() as place:
     index = write_shards(pathlib.Path(place), STATE, 1)
     index.write_bytes(content)
-    answered(convert.load, index, HEADS)
+    answered(clip_file.load, index, HEADS)
 
 
 # Pictures and masks
@@ -305,7 +309,7 @@ def bomb(width: int, height: int) -> bytes:
 @example(bomb(1, 65_000))
 def test_pictures(content):
   with file_of(content, "x.png") as path:
-    image = answered(images.read, path)
+    image = answered(pixels.read, path)
     if image is not None:
       assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
   answered(pipeline.check_example, {"image": content, "label": content, "id": "x"})
@@ -392,7 +396,7 @@ def test_a_matrix_that_unfolds_to_gigabytes(tmp_path, monkeypatch):
   monkeypatch.setattr(matlab, "MAX_MATRIX_BYTES", 1 << 20)
   path = tmp_path / "x.mat"
   scipy.io.savemat(path, {"LabelMap": np.zeros((2000, 2000), np.uint16)}, do_compression=True)
-  with pytest.raises(DataError, match="when unfolded"):
+  with pytest.raises(InputError, match="when unfolded"):
     pascal.read_matrix(path, "LabelMap", "fetch it")
 
 
@@ -401,7 +405,7 @@ def test_a_matrix_that_unfolds_to_gigabytes(tmp_path, monkeypatch):
 def test_names(lines, words):
   with file_of(lines, "names.txt") as path:
     answered(folder._read_classes, path.parent, "")
-  names = answered(text_cache.check_names, words.split(","))
+  names = answered(check_names, words.split(","))
   if names:
     tokens = answered(tokenize, [f"a photo of a {name}" for name in names])
     assert tokens is None or tokens.shape == (len(names), 77)
@@ -480,12 +484,12 @@ LINES = b'{"step": 1, "time": 2.0, "a": 3.0}\n{"step": 2, "time": 2.0, "a": "nan
 @given(damaged_json(METRICS), damaged([LINES]) | damaged_json({"step": 1, "a": 2.0}))
 def test_metrics(metrics, lines):
   with file_of(metrics, "metrics.json") as path:
-    answered(report.read_run, path.parent)
+    answered(read_run, path.parent)
     (path.parent / "eval.json").write_bytes(metrics)
     (path.parent / "metrics.jsonl").write_bytes(lines)
     answered(read_history, path.parent / "metrics.jsonl")
     path.write_text(json.dumps(METRICS))
-    answered(report.read_run, path.parent)
+    answered(read_run, path.parent)
     (path.parent / "config.json").write_bytes(metrics)
     (path.parent / "best.json").write_bytes(metrics)
     run = types.SimpleNamespace(workdir=path.parent, identity={"clip": "0", "config": {}})
@@ -495,9 +499,9 @@ def test_metrics(metrics, lines):
 
 def caches() -> list[bytes]:
   with tempfile.TemporaryDirectory() as place:
-    partial = evaluate.Partial(pathlib.Path(place) / "x.npz", {"step": 8})
+    partial = evaluation.Partial(pathlib.Path(place) / "x.npz", {"step": 8})
     partial.save(3, np.eye(4, dtype=np.int64), now=True)
-    text_cache._write(pathlib.Path(place) / "x.npy", np.eye(4, dtype=np.float32))
+    embeddings._write(pathlib.Path(place) / "x.npy", np.eye(4, dtype=np.float32))
     return [(pathlib.Path(place) / name).read_bytes() for name in ("x.npz", "x.npy")]
 
 
@@ -515,7 +519,7 @@ def npz_bomb() -> bytes:
 def test_caches(content):
   """A cache that is damaged is made anew: nothing is said, nothing wrong is taken."""
   with file_of(content, "x.npz") as path:
-    loaded = evaluate.Partial(path, {"step": 8}).load(4, 10)
+    loaded = evaluation.Partial(path, {"step": 8}).load(4, 10)
     assert loaded is None or (loaded[1].shape == (4, 4) and 0 <= loaded[0] <= 10)
-    kept = text_cache._read(path, (4, 4))
+    kept = embeddings._read(path, (4, 4))
     assert kept is None or kept.shape == (4, 4)

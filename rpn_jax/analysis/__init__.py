@@ -1,0 +1,1 @@
+"""Finished runs compared, and networks looked into."""

@@ -1,0 +1,285 @@
+"""What a network costs: python -m rpn_jax costs --config=configs/voc.py --classes=20
+
+Parameters by component, floating-point operations of one image, memory and images per second of a
+forward pass and of a training step on this machine (the columns of the paper's Table 1), as text
+and, with --json=FILE, as JSON. Weights need not be there: with --backbone=b16 or l14 they are
+random, which costs the same.
+
+What a trained network looks at, drawn into the workdir (or --out), for an image or a folder:
+
+    python -m rpn_jax attention --config=… --workdir=… --image=… --classes="cat, grass"
+    python -m rpn_jax distance --config=… --workdir=… --image=… --classes="cat, grass"
+
+`attention` draws the relationship maps m of every layer (the paper's Fig. 1), `distance` how far
+each head looks, before and after training, also as CSV (Fig. 7).
+"""
+
+import importlib.metadata
+import math
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from jax.extend.core import jaxprs_in_params
+from ml_collections import config_flags
+
+from rpn_jax import devices
+from rpn_jax.analysis.attention import attention, distance
+from rpn_jax.base import pixels
+from rpn_jax.base.console import table
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import write_json
+from rpn_jax.base.words import check_names
+from rpn_jax.inference.predictor import Experiment, find_weights
+from rpn_jax.models import tuners
+from rpn_jax.models.clip import CLIPConfig, VisionTransformer
+from rpn_jax.models.prompts import count
+from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.training import losses, optim
+from rpn_jax.training.step import TrainState, init_prompts, train_step
+from rpn_jax.weights import clip_file
+
+FLAGS = flags.FLAGS
+
+LOOKS = {"attention": attention, "distance": distance}
+
+BACKBONES = {
+  "b16": CLIPConfig(),
+  "l14": CLIPConfig(
+    embed_dim=768, patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16,
+    text_width=768, text_heads=12,
+  ),
+}  # fmt: skip
+
+
+def random_tower(clip_config: CLIPConfig, key) -> dict:
+  """Random parameters of a vision tower, as numpy."""
+  side = clip_config.image_size
+  init = jax.jit(VisionTransformer(clip_config).init)
+  return jax.device_get({"visual": init(key, jnp.zeros((1, side, side, 3)))["params"]})
+
+
+def random_batch(batch: int, side: int, classes: int) -> dict:
+  """Noise with labels in blocks of 32 pixels, a tenth of them ignored."""
+  rng = np.random.default_rng(0)
+  blocks = rng.integers(0, classes, (batch, -(-side // 32), -(-side // 32)))
+  blocks[rng.random(blocks.shape) < 0.1] = 255
+  label = blocks.repeat(32, 1).repeat(32, 2)[:, :side, :side]
+  image = rng.normal(size=(batch, side, side, 3)).astype(np.float32)
+  return {"image": image, "label": np.int32(label)}
+
+
+def parameters(prompts: dict, tower: dict) -> dict[str, int]:
+  """Numbers by component: the parts of the prompts, then the frozen tower."""
+  parts = {f"prompts/{name}": count(tree) for name, tree in prompts.items()}
+  # One row for the experts of all layers.
+  experts = sum(parts.pop(name) for name in list(parts) if "m2oe" in name)
+  if experts:
+    parts["prompts/m2oe"] = experts
+  parts = dict(sorted(parts.items()))
+  return {**parts, "trained": count(prompts), "frozen vision tower": count(tower)}
+
+
+def operations(jaxpr) -> float:
+  """Floating-point operations of the matrix products and convolutions of a `ClosedJaxpr.jaxpr`.
+
+  XLA's own analysis counts the body of a loop once, and so one head of attention on CPUs.
+  """
+  total = 0.0
+  for equation in jaxpr.eqns:
+    out = equation.outvars[0].aval if equation.outvars else None
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      shape = equation.invars[0].aval.shape
+      total += 2 * out.size * math.prod(shape[axis] for axis in contracted)
+    elif equation.primitive.name == "conv_general_dilated":
+      kernel = equation.invars[1].aval
+      features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+      total += 2 * out.size * kernel.size / features
+    times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+    total += times * sum(map(operations, jaxprs_in_params(equation.params)))
+  return total
+
+
+def measure(
+  function, *arguments, donated: int | None = None, timed: float = 3.0
+) -> dict[str, float]:
+  """Compilation, operations, memory and seconds of a jitted function on this machine.
+
+  Args:
+    function: jitted.
+    *arguments: of it.
+    donated: index of the argument that the function uses up and returns first.
+    timed: seconds of timed calls, at least two of them.
+  """
+  traced = function.trace(*arguments)
+  lowered = traced.lower()
+  began = time.perf_counter()
+  compiled = lowered.compile()
+  seconds_to_compile = time.perf_counter() - began
+  memory = compiled.memory_analysis()
+  arguments = list(arguments)
+
+  def call():
+    out = compiled(*arguments)
+    if donated is not None:
+      arguments[donated] = out[0]
+    return jax.block_until_ready(out)
+
+  call()
+  times = []
+  while len(times) < 2 or sum(times) < timed:
+    began = time.perf_counter()
+    call()
+    times.append(time.perf_counter() - began)
+  return {
+    "seconds_to_compile": seconds_to_compile,
+    "flops": operations(traced.jaxpr.jaxpr),
+    "temporary_bytes": int(memory.temp_size_in_bytes),
+    "argument_bytes": int(memory.argument_size_in_bytes),
+    "seconds": float(np.median(times)),
+  }
+
+
+def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int) -> dict:
+  """Everything the command prints, as numbers."""
+  if config.method == "training_free":
+    raise InputError("method 'training_free' has no parameters to count: inspect another config")
+  dtype, side = jnp.dtype(config.dtype), config.data.crop
+  if side % clip_config.patch_size:
+    raise InputError(
+      f"config.data.crop={side} must be a multiple of the patch size {clip_config.patch_size}"
+    )
+  model = RPN(clip_config, RPNConfig(**config.model), dtype, config.remat)
+  text = np.random.default_rng(1).normal(size=(classes, clip_config.embed_dim))
+  text = np.float32(text / np.linalg.norm(text, axis=-1, keepdims=True))
+  key = jax.random.key(config.seed)
+  prompts = init_prompts(model, tower, text, key, side)
+  optimizer = optim.make_optimizer(config.optimizer, prompts)
+  data = random_batch(batch, side, classes)
+
+  # As in inference: merged into the tower where that is possible.
+  lean = model.clone(config=tuners.merged_config(model.config))
+  forward = jax.jit(lambda variables, image: lean.apply(variables, image, text))
+  _, *merged = tuners.merge(model.config, tower, prompts)
+
+  def one_step(state, params, batch, key):
+    return train_step(
+      state, params, text, batch, key,
+      model=model, optimizer=optimizer, loss_fn=losses.sigmoid_loss,
+    )  # fmt: skip
+
+  params = jax.device_put(tower)
+  result = {
+    "parameters": parameters(prompts, tower),
+    "forward": measure(forward, dict(zip(("params", "prompts"), merged)), data["image"]),
+  }
+  state = TrainState(jnp.int32(0), prompts, jax.jit(optimizer.init)(prompts))
+  jitted = jax.jit(one_step, donate_argnums=0, compiler_options=devices.compiler_options())
+  result["train_step"] = measure(jitted, state, params, data, key, donated=0)
+  for part in ("forward", "train_step"):
+    result[part]["images_per_second"] = batch / result[part]["seconds"]
+    result[part]["flops_per_image"] = result[part]["flops"] / batch
+  device = jax.devices()[0]
+  return {
+    **result,
+    "classes": classes,
+    "batch": batch,
+    "side": side,
+    "device": f"{device.platform}: {device.device_kind}",
+    "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
+  }
+
+
+def text_of(result: dict) -> str:
+  """The numbers as two tables."""
+  parts = result["parameters"]
+  total = parts["trained"] + parts["frozen vision tower"]
+  rows = [[name, f"{n:,}", f"{100 * n / total:.2f} %"] for name, n in parts.items()]
+  cost = [
+    [
+      name.replace("_", " "),
+      f"{r['flops_per_image'] / 1e9:.1f}",
+      f"{r['temporary_bytes'] / 2**20:,.0f}",
+      f"{r['images_per_second']:.3g}",
+      f"{r['seconds_to_compile']:.1f}",
+    ]
+    for name, r in ((name, result[name]) for name in ("forward", "train_step"))
+  ]
+  heads = ["", "GFLOPs/image", "temporary MiB", "images/s", "compile s"]
+  note = (
+    f"{result['batch']} image(s) of {result['side']} x {result['side']}, {result['classes']} "
+    f"classes, {result['device']}, JAX {result['versions']['jax']}. A multiplication and an "
+    "addition are two operations; publications often count one, half of these figures."
+  )
+  return "\n\n".join([table(rows, ["parameters", "number", "of all"]), table(cost, heads), note])
+
+
+def look(what: str, config) -> None:
+  """The commands `attention` and `distance`."""
+  if not (FLAGS.workdir and FLAGS.image):
+    raise InputError(f'{what} needs --workdir, --image and --classes="a, b"')
+  names = check_names(FLAGS.classes.split(","))
+  experiment = Experiment(config, FLAGS.workdir)
+  out = pathlib.Path(FLAGS.out or FLAGS.workdir)
+  out.mkdir(parents=True, exist_ok=True)
+  for path in LOOKS[what](experiment, pixels.find(FLAGS.image), names, out):
+    print(path)
+
+
+def number_of_classes(text: str) -> int:
+  if not text.isdecimal() or not int(text):
+    raise InputError(f"--classes: expected how many classes are prompted, got {text!r}")
+  return int(text)
+
+
+def run(argv) -> None:
+  logging.set_verbosity(logging.WARNING)
+  devices.configure_cpu()
+  config = FLAGS.config
+  try:
+    if len(argv) > 1:
+      if argv[1] not in LOOKS or len(argv) > 2:
+        raise InputError(f"unexpected {' '.join(argv[1:])!r}: expected {' or '.join(LOOKS)}")
+      return look(argv[1], config)
+    if FLAGS.backbone:
+      clip_config = BACKBONES[FLAGS.backbone]
+      tower = random_tower(clip_config, jax.random.key(0))
+    else:
+      path = find_weights(config.clip)
+      if not path.exists():
+        raise InputError(
+          f"config.clip={config.clip}: no such file; give --backbone=b16 or l14 for random weights"
+        )
+      clip_config, clip = clip_file.load(path)
+      tower = {"visual": clip["visual"]}
+    result = costs(config, clip_config, tower, number_of_classes(FLAGS.classes), FLAGS.batch)
+  except (InputError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  print(text_of(result))
+  if FLAGS.json:
+    write_json(pathlib.Path(FLAGS.json), result)
+
+
+def define_flags() -> None:
+  config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/voc.py")
+  flags.DEFINE_string("classes", "20", "How many classes; for attention and distance their names")
+  flags.DEFINE_string("workdir", "", "attention, distance: of a trained run")
+  flags.DEFINE_string("image", "", "attention, distance: an image file or a folder")
+  flags.DEFINE_string("out", "", "attention, distance: where to draw; the workdir if not given")
+  flags.DEFINE_integer("batch", 1, "Images at a time", lower_bound=1)
+  flags.DEFINE_enum("backbone", "", ("", "b16", "l14"), "Random weights instead of config.clip")
+  flags.DEFINE_string("json", "", "Also write the numbers to this file")
+  flags.mark_flags_as_required(["config"])
+
+
+def main(arguments=None) -> int:
+  """The commands costs, attention and distance."""
+  define_flags()  # not on import, where others have flags of these names
+  app.run(run, argv=["rpn", *(sys.argv[1:] if arguments is None else arguments)])
+  return 0

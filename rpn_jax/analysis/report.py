@@ -1,0 +1,251 @@
+"""Many runs side by side: python -m rpn_jax report runs/* --out=runs/report
+
+Runs that differ only in their seed make one row: mean ± sample standard deviation over seeds. A row
+is called after a few config fields that tell it from the others, without the values that most rows
+share; the row that has all of these is "base". Written are report.md, report.csv and report.json
+(both in fractions, not percent) and report.png. Runs that cannot be read are listed with the
+reason.
+"""
+
+import argparse
+import csv
+import io
+import os
+import pathlib
+import sys
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+
+from rpn_jax.analysis.runs import METRICS, Row, differing, group_runs, read_run
+from rpn_jax.base.console import table
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import write_json, write_text
+from rpn_jax.drawing import plots
+from rpn_jax.drawing.plots import SMOOTH_FROM, legend_beside, line_style, step_ticks
+
+SELECTED = "selected on the evaluation classes"
+
+
+def columns(rows: Sequence[Row]) -> tuple[str, ...]:
+  """The metrics to show: of seen and unseen classes where there are such, else the means."""
+  if any(row.values("last", "hiou") for row in rows):
+    return ("miou_seen", "miou_unseen", "hiou")
+  return ("miou_gt", "miou_union")
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+  """Percent: "42.4 ± 0.6" (sample standard deviation), "42.4" for one value, "-" for none."""
+  if not values:
+    return "-"
+  values = 100 * np.array(values, np.float64)
+  spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+  return f"{round(values.mean(), 1) + 0.0:.1f}{spread}"  # no "-0.0"
+
+
+def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
+  """Scores in percent, a line per row: of the last checkpoints, then of the best ones."""
+  shown = [("last", "pAcc"), *(("last", m) for m in columns(rows))]
+  shown += [("best", m) for m in columns(rows)]
+  heads = [("best* " if c == "best" else "") + METRICS[m] for c, m in shown]
+  cells = [
+    [
+      i, row.label, len(row.runs),
+      *(mean_and_deviation(row.values(c, m)) for c, m in shown), *row.beside.values(),
+    ]
+    for i, row in enumerate(rows, 1)
+  ]  # fmt: skip
+  heads = ["row", "%", "seeds", *heads, *rows[0].beside]
+  text = table(cells, heads, markdown=markdown)
+  note = f"Last checkpoint, mean ± sample standard deviation over seeds; best*: {SELECTED}."
+  return f"{text}\n\n{note}"
+
+
+def evaluation_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
+  """Mean IoU in percent on the sets that were evaluated after the training; "" if none was."""
+  sets = dict.fromkeys(name for row in rows for run in row.runs for name in run.evaluations)
+  shown = [(name, m) for name in sets for m in ("miou_gt", "miou_union")]
+  cells = [
+    [i, row.label, *(mean_and_deviation(row.evaluated(*column)) for column in shown)]
+    for i, row in enumerate(rows, 1)
+  ]
+  heads = [f"{name} {metric.removeprefix('miou_')}" for name, metric in shown]
+  text = table(cells, ["row", "mIoU, --mode=eval", *heads], markdown=markdown)
+  note = "gt: over classes in the truth; union: over classes in truth or prediction."
+  return f"{text}\n\n{note}" if sets else ""
+
+
+def summary(rows: Sequence[Row], left_out: Sequence[str]) -> dict:
+  """Everything, for report.json; scores are fractions."""
+  fields = differing([row.runs[0].config for row in rows])
+  summaries = []
+  for i, row in enumerate(rows):
+    scores = {}
+    for checkpoint in ("last", "best"):
+      values = {m: row.values(checkpoint, m) for m in METRICS}
+      scores[checkpoint] = {
+        m: {
+          "mean": float(np.mean(v)),
+          "deviation": float(np.std(v, ddof=1)) if len(v) > 1 else None,
+        }
+        for m, v in values.items()
+        if v
+      }
+    runs = [
+      {
+        "directory": str(run.directory),
+        "seed": run.config.get("seed"),
+        "last": run.last,
+        "best": run.best,
+        "evaluations": run.evaluations,
+      }
+      for run in row.runs
+    ]
+    config = {name: values[i] for name, values in fields.items()}
+    row_is = {"label": row.label, "beside": dict(row.beside), "config": config}
+    summaries.append({**row_is, **scores, "runs": runs})
+  return {"rows": summaries, "left_out": list(left_out), "best": SELECTED}
+
+
+def write(out, rows: Sequence[Row], left_out: Sequence[str] = ()) -> pathlib.Path:
+  """Writes report.md, report.csv, report.json and report.png into a folder, which it returns."""
+  out = pathlib.Path(out)
+  out.mkdir(parents=True, exist_ok=True)
+  content = summary(rows, left_out)
+  write_json(out / "report.json", content)
+
+  fields = list(content["rows"][0]["config"])
+  lines = [score_table(rows, markdown=True), "", "![Scores](report.png)"]
+  if evaluations := evaluation_table(rows, markdown=True):
+    lines += ["", evaluations]
+  if fields:
+    cells = [[i, *row["config"].values()] for i, row in enumerate(content["rows"], 1)]
+    lines += ["", "All that differs:", "", table(cells, ["row", *fields], markdown=True)]
+  if left_out:
+    lines += ["", "Left out:", "", *(f"- {reason}" for reason in left_out)]
+  write_text(out / "report.md", "\n".join(lines) + "\n")
+
+  names = [(c, m) for c in ("last", "best") for m in METRICS]
+  heads = [f"{c}_{m}_{part}" for c, m in names for part in ("mean", "deviation")]
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  beside = list(rows[0].beside)
+  writer.writerow(["label", "seeds", *heads, *fields, *beside])
+  for row in content["rows"]:
+    scores = [row[c].get(m, {}).get(part) for c, m in names for part in ("mean", "deviation")]
+    scores += [*row["config"].values(), *row["beside"].values()]
+    writer.writerow([row["label"], len(row["runs"]), *scores])
+  write_text(out / "report.csv", text.getvalue())
+
+  plot(out / "report.png", rows)
+  return out
+
+
+
+
+def plot(path, rows: Sequence[Row]) -> pathlib.Path:
+  """Writes a PNG: a bar for every row and metric, and below it the curves over training steps.
+
+  Bars are the last checkpoints, with ± one deviation over seeds; a row has one colour and one
+  number in all panels.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  metrics = columns(rows)
+  curves = [{m: c for m in metrics if (c := row.curve(m))} for row in rows]
+  labels = [textwrap.fill(row.label, 44, break_on_hyphens=False) for row in rows]
+  heights = [0.18 * (label.count("\n") + 1) + 0.2 for label in labels]
+  bars_high = max(1.2, sum(heights)) + 0.6
+  # A single evaluation is no curve, and its bar says it all.
+  curves_high = 3.6 if any(len(steps) > 1 for c in curves for steps, *_ in c.values()) else 0
+
+  figure = Figure(figsize=(5 + 3.6 * len(metrics), bars_high + curves_high), dpi=110)
+  FigureCanvasAgg(figure)
+  figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+  ratios = [bars_high, curves_high] if curves_high else [bars_high]
+  axes = figure.subplots(len(ratios), len(metrics), squeeze=False, height_ratios=ratios)
+
+  # A row is as high as its name.
+  ends = np.cumsum(heights)
+  centres = ends - np.array(heights) / 2
+  styles = [line_style(i) for i in range(len(rows))]
+  for column, metric in enumerate(metrics):
+    ax = axes[0, column]
+    for i, row in enumerate(rows):
+      values = row.values("last", metric)
+      if not values:
+        continue
+      mean = 100 * np.mean(values)
+      deviation = 100 * np.std(values, ddof=1) if len(values) > 1 else 0.0
+      error = {"xerr": deviation, "ecolor": "0.2", "capsize": 3} if deviation else {}
+      ax.barh(centres[i], mean, 0.26, color=styles[i]["color"], alpha=0.85, **error)
+      ax.annotate(
+        mean_and_deviation(values),
+        (mean + deviation, centres[i]),
+        (6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9,
+      )
+    ax.set_title(f"{plots.METRICS[metric]} (%)", loc="left", fontsize=12, fontweight="bold")
+    ax.set_ylim(ends[-1], 0)
+    # Room for the numbers behind the bars.
+    ax.set_xlim(0, 1.45 * max(1, ax.dataLim.x1))
+    ax.set_yticks(centres, [f"{label}  [{i}]" for i, label in enumerate(labels, 1)])
+    if column:
+      ax.set_yticklabels([])
+    ax.tick_params(axis="y", length=0, labelsize=9)
+    ax.grid(True, axis="x", color="0.9", linewidth=0.8)
+    if not curves_high:
+      continue
+    ax = axes[1, column]
+    for i, curves_of_row in enumerate(curves):
+      if not curves_of_row:
+        continue
+      # A row without this metric leaves no line here, only its place in the legend.
+      steps, mean, deviation = curves_of_row.get(metric, np.zeros((3, 0)))
+      marker = "o" if len(steps) < SMOOTH_FROM else None
+      ax.plot(steps, 100 * mean, marker=marker, markersize=3, label=f"[{i + 1}]", **styles[i])
+      if deviation.any():
+        band = 100 * (mean - deviation), 100 * (mean + deviation)
+        ax.fill_between(steps, *band, color=styles[i]["color"], alpha=0.15, linewidth=0)
+    step_ticks(ax)
+    ax.set_xlabel("training step")
+    ax.grid(True, color="0.9", linewidth=0.8)
+  for ax in axes.ravel():
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+  if curves_high:
+    axes[1, 0].set_ylabel("score (%)")
+    legend_beside(axes[1, -1])
+  return plots.save(figure, path)
+
+
+def main(arguments=None) -> int:
+  parser = argparse.ArgumentParser(prog="rpn report", description=__doc__)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  parser.add_argument("runs", nargs="+", metavar="RUN", help="workdirs")
+  parser.add_argument("--out", default="report", help="folder for the files (default: report)")
+  parser.add_argument("--labels", nargs="+", default=(), metavar="NAME", help="one per row")
+  args = parser.parse_args(arguments)
+  runs, left_out = [], []
+  for directory in dict.fromkeys(os.path.normpath(name) for name in args.runs):
+    try:
+      runs.append(read_run(directory))
+    except (InputError, OSError) as error:
+      left_out.append(str(error))
+  try:
+    if not runs:
+      raise InputError("no readable run:\n" + "\n".join(left_out))
+    rows, repeated = group_runs(runs, args.labels)
+    out = write(args.out, rows, left_out + repeated)
+  except (InputError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  print("\n\n".join(filter(None, [score_table(rows), evaluation_table(rows)])))
+  for reason in left_out + repeated:
+    print(f"left out: {reason}")
+  print(f"Written: {out}/report.md, report.csv, report.json, report.png")
+  return 0

@@ -1,0 +1,260 @@
+"""Finished runs read from their workdirs, and grouped into rows over seeds."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.training.identity import FREE_FIELDS
+from rpn_jax.training.metric_log import read_history
+
+METRICS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
+# A value in a row's name; longer ones are cut there, not in report.json.
+VALUE_LETTERS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a workdir tells.
+
+  Attributes:
+    directory: the workdir.
+    config: nested fields, as in `metrics.json`.
+    last, best: metrics, with the step.
+    history: name -> [(step, value)], empty for a run without training.
+    evaluations: data set -> metrics, of `--mode=eval` after the training.
+    trained_parameters: how many; None where the files do not say.
+  """
+
+  directory: pathlib.Path
+  config: Mapping
+  last: Mapping
+  best: Mapping
+  history: Mapping[str, Sequence[tuple[int, float]]]
+  evaluations: Mapping[str, Mapping]
+  trained_parameters: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Runs that differ only in their seed, under one name.
+
+  Attributes:
+    label: the name.
+    runs: at least one.
+    beside: title -> text, further columns of the table, the same titles in all rows.
+  """
+
+  label: str
+  runs: tuple[Run, ...]
+  beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def values(self, checkpoint: str, metric: str) -> list[float]:
+    """The metric of every run, at its "last" or "best" checkpoint; [] where one has none."""
+    values = [getattr(run, checkpoint).get(metric) for run in self.runs]
+    return [] if None in values else values
+
+  def evaluated(self, name: str, metric: str) -> list[float]:
+    """The metric of every run on a data set evaluated afterwards; [] where one was not."""
+    values = [run.evaluations.get(name, {}).get(metric) for run in self.runs]
+    return [] if None in values else values
+
+  def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Steps, means and deviations of an evaluated metric; None if there is no common step.
+
+    Only steps that all runs have are averaged, since a mean over fewer seeds would jump.
+    """
+    points = [
+      {s: v for s, v in run.history.get(f"eval/{metric}", ()) if np.isfinite(v)}
+      for run in self.runs
+    ]
+    steps = sorted(set.intersection(*map(set, points)))
+    if not steps:
+      return None
+    values = np.array([[p[s] for s in steps] for p in points], np.float64)
+    deviation = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(steps))
+    return np.array(steps), values.mean(0), deviation
+
+
+def read_run(directory) -> Run:
+  """The run in a workdir.
+
+  Raises:
+    InputError: there is none, it has not ended, or a file of it is damaged.
+  """
+  directory = pathlib.Path(directory)
+  if not (directory / "metrics.json").exists():
+    raise InputError(_why_missing(directory))
+  config, last, best, trained = _read_scores(directory / "metrics.json")
+  total = config.get("steps", 0)
+  if config.get("method") != "training_free" and last["step"] < total:
+    raise InputError(
+      f"{directory}: not finished, step {last['step']} of {total}; repeat its command"
+    )
+  history = read_history(directory / "metrics.jsonl")
+  evaluations = {}
+  path = directory / "eval.json"
+  if path.exists():
+    evaluations = _read_evaluations(path, config["data"]["name"])
+    for evaluated in evaluations.values():
+      if evaluated["step"] != last["step"]:
+        raise InputError(
+          f"{path}: of step {evaluated['step']}, and the run ended at {last['step']}; "
+          "repeat --mode=eval"
+        )
+  return Run(directory, config, last, best, history, evaluations, trained)
+
+
+def _read_scores(path: pathlib.Path) -> tuple[dict, dict, dict, int | None]:
+  """Config, last and best metrics and size of a file that `evaluate.write_metrics` wrote."""
+  with _complaint(path):
+    content = json.loads(path.read_text())
+    config = dict(content["config"])
+    if not config["data"]["name"]:
+      raise ValueError
+    trained = content.get("trained_parameters")
+    return config, _numbers(content["last"]), _numbers(content["best"]), trained
+
+
+def _read_evaluations(path: pathlib.Path, trained_on: str) -> dict[str, dict]:
+  """Data set -> metrics of the last checkpoint, of one set or of `config.eval.sets`."""
+  with _complaint(path):
+    content = json.loads(path.read_text())
+    sets = content.get("sets") or {trained_on: content}
+    return {name: _numbers(result["last"]) for name, result in sets.items()}
+
+
+def _numbers(scores: Mapping) -> dict:
+  scores = {m: scores.get(m) for m in ("step", *METRICS)}
+  if not isinstance(scores["step"], int):
+    raise ValueError
+  if not np.isfinite([v for v in scores.values() if v is not None]).all():
+    raise ValueError
+  return scores
+
+
+@contextlib.contextmanager
+def _complaint(path: pathlib.Path):
+  try:
+    yield
+  except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    raise InputError(
+      f"{path}: expected config, last and best scores of a segmentation run; "
+      "it is damaged or of another task"
+    ) from None
+
+
+def _why_missing(directory: pathlib.Path) -> str:
+  if not directory.is_dir():
+    return f"{directory}: no such folder"
+  config, history = directory / "config.json", directory / "metrics.jsonl"
+  if config.exists() or history.exists():
+    steps = [s for points in read_history(history).values() for s, _ in points]
+    try:
+      total = json.loads(config.read_text())["config"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+      total = "?"
+    return f"{directory}: not finished, step {max(steps, default=0)} of {total}; repeat its command"
+  inside = sum((child / "metrics.json").exists() for child in directory.iterdir())
+  hint = f"; {inside} folders in it have one: give {directory}/*" if inside else ""
+  return f"{directory}: no metrics.json{hint}"
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict:
+  """{"model.head": "paper", …} of nested fields."""
+  flat = {}
+  for name, value in config.items():
+    path = f"{prefix}{name}"
+    flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+  return flat
+
+
+def differing(configs: Sequence[Mapping]) -> dict[str, list[str]]:
+  """Field -> its value in each config, as text, for the fields in which they differ.
+
+  The seed and fields that do not change a result (`checkpoint.FREE_FIELDS`) are left out.
+  """
+  flat = [flatten(config) for config in configs]
+  fields = list(dict.fromkeys(name for config in flat for name in config))
+  texts = {
+    name: [_text(config[name]) if name in config else "absent" for config in flat]
+    for name in fields
+    if name != "seed" and name.rpartition(".")[2] not in FREE_FIELDS
+  }
+  return {name: values for name, values in texts.items() if len(set(values)) > 1}
+
+
+def _text(value) -> str:
+  return value if isinstance(value, str) else repr(value)
+
+
+def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> tuple[list[Row], list[str]]:
+  """Runs as rows, in order, and why some are left out.
+
+  Args:
+    runs: at least one.
+    labels: names for the rows, in their order; without, they are named after what differs: the
+      fewest fields found that tell all rows apart.
+
+  Raises:
+    InputError: another number of labels than there are rows, or one given twice.
+  """
+  fields = differing([run.config for run in runs])
+  groups: dict[tuple, dict] = {}
+  left_out = []
+  for i, run in enumerate(runs):
+    seeds = groups.setdefault(tuple(values[i] for values in fields.values()), {})
+    first = seeds.setdefault(run.config.get("seed"), run)
+    if first is not run:
+      left_out.append(f"{run.directory}: config and seed of {first.directory}, which is counted")
+  members = [tuple(seeds.values()) for seeds in groups.values()]
+  if labels:
+    if len(labels) != len(members) or len(set(labels)) != len(labels):
+      shown = "; ".join(f"{i}: {m[0].directory}" for i, m in enumerate(members, 1))
+      raise InputError(
+        f"--labels: expected {len(members)} different names, got {len(labels)}; the rows begin "
+        f"with {shown}"
+      )
+  else:
+    labels = _labels(members, list(fields), list(groups))
+  return [Row(label, runs) for label, runs in zip(labels, members)], left_out
+
+
+def _labels(members, fields: list[str], keys: list[tuple]) -> list[str]:
+  """A name for every row: its values of a few fields in which all rows differ.
+
+  Values that more than half of the rows share go without saying.
+  """
+  pairs = list(combinations(range(len(keys)), 2))
+  chosen = []
+  while pairs:
+    told = [sum(keys[a][k] != keys[b][k] for a, b in pairs) for k in range(len(fields))]
+    # Of two fields that tell as much the one that takes less room.
+    letters = [len(name) + max(len(key[k]) for key in keys) for k, name in enumerate(fields)]
+    best = max(range(len(fields)), key=lambda k: (told[k], -letters[k]))
+    chosen.append(best)
+    pairs = [(a, b) for a, b in pairs if keys[a][best] == keys[b][best]]
+  if not chosen:
+    name = members[0][0].directory.resolve().name
+    return [re.sub(r"[_. -]*(seed)?[_. -]*\d+$", "", name) or name]
+  usual = {k: [key[k] for key in keys] for k in sorted(chosen)}
+  labels = [
+    ", ".join(
+      f"{fields[k]}={_cut(key[k])}" for k in usual if 2 * usual[k].count(key[k]) <= len(keys)
+    )
+    for key in keys
+  ]
+  return [
+    (label or "base") if labels.count(label) == 1 else f"{label} ({runs[0].directory.name})"
+    for label, runs in zip(labels, members)
+  ]
+
+
+def _cut(text: str) -> str:
+  return text if len(text) <= VALUE_LETTERS else text[: VALUE_LETTERS - 1] + "…"

@@ -1,0 +1,241 @@
+"""A table of ablations, row by row: python -m rpn_jax sweep table5 --config=FILE --seeds=3
+
+FILE is a config file with TABLES, such as configs/ablations.py:dataset=shapes; words behind the
+colon are for every row. Each row and seed is a run of main.py in a workdir of its own under --root;
+other --config.… flags are handed on to all of them. Runs that are there already are not repeated,
+so an interrupted sweep is continued by its own command, and rows with the same settings are one run
+in all tables. A failed run is listed with its log and tried again by the next call.
+
+At the end the table is printed, with the paper's figures where they are known, and written to
+ROOT/report/TABLE as Markdown, CSV, JSON and a picture with error bars. Of several tables, "all" or
+names joined by commas, the runs of the first seed come first.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import queue
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from rpn_jax.analysis import report
+from rpn_jax.analysis.runs import Row, read_run
+from rpn_jax.base.console import progress
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import write_json
+from rpn_jax.inference import published
+
+LOG = "log.txt"
+# Lines of a failed run's log to show.
+TAIL = 3
+
+
+def read_tables(path: str) -> dict[str, dict[str, Mapping]]:
+  """Table -> row -> changes, of a config file.
+
+  Raises:
+    InputError: there is no such file, or it has no TABLES.
+  """
+  if not pathlib.Path(path).is_file():
+    raise InputError(f"--config={path}: no such file; expected one with TABLES")
+  spec = importlib.util.spec_from_file_location("ablations", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "TABLES"):
+    raise InputError(f"--config={path}: has no TABLES; expected one like configs/ablations.py")
+  return module.TABLES
+
+
+def directory(root: pathlib.Path, changes: Mapping, seed: int) -> pathlib.Path:
+  """The workdir of a row: named after what it changes, so that equal rows share it."""
+  words = [f"{field.rpartition('.')[2]}={value}" for field, value in sorted(changes.items())]
+  name = re.sub(r"[^\w=+.,-]", "_", ",".join(words)) or "base"
+  return root / f"{name}_seed{seed}"
+
+
+def claim(root: pathlib.Path, words: str, flags: Sequence[str]) -> None:
+  """Marks the folder as that of one recipe, or checks that it is.
+
+  Raises:
+    InputError: its runs have other settings.
+  """
+  path, settings = root / "settings.json", {"config": words, "flags": sorted(flags)}
+  try:
+    there = json.loads(path.read_text()) if path.exists() else settings
+  except ValueError:
+    there = "unreadable"
+  if there != settings:
+    raise InputError(f"runs in {root} are of {there}, asked for: {settings}; give another --root")
+  root.mkdir(parents=True, exist_ok=True)
+  write_json(path, settings)
+
+
+def run(command: Sequence[str], workdir: pathlib.Path, cores: Sequence[int]) -> str:
+  """Runs a command with its output in the workdir's log; what went wrong, "" if nothing did."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
+  with open(workdir / LOG, "w") as log:
+    code = subprocess.run(command, stdout=log, stderr=log, preexec_fn=pin).returncode
+  if code == 0 and is_done(workdir):
+    return ""
+  lines = (workdir / LOG).read_text(errors="replace").strip().splitlines()[-TAIL:]
+  return f"{workdir}: exit status {code}, see {workdir / LOG}: {' / '.join(lines)}"
+
+
+def shares(jobs: int) -> list[list[int]]:
+  """The cores of each of several runs at a time: side by side they get more done than in turns."""
+  if jobs == 1 or not hasattr(os, "sched_getaffinity"):
+    return [[]] * jobs
+  cores = sorted(os.sched_getaffinity(0))
+  return [cores[i::jobs] for i in range(jobs)]
+
+
+def is_done(workdir: pathlib.Path) -> bool:
+  """Whether a run has ended well."""
+  try:
+    read_run(workdir)
+  except (InputError, OSError):
+    return False
+  return True
+
+
+def sweep(runs: Mapping[pathlib.Path, Sequence[str]], jobs: int) -> list[str]:
+  """Runs the commands whose workdirs hold no finished run; what failed."""
+  todo = [workdir for workdir in runs if not is_done(workdir)]
+  free = queue.SimpleQueue()
+  for share in shares(jobs):
+    free.put(share)
+  failures = []
+
+  def job(workdir):
+    share = free.get()
+    try:
+      bar.set_postfix(run=workdir.name)
+      return run(runs[workdir], workdir, share)
+    finally:
+      free.put(share)
+
+  with progress(len(runs), "sweep", "run") as bar:
+    bar.update(len(runs) - len(todo))
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+      for done in concurrent.futures.as_completed([pool.submit(job, w) for w in todo]):
+        failures += filter(None, [done.result()])
+        bar.update()
+    finally:
+      pool.shutdown(cancel_futures=True)  # Ctrl-C ends the runs under way, and starts no others
+  return failures
+
+
+def table_rows(
+  table: str, rows: Mapping[str, Mapping], root: pathlib.Path, seeds: int
+) -> tuple[list[Row], list[str]]:
+  """The rows of which a seed is there, and what is missing."""
+  found, missing = [], []
+  for label, changes in rows.items():
+    runs = []
+    for seed in range(seeds):
+      try:
+        runs.append(read_run(directory(root, changes, seed)))
+      except (InputError, OSError) as error:
+        missing.append(f"{label}, seed {seed}: {error}")
+      if is_free(changes):
+        break  # has no seeds
+    if runs:
+      found.append(Row(label, tuple(runs)))
+  plain = next((row for row in found if not rows[row.label]), None)
+  return [dataclasses.replace(row, beside=beside(table, row, plain)) for row in found], missing
+
+
+def beside(table: str, row: Row, plain: Row | None) -> dict[str, str]:
+  """Further columns of a row.
+
+  Args:
+    table: its name.
+    row: what the columns are of.
+    plain: the row that changes nothing, to which differences are taken.
+  """
+  columns = {"trained": f"{row.runs[0].trained_parameters or 0:,}"}
+  if plain:
+    columns[f"hIoU less {plain.label}'s"] = report.mean_and_deviation(differences(row, plain))
+  if table == "table10":
+    columns["paper, VOC hIoU"] = str(published.TUNERS.get(row.label, "-"))
+  return columns
+
+
+def differences(row: Row, plain: Row) -> list[float]:
+  """hIoU of a row less that of the plain one, seed by seed; [] for the plain one itself.
+
+  Runs of a seed see the same pictures in the same order: differences spread less than scores do.
+  """
+  if row is plain or is_free(row.runs[0].config):
+    return []
+  of, to = ({run.config["seed"]: run.last.get("hiou") for run in r.runs} for r in (row, plain))
+  return [of[seed] - to[seed] for seed in of if None not in (of[seed], to.get(seed))]
+
+
+def is_free(changes: Mapping) -> bool:
+  return changes.get("method") == "training_free"
+
+
+def main(arguments=None) -> int:
+  parser = argparse.ArgumentParser(prog="rpn sweep", description=__doc__)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  parser.add_argument("tables", help='e.g. table5, or table4,table5, or "all"')
+  parser.add_argument("--config", default="configs/ablations.py", help="file with TABLES[:words]")
+  parser.add_argument("--seeds", type=int, default=3, help="runs of every row (default 3)")
+  parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
+  parser.add_argument("--root", default="runs/sweep", help="where the runs go")
+  args, handed_on = parser.parse_known_args(arguments)
+  path, _, words = args.config.partition(":")
+  root = pathlib.Path(args.root)
+  try:
+    wrong = [flag for flag in handed_on if not flag.startswith("--config.")]
+    if wrong:
+      raise InputError(f"unknown argument {wrong[0]!r}; only --config.… flags are handed on")
+    if args.seeds < 1 or args.jobs < 1:
+      raise InputError("--seeds and --jobs: expected 1 or more")
+    if not pathlib.Path("main.py").exists():
+      raise InputError("no main.py here: run this in the project's folder")
+    known = read_tables(path)
+    tables = list(known) if args.tables == "all" else args.tables.split(",")
+    unknown = [table for table in tables if table not in known]
+    if unknown:
+      raise InputError(f"no table {unknown[0]!r} in {path}; it has {', '.join(known)}")
+    claim(root, words, handed_on)
+  except (InputError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+  runs = {}
+  for seed in range(args.seeds):
+    for table in tables:
+      for row, changes in known[table].items():
+        free = is_free(changes)
+        workdir = directory(root, changes, seed)
+        if workdir in runs or (free and seed):
+          continue
+        runs[workdir] = [
+          sys.executable, "main.py", f"--workdir={workdir}",
+          "--mode=eval" if free else "--mode=train",
+          f"--config={','.join(filter(None, [f'{path}:{table}_{row}', words]))}",
+          f"--config.seed={seed}", *handed_on,
+        ]  # fmt: skip
+  failures = sweep(runs, args.jobs)
+
+  for table in tables:
+    rows, missing = table_rows(table, known[table], root, args.seeds)
+    if rows:
+      out = report.write(root / "report" / table, rows, missing)
+      print(f"\n{table}\n{report.score_table(rows)}\nWritten: {out}/report.md, .csv, .json, .png")
+    for line in missing:
+      print(f"missing: {line}")
+  for failure in failures:
+    print(f"failed: {failure}", file=sys.stderr)
+  return 1 if failures else 0

@@ -1,0 +1,1 @@
+"""What both packages need: no JAX, nothing of ours but itself."""

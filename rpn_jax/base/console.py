@@ -1,0 +1,235 @@
+"""What a person sees in a terminal: progress, tables, verbosity, what is in a workdir."""
+
+import os
+import pathlib
+import re
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from absl import logging
+
+# Seconds between the lines that stand in for a progress bar where stderr is a file.
+LINE_EVERY = 10.0
+
+_silent = False
+
+
+def silence() -> None:
+  """Ends all output of this process but errors, as of one whose fellow process reports."""
+  global _silent
+  _silent = True
+  sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+
+
+def set_verbosity(quiet: bool = False, verbose: bool = False) -> None:
+  """Sets what a command prints; call it before JAX is imported.
+
+  Args:
+    quiet: nothing but errors.
+    verbose: also the log of Orbax, grain and absl at level INFO, and a line for every program that
+      JAX compiles.
+  """
+  logging.set_verbosity(logging.INFO if verbose else logging.WARNING)
+  if verbose:
+    os.environ["JAX_LOG_COMPILES"] = "1"  # read when JAX is imported, which commands do later
+  if quiet:
+    silence()
+
+
+# What a workdir may hold, in the order in which one looks at it.
+WORKDIR_FILES = {
+  "predictions.png": "image, truth and prediction",
+  "confusion.png": "what is taken for what",
+  "curves.png": "losses and scores over the steps",
+  "predictions": "overlays, labels and numbers of your pictures",
+  "eval.md": "scores of every set and class, beside published ones",
+  "eval.json": "the same as numbers",
+  "classify.json": "probabilities of every picture",
+  "metrics.json": "last and best scores, the config, versions",
+  "best.json": "the best scores so far",
+  "metrics.jsonl": "the log, a line of JSON per entry",
+  "events": "the log for TensorBoard",
+  "checkpoints": "prompts and optimizer state, the latest two and the best",
+  "prompts.safetensors": "the trained prompts alone, for --config.prompts",
+  "config.json": "every setting; with checkpoints all that Segmenter.load needs",
+}
+
+
+def describe_workdir(workdir) -> str:
+  """Lines that say what is in a workdir and what it is."""
+  workdir = pathlib.Path(workdir)
+  there = {name: text for name, text in WORKDIR_FILES.items() if (workdir / name).exists()}
+  width = max(map(len, there), default=0)
+  return "\n".join([f"In {workdir}:", *(f"  {n:{width}}  {text}" for n, text in there.items())])
+
+
+class Progress:
+  """Progress of a loop, made by `progress`: iterate over it, or call `update`.
+
+  On a terminal it is a tqdm bar. Elsewhere it is silent but for one line about every ten seconds,
+  so that the log of a long job shows that it lives and that of a short one stays clean.
+  """
+
+  def __init__(self, iterable: Iterable | None, total: int | None, desc: str, unit: str):
+    # Looked up at each call, since tests and notebooks replace it.
+    self._stream = sys.stderr
+    self._iterable, self._total, self._desc, self._unit = iterable, total, desc, unit
+    self._bar = None
+    self._postfix = ""
+    self._done = self._lined_done = 0
+    self._lined_at, self._rate = time.monotonic(), 0.0
+    isatty = getattr(self._stream, "isatty", None)
+    if isatty is not None and isatty() and not _silent:
+      from tqdm import tqdm
+
+      # Some job runners' terminals report a size of 0 by 0, where tqdm would draw nothing.
+      width = {"dynamic_ncols": True} if _has_columns(self._stream) else {"ncols": 80, "nrows": 24}
+      self._bar = tqdm(total=total, desc=desc, unit=f" {unit}", file=self._stream, **width)
+
+  def __iter__(self) -> Iterator:
+    if self._iterable is None:
+      raise TypeError("progress of a total has nothing to iterate over: call update()")
+    try:
+      for item in self._iterable:
+        yield item
+        self.update()
+    finally:
+      self.close()
+
+  def update(self, count: int = 1) -> None:
+    """Counts `count` more units as done."""
+    self._done += count
+    if self._bar is not None:
+      self._bar.update(count)
+      return
+    now = time.monotonic()
+    if now - self._lined_at >= LINE_EVERY and not _silent:
+      self._line(now)
+
+  def set_postfix(self, **values) -> None:
+    """What to show behind the rate, such as `loss="0.123"`."""
+    self._postfix = ", ".join(f"{name}={_cell(value)}" for name, value in values.items())
+    if self._bar is not None:
+      # Drawn with the next update: drawing here too would double the terminal's work.
+      self._bar.set_postfix_str(self._postfix, refresh=False)
+
+  def close(self) -> None:
+    """Ends the bar; a second call does nothing."""
+    if self._bar is not None:
+      self._bar.close()
+
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _line(self, now: float) -> None:
+    # The rate since the last line: that of the whole run would include compilation for hours. The
+    # first unit may be hardly anything else, and an evaluation may lie between two lines.
+    since = (self._done - self._lined_done) / (now - self._lined_at)
+    rate, self._rate = max(since, self._rate), since
+    count = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
+    parts = [f"{self._desc}: {count} {self._unit}"]
+    if self._done > 1:
+      parts.append(f"{rate:.3g} {self._unit}/s")
+      if self._total is not None and rate > 0:
+        parts.append(f"{_duration((self._total - self._done) / rate)} left")
+    if self._postfix:
+      parts.append(self._postfix)
+    print(", ".join(parts), file=self._stream, flush=True)
+    self._lined_at, self._lined_done = now, self._done
+
+
+def progress(iterable_or_total: Iterable | int, desc: str, unit: str) -> Progress:
+  """The progress display of every long loop: done, rate, time left, and a postfix.
+
+  Args:
+    iterable_or_total: what to iterate over, or how many units `update` will report.
+    desc: what goes on, such as "train".
+    unit: what is counted, singular, such as "step".
+  """
+  if isinstance(iterable_or_total, int):
+    return Progress(None, iterable_or_total, desc, unit)
+  try:
+    total = len(iterable_or_total)
+  except TypeError:
+    total = None
+  return Progress(iterable_or_total, total, desc, unit)
+
+
+def _has_columns(stream) -> bool:
+  try:
+    return os.get_terminal_size(stream.fileno()).columns > 0
+  except (OSError, ValueError, AttributeError):
+    return False
+
+
+def _duration(seconds: float) -> str:
+  """1:02:03, or 2:03 below an hour."""
+  minutes, seconds = divmod(round(max(0.0, seconds)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _cell(value) -> str:
+  if value is None:
+    return "-"
+  if isinstance(value, (float, np.floating)):
+    return f"{value:.4g}"
+  return " ".join(str(value).split())
+
+
+def _columns_of(text: str) -> int:
+  """Terminal columns a text takes: Chinese and the like take two a letter, accents none."""
+  wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+  return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+# 84.6, -3, 1e-05, 12 %, 84.6 ± 0.3, 3,353,856, 2x, 0.55 s
+NUMBER = re.compile(r"[-+<~]?\d[\d.,]*(e[-+]?\d+)?( ?± ?[\d.]+)?( ?[%a-zA-Z/]{1,4})?|-|nan|inf|")
+
+
+def table(rows: Sequence[Sequence], headers: Sequence, *, markdown: bool = False) -> str:
+  """An aligned table, numbers to the right.
+
+  Args:
+    rows: cells of any kind; floats get four digits, None becomes "-".
+    headers: one per column.
+    markdown: a Markdown table instead of one ruled with dashes.
+
+  Returns:
+    Lines without a newline at the end.
+
+  Raises:
+    ValueError: a row with another number of cells than there are headers.
+  """
+  heads = [_cell(head) for head in headers]
+  body = [[_cell(value) for value in row] for row in rows]
+  for i, row in enumerate(body):
+    if len(row) != len(heads):
+      raise ValueError(f"row {i}: expected {len(heads)} cells, one per header, got {len(row)}")
+  right = [bool(body) and all(NUMBER.fullmatch(row[k]) for row in body) for k in range(len(heads))]
+  if markdown:
+    heads, *body = [[c.replace("|", "\\|") for c in row] for row in (heads, *body)]
+  # Three, the shortest rule that every Markdown reader takes for one.
+  widths = [
+    max(3 if markdown else 1, *(_columns_of(row[k]) for row in (heads, *body)))
+    for k in range(len(heads))
+  ]
+
+  def aligned(row):
+    return [
+      " " * (w - _columns_of(c)) + c if r else c + " " * (w - _columns_of(c))
+      for c, w, r in zip(row, widths, right)
+    ]
+
+  if markdown:
+    rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right)]
+    lines = [aligned(heads), rule, *map(aligned, body)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+  lines = [aligned(heads), ["-" * w for w in widths], *map(aligned, body)]
+  return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -1,0 +1,315 @@
+"""Pictures: coloured label maps, grids of predictions, and curves of a run.
+
+Pictures of pixels are drawn with Pillow, where text is measured before it is placed, and plots
+with matplotlib's Agg canvas without pyplot, so that nothing global is touched and no display is
+needed. Both are imported when first used. Every file appears whole or not at all.
+
+A label map holds class ids 0..C-1; any other value (255 by convention) is ignored and is drawn as
+a dark hatch.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from rpn_jax.base.paths import replacing
+from rpn_jax.drawing.legend import INK, UNSEEN_NOTE, draw_legend, get_font, legend_entries, wrap
+from rpn_jax.drawing.palette import HATCH, class_colors
+
+OVERLAY_LONG_SIDE = 2000
+
+
+def colorize(label_HxW: np.ndarray, colors_Cx3: np.ndarray) -> np.ndarray:
+  """Label map in colours, (H, W, 3) uint8; ids outside 0..C-1 become a dark hatch.
+
+  Args:
+    label_HxW: integers.
+    colors_Cx3: uint8, from `class_colors`.
+
+  Raises:
+    ValueError: the label is not a 2-D array of integers.
+  """
+  label = _checked_label(label_HxW)
+  height, width = label.shape
+  classes = len(colors_Cx3)
+  # Stripes in proportion to the picture: visible at 96 pixels and at 4000.
+  stripe = max(2, max(label.shape, default=0) // 64)
+  diagonal = (np.arange(height)[:, None] + np.arange(width)[None]) // stripe % 2
+  ignored = (label < 0) | (label >= classes)
+  table = np.concatenate([np.asarray(colors_Cx3, np.uint8).reshape(-1, 3), np.uint8(HATCH)])
+  return table[np.where(ignored, classes + diagonal, label)]
+
+
+def overlay(
+  image_HxWx3: np.ndarray, label_HxW: np.ndarray, colors_Cx3: np.ndarray, alpha: float = 0.55
+) -> np.ndarray:
+  """`(1 - alpha) * image + alpha * colour`, (H, W, 3) uint8.
+
+  Args:
+    image_HxWx3: uint8 RGB.
+    label_HxW: integers of the same height and width.
+    colors_Cx3: uint8.
+    alpha: weight of the colours, 0 to 1.
+
+  Raises:
+    ValueError: a wrong shape, dtype or alpha.
+  """
+  image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
+  if image.shape[:2] != label.shape:
+    raise ValueError(f"expected image and label of one size, got {image.shape} and {label.shape}")
+  if not 0 <= alpha <= 1:
+    raise ValueError(f"expected alpha in [0, 1], got {alpha}")
+  mixed = (1 - alpha) * image.astype(np.float32) + alpha * colorize(label, colors_Cx3)
+  return (mixed + 0.5).astype(np.uint8)
+
+
+def _checked_image(image) -> np.ndarray:
+  image = np.asarray(image)
+  if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    raise ValueError(f"expected an image (H, W, 3) uint8, got {image.shape} {image.dtype}")
+  return image
+
+
+def _checked_label(label) -> np.ndarray:
+  label = np.asarray(label)
+  if label.ndim != 2 or not np.issubdtype(label.dtype, np.integer):
+    raise ValueError(f"expected a label (H, W) of integers, got {label.shape} {label.dtype}")
+  # Wider than any label type, so that adding to ids cannot wrap around.
+  return label.astype(np.int64) if label.dtype.itemsize > 4 else label.astype(np.int32)
+
+
+def _write_png(path, picture) -> pathlib.Path:
+  # Level 6 takes seconds on a 12-megapixel label for a few per cent.
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with replacing(path) as temporary:
+    picture.save(temporary, format="PNG", compress_level=4)
+  return path
+
+
+def _fit(shape: tuple[int, int], long_side: int) -> tuple[int, int]:
+  """(width, height) in pixels at which an (H, W) picture fills a square of `long_side`."""
+  scale = long_side / max(shape)
+  # Whole factors keep every pixel of a small picture the same size.
+  scale = int(scale) if scale >= 2 else scale
+  return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
+
+
+def _resized(array: np.ndarray, size: tuple[int, int], smooth: bool = False) -> np.ndarray:
+  """Array resized to (width, height): nearest neighbour, or averaged where it shrinks."""
+  from PIL import Image
+
+  if (array.shape[1], array.shape[0]) == size:
+    return array
+  if smooth and array.shape[1] > size[0]:
+    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BOX))
+  rows = ((np.arange(size[1]) + 0.5) * array.shape[0] / size[1]).astype(int)
+  columns = ((np.arange(size[0]) + 0.5) * array.shape[1] / size[0]).astype(int)
+  return array[rows[:, None], columns]
+
+
+# Pictures
+
+
+def prediction_grid(
+  path,
+  images: Sequence[np.ndarray],
+  labels: Sequence[np.ndarray],
+  predictions: Sequence[np.ndarray],
+  names: Sequence[str],
+  *,
+  title: str | None = None,
+  unseen: Sequence[int] = (),
+  palette: str = "default",
+) -> pathlib.Path:
+  """Writes a PNG: one row per example, columns image, truth, prediction, and a legend below.
+
+  Small scenes are enlarged by whole factors, large ones reduced. The legend names the classes that
+  appear in truth or prediction, by area; unseen ones carry a `*`.
+
+  Args:
+    path: of the PNG.
+    images: (h, w, 3) uint8 each, resized to the size of its label where they differ.
+    labels: (H, W) integers each, ids outside 0..C-1 ignored.
+    predictions: the same shapes as `labels`.
+    names: C class names.
+    title: a line above.
+    unseen: ids of classes not trained on.
+    palette: of `class_colors`.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: no example, lists of different lengths, or a wrong shape or dtype.
+  """
+  from PIL import Image, ImageDraw
+
+  if not len(images) or not len(images) == len(labels) == len(predictions):
+    raise ValueError(
+      "expected as many images as labels and predictions, and at least one, got "
+      f"{len(images)}, {len(labels)} and {len(predictions)}"
+    )
+  images = [_checked_image(x) for x in images]
+  labels, predictions = [[_checked_label(x) for x in maps] for maps in (labels, predictions)]
+  for i, (label, prediction) in enumerate(zip(labels, predictions)):
+    if label.shape != prediction.shape:
+      raise ValueError(
+        f"example {i}: expected a prediction of the label's shape {label.shape}, "
+        f"got {prediction.shape}"
+      )
+  colors = class_colors(names, palette)
+  count = len(images)
+  long_side = 480 if count <= 2 else 384 if count <= 4 else 288
+  size, gap, margin = 17, 14, 22
+  sizes = [_fit(label.shape, long_side) for label in labels]
+  column = max(max(w for w, _ in sizes), 200)
+  width = 3 * column + 2 * gap
+
+  rows = legend_entries([*labels, *predictions], names, colors, unseen)
+  note = UNSEEN_NOTE if any(" *" in end for *_, end in rows) else ""
+  legend = draw_legend(rows, width, size, note)
+  title_font, head_font = get_font(22, bold=True), get_font(18, bold=True)
+  title_lines = wrap(title, title_font, width, lines=3) if title else []
+
+  top = margin + 30 * len(title_lines) + (gap if title_lines else 0) + 30
+  height = top + sum(h + gap for _, h in sizes) + gap + legend.height + margin
+  page = Image.new("RGB", (width + 2 * margin, height), "white")
+  draw = ImageDraw.Draw(page)
+  for k, text in enumerate(title_lines):
+    draw.text((page.width // 2, margin + 30 * k + 15), text, INK, title_font, anchor="mm")
+  for k, text in enumerate(("image", "truth", "prediction")):
+    x = margin + k * (column + gap) + column // 2
+    draw.text((x, top - 18), text, INK, head_font, anchor="mm")
+  y = top
+  for image, label, prediction, (w, h) in zip(images, labels, predictions, sizes):
+    # Colours before enlarging, so that the hatch grows with the pixels; reducing goes first.
+    panels = [_resized(image, (w, h), smooth=True)]
+    for ids in (label, prediction):
+      if w < ids.shape[1]:
+        panels.append(colorize(_resized(ids, (w, h)), colors))
+      else:
+        panels.append(_resized(colorize(ids, colors), (w, h)))
+    for k, panel in enumerate(panels):
+      x = margin + k * (column + gap) + (column - w) // 2
+      page.paste(Image.fromarray(np.ascontiguousarray(panel)), (x, y))
+    y += h + gap
+  page.paste(legend, (margin, y + gap))
+  return _write_png(path, page)
+
+
+def annotated(
+  image_HxWx3: np.ndarray,
+  label_HxW: np.ndarray,
+  names: Sequence[str],
+  *,
+  alpha: float = 0.55,
+  palette: str = "default",
+  rest: str = "other",
+):
+  """An image under the colours of its classes, with a legend of each one's share of the pixels.
+
+  The picture has at most 2000 pixels on the long side, and tiny images are enlarged.
+
+  Args:
+    image_HxWx3: uint8 RGB.
+    label_HxW: class ids of the same height and width; pixels of other values stay as they are.
+    names: C class names.
+    alpha: weight of the colours, 0 to 1.
+    palette: of `class_colors`.
+    rest: what the legend calls the pixels of no class.
+
+  Returns:
+    A PIL image.
+  """
+  from PIL import Image
+
+  image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
+  colors = class_colors(names, palette)
+  long_side = max(label.shape)
+  size = label.shape[::-1]
+  if long_side > OVERLAY_LONG_SIDE:
+    size = _fit(label.shape, OVERLAY_LONG_SIDE)
+  elif long_side < 512:
+    size = _fit(label.shape, 512)
+  # The letters grow with the picture, since a large one is looked at from farther away.
+  letters = int(np.clip(max(size) // 56, 16, 32))
+  margin = letters
+  legend_width = max(size[0], 24 * letters)
+  rows = legend_entries([label], names, colors, share=True, rest=rest)
+  legend = draw_legend(rows, legend_width, letters)
+  picture, shown = _resized(image, size, smooth=True), _resized(label, size)
+  inside = (shown >= 0) & (shown < len(names))
+  picture = np.where(inside[..., None], overlay(picture, shown, colors, alpha), picture)
+  page = Image.new(
+    "RGB", (legend_width + 2 * margin, size[1] + legend.height + 3 * margin), "white"
+  )
+  page.paste(Image.fromarray(picture), (margin + (legend_width - size[0]) // 2, margin))
+  page.paste(legend, (margin, size[1] + 2 * margin))
+  return page
+
+
+def no_class(classes: int) -> int:
+  """The value of pixels of no class in a saved label map."""
+  return 255 if classes <= 255 else 65535
+
+
+def index_picture(label_HxW: np.ndarray, names: Sequence[str], palette: str = "default"):
+  """A PIL image whose pixel values are class ids, and `no_class` where there is none.
+
+  In a palette PNG (mode P, so that it is an index and can be looked at) up to 255 classes, in
+  16-bit grey (mode I;16) beyond.
+
+  Raises:
+    ValueError: a wrong shape or dtype, or an id that the file cannot hold.
+  """
+  from PIL import Image
+
+  label, limit = _checked_label(label_HxW), no_class(len(names))
+  if label.size and (label.min() < 0 or label.max() > limit):
+    raise ValueError(
+      f"expected class ids 0..{limit} for {len(names)} classes, got {label.min()}..{label.max()}"
+    )
+  if limit > 255:
+    return Image.fromarray(label.astype(np.uint16))
+  index = Image.fromarray(label.astype(np.uint8))
+  table = np.tile(np.uint8(HATCH[0]), (256, 1))
+  table[: len(names)] = class_colors(names, palette)
+  index.putpalette(table.tobytes())
+  return index
+
+
+def save_prediction(
+  directory,
+  stem: str,
+  image_HxWx3: np.ndarray,
+  label_HxW: np.ndarray,
+  names: Sequence[str],
+  **options,
+) -> list[pathlib.Path]:
+  """Writes one segmented image as `<stem>_overlay.png` and `<stem>_labels.png`.
+
+  Args:
+    directory: made if it is missing.
+    stem: beginning of both file names.
+    image_HxWx3: uint8 RGB.
+    label_HxW: class ids of the same height and width, and `no_class`.
+    names: C class names.
+    **options: of `annotated`.
+
+  Returns:
+    Both paths: of a picture of `annotated` and of an `index_picture`.
+
+  Raises:
+    ValueError: a wrong shape or dtype, or an id that the file cannot hold.
+  """
+  image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
+  if image.shape[:2] != label.shape or not label.size:
+    raise ValueError(f"expected image and label of one size, got {image.shape} and {label.shape}")
+  index = index_picture(label, names, options.get("palette", "default"))
+  directory = pathlib.Path(directory)
+  return [
+    _write_png(directory / f"{stem}_overlay.png", annotated(image, label, names, **options)),
+    _write_png(directory / f"{stem}_labels.png", index),
+  ]

@@ -1,0 +1,1 @@
+"""From images and words to labels and scores."""

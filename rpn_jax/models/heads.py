@@ -1,0 +1,62 @@
+"""Heads: per-pixel class logits from patches, class token and text (RPN, Eq. 7 and Tables 6, 7)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rpn_jax.models import prompts
+from rpn_jax.models.clip import l2_normalize
+
+
+def text_branch(cls_BxE, text_CxE, letter: str) -> tuple[jax.Array, ...]:
+  """What a head looks for in the patches, each (B, C, E): t, or t * g, or both (Tables 6 and 7)."""
+  t = jnp.broadcast_to(text_CxE, (len(cls_BxE), *text_CxE.shape))
+  tg = text_CxE * cls_BxE[:, None]
+  return {"a": (t,), "b": (tg,), "c": (tg, t)}[letter]
+
+
+def tfpm(patches_BxNxE, cls_BxE, text_CxE, letter: str) -> jax.Array:
+  """The head without Linear and LayerNorm, logits (B, N, C).
+
+  Both branches have length 1 here and sqrt(E) after LPM's LayerNorm, so the cosine is scaled to
+  logits of LPM's size; variant c adds its two texts up.
+  """
+  text = l2_normalize(sum(text_branch(cls_BxE, text_CxE, letter)))
+  return jnp.einsum("bne,bce->bnc", patches_BxNxE, text) * patches_BxNxE.shape[-1] ** 0.5
+
+
+class LPM(nn.Module):
+  """Linear projection module, the head: per-pixel class logits.
+
+  LN(Linear(p)) . LN(Linear(text))^T / sqrt(E), the text being t (variant a), t * g (b) or
+  [t * g, t] (c, Eq. 7). `released` is c with one more Linear: u = Linear([t * g, t]), text branch
+  LN(Linear(u)).
+
+  Attributes:
+    variant: "lpm_a", "lpm_b", "lpm_c" or "released".
+  """
+
+  variant: str = "lpm_c"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, patches_BxNxE, cls_BxE, text_CxE) -> jax.Array:
+    """Logits (B, N, C), float32."""
+    embed = patches_BxNxE.shape[-1]
+    released = self.variant == "released"
+    letter = "c" if released else self.variant[-1]
+    text = jnp.concatenate(text_branch(cls_BxE, text_CxE, letter), axis=-1)
+    small = nn.initializers.normal(0.02)
+    if released:
+      text = prompts.torch_dense(embed, 2 * embed, self.dtype).copy(name="text_reduce")(text)
+    text = self.branch("text", text, embed, small)
+    patches = self.branch("patch", patches_BxNxE, embed, small)
+    return jnp.einsum("bne,bce->bnc", patches, text) * embed**-0.5
+
+  def branch(self, name, x, features, kernel_init):
+    """LN(Linear(x)), the norm in float32."""
+    dense = prompts.torch_dense(features, x.shape[-1], self.dtype, kernel_init)
+    x = dense.copy(name=f"{name}_proj")(x)
+    return prompts.LayerNorm(name=f"{name}_norm")(x)

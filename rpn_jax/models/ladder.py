@@ -1,0 +1,66 @@
+"""Ladder side tuning (Sung et al., 2022): a narrow network beside the frozen tower."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from rpn_jax.models import prompts
+from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.models.layers import ACTIVATIONS, attend
+from rpn_jax.models.tuners import uniform_start, zeros
+
+
+class SideBlock(nn.Module):
+  """A pre-norm block of the ladder, all of it in `prompts`."""
+
+  heads: int
+  activation: str
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BxNxD):
+    width = x_BxNxD.shape[-1]
+    qkv = dense(3 * width, "in_proj", self.dtype)(prompts.LayerNorm(name="ln_1")(x_BxNxD))
+    q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
+    attended = rearrange(attend(q, k, v), "b n h d -> b n (h d)")
+    x = x_BxNxD + dense(width, "out_proj", self.dtype)(attended)
+    hidden = dense(4 * width, "c_fc", self.dtype)(prompts.LayerNorm(name="ln_2")(x))
+    return x + dense(width, "c_proj", self.dtype)(ACTIVATIONS[self.activation](hidden))
+
+
+def dense(features, name, dtype, kernel_init=uniform_start):
+  return prompts.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+
+
+class LadderSide(nn.Module):
+  """Ladder side tuning: narrow blocks that read the tower's and are added to its last tokens.
+
+  Attributes:
+    clip: architecture of the tower.
+    reduction: how many times narrower the side network is.
+  """
+
+  clip: CLIPConfig
+  reduction: int = 8
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, hidden: list[jax.Array]) -> jax.Array:
+    """Tokens before the first block and after every block, each (B, N, D) -> (B, N, D) to add."""
+    width = self.clip.vision_width // self.reduction
+    # A gate's temperature of 0.1 and its start in the middle are the paper's.
+    gates = prompts.prompt(self, "gate", zeros, (self.clip.vision_layers,))
+    # The tower is frozen and its input not trained: nothing to send back through it.
+    hidden = jax.lax.stop_gradient(hidden)
+    side = dense(width, "down_0", self.dtype)(hidden[0])
+    for i, x in enumerate(hidden[1:]):
+      mu = jax.nn.sigmoid(gates[i] / 0.1).astype(side.dtype)
+      side = mu * side + (1 - mu) * dense(width, f"down_{i + 1}", self.dtype)(x)
+      side = SideBlock(
+        self.clip.vision_heads, self.clip.activation, self.dtype, name=f"block_{i}"
+      )(side).astype(self.dtype)
+    side = prompts.LayerNorm(name="norm")(side)
+    return dense(self.clip.vision_width, "up", self.dtype, zeros)(side)

@@ -1,0 +1,1 @@
+"""A file for every verb of the commands."""

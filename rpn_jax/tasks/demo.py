@@ -1,0 +1,291 @@
+"""A page in the browser: drop a picture, type words, see the segmentation.
+
+    python -m rpn_jax demo --model=runs/shapes --model=weights/ViT-B-16.safetensors
+
+The page is Gradio's (`pip install ".[demo]"`), what its buttons do are plain functions.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import pathlib
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+
+from rpn_jax.base import pixels
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import write_json
+from rpn_jax.base.words import parse_names
+from rpn_jax.inference.segmentation import Segmentation
+from rpn_jax.inference.segmenter import SHIPPED, Segmenter
+from rpn_jax.models.training_free import METHODS
+
+# Limits of what a stranger may ask for.
+MAX_MEGABYTES = 20
+MAX_PIXELS = 40_000_000
+MAX_WORDS = 100
+SLIDERS = 24  # classes with a slider, the largest first
+OWN_METHOD = "default"
+SCENE = pathlib.Path(__file__).parent / "assets" / "scene.png"
+SCENE_WORDS = "plain yellow, plain blue, striped orange, dotted orange, plain orange, sand, water"
+
+
+class Models:
+  """The models on offer, each loaded when it is first asked for and then shared by everybody.
+
+  Args:
+    names: what `Segmenter.load` takes; the first one is loaded at once, to fail early. Of a run's
+      folder both checkpoints are on offer.
+  """
+
+  def __init__(self, names: Sequence[str]):
+    self._choices = {}
+    for name in names:
+      self._choices[name] = (name, "last")
+      if pathlib.Path(name).is_dir():
+        self._choices[f"{name}, best checkpoint"] = (name, "best")
+    self.names = tuple(self._choices)
+    self._lock = threading.Lock()
+    self._load = functools.lru_cache(8)(Segmenter.load)
+    self.get(self.names[0])
+
+  def get(self, name: str, method: str = OWN_METHOD) -> Segmenter:
+    """
+    Raises:
+      InputError: a model that is not on offer, or a damaged one.
+    """
+    if name not in self.names:
+      raise InputError(f"model {name!r} is not on offer here; choose {' or '.join(self.names)}")
+    with self._lock:  # two users at once must not load it twice
+      model, checkpoint = self._choices[name]
+      method = None if method == OWN_METHOD else method
+      return self._load(model, method=method, checkpoint=checkpoint)
+
+
+def segment(
+  models: Models, picture, words: str, background: str, other: float, model: str, method: str
+) -> Segmentation:
+  """What the button does.
+
+  Raises:
+    InputError: what is missing or wrong, in one line for the page.
+  """
+  if picture is None:
+    raise InputError("Drop a picture first (jpg, png or webp).")
+  if not (words or "").strip():
+    raise InputError('Type the classes to look for, such as "cat | kitten, grass".')
+  names = parse_names(words)
+  if len(names) > MAX_WORDS:
+    raise InputError(f"Expected at most {MAX_WORDS} words, got {len(names)}.")
+  try:
+    image = pixels.read(picture, MAX_PIXELS)
+  except InputError as error:  # without the server's folder
+    name = pathlib.Path(str(picture)).name
+    raise InputError(str(error).replace(str(picture), name)) from error
+  segmenter = models.get(model, method)
+  result = segmenter(image, names, other=other, background=(background or "").strip())
+  result.file = pathlib.Path(str(picture)).name
+  return result
+
+
+def files(result: Segmentation, folder: pathlib.Path) -> list[str]:
+  """Paths of the mask and the JSON for download."""
+  stem = pathlib.Path(result.file).stem
+  mask = folder / f"{stem}_labels.png"
+  result.mask().save(mask)
+  write_json(folder / f"{stem}.json", result.summary())
+  return [str(mask), str(folder / f"{stem}.json")]
+
+
+def table(result: Segmentation) -> list[list]:
+  """Rows of class, share and mean score, as the page lists them."""
+  content = result.summary()
+  rows = [
+    [row["name"], f"{100 * row['share']:.1f} %", f"{row['score']:.2f}"]
+    for row in content["classes"]
+  ]
+  rest = content["other"]["share"]
+  return [*rows, ["other", f"{100 * rest:.1f} %", ""]] if rest else rows
+
+
+CSS = """
+.gradio-container { max-width: min(1500px, 100vw) !important; margin: auto; }
+.gradio-container .column { min-width: min(320px, 100%) !important; max-width: 100%; }
+"""
+
+
+def build(models: Models, root: pathlib.Path):
+  """The page as Gradio's Blocks.
+
+  Args:
+    models: on offer.
+    root: folder for downloads, one folder in it per visitor.
+  """
+  import gradio as gr
+
+  def plainly(function):
+    """Errors of input shown on the page in their own words."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+      try:
+        return function(*args, **kwargs)
+      except InputError as error:
+        raise gr.Error(str(error), title="This did not work", duration=20) from error
+
+    return wrapped
+
+  def folder(request: gr.Request) -> pathlib.Path:
+    # Hashed: the browser chooses this text, and folders are deleted by it.
+    return root / hashlib.sha256(str(request.session_hash).encode()).hexdigest()[:16]
+
+  def shown(result, alpha, safe, request):
+    palette = "colorblind" if safe else "default"
+    return [result.overlay(alpha, palette), table(result), *files(result, folder(request))]
+
+  @plainly
+  def on_segment(
+    picture, words, background, other, model, method, alpha, safe, request: gr.Request
+  ):
+    result = segment(models, picture, words, background, other, model, method)
+    shares = result.shares()
+    order = (*shares, *(name for name in result.names if name not in shares))
+    return [result, order, f"Made by: {result.method}", *shown(result, alpha, safe, request)]
+
+  @plainly
+  def on_look(result, alpha, safe, request: gr.Request):
+    return [gr.skip()] * 4 if result is None else shown(result, alpha, safe, request)
+
+  @plainly
+  def on_adjust(result, other, alpha, safe, request: gr.Request):
+    if result is None:
+      return [gr.skip()] * 5
+    result = result.adjusted(other=other)
+    return [result, *shown(result, alpha, safe, request)]
+
+  def on_emphasis(name):
+    @plainly
+    def changed(result, value, alpha, safe, request: gr.Request):
+      result = result.adjusted(emphasis={**result.emphasis, name: value})
+      return [result, *shown(result, alpha, safe, request)]
+
+    return changed
+
+  def on_leave(request: gr.Request):
+    shutil.rmtree(folder(request), ignore_errors=True)
+
+  with gr.Blocks(title="RPN", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    gr.Markdown("# Your picture, your words\nOpen-vocabulary segmentation with CLIP and RPN.")
+    result = gr.State(None, time_to_live=3600)
+    names = gr.State(())
+    with gr.Row():
+      with gr.Column(min_width=320):
+        picture = gr.Image(
+          label="Picture", sources=["upload", "clipboard"], type="filepath", height=320
+        )
+        # The upload as it is: Gradio would open it itself and not say what is wrong with it.
+        picture.preprocess = lambda payload: payload.path if payload else None
+        words = gr.Textbox(
+          label="Words", placeholder="cat | kitten, grass", lines=2,
+          info="Classes to look for, with commas between them; | joins synonyms.",
+        )  # fmt: skip
+        button = gr.Button("Segment", variant="primary")
+        with gr.Row():
+          model = gr.Dropdown(list(models.names), value=models.names[0], label="Model")
+          method = gr.Dropdown([OWN_METHOD, *METHODS], value=OWN_METHOD, label="Method")
+        background = gr.Textbox(
+          label="Background words", info="They compete too, but their pixels get no class."
+        )
+        other = gr.Slider(
+          0, 1, 0, step=0.01, label="Other below", info="Less certain pixels get no class."
+        )
+        gr.Examples([[str(SCENE), SCENE_WORDS]], [picture, words], label="The embedded world")
+      with gr.Column(min_width=320):
+        overlay = gr.Image(
+          label="Segmentation", format="png", interactive=False, buttons=["download", "fullscreen"]
+        )
+        made_by = gr.Markdown()
+        with gr.Row():
+          alpha = gr.Slider(0, 1, 0.55, step=0.05, label="Opacity")
+          safe = gr.Checkbox(label="Colours for colour-blind readers")
+        with gr.Row():
+          mask = gr.DownloadButton("Mask (PNG)")
+          record = gr.DownloadButton("Numbers (JSON)")
+        rows = gr.Dataframe(
+          headers=["class", "share", "score"], interactive=False, label="Classes by area"
+        )
+        with gr.Accordion("More or less of a class", open=False):
+
+          @gr.render(inputs=[names], triggers=[names.change])
+          def sliders(order):
+            for name in order[:SLIDERS]:
+              slider = gr.Slider(-1, 1, 0, step=0.05, label=name)
+              slider.release(
+                on_emphasis(name),
+                [result, slider, alpha, safe],
+                [result, *pictures],
+                show_progress="hidden",
+              )
+
+    pictures = [overlay, rows, mask, record]
+    inputs = [picture, words, background, other, model, method, alpha, safe]
+    outputs = [result, names, made_by, *pictures]
+    gr.on([button.click, words.submit], on_segment, inputs, outputs)
+    other.release(on_adjust, [result, other, alpha, safe], [result, *pictures])
+    for event in (alpha.release, safe.change):
+      event(on_look, [result, alpha, safe], pictures, show_progress="hidden")
+    page.unload(on_leave)
+  return page.queue(max_size=64, default_concurrency_limit=2)
+
+
+def launch(models: Models, root: pathlib.Path, *, host="127.0.0.1", port=None, block=True):
+  """Serves the page and returns (server, its address)."""
+  import gradio as gr
+
+  # Fonts of the reader's machine: the page asks no other server for anything.
+  theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+  page = build(models, root)
+  _, address, _ = page.launch(
+    server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, show_error=True,
+    max_file_size=f"{MAX_MEGABYTES}mb", theme=theme, css=CSS, footer_links=[], ssr_mode=False,
+    prevent_thread_lock=True,
+  )  # fmt: skip
+  print(f"Open {address} in a browser; Ctrl-C ends it.", flush=True)
+  if block:
+    page.block_thread()
+  return page, address
+
+
+def main(arguments: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="rpn demo", description=__doc__.splitlines()[0])
+  parser.add_argument(
+    "--model", action="append",
+    help="workdir of a run, file of CLIP weights, or shapes_clip (the default); may be repeated",
+  )  # fmt: skip
+  parser.add_argument(
+    "--host", default="127.0.0.1",
+    help="address to listen at (%(default)s, this machine only); others let strangers in",
+  )  # fmt: skip
+  parser.add_argument("--port", type=int, help="the first free one from 7860 on, if not given")
+  args = parser.parse_args(arguments)
+  if importlib.util.find_spec("gradio") is None:
+    print(
+      'error: the page needs Gradio: pip install ".[demo]" in the project folder', file=sys.stderr
+    )
+    return 2
+  from rpn_jax import devices
+
+  try:
+    with devices.runtime(), tempfile.TemporaryDirectory(prefix="rpn_demo_") as root:
+      models = Models(args.model or list(SHIPPED))
+      launch(models, pathlib.Path(root), host=args.host, port=args.port)
+  except (InputError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    pass
+  return 0

@@ -1,0 +1,221 @@
+"""Evaluation at label resolution, and the files that tell about it."""
+
+import importlib.metadata
+import pathlib
+import platform
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from rpn_jax.base.console import table
+from rpn_jax.base.paths import write_json
+from rpn_jax.drawing.images import prediction_grid
+from rpn_jax.drawing.plots import plot_confusion
+from rpn_jax.inference import published
+from rpn_jax.inference.evaluation import Evaluation, Partial, evaluate, several
+from rpn_jax.inference.predictor import Experiment
+
+# Examples shown in predictions.png.
+PICTURES = 6
+# Classes named in the terminal, at each end of the table in eval.md.
+EXTREMES = 4
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+COLUMNS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
+SELECTED = "the evaluation classes"
+
+
+def write_metrics(path: pathlib.Path, last: dict, best: dict | None, config, trained: int) -> None:
+  """`metrics.json`: the last and the best evaluation, how many parameters were trained, the config
+  and the versions."""
+  content = {**last_and_best(last, best), "trained_parameters": trained, **origin(config)}
+  write_json(path, content)
+
+
+def last_and_best(last: dict, best: dict | None, selected_on: str = SELECTED) -> dict:
+  return {"last": last, "best": {**(best or last), "selected_on": selected_on}}
+
+
+def origin(config) -> dict:
+  """The config and the versions that a result is of."""
+  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+  versions["python"] = platform.python_version()
+  return {"config": config.to_dict(), "versions": versions}
+
+
+def pictures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: str = "") -> None:
+  """`predictions.png`, image beside truth and prediction, and `confusion.png`."""
+  mean, std = np.float32(config.data.mean), np.float32(config.data.std)
+  kept = evaluation.kept
+  prediction_grid(
+    workdir / f"predictions{suffix}.png",
+    [np.uint8(np.clip((e["image"] * std + mean) * 255, 0, 255)) for e in kept],
+    [e["label"] for e in kept],
+    [e["prediction"] for e in kept],
+    evaluation.names,
+    unseen=evaluation.untrained,
+    palette=config.eval.palette,
+  )
+  plot_confusion(
+    workdir / f"confusion{suffix}.png",
+    evaluation.confusion_CxC,
+    evaluation.names,
+    unseen=evaluation.untrained,
+  )
+
+
+def score_table(rows: dict[str, dict]) -> str:
+  """Plain-text table of metrics in percent, one row per entry."""
+  return table([[name, *cells(m)] for name, m in rows.items()], ["%", *COLUMNS])
+
+
+def cells(scores: dict) -> list[str]:
+  return ["-" if scores[c] is None else f"{100 * scores[c]:.1f}" for c in COLUMNS]
+
+
+def published_cells(values: dict[str, float]) -> list[str]:
+  """In percent already; a mean over classes it does not say which stands under both."""
+  known = {"miou_gt": values.get("miou"), "miou_union": values.get("miou"), **values}
+  return ["-" if known.get(c) is None else f"{known[c]:.1f}" for c in COLUMNS]
+
+
+def run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, dict]]:
+  """`--mode=eval`: scores of a run's newest and best checkpoint, or of a training-free method.
+
+  Writes `eval.json`, `eval.md`, and per data set `predictions.png` and `confusion.png`, with the
+  set's name in theirs if there are several. For a training-free method, which has no training to
+  write it, the file of a single set is `metrics.json`. Interrupted and repeated, it continues.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    evaluations: the data sets; see `evaluate`, and `eval_examples()` for the examples.
+
+  Returns:
+    Scores {set: {"last": …, "best": …}}, without "best" where that is the last.
+  """
+  experiment = Experiment(config, workdir)
+  experiment.claim_workdir()
+  workdir = experiment.workdir
+  one = len(evaluations) == 1
+  results, partials = {}, []
+  restored = experiment.restored()
+  for data in evaluations:
+    results[data.name] = {}
+    for which, (step, prompts) in restored.items():
+      examples = data.eval_examples()
+      partial = make_partial(experiment, data, which, step, len(examples))
+      partials.append(partial.path)
+      if not one or which == "best":
+        print(f"{data.name}, {which} checkpoint", flush=True)
+      evaluation = evaluate(
+        experiment.evaluator(prompts, data),
+        examples,
+        data,
+        keep=PICTURES if which == "last" else 0,
+        partial=partial,
+      )
+      results[data.name][which] = {"step": step, **evaluation.scores}
+      if which == "last" and not jax.process_index():
+        pictures(workdir, evaluation, config, "" if one else f"_{data.name}")
+  if not jax.process_index():
+    report(experiment, evaluations, results)
+  for path in partials:  # only now: the sets before an interrupted one are not evaluated again
+    path.unlink(missing_ok=True)
+  return results
+
+
+def make_partial(experiment: Experiment, data, which: str, step: int, count: int) -> Partial:
+  """The file for one set and checkpoint, which holds for this config and these processes only."""
+  process = [jax.process_index(), jax.process_count()]
+  fields = ("crop", "stride", "seen_penalty", "scales", "flip")
+  identity = {
+    **experiment.identity,
+    "eval": {field: experiment.config.eval[field] for field in fields},
+    "step": step,
+    "short_side": experiment.config.data.short_side,
+    "names": data.names,
+    "penalized": data.penalized,
+    "count": count,
+    "process": process,
+  }
+  rank = f".{process[0]}" if several() else ""
+  return Partial(experiment.workdir / f"eval_{data.name}_{which}{rank}.partial.npz", identity)
+
+
+def report(experiment: Experiment, evaluations, results: dict) -> None:
+  """`eval.json` (or `metrics.json`), `eval.md` and the closing lines."""
+  config, workdir, one = experiment.config, experiment.workdir, len(results) == 1
+  content = {}
+  for name, result in results.items():
+    of = f" of {config.data.name}" if name != config.data.name else ""
+    content[name] = last_and_best(result["last"], result.get("best"), SELECTED + of)
+  content = next(iter(content.values())) if one else {"sets": content}
+  path = workdir / ("eval.json" if experiment.trainable or not one else "metrics.json")
+  write_json(path, {**content, **origin(config)})
+
+  rows, notes = summary(experiment, results)
+  heads = ["set", "%", *COLUMNS]
+  sections = [class_table(data, results[data.name]) for data in evaluations]
+  sections = ["# Evaluation", table(rows, heads, markdown=True), *notes, *sections]
+  (workdir / "eval.md").write_text("\n\n".join(sections) + "\n")
+
+  lines = [extremes(name, result["last"]["per_class"]) for name, result in results.items()]
+  print("\n" + "\n\n".join([table(rows, heads), *notes, *lines]))
+  end = "" if one else "_*"
+  print(
+    f"\nLook at {workdir}/predictions{end}.png and {workdir}/confusion{end}.png. "
+    f"Every class is in {workdir}/eval.md, every number in {path}."
+  )
+
+
+def summary(experiment: Experiment, results: dict) -> tuple[list[list[str]], list[str]]:
+  """Rows of set, method and scores with the published ones among them, and notes to them."""
+  config = experiment.config
+  setting = "open_vocabulary" if config.eval.sets else config.data.setting
+  own = config.model.tuner
+  if not experiment.trainable:
+    setting, own = "training_free", config.dense.method
+  rows, notes = [], []
+  for name, result in results.items():
+    for which, scores in result.items():
+      mark = "*" if which == "best" else ""
+      rows.append([name, f"{own}, {which}{mark}, step {scores['step']}", *cells(scores)])
+    for method, values in published.rows(setting, name, experiment.clip_config).items():
+      rows.append([name, method, *published_cells(values)])
+  if any("best" in result for result in results.values()):
+    notes.append(f"* selected on {SELECTED} of {config.data.name}: report the last.")
+  if any(row[1].endswith("published") for row in rows):
+    notes.append(
+      'Published scores are of their own protocol. A published "mIoU" stands under both means, '
+      "since it does not say which it is."
+    )
+  return rows, notes
+
+
+def class_table(data, result: dict) -> str:
+  """A Markdown section with the IoU of every class, best first."""
+  unseen = {data.names[i] for i in data.unseen}
+  columns = [scores["per_class"] for scores in result.values()]
+  order = sorted(columns[0], key=lambda name: 1 if (v := columns[0][name]) is None else -v)
+  rows = [
+    [name, "unseen" if name in unseen else "", *(percent(column[name]) for column in columns)]
+    for name in order
+  ]
+  heads = ["class", "", *(f"IoU %, {which}" for which in result)]
+  return f"## {data.name}\n\n{table(rows, heads, markdown=True)}"
+
+
+def extremes(name: str, per_class: dict[str, float | None]) -> str:
+  """A line with the best and the worst classes."""
+  order = sorted((v, k) for k, v in per_class.items() if v is not None)
+  listed = lambda pairs: "; ".join(f"{k} {percent(v)}" for v, k in pairs)
+  if len(order) <= 2 * EXTREMES:
+    return f"{name}, IoU %: {listed(order[::-1])}"
+  best, worst = order[: -EXTREMES - 1 : -1], order[:EXTREMES]
+  return f"{name}, IoU %, best: {listed(best)}. Worst: {listed(worst)}"
+
+
+def percent(value: float | None) -> str:
+  return "-" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,77 @@
+"""Segmentation of a person's pictures with the model of a config: main.py --mode=predict."""
+
+import collections
+import pathlib
+
+from rpn_jax.base import pixels
+from rpn_jax.base.console import progress
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.words import parse_names
+from rpn_jax.devices import devices_text
+from rpn_jax.inference.predictor import Experiment
+from rpn_jax.inference.segmenter import Segmenter
+
+
+def predict(config, workdir, image: str | None, classes: str | None) -> list[pathlib.Path]:
+  """Writes overlay, labels and JSON of every picture to `workdir/predictions`.
+
+  Args:
+    config: of the run.
+    workdir: of the run; its newest checkpoint is used.
+    image: a file or a folder.
+    classes: names separated by commas; they need not have been trained on.
+
+  Returns:
+    The files written.
+  """
+  if not (image and classes):
+    raise InputError('--mode=predict needs --image=FILE_OR_FOLDER and --classes="a, b"')
+  names, files = parse_names(classes), pixels.find(image)
+  experiment = Experiment(config, workdir)
+  segmenter = Segmenter(experiment, *experiment.restored_prompts())
+  return save_all(segmenter, files, names, experiment.workdir / "predictions")
+
+
+def save_all(segmenter: Segmenter, files, names, directory, *, palette="default", **options):
+  """Segments picture files and saves each, with a progress display and a closing line.
+
+  Args:
+    segmenter: the model.
+    files: paths.
+    names: see `parse_names`.
+    directory: to write to.
+    palette: of the colours.
+    **options: of a call of the segmenter.
+
+  Returns:
+    The files written.
+
+  Raises:
+    InputError: some could not be read; the others are written first.
+  """
+  # Two files of one name but another suffix must not overwrite each other.
+  repeated = len({f.stem for f in files}) < len(files)
+  written, unreadable, waiting = [], [], collections.deque()
+
+  def pictures():
+    for file in progress(files, f"segment on {devices_text()}", "image"):
+      try:
+        picture = pixels.read(file)
+      except InputError as error:
+        unreadable.append(error)
+        continue
+      waiting.append(file)
+      yield picture
+
+  for result in segmenter.stream(pictures(), names, **options):
+    file = result.file = waiting.popleft()
+    stem = file.name.replace(".", "_") if repeated else file.stem
+    written += result.save(directory, stem, palette=palette)
+  if unreadable and not written:
+    raise unreadable[0]
+  print(f"{segmenter.method}\n" + "\n".join(map(str, written)))
+  if unreadable:
+    raise InputError(
+      f"{len(unreadable)} of {len(files)} pictures left out, such as {unreadable[0]}"
+    )
+  return written

@@ -1,0 +1,1 @@
+"""Class names to unit vectors: templates, CLIP's tokenizer, embeddings."""

@@ -1,0 +1,1 @@
+"""One run: losses, the step, devices, checkpoints, the loop."""

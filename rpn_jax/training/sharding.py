@@ -1,0 +1,150 @@
+"""The training step over all devices.
+
+`ShardMap` and `Pmap` are thin wrappers of the one pure step: each places the state and the batches
+on the devices, runs the step, and brings state and metrics back as plain numpy.
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.devices import AXIS, compiler_options, data_mesh
+from rpn_jax.training import step
+
+
+def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
+  if batch_size % mesh.size:
+    raise InputError(
+      f"config.data.batch_size={batch_size} does not divide among {mesh.size} devices: "
+      f"make it a multiple of {mesh.size}"
+    )
+
+
+class ShardMap:
+  """The step as `jit` of a `shard_map` over a mesh.
+
+  Args:
+    mesh: one axis, `data`.
+    state: what the state will look like, arrays or shapes.
+    optimizer: of the state.
+    shard_state: spread prompts and optimizer state over the devices between steps, each array
+      along its first axis that divides; otherwise every device holds all of them.
+    **settings: of `step.gradients`.
+  """
+
+  def __init__(self, mesh, state, optimizer, *, shard_state: bool = False, **settings):
+    spec, named = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
+    whole, split = spec(), spec(AXIS)
+    self.whole, self.split = named(mesh, whole), named(mesh, split)
+    # Without replication tracking the sums over devices are just the ones the step writes down.
+    gradients = jax.shard_map(
+      functools.partial(step.gradients, axis=AXIS, **settings),
+      mesh=mesh,
+      in_specs=(whole, whole, whole, split, whole),
+      out_specs=whole,
+      check_vma=False,
+    )
+
+    def train_step(state, params, text_CxE, batch, key):
+      grads, terms = gradients(state, params, text_CxE, batch, key)
+      return step.update(state, grads, terms, optimizer)
+
+    def placed(x):
+      axes = [i for i, size in enumerate(x.shape) if size and size % mesh.size == 0]
+      return named(mesh, spec(*[None] * axes[0], AXIS)) if shard_state and axes else self.whole
+
+    self.state_sharding = jax.tree.map(placed, state)
+    self.step = jax.jit(
+      train_step,
+      in_shardings=(self.state_sharding, self.whole, self.whole, self.split, self.whole),
+      out_shardings=(self.state_sharding, self.whole),
+      donate_argnums=0,
+      compiler_options=compiler_options(),
+    )
+    self._gather = jax.jit(lambda tree: tree, out_shardings=self.whole)
+
+  def place_state(self, state):
+    """The state, which every process has in full, on the devices."""
+    return jax.tree.map(_put, state, self.state_sharding)
+
+  def place_constant(self, tree):
+    """What every device needs in full: tower, text, key."""
+    return jax.tree.map(lambda x: _put(x, self.whole), tree)
+
+  def place_batch(self, batch: dict) -> dict:
+    """This process's rows of a batch as its part of the global one."""
+    return jax.tree.map(
+      functools.partial(jax.make_array_from_process_local_data, self.split), batch
+    )
+
+  def fetch_state(self, state):
+    """The whole state as numpy, in every process."""
+    return jax.device_get(self._gather(state))
+
+  def fetch_metrics(self, metrics: dict) -> dict[str, float]:
+    """Waits for the step that made them."""
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _put(x, sharding):
+  if sharding.is_fully_addressable:
+    return jax.device_put(x, sharding)
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return jax.random.wrap_key_data(_put(jax.random.key_data(x), sharding))
+  # device_put would send the values around to compare them between processes.
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+class Pmap:
+  """The step as `pmap` over all devices; the state carries a leading device axis.
+
+  Takes what `ShardMap` takes, except that the state is never spread.
+  """
+
+  def __init__(self, mesh, state, optimizer, *, shard_state: bool = False, **settings):
+    del state
+    if shard_state:
+      raise InputError(
+        'config.shard_state=True needs config.parallel="shard_map": under pmap every device '
+        "holds the whole state"
+      )
+    self.local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    # Under the step's own axis name: for inputs placed under another one JAX would compile it
+    # again when its outputs come back as inputs.
+    self.split = jax.sharding.NamedSharding(
+      data_mesh(self.local), jax.sharding.PartitionSpec(AXIS)
+    )
+    self.step = jax.pmap(
+      functools.partial(step.train_step, optimizer=optimizer, axis=AXIS, **settings),
+      axis_name=AXIS,
+      devices=list(mesh.devices.flat),
+      donate_argnums=0,
+    )
+
+  def place_state(self, state):
+    return jax.tree.map(self._on_each, state)
+
+  place_constant = place_state
+
+  def _on_each(self, x):
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(self._on_each(jax.random.key_data(x)))
+    row = np.asarray(x)[None]
+    shape = (len(self.local), *row.shape[1:])
+    return jax.make_array_from_callback(shape, self.split, lambda _: row)
+
+  def place_batch(self, batch: dict) -> dict:
+    return jax.tree.map(lambda x: x.reshape(len(self.local), -1, *x.shape[1:]), batch)
+
+  def fetch_state(self, state):
+    # Every device has the same: the first one's is taken.
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], state)
+
+  def fetch_metrics(self, metrics: dict) -> dict[str, float]:
+    return {name: float(value) for name, value in self.fetch_state(metrics).items()}
+
+
+MODES = {"shard_map": ShardMap, "pmap": Pmap}

@@ -1,0 +1,195 @@
+"""Arrays of weight files by name: safetensors, PyTorch archives, shards with an index."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import replacing
+from rpn_jax.weights import torch_archive
+
+FORMAT, VERSION = "rpn_jax.clip", "1"
+OWN, SAFETENSORS, SHARDS = "rpn_jax safetensors", "safetensors", "shards with an index"
+
+
+def float32(value: np.ndarray, name: str, where: str) -> np.ndarray:
+  """A float32 copy of weights, or an InputError that names them."""
+  if value.dtype not in (np.float16, np.float32, jnp.bfloat16):
+    raise InputError(
+      f"expected float16, bfloat16 or float32 weights, {name!r} is {value.dtype} in {where}: "
+      "save it with one of these types"
+    )
+  return np.array(value, np.float32, order="C")
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+_SAFETENSORS_TYPES = {
+  "F16": np.float16,
+  "BF16": jnp.bfloat16,
+  "F32": np.float32,
+  "F64": np.float64,
+  "I32": np.int32,
+  "I64": np.int64,
+}
+# Of a JSON file beside weights; the largest index known has 100 kB.
+_MAX_JSON_BYTES = 8 << 20
+_MAX_SHARDS = 1000
+_MAX_HEADER_BYTES = 16 << 20
+# What a folder of a published model holds, in the order of preference.
+_IN_FOLDER = (
+  "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
+  "pytorch_model.bin", "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin",
+)  # fmt: skip
+
+
+def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Views of the file, and its metadata; nothing is read before it is needed."""
+  with path.open("rb") as file:
+    if int.from_bytes(file.read(8), "little") > _MAX_HEADER_BYTES:
+      raise InputError(
+        f"expected a safetensors or PyTorch zip file, {path} is neither or is damaged (its header "
+        f"would be larger than {_MAX_HEADER_BYTES >> 20} MiB): get it again"
+      )
+  try:
+    # Checks the header: offsets within the file, in order, as long as the shapes say.
+    with safetensors.safe_open(path, "numpy") as file:
+      metadata = file.metadata() or {}
+      names = list(file.keys())
+  except safetensors.SafetensorError as error:
+    reason = " ".join(str(error).split())[:100]
+    raise InputError(
+      f"expected a safetensors or PyTorch zip file, {path} is neither or is damaged ({reason}): "
+      "get it again"
+    ) from None
+  except OSError as error:
+    raise InputError(f"{path} cannot be read ({error.strerror}): check the file") from None
+  # The library cannot give bfloat16 to NumPy; the raw bytes can.
+  content = np.memmap(path, np.uint8, "r")
+  start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+  header = json.loads(content[8:start].tobytes())
+  state = {}
+  for name in names:
+    entry = header[name]
+    if entry["dtype"] not in _SAFETENSORS_TYPES:
+      raise InputError(
+        f"expected float weights, {name!r} is {entry['dtype']} in {path}: use another file"
+      )
+    begin, end = (start + offset for offset in entry["data_offsets"])
+    data = content[begin:end] if begin < end else np.empty(0, np.uint8)
+    dtype = np.dtype(_SAFETENSORS_TYPES[entry["dtype"]])
+    if begin % dtype.itemsize:  # such a header is allowed, and cannot be a view
+      data = data.copy()
+    state[name] = data.view(dtype).reshape(entry["shape"])
+  return state, metadata
+
+
+def read_json(path: pathlib.Path) -> dict:
+  try:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+      raise InputError(f"expected JSON of at most {_MAX_JSON_BYTES >> 20} MiB, {path} is larger")
+    content = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    if isinstance(error, InputError):
+      raise
+    raise InputError(f"expected JSON in {path}, it cannot be read: get it again") from None
+  if not isinstance(content, dict):
+    raise InputError(f"expected a JSON object in {path}, got something else: get it again")
+  return content
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of all files that an index names, each where the index says it is."""
+  places = read_json(index).get("weight_map")
+  if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+    raise InputError(f"expected an index with a weight_map in {index}: use the model's own index")
+  files = sorted(set(places.values()))
+  if len(files) > _MAX_SHARDS:
+    raise InputError(f"expected at most {_MAX_SHARDS} shards, {index} names {len(files)}")
+  state = {}
+  for file in files:
+    # A path would lead out of the folder.
+    if file != os.path.basename(file) or file in ("", ".", ".."):
+      raise InputError(f"expected file names in {index}, got the path {file[:60]!r}: refused")
+    _, shard, _ = read_arrays(index.parent / file)
+    told = {name for name, place in places.items() if place == file}
+    if told != set(shard):
+      raise InputError(
+        f"expected in {index.parent / file} the {len(told)} arrays that {index.name} says, got "
+        f"{len(shard)}, {sorted(told ^ set(shard))[0]!r} differs: get both again"
+      )
+    state.update(shard)
+  return state
+
+
+def read_arrays(path: pathlib.Path) -> tuple[str, dict[str, np.ndarray], dict[str, str]]:
+  """Kind of file, arrays by name, metadata. The content decides, not the file's name."""
+  if path.is_dir():
+    found = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
+    if found is None:
+      raise InputError(
+        f"expected a file of CLIP weights, {path} is no file and holds none of "
+        f"{', '.join(_IN_FOLDER)}: check the path"
+      )
+    path = found
+  if not path.is_file():
+    raise InputError(f"expected a file of CLIP weights, {path} is no file: check the path")
+  with path.open("rb") as file:
+    head = file.read(9)
+  if head.startswith(b"PK"):
+    return *torch_archive.read(path), {}
+  if head[:2] == b"\x80\x02":
+    raise InputError(
+      f"expected a PyTorch zip file, {path} has the format before PyTorch 1.6: "
+      "load and save it once with a newer PyTorch"
+    )
+  if path.name.endswith(".index.json"):
+    return SHARDS, _read_shards(path), {}
+  if head[8:] != b"{":
+    raise InputError(
+      f"expected CLIP weights (PyTorch zip or safetensors), {path} begins with {head[:4]!r} and is "
+      "neither: check the path and the download"
+    )
+  state, metadata = read_safetensors(path)
+  return OWN if metadata.get("format") == FORMAT else SAFETENSORS, state, metadata
+
+
+@contextlib.contextmanager
+def written(path) -> Iterator[pathlib.Path]:
+  """A temporary path that becomes `path`; see `paths.replacing`.
+
+  Raises:
+    InputError: a place that cannot be written to.
+  """
+  try:
+    with replacing(path) as temporary:
+      yield temporary
+  except (OSError, safetensors.SafetensorError) as error:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
+    raise InputError(
+      f"expected a writable place, cannot write {path} ({reason}): check the folder and its room"
+    ) from None
+
+
+def fingerprint(params) -> str:
+  """16 hex digits that identify weights: of SHA-256 over sorted names, shapes and float32 bytes."""
+  digest = hashlib.sha256()
+  for name, value in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+    value = np.ascontiguousarray(value, "<f4").reshape(np.shape(value))
+    digest.update(f"{name}{value.shape}".encode())
+    digest.update(value.tobytes())
+  return digest.hexdigest()[:16]
+
+
+def sha256(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,241 @@
+"""Rule tables between our parameter paths and the names in other people's files."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.weights.arrays import float32
+
+# --- Names ----------------------------------------------------------------------------------------
+
+# How an array of theirs becomes ours: the order of its axes. PyTorch multiplies by the transpose.
+LAYOUTS = {
+  "same": None,
+  "linear": (1, 0),  # (out, in) -> (in, out)
+  "conv": (2, 3, 1, 0),  # (out, in, height, width) -> (height, width, in, out)
+}
+
+
+class Rule(NamedTuple):
+  """One array: its path in our tree, its name in their file, how its axes change."""
+
+  ours: str
+  theirs: str
+  layout: str = "same"
+
+  def under(self, ours: str = "", theirs: str = "") -> "Rule":
+    return Rule(ours + self.ours, theirs + self.theirs, self.layout)
+
+
+def _norm(ours: str, theirs: str) -> tuple[Rule, ...]:
+  return (Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias"))
+
+
+def _linear(ours: str, theirs: str, separator: str = ".") -> tuple[Rule, ...]:
+  return (
+    Rule(f"{ours}/kernel", f"{theirs}{separator}weight", "linear"),
+    Rule(f"{ours}/bias", f"{theirs}{separator}bias"),
+  )
+
+
+# OpenAI's names, within a block and within a tower. `text_projection` and `proj` are bare matrices
+# that multiply from the right, as ours do.
+_BLOCK = (
+  *_norm("ln_1", "ln_1"),
+  *_linear("attn/in_proj", "attn.in_proj", "_"),
+  *_linear("attn/out_proj", "attn.out_proj"),
+  *_norm("ln_2", "ln_2"),
+  *_linear("mlp/c_fc", "mlp.c_fc"),
+  *_linear("mlp/c_proj", "mlp.c_proj"),
+)
+_VISION = (
+  Rule("patch_embed/kernel", "conv1.weight", "conv"),
+  Rule("class_embedding", "class_embedding"),
+  Rule("position_embedding", "positional_embedding"),
+  *_norm("ln_pre", "ln_pre"),
+  *_norm("ln_post", "ln_post"),
+  Rule("proj", "proj"),
+)
+_TEXT = (
+  Rule("token_embedding", "token_embedding.weight"),
+  Rule("position_embedding", "positional_embedding"),
+  *_norm("ln_final", "ln_final"),
+  Rule("projection", "text_projection"),
+)
+
+# The authors' trained arrays; ours are paths in the `prompts` collection.
+AUTHORS_PROMPTS = (
+  Rule("deep_tokens", "backbone.deep_prompt_embeddings"),
+  *_linear("prompt_proj", "backbone.prompt_proj"),
+  *_norm("prompt_norm", "backbone.prompt_norm"),
+  Rule("h", "prompt_proj"),
+  *_linear("head/patch_proj", "decode_head.vis_proj_1"),
+  *_norm("head/patch_norm", "decode_head.vis_norm_1"),
+  *_linear("head/text_proj", "decode_head.cls_proj_1"),
+  *_norm("head/text_norm", "decode_head.tex_norm_1"),
+  *_linear("head/text_reduce", "decode_head.cls_proj"),
+)
+
+
+class Naming(NamedTuple):
+  """Where a family of files keeps the two towers, and the name of the logit scale if it has one."""
+
+  vision: str
+  text: str
+  logit_scale: str | None
+
+
+# Hugging Face's names of the same arrays: (pattern, OpenAI's name, transposed). Queries, keys and
+# values are three arrays there: `{}` is filled with q, k and v.
+_HF_BLOCK = (
+  (r"layer_norm(\d)\.(weight|bias)", r"ln_\1.\2"),
+  (r"self_attn\.out_proj\.(weight|bias)", r"attn.out_proj.\1"),
+  (r"self_attn\.([qkv])_proj\.(weight|bias)", r"attn.in_proj_\2/\1"),
+  (r"mlp\.fc1\.(weight|bias)", r"mlp.c_fc.\1"),
+  (r"mlp\.fc2\.(weight|bias)", r"mlp.c_proj.\1"),
+)
+_HF = (
+  ("logit_scale", "logit_scale"),
+  (r"visual_projection\.weight", "visual.proj/T"),
+  (r"text_projection\.weight", "text_projection/T"),
+  (r"vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
+  (r"vision_model\.embeddings\.patch_embedding\.weight", "visual.conv1.weight"),
+  (r"vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
+  (r"vision_model\.pre_layrnorm\.(weight|bias)", r"visual.ln_pre.\1"),  # their spelling
+  (r"vision_model\.post_layernorm\.(weight|bias)", r"visual.ln_post.\1"),
+  (r"text_model\.embeddings\.token_embedding\.weight", "token_embedding.weight"),
+  (r"text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+  (r"text_model\.final_layer_norm\.(weight|bias)", r"ln_final.\1"),
+  *(
+    (rf"{tower}_model\.encoder\.layers\.(?P<n>\d+)\.{theirs}", (ours, prefix))
+    for tower, prefix in (("vision", "visual."), ("text", ""))
+    for theirs, ours in _HF_BLOCK
+  ),
+)
+
+
+OPENAI = Naming("visual.", "", "logit_scale")
+AUTHORS = Naming("backbone.", "text_encoder.", None)
+
+
+def clip_rules(naming: Naming, vision_layers: int, text_layers: int) -> list[Rule]:
+  """The full table of a CLIP model in one family of files."""
+  rules = []
+  for ours, theirs, tower, layers in (
+    ("visual/", naming.vision, _VISION, vision_layers),
+    ("text/", naming.text, _TEXT, text_layers),
+  ):
+    rules += [rule.under(ours, theirs) for rule in tower]
+    for i in range(layers):
+      rules += [
+        rule.under(f"{ours}block_{i}/", f"{theirs}transformer.resblocks.{i}.") for rule in _BLOCK
+      ]
+  if naming.logit_scale:
+    rules.append(Rule("logit_scale", naming.logit_scale))
+  return rules
+
+
+def from_hf(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+  """The state of a `CLIPModel` of transformers by OpenAI's names.
+
+  Raises:
+    InputError: a name that is not one of theirs, or queries, keys and values that do not fit.
+  """
+  renamed = {}
+  for name, value in state.items():
+    if name.endswith("embeddings.position_ids"):  # 0, 1, 2, … in older files
+      continue
+    new = _hf_name(name)
+    if new is None:
+      raise InputError(
+        f"expected the arrays of a CLIPModel of transformers, {name!r} is unknown in {where}: use "
+        "the complete, unchanged file of such a model"
+      )
+    if new.endswith("/T"):
+      if value.ndim != 2:
+        raise InputError(
+          f"expected {name!r} with 2 axes, got shape {value.shape} in {where}: the file is damaged"
+        )
+      new, value = new.removesuffix("/T"), value.T
+    renamed[new] = value
+  joined = {}
+  for name, value in renamed.items():
+    base, slash, part = name.rpartition("/")
+    if not slash:
+      joined[name] = value
+    elif part == "q":
+      parts = [renamed.get(f"{base}/{letter}") for letter in "qkv"]
+      if any(x is None or x.shape != value.shape or not x.ndim for x in parts):
+        raise InputError(
+          f"expected queries, keys and values of one shape for {base!r} in {where}: the file is "
+          "damaged"
+        )
+      joined[base] = np.concatenate(parts)
+  return joined
+
+
+def _hf_name(name: str) -> str | None:
+  for pattern, new in _HF:
+    if match := re.fullmatch(pattern, name):
+      if isinstance(new, str):
+        return match.expand(new)
+      # The groups of a block's own pattern follow the layer's number.
+      block, prefix = new
+      block = re.sub(r"\\(\d)", lambda m: match[1 + int(m[1])], block)
+      return f"{prefix}transformer.resblocks.{match['n']}.{block}"
+  return None
+
+
+def plain_openclip(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+  """Without what open_clip puts before OpenAI's names in training and in its newer models."""
+  for prefix in ("module.", "_orig_mod."):
+    if state and all(name.startswith(prefix) for name in state):
+      state = {name.removeprefix(prefix): value for name, value in state.items()}
+  if "text.text_projection" in state:
+    state = {name.removeprefix("text."): value for name, value in state.items()}
+  return state
+
+
+def to_ours(rules: Iterable[Rule], state: Mapping[str, np.ndarray], where: str) -> dict:
+  """Our flat arrays from theirs: every name on both sides used exactly once.
+
+  Raises:
+    InputError: a name is missing or unknown, or an array has another rank than its rule needs.
+  """
+  rules = list(rules)
+  same_names({rule.theirs for rule in rules}, state, where)
+  flat = {}
+  for rule in rules:
+    value, axes = np.asarray(state[rule.theirs]), LAYOUTS[rule.layout]
+    if axes and value.ndim != len(axes):
+      raise InputError(
+        f"expected {rule.theirs!r} with {len(axes)} axes, got shape {value.shape} in {where}: "
+        "this is no CLIP ViT, use another file"
+      )
+    flat[rule.ours] = float32(np.transpose(value, axes) if axes else value, rule.theirs, where)
+  return flat
+
+
+def to_theirs(rules: Iterable[Rule], flat: Mapping[str, np.ndarray], where: str) -> dict:
+  """The inverse of `_to_ours`, types unchanged."""
+  rules = list(rules)
+  same_names({rule.ours for rule in rules}, flat, where)
+  state = {}
+  for rule in rules:
+    value, axes = np.asarray(flat[rule.ours]), LAYOUTS[rule.layout]
+    state[rule.theirs] = np.transpose(value, np.argsort(axes)) if axes else value
+  return state
+
+
+def same_names(wanted: set[str], got: Iterable[str], where: str) -> None:
+  for what, names in (("missing", wanted - set(got)), ("unknown", set(got) - wanted)):
+    if names:
+      first = sorted(names)[0]
+      more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+      raise InputError(
+        f"expected the {len(wanted)} arrays of a CLIP ViT, {first!r}{more} {what} in {where}: "
+        "use the complete, unchanged file of such a model"
+      )

@@ -1,0 +1,392 @@
+"""Reads the tensors of PyTorch files (`torch.save` and TorchScript) without PyTorch.
+
+Both kinds are zip archives: `data.pkl` is a pickle that describes the tensors, `data/<key>` are
+their raw bytes. A pickle is a program, so it runs here on an interpreter that knows tensors,
+containers and nothing else: no import, no call of foreign code, no foreign class.
+"""
+
+import collections
+import math
+import pathlib
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from rpn_jax.base.errors import InputError
+
+STATE_DICT, TORCHSCRIPT = "PyTorch state dict", "TorchScript archive"
+
+# The description of a model of some hundred tensors takes about 100 kB, code included less than a
+# megabyte. An opcode of one byte can make an object of 64.
+_MAX_PICKLE_BYTES = 4 << 20
+_MAX_DEPTH = 64
+# Modules that are visited: a file can tie them together so that there are 2^64 ways through them.
+_MAX_MODULES = 100_000
+_MAX_AXES = 8
+
+_STORAGES = {
+  "HalfStorage": np.dtype("<f2"),
+  "BFloat16Storage": np.dtype(jnp.bfloat16),
+  "FloatStorage": np.dtype("<f4"),
+  "DoubleStorage": np.dtype("<f8"),
+  "BoolStorage": np.dtype("?"),
+  "ByteStorage": np.dtype("u1"),
+  "CharStorage": np.dtype("i1"),
+  "ShortStorage": np.dtype("<i2"),
+  "IntStorage": np.dtype("<i4"),
+  "LongStorage": np.dtype("<i8"),
+}
+
+# What `torch.save` and TorchScript write: pickle protocol 2 without its ways to name classes by
+# number (EXT) or to make objects by another road (INST, OBJ).
+_FLOW = pickle.PROTO + pickle.STOP + pickle.MARK + pickle.POP + pickle.POP_MARK
+_MEMO = pickle.BINGET + pickle.LONG_BINGET + pickle.BINPUT + pickle.LONG_BINPUT
+_CONSTANTS = pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE + pickle.BINFLOAT + pickle.BINUNICODE
+_INTEGERS = pickle.BININT + pickle.BININT1 + pickle.BININT2 + pickle.LONG1 + pickle.LONG4
+_TUPLES = pickle.EMPTY_TUPLE + pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
+_LISTS = pickle.EMPTY_LIST + pickle.APPEND + pickle.APPENDS
+_DICTS = pickle.EMPTY_DICT + pickle.SETITEM + pickle.SETITEMS
+_OBJECTS = pickle.GLOBAL + pickle.REDUCE + pickle.NEWOBJ + pickle.BUILD + pickle.BINPERSID
+_OPCODES = _FLOW + _MEMO + _CONSTANTS + _INTEGERS + _TUPLES + _LISTS + _DICTS + _OBJECTS
+
+
+class Refused(Exception):
+  """The pickle asks for something that is no tensor and no plain container."""
+
+
+class _Module:
+  """A TorchScript object: its attributes, none of its code."""
+
+  def __init__(self):
+    self.attributes = {}
+
+
+class _Inert:
+  """What stands for a NumPy object in a checkpoint's notes: nothing of it is made or kept."""
+
+
+class _Dispatch(dict):
+  def __missing__(self, code):
+    raise Refused(f"its pickle has opcode {code:#x}, which torch.save does not write")
+
+
+class _Unpickler(pickle._Unpickler):
+  """The Python pickle interpreter, cut down to tensors.
+
+  The C interpreter is no option: it allocates by sizes the file declares, and its opcodes cannot
+  be taken away.
+  """
+
+  dispatch = _Dispatch((code, pickle._Unpickler.dispatch[code]) for code in _OPCODES)
+
+  def __init__(self, file, read_storage):
+    super().__init__(file, encoding="utf-8")
+    self._read_storage = read_storage
+
+  def find_class(self, module, name):
+    if module == "__torch__" or module.startswith("__torch__."):
+      return _Module
+    if module == "torch" and name in _STORAGES:
+      return _STORAGES[name]
+    if (module, name) in _FUNCTIONS:
+      return _FUNCTIONS[module, name]
+    raise Refused(f"it asks for {module}.{name}")
+
+  def persistent_load(self, pid):
+    if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
+      raise Refused("it refers to something that is no tensor storage")
+    _, dtype, key, _, count = pid
+    if not isinstance(dtype, np.dtype) or not isinstance(key, str) or not _is_size(count):
+      raise Refused("it has a malformed storage reference")
+    return self._read_storage(dtype, key, count)
+
+  def load_reduce(self):
+    arguments = self.stack.pop()
+    function = self.stack[-1]
+    if not any(function is allowed for allowed in _FUNCTIONS.values()):
+      raise Refused("it calls something that makes no tensor")
+    self.stack[-1] = function(*arguments)
+
+  def load_newobj(self):
+    arguments = self.stack.pop()
+    if self.stack[-1] is not _Module or arguments != ():
+      raise Refused("it makes an object that is no tensor")
+    self.stack[-1] = _Module()
+
+  def load_build(self):
+    state = self.stack.pop()
+    target = self.stack[-1]
+    # State dicts carry version notes (`_metadata`) this way; nothing here needs them.
+    if isinstance(target, _Module) and isinstance(state, dict):
+      target.attributes = state
+    elif not isinstance(target, (collections.OrderedDict, _Inert)):
+      raise Refused("it sets attributes of something that is no module")
+
+  def load_setitem(self):
+    _check_keys(self.stack[-2:-1])
+    super().load_setitem()
+
+  def load_setitems(self):
+    _check_keys(self.stack[::2])
+    super().load_setitems()
+
+  dispatch[pickle.SETITEM[0]] = load_setitem
+  dispatch[pickle.SETITEMS[0]] = load_setitems
+  dispatch[pickle.REDUCE[0]] = load_reduce
+  dispatch[pickle.NEWOBJ[0]] = load_newobj
+  dispatch[pickle.BUILD[0]] = load_build
+
+
+def _check_keys(keys) -> None:
+  # The hash of a tuple of tuples of tuples, each twice the one before, takes for ever.
+  if not all(type(key) in (str, int) for key in keys):
+    raise Refused("it has a dictionary with keys that are no names")
+
+
+def _is_size(value) -> bool:
+  return type(value) is int and 0 <= value < 1 << 62
+
+
+def _rebuild_tensor(storage, offset, sizes, strides, *_):
+  """A view of the storage, once its extent is known to lie inside.
+
+  The arguments left out say how PyTorch trains it (gradients, hooks).
+  """
+  valid = (
+    isinstance(storage, np.ndarray)
+    and isinstance(sizes, tuple)
+    and isinstance(strides, tuple)
+    and len(sizes) == len(strides) <= _MAX_AXES
+    and all(map(_is_size, (offset, *sizes, *strides)))
+  )
+  if not valid:
+    raise Refused("it has a malformed tensor")
+  count = math.prod(sizes)
+  last = offset + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+  # The count too: a stride of 0 would repeat one stored number without end.
+  if count and (count > storage.size or last >= storage.size):
+    raise Refused(f"a tensor of shape {sizes} does not fit its storage of {storage.size} numbers")
+  if count == 0:
+    return np.zeros(sizes, storage.dtype)
+  strides = tuple(step * storage.itemsize for step in strides)
+  return np.lib.stride_tricks.as_strided(storage[offset:], sizes, strides, writeable=False)
+
+
+def _rebuild_parameter(data, *_):
+  return data
+
+
+def _ordered_dict():
+  return collections.OrderedDict()
+
+
+def _untyped(value, *_):
+  """TorchScript wraps lists and dictionaries to keep their element types; we need the value."""
+  return value
+
+
+def _inert(*_):
+  return _Inert()
+
+
+_FUNCTIONS = {
+  ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+  ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+  ("collections", "OrderedDict"): _ordered_dict,
+  ("torch.jit._pickle", "build_intlist"): _untyped,
+  ("torch.jit._pickle", "build_boollist"): _untyped,
+  ("torch.jit._pickle", "build_doublelist"): _untyped,
+  ("torch.jit._pickle", "build_tensorlist"): _untyped,
+  ("torch.jit._pickle", "restore_type_tag"): _untyped,
+  # mmcv's notes beside the state dict (scores, palettes) may be NumPy's: read over.
+  ("_codecs", "encode"): _inert,
+  ("numpy", "dtype"): _inert,
+  ("numpy", "ndarray"): _inert,
+  **{
+    (f"numpy.{core}.multiarray", name): _inert
+    for core in ("core", "_core")
+    for name in ("scalar", "_reconstruct")
+  },
+}
+
+
+def _flatten(module: _Module, prefix: str, depth: int, tensors: dict, visits: list) -> None:
+  """Adds the tensors below a TorchScript object, named as its state dict names them."""
+  # A file can tie a module into itself.
+  if depth > _MAX_DEPTH:
+    raise Refused(f"its modules are nested more than {_MAX_DEPTH} deep")
+  visits.append(depth)
+  if len(visits) > _MAX_MODULES:
+    raise Refused(f"it has more than {_MAX_MODULES:,} modules")
+  for name, value in module.attributes.items():
+    if isinstance(value, np.ndarray):
+      tensors[f"{prefix}{name}"] = value
+    elif isinstance(value, _Module):
+      _flatten(value, f"{prefix}{name}.", depth + 1, tensors, visits)
+
+
+def _tensors(root) -> tuple[str, dict[str, np.ndarray]]:
+  if isinstance(root, _Module):
+    tensors = {}
+    _flatten(root, "", 0, tensors, [])
+    return TORCHSCRIPT, tensors
+  if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
+    root = root["state_dict"]
+  if not isinstance(root, dict):
+    raise Refused(f"it holds a {type(root).__name__}, not a state dict")
+  for name, value in root.items():
+    if not isinstance(name, str) or not isinstance(value, np.ndarray):
+      raise Refused(f"entry {str(name)[:60]!r} of its state dict is no tensor")
+  return STATE_DICT, dict(root)
+
+
+def read(path) -> tuple[str, dict[str, np.ndarray]]:
+  """The tensors of a file written by `torch.save` or `torch.jit.save`.
+
+  Args:
+    path: a zip-format `.pt` or `.pth`: a TorchScript module, a state dict, or a dictionary that
+      holds one under `state_dict`.
+
+  Returns:
+    STATE_DICT or TORCHSCRIPT, and read-only arrays by name, in the stored type. They are views of
+    the file's bytes: what a file declares is never allocated.
+
+  Raises:
+    InputError: the file is missing, damaged, no such archive, or its pickle asks for anything but
+      tensors and plain containers. Nothing of it has run then.
+  """
+  path = pathlib.Path(path)
+  again = "get it again, from a source you trust"
+  try:
+    with zipfile.ZipFile(path) as archive:
+      return _read(archive, path.stat().st_size)
+  except FileNotFoundError:
+    raise InputError(f"expected a PyTorch file, {path} does not exist: check the path") from None
+  except IsADirectoryError:
+    raise InputError(f"expected a PyTorch file, {path} is a folder: name the file in it") from None
+  except Refused as error:
+    raise InputError(
+      f"expected a PyTorch file of tensors, {path} is refused, {error}: {again}"
+    ) from None
+  except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+    raise InputError(
+      f"expected a PyTorch file (zip archive), {path} is none or is damaged "
+      f"({_line(error)}): {again}"
+    ) from None
+  # A malformed pickle fails in any way a malformed program can.
+  except Exception as error:
+    kind = type(error).__name__
+    raise InputError(
+      f"expected a PyTorch file, the description of tensors in {path} is malformed "
+      f"({kind}: {_line(error)}): {again}"
+    ) from None
+
+
+def activation(path) -> str | None:
+  """What the code in a TorchScript archive calls between the layers of an MLP, as text search.
+
+  "quick_gelu" is x * sigmoid(1.702 x), "gelu" the exact one; None where the code has neither or
+  both, or where there is no code.
+  """
+  found = set()
+  try:
+    with zipfile.ZipFile(path) as archive:
+      codes = [x for x in archive.infolist() if re.search(r"/code/.*\.py$", x.filename)]
+      if sum(info.file_size for info in codes) > _MAX_PICKLE_BYTES:
+        return None
+      for info in codes:
+        calls = re.findall(rb"torch\.(gelu|sigmoid)\(", archive.read(info))
+        found.update("gelu" if call == b"gelu" else "quick_gelu" for call in calls)
+  except (zipfile.BadZipFile, OSError, NotImplementedError, zlib.error):
+    return None
+  return found.pop() if len(found) == 1 else None
+
+
+def write(path, state: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:
+  """Writes what `torch.load` reads as {"meta": meta, "state_dict": state}, as mmcv saves it.
+
+  Args:
+    path: of the new file.
+    state: float32 arrays by name.
+    meta: notes, strings by strings.
+  """
+
+  def text(value: str) -> bytes:
+    return pickle.BINUNICODE + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+  def number(value: int) -> bytes:
+    return pickle.LONG1 + b"\x08" + value.to_bytes(8, "little", signed=True)
+
+  def numbers(values) -> bytes:
+    return pickle.MARK + b"".join(map(number, values)) + pickle.TUPLE
+
+  def named(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+  def dictionary(entries: Mapping[str, bytes]) -> bytes:
+    items = b"".join(text(key) + value for key, value in entries.items())
+    return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
+
+  def tensor(key: str, value: np.ndarray) -> bytes:
+    strides = [math.prod(value.shape[i + 1 :]) for i in range(value.ndim)]
+    storage = pickle.MARK + text("storage") + named("torch", "FloatStorage") + text(key)
+    storage += text("cpu") + number(value.size) + pickle.TUPLE + pickle.BINPERSID
+    hooks = named("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    arguments = storage + number(0) + numbers(value.shape) + numbers(strides)
+    arguments = pickle.MARK + arguments + pickle.NEWFALSE + hooks + pickle.TUPLE
+    return named("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
+
+  arrays = {name: np.array(value, "<f4", order="C") for name, value in state.items()}
+  tensors = {name: tensor(str(i), value) for i, (name, value) in enumerate(arrays.items())}
+  notes = dictionary({key: text(value) for key, value in meta.items()})
+  root = dictionary({"meta": notes, "state_dict": dictionary(tensors)})
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("archive/data.pkl", pickle.PROTO + b"\x02" + root + pickle.STOP)
+    archive.writestr("archive/byteorder", "little")
+    for i, value in enumerate(arrays.values()):
+      archive.writestr(f"archive/data/{i}", value.tobytes())
+    archive.writestr("archive/version", "3\n")
+
+
+def _line(error) -> str:
+  return " ".join(str(error).split())[:100]
+
+
+def _read(archive: zipfile.ZipFile, file_bytes: int) -> tuple[str, dict[str, np.ndarray]]:
+  pickles = [x for x in archive.namelist() if x.count("/") == 1 and x.endswith("/data.pkl")]
+  if len(pickles) != 1:
+    raise Refused("the archive has no data.pkl in its top folder")
+  folder = pickles[0].removesuffix("data.pkl")
+  if archive.getinfo(pickles[0]).file_size > _MAX_PICKLE_BYTES:
+    raise Refused(f"its data.pkl is larger than {_MAX_PICKLE_BYTES >> 20} MiB")
+  order = f"{folder}byteorder"
+  if order in archive.namelist() and archive.open(order).read(16) != b"little":
+    raise Refused("its numbers are not little-endian")
+  storages, total = {}, 0
+
+  def read_storage(dtype, key, count):
+    nonlocal total
+    if key not in storages:
+      try:
+        info = archive.getinfo(f"{folder}data/{key}")
+      except KeyError:
+        raise Refused(f"storage {key[:20]!r} is missing from it") from None
+      # Stored bytes are part of the file; compressed or overlapping ones could unfold to any size.
+      total += info.file_size
+      if info.compress_type != zipfile.ZIP_STORED or total > file_bytes:
+        raise Refused(f"storage {key[:20]!r} is compressed or larger than the file")
+      storages[key] = archive.read(info)
+    data = storages[key]
+    if count * dtype.itemsize > len(data):
+      raise Refused(
+        f"storage {key[:20]!r} is declared as {count} numbers of {dtype} and has {len(data)} bytes"
+      )
+    return np.frombuffer(data, dtype, count)
+
+  with archive.open(pickles[0]) as file:
+    return _tensors(_Unpickler(file, read_storage).load())

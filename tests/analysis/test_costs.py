@@ -1,0 +1,69 @@
+"""What a network costs, as the command prints and writes it."""
+
+import json
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rpn_jax.analysis import costs
+from rpn_jax.models import layers
+from tests import ROOT, tiny
+
+
+def run(*arguments):
+  command = [sys.executable, "-m", "rpn_jax", *arguments]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_small_network(tmp_path):
+  path, weights = tmp_path / "cost.json", tmp_path / "clip.safetensors"
+  tiny.save(weights)
+  flags = (*tiny.FLAGS, f"--config.clip={weights}")
+  done = run("costs", "--config=configs/shapes.py", *flags, "--classes=5", "--batch=2", f"--json={path}")
+  assert done.returncode == 0, done.stderr
+  result = json.loads(path.read_text())
+  parts = result["parameters"]
+  assert parts["trained"] == sum(n for k, n in parts.items() if k.startswith("prompts/")) == 1059
+  assert "1,059" in done.stdout and "prompts/m2oe" in done.stdout
+  forward, step = result["forward"], result["train_step"]
+  # Patches, blocks and projections alone: 2 operations for every weight and token.
+  weights_in_blocks = 12 * tiny.TINY.vision_width**2 * tiny.TINY.vision_layers
+  assert forward["flops_per_image"] > 2 * 16 * weights_in_blocks
+  assert 1.5 < step["flops"] / forward["flops"] < 4
+  for cost in (forward, step):
+    assert cost["images_per_second"] > 0 and cost["temporary_bytes"] > 0
+  assert (result["classes"], result["batch"], result["side"]) == (5, 2, 32)
+
+
+def test_operations_of_loops_and_of_what_is_computed_again():
+  """One head after another is as many products as all at once; a gradient has two for each."""
+  q = jnp.ones((2, 7, 4, 8))
+  count = lambda f, *a: costs.operations(jax.make_jaxpr(f)(*a).jaxpr)
+  by_head = lambda q: layers.attend_by_head(*[q.reshape(8, 7, 8)] * 3)
+  products = 2 * (2 * 4) * 7 * 7 * 8
+  assert count(by_head, q) == count(lambda q: layers.attend(q, q, q), q) == 2 * products
+  # Forward two, and of the backward pass one that computes the map again and four.
+  assert count(jax.grad(lambda q: by_head(q).sum()), q) == 7 * products
+  image, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((4, 4, 3, 5))
+  conv = nn.Conv(5, (4, 4), strides=(4, 4), padding="VALID", use_bias=False)
+  assert count(lambda x: conv.apply({"params": {"kernel": kernel}}, x), image) == 2 * 4 * 48 * 5
+
+
+def test_wrong_words_are_named():
+  for arguments, message in (
+    (["attention"], "attention needs --workdir, --image and"),
+    (["attenton"], "unexpected 'attenton': expected attention or distance"),
+    (["--classes=a"], "expected how many classes are prompted, got 'a'"),
+  ):
+    done = run(*arguments, "--config=configs/shapes.py")
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_missing_weights_are_named():
+  done = run("costs", "--config=configs/voc.py")
+  lines = done.stderr.strip().splitlines()
+  assert done.returncode == 2 and len(lines) == 1
+  assert "ViT-B-16.safetensors: no such file; give --backbone=b16" in lines[0]

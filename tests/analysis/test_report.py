@@ -1,0 +1,328 @@
+"""Runs side by side: seeds averaged, rows named after what differs, nothing dropped silently."""
+
+import copy
+import csv
+import json
+import statistics
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from rpn_jax.analysis import report
+from rpn_jax.analysis.runs import group_runs, read_run
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import write_json
+
+CONFIG = {
+  "seed": 0,
+  "steps": 100,
+  "method": "rpn",
+  "log_every": 10,
+  "model": {"head": "paper", "deep_tokens": 0, "relationship_prompts": True},
+  "data": {"name": "shapes", "data_dir": "data", "scale": [384, 96]},
+}
+
+
+def scores(step, hiou, seen=0.5, unseen=0.4):
+  mean = {"pAcc": 0.9, "miou_gt": 0.45, "miou_union": 0.44}
+  return {"step": step, **mean, "miou_seen": seen, "miou_unseen": unseen, "hiou": hiou}
+
+
+@pytest.fixture
+def make(tmp_path):
+  """Writes a workdir: make("a", 0.4, seed=1, **{"model.head": "released"})."""
+
+  def make_run(name, hiou=0.4, *, history=(), **changes):
+    config = copy.deepcopy(CONFIG)
+    for path, value in changes.items():
+      section, _, leaf = path.rpartition(".")
+      (config[section] if section else config)[leaf] = value
+    directory = tmp_path / name
+    directory.mkdir()
+    best = scores(50, None if hiou is None else hiou + 0.1)
+    last = scores(config["steps"], hiou)
+    if hiou is None:
+      last["miou_seen"] = last["miou_unseen"] = best["miou_seen"] = best["miou_unseen"] = None
+    write_json(directory / "metrics.json", {"last": last, "best": best, "config": config})
+    lines = [json.dumps({"step": s, "eval/hiou": v, "eval/miou_gt": v}) for s, v in history]
+    (directory / "metrics.jsonl").write_text("\n".join(lines))
+    return directory
+
+  return make_run
+
+
+def rows_of(*directories, labels=()):
+  return group_runs([read_run(d) for d in directories], labels)
+
+
+# Rows
+
+
+def test_a_run_that_goes_on_is_not_counted(make):
+  directory = make("on", steps=100)
+  path = directory / "metrics.json"
+  path.write_text(path.read_text().replace('"step": 100', '"step": 50'))
+  with pytest.raises(InputError, match="on: not finished, step 50 of 100"):
+    read_run(directory)
+
+
+def test_seeds_become_one_row(make):
+  values = (0.42, 0.45, 0.40)
+  runs = [make(f"rpn_seed{i}", v, seed=i) for i, v in enumerate(values)]
+  (row,), left_out = rows_of(*runs)
+  assert row.label == "rpn" and not left_out
+  assert row.values("last", "hiou") == list(values)
+  mean, deviation = statistics.mean(values), statistics.stdev(values)
+  cell = f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+  assert report.mean_and_deviation(values) == cell
+  best = f"{100 * mean + 10:.1f} ± {100 * deviation:.1f}"
+  line = report.score_table([row]).splitlines()[2]
+  assert line.split()[:3] == ["1", "rpn", "3"]
+  assert cell in line and line.endswith(best)
+  content = report.summary([row], [])["rows"][0]
+  assert content["last"]["hiou"] == pytest.approx({"mean": mean, "deviation": deviation})
+  assert [run["seed"] for run in content["runs"]] == [0, 1, 2]
+
+
+def test_one_seed_has_no_deviation(make):
+  (row,), _ = rows_of(make("a"))
+  assert report.mean_and_deviation(row.values("last", "hiou")) == "40.0"
+  assert report.summary([row], [])["rows"][0]["last"]["hiou"]["deviation"] is None
+
+
+def test_rows_are_named_after_what_differs(make):
+  (two, one), _ = rows_of(make("a", **{"model.deep_tokens": 40}), make("b"))
+  assert (two.label, one.label) == ("model.deep_tokens=40", "model.deep_tokens=0")
+
+
+def test_common_values_and_fields_that_tell_nothing_more_go_unnamed(make):
+  released = {"model.head": "released", "data.scale": [1, 2]}
+  rows, _ = rows_of(
+    make("paper"),
+    make("released", **released),
+    make("no_rpm", **{"model.relationship_prompts": False}),
+    make("released_no_rpm", **released, **{"model.relationship_prompts": False}),
+    make("vpt", **{"model.relationship_prompts": False, "model.deep_tokens": 40}),
+    make("long", steps=1000, **{"model.relationship_prompts": False}),
+    make("free", method="training_free", **{"model.relationship_prompts": False}),
+  )
+  assert [row.label for row in rows] == [
+    "model.relationship_prompts=True",
+    "model.head=released, model.relationship_prompts=True",
+    "base",
+    "model.head=released",
+    "model.deep_tokens=40",
+    "steps=1000",
+    "method=training_free",
+  ]
+
+
+def test_long_values_are_cut_and_names_stay_different(make):
+  scale = [[1.25] * 30 + [i] for i in range(3)]
+  rows, _ = rows_of(*(make(f"run{i}", **{"data.scale": scale[i]}) for i in range(3)))
+  labels = [row.label for row in rows]
+  assert len(set(labels)) == 3 and max(map(len, labels)) < 70
+  assert labels[2].endswith("… (run2)")
+  assert report.summary(rows, [])["rows"][2]["config"] == {"data.scale": repr(scale[2])}
+
+
+def test_a_field_that_one_config_lacks(make):
+  rows, _ = rows_of(make("old"), make("new", synonyms="mean"), make("max", synonyms="max"))
+  assert [row.label for row in rows] == ["synonyms=absent", "synonyms=mean", "synonyms=max"]
+
+
+def test_fields_without_influence_make_no_row(make):
+  other = make("b", seed=1, log_every=5, **{"data.data_dir": "elsewhere"})
+  (row,), left_out = rows_of(make("a"), other)
+  assert len(row.runs) == 2 and not left_out
+
+
+def test_a_repeated_seed_is_counted_once(make):
+  (row,), (reason,) = rows_of(make("a", 0.4), make("copy", 0.6))
+  assert row.values("last", "hiou") == [0.4]
+  assert "copy: config and seed of" in reason
+
+
+def test_labels_of_ones_own(make):
+  runs = [make("a"), make("a1", seed=1), make("b", steps=7)]
+  rows, _ = rows_of(*runs, labels=["RPN", "short"])
+  assert [(row.label, len(row.runs)) for row in rows] == [("RPN", 2), ("short", 1)]
+  for labels in (["RPN"], ["RPN", "RPN"]):
+    with pytest.raises(InputError, match=r"expected 2 different names.*2: .*b"):
+      rows_of(*runs, labels=labels)
+
+
+def test_means_where_no_class_is_unseen(make):
+  rows, _ = rows_of(make("a", None), make("b", None, steps=1))
+  assert report.columns(rows) == ("miou_gt", "miou_union")
+  mixed, _ = rows_of(make("c", 0.5), make("d", None, steps=1))
+  assert report.columns(mixed)[-1] == "hiou"
+  assert report.score_table(mixed).splitlines()[3].split()[-1] == "-"
+
+
+def test_curves_average_over_common_steps(make):
+  one = make("a", history=[(10, 0.1), (20, 0.2), (30, 0.5)])
+  two = make("b", seed=1, history=[(10, 0.3), (30, 0.9), (40, 1.0)])
+  (row,), _ = rows_of(one, two)
+  steps, mean, deviation = row.curve("hiou")
+  assert steps.tolist() == [10, 30] and mean == pytest.approx([0.2, 0.7])
+  assert deviation == pytest.approx([statistics.stdev([0.1, 0.3]), statistics.stdev([0.5, 0.9])])
+  (free,), _ = rows_of(make("free"))
+  assert free.curve("hiou") is None
+
+
+def test_later_evaluations_have_a_table_of_their_own(make):
+  runs = [make("a"), make("b", seed=1), make("c", steps=7)]
+  assert report.evaluation_table(rows_of(*runs)[0]) == ""
+  for directory, union in zip(runs[:2], (0.2, 0.3)):
+    content = json.loads((directory / "metrics.json").read_text())
+    content["last"]["miou_union"] = union
+    write_json(directory / "eval.json", content)
+  rows, _ = rows_of(*runs)
+  lines = report.evaluation_table(rows).splitlines()
+  assert "shapes gt" in lines[0] and "shapes union" in lines[0]
+  assert "45.0 ± 0.0" in lines[2] and "25.0 ± 7.1" in lines[2]
+  assert lines[3].split()[-2:] == ["-", "-"]
+  content["last"]["step"] = 50
+  write_json(runs[1] / "eval.json", content)
+  with pytest.raises(InputError, match=r"eval\.json: of step 50, and the run ended at 100"):
+    read_run(runs[1])
+
+
+def test_sets_of_one_evaluation_have_a_column_each(make):
+  run = make("a")
+  content = json.loads((run / "metrics.json").read_text())
+  sets = {n: {"last": scores(100, None) | {"miou_gt": v}} for n, v in (("x", 0.1), ("y", 0.2))}
+  write_json(run / "eval.json", {"sets": sets, "config": content["config"]})
+  lines = report.evaluation_table(rows_of(run)[0]).splitlines()
+  assert [h in lines[0] for h in ("x gt", "y union")] == [True, True]
+  assert lines[2].split()[-4:] == ["10.0", "44.0", "20.0", "44.0"]
+
+
+# What cannot be read
+
+
+def break_run(directory, kind):
+  path = directory / "metrics.json"
+  content = json.loads(path.read_text())
+  if kind == "cut":
+    path.write_text(path.read_text()[:-30])
+  elif kind == "list":
+    path.write_text("[]")
+  elif kind == "nan":
+    content["last"]["hiou"] = float("nan")
+    path.write_text(json.dumps(content))
+  elif kind == "words":
+    content["best"]["hiou"] = "high"
+    path.write_text(json.dumps(content))
+  elif kind == "no data":
+    del content["config"]["data"]
+    path.write_text(json.dumps(content))
+  elif kind == "pretraining":
+    path.write_text(json.dumps({"top1": 0.9, "config": {}}))
+  elif kind == "history":
+    (directory / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+  elif kind == "unfinished":
+    path.unlink()
+    write_json(directory / "config.json", {"config": CONFIG})
+    (directory / "metrics.jsonl").write_text('{"step": 30, "a": 1}\n{"step": 60, "a"')
+  elif kind == "empty":
+    path.unlink()
+    (directory / "metrics.jsonl").unlink()
+
+
+@pytest.mark.parametrize(
+  ("kind", "reason"),
+  [
+    ("cut", "damaged or of another task"),
+    ("list", "damaged or of another task"),
+    ("nan", "damaged or of another task"),
+    ("words", "damaged or of another task"),
+    ("no data", "damaged or of another task"),
+    ("pretraining", "damaged or of another task"),
+    ("history", "metrics.jsonl line 2"),
+    ("unfinished", "not finished, step 30 of 100"),
+    ("empty", "no metrics.json"),
+  ],
+)
+def test_what_cannot_be_read_is_listed(make, tmp_path, capsys, kind, reason):
+  good, bad = make("good"), make("bad", steps=7)
+  break_run(bad, kind)
+  out = tmp_path / "out"
+  assert report.main([str(good), str(bad), f"--out={out}"]) == 0
+  assert f"left out: {bad}" in capsys.readouterr().out
+  (listed,) = json.loads((out / "report.json").read_text())["left_out"]
+  assert str(bad) in listed and reason in listed
+  assert listed in (out / "report.md").read_text()
+  assert report.main([str(bad), f"--out={out}"]) == 2
+  assert reason in capsys.readouterr().err
+
+
+def test_a_folder_of_runs_and_none_at_all(make, tmp_path, capsys):
+  make("a")
+  make("b")
+  assert report.main([str(tmp_path), str(tmp_path / "gone")]) == 2
+  message = capsys.readouterr().err
+  assert f"2 folders in it have one: give {tmp_path}/*" in message
+  assert "gone: no such folder" in message
+
+
+# Files
+
+
+def test_the_files(make, tmp_path, capsys):
+  curve = [(10, 0.1), (100, 0.4)]
+  runs = [make(f"s{i}", 0.4 + i / 10, seed=i, history=curve) for i in (0, 1)]
+  runs.append(make("free", 0.1, method="training_free"))
+  out = tmp_path / "out"
+  arguments = [*map(str, runs), f"{runs[0]}/", "--out", str(out), "--labels", "a | b", "free"]
+  assert report.main(arguments) == 0
+  printed = capsys.readouterr().out
+  assert "45.0 ± 7.1" in printed and "best* hIoU" in printed and "left out" not in printed
+  assert "best*: selected on the evaluation classes" in printed
+
+  assert {p.name for p in out.iterdir()} == {f"report.{x}" for x in ("md", "csv", "json", "png")}
+  text = (out / "report.md").read_text()
+  assert "a \\| b" in text and "selected on the evaluation classes" in text
+  with open(out / "report.csv", newline="") as file:
+    first, second = csv.DictReader(file)
+  assert (first["label"], first["seeds"], first["method"]) == ("a | b", "2", "rpn")
+  assert float(first["last_hiou_mean"]) == pytest.approx(0.45)
+  assert float(first["best_hiou_deviation"]) == pytest.approx(statistics.stdev([0.5, 0.6]))
+  assert second["last_hiou_deviation"] == ""
+  content = json.loads((out / "report.json").read_text())
+  assert content["rows"][1]["config"] == {"method": "training_free"}
+  with Image.open(out / "report.png") as picture:
+    assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_names_and_numbers_do_not_collide(make, tmp_path, monkeypatch, count):
+  """Every text of the picture lies inside it and on no other."""
+  figures = []
+  save = Figure.savefig
+  monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (figures.append(f), save(f, *a, **k)))
+  runs = []
+  for i in range(count):
+    curve = [(10, i / 30), (20, i / 40)]
+    hiou = None if count == 1 else 0.03 * i
+    runs += [
+      make(f"r{i}s{s}", hiou if hiou is None else hiou + s / 9, seed=s, steps=i, history=curve)
+      for s in (0, 1)
+    ]
+  labels = [f"a method with quite a long name, its variant and setting, {i}" for i in range(count)]
+  rows, _ = rows_of(*runs, labels=labels)
+  report.plot(tmp_path / "plot.png", rows)
+  (figure,) = figures
+  bars, numbers = figure.axes[0], []
+  assert len(figure.axes) == (4 if count == 1 else 6)
+  for ax in figure.axes[: len(figure.axes) // 2]:
+    assert len(ax.patches) == count
+    numbers += ax.texts
+  texts = [*(t for t in bars.get_yticklabels() if t.get_text()), *numbers]
+  assert [t.get_text().split("[")[1] for t in texts[:count]] == [f"{i + 1}]" for i in range(count)]
+  boxes = [t.get_window_extent() for t in texts]
+  for i, box in enumerate(boxes):
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert not [j for j in range(i) if box.overlaps(boxes[j])]

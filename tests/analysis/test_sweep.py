@@ -1,0 +1,128 @@
+"""The sweep: which runs it starts, with what, what it repeats and what it tells of failures."""
+
+import csv
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rpn_jax.analysis import sweep
+from tests import ROOT, tiny
+
+CONFIG = """
+TABLES = {
+  "table1": {"plain": {}, "wide": {"model.width": 2}},
+  "table10": {"lora": {"model.tuner": "lora"}, "rpn": {}, "free": {"method": "training_free"}},
+}
+"""
+# Stands in for training: writes scores, or fails where the workdir's name holds "fail".
+MAIN = """
+import json, pathlib, sys
+flags = dict(f.lstrip("-").split("=", 1) for f in sys.argv[1:])
+with open("calls.jsonl", "a") as log:
+  log.write(json.dumps(flags) + "\\n")
+workdir = pathlib.Path(flags["workdir"])
+if (pathlib.Path("broken") / workdir.name).exists():
+  sys.exit("error: the disk is full")
+seed = int(flags["config.seed"])
+scores = {"step": 5, "pAcc": 0.9, "miou_gt": 0.5, "miou_union": 0.5, "miou_seen": 0.5,
+          "miou_unseen": 0.4, "hiou": 0.4 + 0.1 * seed - 0.05 * ("lora" in workdir.name)}
+(workdir / "metrics.json").write_text(json.dumps({
+  "last": scores, "best": scores, "trained_parameters": 1234,
+  "config": {"seed": seed, "data": {"name": "shapes"}},
+}))
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+  (tmp_path / "main.py").write_text(MAIN)
+  (tmp_path / "tables.py").write_text(CONFIG)
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+def call(*arguments):
+  return sweep.main([*arguments, "--config=tables.py:dataset=shapes", "--root=out", "--seeds=2"])
+
+
+def calls():
+  return [json.loads(line) for line in pathlib.Path("calls.jsonl").read_text().splitlines()]
+
+
+def test_a_table_is_run_and_reported(here, capsys):
+  assert call("table10", "--config.steps=7") == 0
+  made = calls()
+  assert [c["mode"] for c in made].count("eval") == 1 and len(made) == 5  # one free, no seeds
+  assert made[0] == {
+    "workdir": "out/tuner=lora_seed0", "mode": "train", "config.seed": "0", "config.steps": "7",
+    "config": "tables.py:table10_lora,dataset=shapes",
+  }  # fmt: skip
+  shown = capsys.readouterr().out
+  assert "40.0 ± 7.1" in shown and "45.0 ± 7.1" in shown and "1,234" in shown
+  assert "hIoU less rpn's" in shown and "-5.0 ± 0.0" in shown  # seed by seed
+  assert "64.5" in shown and "88.6" in shown  # the paper's
+  rows = list(csv.DictReader((here / "out/report/table10/report.csv").open()))
+  assert [row["label"] for row in rows] == ["lora", "rpn", "free"]
+  assert rows[0]["trained"] == "1,234" and float(rows[0]["last_hiou_mean"]) == pytest.approx(0.4)
+  assert (here / "out/report/table10/report.png").stat().st_size > 1000
+
+
+def test_what_is_there_is_not_run_again(here):
+  assert call("table10") == 0
+  assert call("table10") == 0
+  assert len(calls()) == 5
+  # The plain row is the same run in every table.
+  assert call("all") == 0
+  assert len(calls()) == 7
+
+
+def test_a_failed_run_is_shown_and_tried_again(here, capsys):
+  (here / "broken").mkdir()
+  (here / "broken/base_seed1").touch()
+  assert call("table1", "--jobs=2") == 1
+  shown = capsys.readouterr()
+  assert "failed: out/base_seed1: exit status 1, see out/base_seed1/log.txt" in shown.err
+  assert "the disk is full" in shown.err
+  assert "missing: plain, seed 1" in shown.out and "40.0" in shown.out
+  (here / "broken/base_seed1").unlink()
+  assert call("table1") == 0
+  assert len(calls()) == 5
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (("table3",), "no table 'table3' in tables.py; it has table1, table10"),
+    (("table1", "--steps=3"), "unknown argument '--steps=3'"),
+    (("table1", "--jobs=0"), "expected 1 or more"),
+    (("table1", "--config=missing.py"), "missing.py: no such file"),
+  ],
+)
+def test_wrong_arguments(here, capsys, arguments, message):
+  table, *others = arguments
+  assert sweep.main([table, "--config=tables.py", *others]) == 2
+  assert message in capsys.readouterr().err
+  assert not (here / "calls.jsonl").exists()
+
+
+def test_other_settings_need_another_folder(here, capsys):
+  assert call("table1") == 0
+  assert call("table1", "--config.steps=9") == 2
+  assert "give another --root" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_real_thing(tmp_path):
+  weights = tmp_path / "tiny.safetensors"
+  tiny.save(weights)
+  command = [
+    sys.executable, "-m", "rpn_jax", "sweep", "table7", "--seeds=1", f"--root={tmp_path}/out",
+    "--config=configs/ablations.py:dataset=shapes,runlocal", f"--config.clip={weights}",
+    f"--config.data.data_dir={tmp_path}", *tiny.FLAGS,
+  ]  # fmt: skip
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+  assert done.returncode == 0, done.stderr
+  assert "tfpm_b" in done.stdout

@@ -1,0 +1,169 @@
+"""Every row of every table: runs for a step, changes what it names and nothing else."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import ablations
+from rpn_jax.analysis.runs import flatten
+from rpn_jax.models.clip import VisionTransformer, l2_normalize
+from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.training_free import DenseCLIP
+from rpn_jax.tasks import train
+from rpn_jax.training import optim, step
+from tests.tiny import TINY
+
+ROWS = {
+  tuple(sorted(changes.items())): f"{table}_{row}"
+  for table, rows in ablations.TABLES.items()
+  for row, changes in rows.items()
+}
+# Field (and value) -> parts of the trained tree that it gives another shape or takes away.
+M2OE, PROMPTS = {"m2oe_0", "m2oe_1"}, {"h", "prompt_norm", "prompt_proj"}
+CHANGES = {
+  ("model.itp", "no_pixel"): M2OE | {"h"},
+  ("model.apg", "linear"): {"h_bias"},
+  ("model.m2oe", "none"): M2OE,
+  ("model.m2oe", "sum"): M2OE,
+  ("model.m2oe_reduced", 6): M2OE,
+  ("model.m2oe_reduced", 12): M2OE,
+  ("model.head", "lpm_a"): {"head"},
+  ("model.head", "lpm_b"): {"head"},
+  ("model.head", "tfpm_a"): {"head"},
+  ("model.head", "tfpm_b"): {"head"},
+  ("model.head", "tfpm_c"): {"head"},
+  ("model.rpm_layers", "first"): {"h", "m2oe_1"},
+  ("model.rpm_layers", "last"): {"h", "m2oe_1"},
+  ("model.rpm_layers", "odd"): {"h", "m2oe_1"},
+  ("model.rpm_layers", "even"): {"h", "m2oe_1"},
+  ("model.rpm_layers", "none"): {"h", "prompt_proj"} | M2OE,
+  ("model.tuner", "lpm"): PROMPTS | M2OE,
+  ("model.tuner", "vpt"): {"h", "deep_tokens"} | M2OE,
+  ("model.tuner", "rpn+vpt"): {"deep_tokens"},
+  ("model.tuner", "full"): PROMPTS | M2OE | {"visual"},
+  ("preset", "released"): {"h", "deep_tokens", "head"} | M2OE,
+} | {
+  ("model.tuner", name): PROMPTS | M2OE | {name}
+  for name in ("adapter", "bitfit", "lora", "lst", "ssf")
+}  # fmt: skip
+
+
+BASE = "table10_rpn"
+# What no other test runs; the other rows take minutes together.
+QUICK = {
+  "table4_none", "table5_itp_no_image", "table5_itp_no_pixel", "table5_apg_linear",
+  "table5_multi_scale", "table6_lpm_b_sigmoid", "table6_lpm_c_softmax", "table7_tfpm_c",
+  "table13_layers_even", "table14_mul",
+}  # fmt: skip
+
+
+@functools.cache
+def tower():
+  clip = TINY.__class__(**{**vars(TINY), "vision_layers": 3})
+  image = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
+  text = l2_normalize(jax.random.normal(jax.random.key(2), (5, TINY.embed_dim)))
+  visual = jax.jit(VisionTransformer(clip).init)(jax.random.key(0), image)["params"]
+  return clip, {"visual": visual}, image, text
+
+
+def config_of(row):
+  return ablations.get_config(f"{row},dataset=shapes,runlocal")
+
+
+def network(row):
+  """Model, config, and the shapes of what it trains."""
+  clip, params, _, text = tower()
+  config = config_of(row).unlock()
+  config.optimizer.warmup_steps = 0
+  model = RPN(clip, RPNConfig(**{**config.model, "m2oe_experts": 2}))
+  shapes = jax.eval_shape(lambda: step.init_prompts(model, params, text, jax.random.key(3), 64))
+  return model, config, shapes
+
+
+@functools.cache
+def one_step(row):
+  """The trained tree before and after a step, and the loss before it."""
+  _, params, image, text = tower()
+  model, config, like = network(row)
+  rng = np.random.default_rng(0)
+  # Made up instead of initial: nothing to compile, and no zeros that hold gradients back.
+  tree = jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), like)
+  optimizer = optim.make_optimizer(config.optimizer, tree)
+  state = step.TrainState(jnp.int32(20), tree, optimizer.init(tree))
+  batch = {"image": image, "label": np.arange(2 * 64 * 64).reshape(2, 64, 64) // 700 % 5}
+
+  @jax.jit
+  def run(state):
+    settings = {"model": model, "loss_fn": train.make_loss(config.loss), "optimizer": optimizer}
+    return step.train_step(state, params, text, batch, jax.random.key(4), **settings)
+
+  after, metrics = run(state)
+  return tree, after.prompts, float(metrics["loss"])
+
+
+@pytest.mark.parametrize("changes, row", ROWS.items(), ids=ROWS.values())
+def test_a_row_changes_what_it_names(changes, row):
+  config, plain = (flatten(config_of(r).to_dict()) for r in (row, BASE))
+  differing = {name: config[name] for name in config if config[name] != plain[name]}
+  if "preset" not in dict(changes):
+    assert differing == dict(changes)
+  if dict(changes).get("method") == "training_free":
+    return
+  shapes = lambda tree: jax.tree.map(lambda x: x.shape, dict(tree))
+  was, now = shapes(network(BASE)[2]), shapes(network(row)[2])
+  found = {part for part in was.keys() | now.keys() if was.get(part) != now.get(part)}
+  assert found == set().union(*(CHANGES.get(change, set()) for change in changes))
+
+
+@pytest.mark.parametrize(
+  "changes, row",
+  [
+    pytest.param(changes, row, id=row, marks=() if row in QUICK else pytest.mark.slow)
+    for changes, row in ROWS.items()
+    if "clip" not in dict(changes)  # other towers: tests/test_plain_vit.py
+  ],
+)
+def test_a_row_runs_for_a_step(changes, row):
+  if dict(changes).get("method") == "training_free":
+    _, params, image, text = tower()
+    dense = DenseCLIP(tower()[0], **config_of(row).dense)
+    assert np.isfinite(dense.apply({"params": params, "prompts": {}}, image, text)).all()
+    return
+  tree, after, loss = one_step(row)
+  assert np.isfinite(loss)
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), tree, after)
+  still = [str(path) for path, m in jax.tree_util.tree_leaves_with_path(moved) if not m]
+  # A gate may choose no expert but its best two.
+  assert not [path for path in still if "expert" not in path]
+  if changes:  # also where it has the same parameters
+    assert loss != one_step(BASE)[2]
+
+
+def test_every_row_is_there_once():
+  names = [f"{table}_{row}" for table, rows in ablations.TABLES.items() for row in rows]
+  assert len(names) == len(set(names)) == 52
+  assert len(ROWS) == 39
+  assert set(ROWS.values()) >= QUICK
+
+
+@pytest.mark.parametrize(
+  "words, message",
+  [
+    ("table5_itp_no_imag", "table5_itp_no_image"),
+    ("", "TABLE_ROW"),
+    ("table5_rpn,dataset=ade", "dataset must be one of shapes"),
+    ("table5_rpn,dataset=voc,sett=zero_shot", "did you mean"),
+  ],
+)
+def test_wrong_words(words, message):
+  with pytest.raises(ValueError, match=message):
+    ablations.get_config(words)
+
+
+def test_other_recipes_take_the_same_rows():
+  config = ablations.get_config("table13_layers_odd,dataset=voc,backbone=l14")
+  assert config.data.name == "voc20" and config.data.crop == 518
+  assert config.model.rpm_layers == "odd"

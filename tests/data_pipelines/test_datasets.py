@@ -1,0 +1,124 @@
+"""From miniature raw files to a training step, for every data set and its config."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from configs import coco_stuff, context, folder, open_vocab, voc
+from data_pipelines import datasets, prepare, vocabularies
+from rpn_jax.base.errors import InputError
+from rpn_jax.training import losses, pseudo_labels
+from tests.data_pipelines import raw_ade_coco, raw_pascal
+
+MODULES = {"voc": voc, "context": context, "coco_stuff": coco_stuff, "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  """Every set, prepared from its miniature raw files."""
+  root = tmp_path_factory.mktemp("data")
+  for name in prepare.BUILDERS:
+    raw = root / "raw" / name
+    raw.mkdir(parents=True)
+    module = raw_pascal if hasattr(raw_pascal, name) else raw_ade_coco
+    getattr(module, name)(raw)
+    prepare.prepare(name, raw, root / "prepared", allow_partial=True)
+  return root / "prepared"
+
+
+def make(module, data_dir, arg, **changes):
+  config = module.get_config(arg)
+  with config.unlocked():
+    config.data.data_dir = str(data_dir)
+    config.data.crop = config.data.short_side = 32
+    config.data.scale = (128, 32)
+    config.data.batch_size = 2
+    if module is folder:
+      config.data.variant = "folder"
+    config.update_from_flattened_dict(changes)
+  return config
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def step(bias, label, classes, relabel):
+  """A stand-in network, one bias per class, and the loss it is trained with."""
+
+  def loss(bias):
+    logits = jax.numpy.broadcast_to(bias, (*label.shape[:1], 4, 4, classes))
+    targets = label if relabel is None else relabel(logits, label, 1)
+    return sum(term.value for term in losses.sigmoid_loss(logits, targets).values())
+
+  return jax.value_and_grad(loss)(bias)
+
+
+@pytest.mark.parametrize(
+  ("name", "setting"),
+  [(n, s) for n in ("voc", "context", "coco_stuff") for s in datasets.SETTINGS]
+  + [("folder", "supervised")],
+)
+def test_raw_files_to_train_step(name, setting, data_dir):
+  data = datasets.load(make(MODULES[name], data_dir, f"runlocal,setting={setting}"))
+  batch = next(data.train_batches(0))
+  assert batch["image"].shape == (2, 32, 32, 3) and batch["label"].shape == (2, 32, 32)
+  known = set(np.unique(batch["label"])) - {255, data.unlabelled}
+  if setting == "transductive":
+    assert known <= set(data.seen)
+    relabel = functools.partial(
+      pseudo_labels.relabel, unseen=data.unseen, unlabelled=data.unlabelled, ignore=255, start=0,
+      pixels="unseen",
+    )  # fmt: skip
+  else:
+    relabel = None
+    assert known <= set(range(len(data.trained)))
+  classes = len(data.trained)
+  value, gradient = step(np.zeros(classes, np.float32), batch["label"], classes, relabel)
+  assert np.isfinite(value) and np.isfinite(gradient).all() and (gradient != 0).any()
+
+
+@pytest.mark.parametrize("name", vocabularies.vocabulary_names())
+def test_evaluation_labels_are_the_prepared_ones(name, data_dir):
+  config = make(open_vocab, data_dir, "", **{"eval.sets": (name,)})
+  (data,) = datasets.load_evaluations(config)
+  vocabulary = vocabularies.load(name)
+  assert data.names == vocabulary.names and data.penalized == () and data.unlabelled is None
+  source = prepare.source(datasets.SETS[name], data_dir, "val")
+  examples = data.eval_examples()
+  assert len(examples) == len(source)
+  for i in range(len(source)):
+    # Every raw value through the vocabulary's table, pixel by pixel, in plain Python.
+    raw = source[i]["label"]
+    fallback = vocabulary.ignore if vocabulary.unlisted == "ignore" else None
+    ids = {**vocabulary.ids, vocabulary.ignore: vocabulary.ignore}
+    want = [[ids.get(int(value), fallback) for value in row] for row in raw]
+    np.testing.assert_array_equal(examples[i]["label"], np.array(want))
+    assert min(examples[i]["image"].shape[:2]) == 32
+
+
+def test_the_open_vocabulary_list_is_opened_in_order(data_dir):
+  config = make(open_vocab, data_dir, "runlocal", **{"data.eval_images": 1})
+  opened = datasets.load_evaluations(config)
+  assert [d.name for d in opened] == list(config.eval.sets)
+  assert [d.ignore for d in opened[:2]] == [65535, 65535]
+  assert all(len(d.eval_examples()) == 1 for d in opened)
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"data.name": "ade15"}, "did you mean 'ade150'"),
+    ({"data.setting": "zeroshot"}, "did you mean 'zero_shot'"),
+    ({"data.name": "ade150"}, "has none; use config.data.setting='supervised'"),
+    ({"data.data_dir": "/no/such"}, r"python -m data_pipelines\.prepare voc"),
+  ],
+)
+def test_what_is_refused(changes, words, data_dir):
+  with pytest.raises(InputError, match=words):
+    next(datasets.load(make(voc, data_dir, "runlocal", **changes)).train_batches(0))
+
+
+def test_a_set_with_a_prompted_background_is_not_trained_on(data_dir):
+  config = make(voc, data_dir, "runlocal,supervised", **{"data.name": "voc20b"})
+  with pytest.raises(InputError, match="59 names are scored as 21 classes"):
+    datasets.load(config).train_batches(0)

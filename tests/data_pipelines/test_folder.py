@@ -1,0 +1,174 @@
+"""A folder of one's own: layouts, names, pairs, and the way to a vocabulary."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.data_pipelines.raw_pascal import grey_png, jpeg
+
+from data_pipelines import folder, prepare
+from data_pipelines.folder import Folder
+from rpn_jax.base.errors import InputError
+from tests.data_pipelines import raw_ade_coco
+
+
+@pytest.fixture
+def raw(tmp_path):
+  path = tmp_path / "Meine Bilder (übung)"
+  path.mkdir()
+  return path
+
+
+def _check(raw, painted, tmp_path):
+  builder = Folder(data_dir=tmp_path)
+  splits = builder.examples(raw)
+  assert {s: [e.id for e in es] for s, es in splits.items()} == {
+    s: sorted(labels) for s, labels in painted.items()
+  }
+  for split, examples in splits.items():
+    for example in examples:
+      label = builder.read(example)["label"]
+      np.testing.assert_array_equal(label, painted[split][example.id], err_msg=example.id)
+
+
+def test_masks_of_every_kind(raw, tmp_path):
+  _check(raw, raw_ade_coco.folder(raw), tmp_path)
+
+
+def test_one_split_alone(raw, tmp_path):
+  _check(raw, raw_ade_coco.folder(raw, ("val",)), tmp_path)
+
+
+def test_more_classes_than_eight_bits(raw, tmp_path):
+  names = [f"class {i}" for i in range(300)]
+  raw_ade_coco.folder(raw, ("train",), names[:4])
+  (raw / "names.txt").write_text("\n".join(names), encoding="utf-8")
+  for file in (raw / "labels" / "train").iterdir():
+    label = np.array(Image.open(file)).astype(np.uint16)
+    label[0, :3] = (65535, 299, 255)
+    raw_ade_coco.wide_png(file, label)
+  builder = Folder(data_dir=tmp_path)
+  first = builder.examples(raw)["train"][0]
+  assert builder.classes.ignore == 65535
+  assert builder.read(first)["label"][0, :3].tolist() == [65535, 299, 255]
+  label[0, 0] = 300
+  raw_ade_coco.wide_png(first.label, label)
+  with pytest.raises(InputError, match=r"expected label values 0…299, 65535, got 300 on 1 pixels"):
+    builder.read(first)
+
+
+def test_flat_layout_is_split_by_name(raw, tmp_path):
+  painted = raw_ade_coco.folder(raw, ("",))[""]
+  for i in range(10):
+    raw_ade_coco.grey_png(raw / "labels" / f"{i}.png", np.zeros((4, 5)))
+    jpeg(raw / "images" / f"{i}.jpg", 4, 5)
+  splits = Folder(data_dir=tmp_path).examples(raw)
+  ids = {split: [e.id for e in examples] for split, examples in splits.items()}
+  assert len(ids["val"]) == 2 and len(ids["train"]) == 18
+  assert sorted(ids["val"] + ids["train"]) == sorted([*painted, *map(str, range(10))])
+  assert ids["val"] == ["9", "pic 6 ä"]  # of these names, for ever
+
+
+def test_pictures_of_every_kind(raw, tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
+  (raw / "images").mkdir()
+  for name in ("a.JPG", "b.jpeg", "c.png", "d.webp"):
+    Image.fromarray(pixels).save(raw / "images" / name)
+    grey_png(raw / "labels" / f"{name[0]}.png", np.zeros((8, 6)))
+  (raw / "images" / "readme.md").write_text("x")
+  (raw / "names.txt").write_text("x\ny")
+  builder = Folder(data_dir=tmp_path)
+  examples = [e for split in builder.examples(raw).values() for e in split]
+  assert sorted(e.id for e in examples) == list("abcd")
+  for example in examples:
+    assert builder.read(example)["label"].shape == (8, 6)
+
+
+@pytest.mark.parametrize(
+  "text, complaint",
+  [
+    ("a\n\nb\n", "got none in line 2"),
+    ("a\nb\n a \n", "got 'a' in lines 1 and 3"),
+    ("", "got an empty file"),
+    ("\n".join(map(str, range(65536))), "at most 65535 names, got 65536"),
+  ],
+)
+def test_bad_names(text, complaint, raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  (raw / "names.txt").write_text(text, encoding="utf-8")
+  with pytest.raises(InputError, match=f"names.txt: expected .*{complaint}"):
+    Folder(data_dir=tmp_path).examples(raw)
+
+
+def test_names_of_other_bytes(raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  (raw / "names.txt").write_bytes("Straße".encode("latin-1"))
+  with pytest.raises(InputError, match=r"names.txt: expected text in UTF-8"):
+    Folder(data_dir=tmp_path).examples(raw)
+  (raw / "names.txt").unlink()
+  with pytest.raises(InputError, match=r"names.txt: expected the class names, one per line"):
+    Folder(data_dir=tmp_path).examples(raw)
+
+
+@pytest.mark.parametrize("text, got", [("sky\nhorse", "'horse'"), ("sky\nx", "all of them")])
+def test_bad_unseen(text, got, raw, tmp_path):
+  raw_ade_coco.folder(raw, names=("sky", "x"))
+  (raw / "unseen.txt").write_text(text)
+  with pytest.raises(InputError, match=f"unseen.txt: expected some of the names .* got {got}"):
+    Folder(data_dir=tmp_path).examples(raw)
+
+
+def test_missing_partners(raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  mask, picture = raw / "labels/train/pic 4 ä.png", raw / "images/val/pic 5 ä.jpg"
+  moved = mask.rename(raw / "m")
+  with pytest.raises(InputError, match=r"pic 4 ä.png: expected the mask of .*pic 4 ä.jpg"):
+    Folder(data_dir=tmp_path).examples(raw)
+  moved.rename(mask)
+  picture.unlink()
+  with pytest.raises(InputError, match=r"pic 5 ä.\*: expected the picture of .*pic 5 ä.png"):
+    Folder(data_dir=tmp_path).examples(raw)
+
+
+def test_ambiguous_pictures(raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  jpeg(raw / "images" / "train" / "pic 4 ä.jpeg", 5, 5)
+  with pytest.raises(InputError, match=r"expected one picture of this name"):
+    Folder(data_dir=tmp_path).examples(raw)
+  jpeg(raw / "images" / "stray.jpg", 5, 5)
+  with pytest.raises(InputError, match=r"stray.jpg: expected pictures in images/train and"):
+    Folder(data_dir=tmp_path).examples(raw)
+
+
+def test_a_picture_of_its_own_is_no_data_set(raw, tmp_path):
+  grey_png(raw / "labels" / "a.png", np.zeros((4, 5)))
+  jpeg(raw / "images" / "a.jpg", 4, 5)
+  (raw / "names.txt").write_text("a")
+  with pytest.raises(InputError, match="at least two pictures"):
+    Folder(data_dir=tmp_path).examples(raw)
+
+
+def test_colour_masks_are_refused(raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  builder = Folder(data_dir=tmp_path)
+  first = builder.examples(raw)["train"][0]
+  jpeg(first.label.with_suffix(".jpg"), 9, 21)
+  Image.open(first.label.with_suffix(".jpg")).save(first.label)
+  with pytest.raises(InputError, match=r"one channel .* got mode RGB"):
+    builder.read(first)
+
+
+def test_vocabulary_after_preparation(raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  (raw / "unseen.txt").write_text("猫\nsky\n", encoding="utf-8")
+  with pytest.raises(InputError, match=r"prepare folder --config='meine_bilder_übung'"):
+    folder.vocabulary(tmp_path, "meine_bilder_übung")
+  path = prepare.prepare("folder", raw, tmp_path)
+  assert path == tmp_path / "folder" / "meine_bilder_übung" / "1.0.0"
+  for name in ("meine_bilder_übung", raw.name):
+    vocabulary = folder.vocabulary(tmp_path, name)
+    assert vocabulary.names == ("sky", "big tree, tree", "Straße", "猫")
+    assert vocabulary.unseen == (0, 3) and vocabulary.seen == (1, 2)
+    assert vocabulary.ids == {i: i for i in range(4)} and vocabulary.ignore == 255
+  (path / "names.json").write_text("{}")
+  with pytest.raises(InputError, match=r"names.json: expected the names of a prepared folder"):
+    folder.vocabulary(tmp_path, raw.name)

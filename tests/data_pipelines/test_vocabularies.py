@@ -1,0 +1,144 @@
+"""The shipped class lists, splits, id tables and templates against the published figures."""
+
+import numpy as np
+import pytest
+
+from data_pipelines import vocabularies
+from data_pipelines.transforms import LabelMap, ignore_value
+from rpn_jax.base.errors import InputError
+
+# name: (prompted names, scored classes, unseen ids)
+PUBLISHED = {
+  "voc20": (20, 20, (15, 16, 17, 18, 19)),
+  "voc20b": (59, 21, ()),
+  "voc21": (21, 21, ()),
+  "context59": (59, 59, ()),
+  "context60": (60, 60, (1, 7, 8, 15, 20, 25, 32, 34, 49, 55)),
+  "context459": (459, 459, ()),
+  "coco_stuff171": (
+    171,
+    171,
+    (19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160),
+  ),
+  "ade150": (150, 150, ()),
+  "ade847": (847, 847, ()),
+}
+
+
+def test_the_table_above_is_complete():
+  assert set(vocabularies.vocabulary_names()) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_and_splits(name):
+  names, classes, unseen = PUBLISHED[name]
+  vocabulary = vocabularies.load(name)
+  assert vocabulary.name == name
+  assert len(vocabulary.names) == len(set(vocabulary.names)) == names
+  assert all(n and n == n.strip() for n in vocabulary.names)
+  assert vocabulary.num_classes == classes
+  assert vocabulary.unseen == unseen
+  assert sorted(vocabulary.seen + unseen) == list(range(names))
+  assert vocabulary.ignore == ignore_value(classes) == (255 if classes < 255 else 65535)
+
+
+@pytest.mark.parametrize(
+  ("name", "split"),
+  [("voc20", "voc_split"), ("context60", "context_split"), ("coco_stuff171", "coco_split")],
+)
+def test_unseen_names_agree_with_unseen_ids(name, split):
+  vocabulary = vocabularies.load(name)
+  recorded = vocabularies._read(split)
+  assert [vocabulary.names[i] for i in vocabulary.unseen] == recorded["unseen_names"]
+  assert recorded["num_classes"] == len(vocabulary.names)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_class_has_a_raw_id(name):
+  vocabulary = vocabularies.load(name)
+  reached = set(vocabulary.ids.values()) - {vocabulary.ignore}
+  assert reached == set(range(vocabulary.num_classes))
+  assert all(0 <= raw < 65536 for raw in vocabulary.ids)
+
+
+@pytest.mark.parametrize(
+  ("name", "raw", "ids"),
+  [
+    ("voc20", (0, 1, 20, 255), (255, 0, 19, 255)),
+    ("voc20b", (0, 1, 20, 255), (20, 0, 19, 255)),
+    ("voc21", (0, 1, 20, 255), (0, 1, 20, 255)),
+    ("context59", (0, 1, 2, 9, 459), (255, 255, 0, 1, 255)),
+    ("context60", (0, 1, 2, 9, 255), (0, 255, 1, 2, 255)),
+    ("context459", (1, 459, 65535), (0, 458, 65535)),
+    ("coco_stuff171", (0, 10, 11, 12, 181, 255), (0, 10, 255, 11, 170, 255)),
+    ("ade150", (0, 1, 150), (255, 0, 149)),
+    ("ade847", (0, 2978, 312, 1), (65535, 0, 1, 65535)),
+  ],
+)
+def test_raw_ids_become_labels(name, raw, ids):
+  vocabulary = vocabularies.load(name)
+  table = LabelMap.from_ids(
+    vocabulary.ids, ignore=vocabulary.ignore, unlisted=vocabulary.unlisted
+  )
+  got = table.encode(np.array([raw], np.uint16))
+  np.testing.assert_array_equal(got, [ids])
+
+
+@pytest.mark.parametrize(
+  ("name", "raw"), [("voc20", 21), ("voc21", 21), ("context459", 460), ("ade150", 151)]
+)
+def test_raw_ids_behind_the_last_class_are_refused(name, raw):
+  vocabulary = vocabularies.load(name)
+  table = LabelMap.from_ids(
+    vocabulary.ids, ignore=vocabulary.ignore, unlisted=vocabulary.unlisted
+  )
+  with pytest.raises(InputError, match=f"example e: .* got {raw} on 1 pixels"):
+    table.encode(np.array([[raw]], np.uint16), "e")
+
+
+def test_coco_table_agrees_with_its_look_up_table():
+  recorded = vocabularies._read("coco_stuff_raw_to_train")
+  ids = vocabularies.load("coco_stuff171").ids
+  assert [ids.get(raw, 255) for raw in range(256)] == recorded["lut256"]
+  assert not set(recorded["raw_values_without_train_id"]) & set(ids)
+
+
+def test_context_lists_agree():
+  small = vocabularies.load("context59")
+  large = vocabularies.load("context459")
+  assert vocabularies.load("context60").names == ("background", *small.names)
+  for raw, new in small.ids.items():
+    if new != 255:
+      assert large.names[raw - 1] == small.names[new]
+
+
+def test_background_names_of_voc20b():
+  vocabulary = vocabularies.load("voc20b")
+  assert vocabulary.names[:20] == vocabularies.load("voc20").names
+  assert vocabulary.scored_as == (*range(20), *[20] * 39)
+  # The rest are Context's names; its "table" is VOC's "diningtable", hence 39 and not 40.
+  context = set(vocabularies.load("context59").names) - {"table"}
+  assert set(vocabulary.names[20:]) == context - set(vocabulary.names[:20])
+
+
+def test_other_namings():
+  for name in ("voc20", "context59", "context459", "coco_stuff171", "ade150"):
+    theirs = vocabularies.load(name, "maskclip")
+    assert len(set(theirs.names)) == len(theirs.names) == PUBLISHED[name][0]
+  assert "potted plant" in vocabularies.load("voc20", "maskclip").names
+  spaced = vocabularies.load("context459", "spaced").names
+  plain = vocabularies.load("context459").names
+  assert [n.replace(" ", "") for n in spaced] == [n.replace(" ", "") for n in plain]
+
+
+def test_unknown_names_suggest_the_nearest():
+  with pytest.raises(InputError, match="'ade15' is not known; did you mean 'ade150'"):
+    vocabularies.load("ade15")
+  with pytest.raises(InputError, match=r"naming of ade847 'maskclip'.*did you mean 'dataset'"):
+    vocabularies.load("ade847", "maskclip")
+
+
+def test_a_missing_file_is_named(monkeypatch, tmp_path):
+  monkeypatch.setattr(vocabularies, "_FOLDER", tmp_path)
+  with pytest.raises(InputError, match=r"gone\.json, got FileNotFoundError"):
+    vocabularies._read("gone")

@@ -1,0 +1,226 @@
+"""One line from a picture and words to a segmentation."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines import shapes
+from data_pipelines.transforms import eval_transform
+from rpn_jax import Segmenter
+from rpn_jax.base import pixels
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.words import parse_names, without_articles
+from rpn_jax.drawing.palette import class_colors
+from rpn_jax.inference import segmenter, sliding
+
+NAMES = ["striped red", "plain blue", "dotted green", "sand", "grass", "water"]
+
+
+@pytest.fixture(scope="module")
+def model():
+  return Segmenter.load()
+
+
+@pytest.fixture(scope="module")
+def scene():
+  return shapes.draw_scene(np.random.default_rng(3), 96, 128, (3, 4))
+
+
+@pytest.fixture(scope="module")
+def result(model, scene):
+  return model(scene[0], NAMES)
+
+
+def test_says_what_it_is(model, result):
+  assert "training-free sclip on shapes_clip, no trained prompts" in repr(model)
+  assert model.method in repr(result) and result.summary()["method"] == model.method
+  assert "clearclip" in Segmenter.load(method="clearclip").method
+
+
+def test_a_result_holds_what_was_asked_for(result, scene):
+  assert result.labels.shape == scene[1].shape and result.labels.dtype == np.int32
+  assert result.labels.min() >= 0 and result.labels.max() < len(NAMES)
+  assert result.scores.shape == (96, 128, len(NAMES))
+  np.testing.assert_allclose(result.scores.sum(-1), 1, atol=1e-4)  # a softmax over the words
+  # The picture has the network's size here, so both resolutions are one.
+  np.testing.assert_array_equal(result.scores.argmax(-1), result.labels)
+  np.testing.assert_allclose(result.scores.max(-1), result.confidence, atol=1e-5)
+  shares = result.shares()
+  assert list(shares.values()) == sorted(shares.values(), reverse=True)
+  assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_grounds_are_found(model, scene):
+  """Better than chance on the world that the shipped weights know."""
+  grounds = [shapes.CLASSES[i] for i in range(24, 27)]
+  image, label = scene
+  found = model(image, [*shapes.CLASSES]).labels
+  assert (found == label).mean() > 0.35
+  assert {shapes.CLASSES[i] for i in np.unique(found)} & set(grounds)
+
+
+def test_every_kind_of_picture_gives_the_same(model, result, scene, tmp_path):
+  path = tmp_path / "my pictures é.png"
+  Image.fromarray(scene[0]).save(path)
+  for picture in (path, str(path), Image.open(path), scene[0]):
+    np.testing.assert_array_equal(model(picture, NAMES).labels, result.labels)
+  several = model([path, scene[0]], NAMES)
+  assert [r.file for r in several] == [path, ""]
+  for one in several:
+    np.testing.assert_array_equal(one.labels, result.labels)
+
+
+def test_inputs_are_those_of_the_evaluation(scene):
+  for size in ((128, 96), (333, 77), (40, 200)):
+    image = np.asarray(Image.fromarray(scene[0]).resize(size))
+    for mean, std in (
+      (pixels.CLIP_MEAN, pixels.CLIP_STD),
+      ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ):
+      want = eval_transform(96, mean=mean, std=std)({"image": image, "id": ""})["image"]
+      np.testing.assert_array_equal(pixels.to_network(image, 96, mean, std), want)
+
+
+def test_names_are_free_text():
+  parse = parse_names
+  assert parse("a cat | kitten, grass,") == ("a cat, kitten", "grass")
+  assert parse("one\ntwo") == ("one", "two")
+  assert parse(["a cat", ["grass", "lawn"]]) == ("a cat", "grass, lawn")
+  assert without_articles("a cat, The kitten") == "cat, kitten"
+  assert [without_articles(x) for x in ("an", "a", "theatre")] == ["an", "a", "theatre"]
+  for wrong, message in [("cat,,dog", "2 of 3 is empty"), ("cat, cat", "twice"), ([], "no class")]:
+    with pytest.raises(InputError, match=message):
+      parse(wrong)
+
+
+def test_synonyms_share_a_class(scene):
+  model = Segmenter.load(synonyms="max")
+  best = model(scene[0], [["sand", "water"], "grass"])
+  apart = model(scene[0], ["sand", "water", "grass"])
+  np.testing.assert_array_equal(best.labels, np.array([0, 0, 1])[apart.labels])
+  np.testing.assert_allclose(best.scores[..., 0], apart.scores[..., :2].max(-1), atol=1e-5)
+  mean = Segmenter.load()(scene[0], [["sand", "water"], "grass"])
+  assert mean.names == ("sand, water", "grass") and mean.labels.max() <= 1
+
+
+def test_background_words_and_a_threshold_leave_pixels_out(model, scene, result):
+  with_background = model(scene[0], NAMES[:3], background=NAMES[3:])
+  np.testing.assert_array_equal(
+    with_background.labels, np.where(result.labels < 3, result.labels, -1)
+  )
+  threshold = float(np.median(result.confidence))
+  unsure = model(scene[0], NAMES, other=threshold)
+  np.testing.assert_array_equal(unsure.labels < 0, result.confidence < threshold)
+  assert unsure.summary()["other"]["share"] == pytest.approx(0.5, abs=0.05)
+  assert "other" in repr(unsure)
+  with pytest.raises(InputError, match="twice"):
+    model(scene[0], ["sand"], background=["sand"])
+
+
+def test_emphasis_moves_one_class_without_the_network(model, result, monkeypatch):
+  monkeypatch.setattr(sliding.SlidingWindow, "_run", None)
+  name = NAMES[3]
+  share = [
+    result.adjusted(emphasis={name: value}).shares().get(name, 0.0) for value in (-1, 0, 0.3, 1)
+  ]
+  assert share == sorted(share) and share[0] < share[1] < share[3]
+  out = [(result.adjusted(other=value).labels < 0).mean() for value in (0, 0.5, 0.99)]
+  assert out == sorted(out) and out[0] == 0 < out[2]
+  with pytest.raises(InputError, match="emphasis on 'zebra': expected one of striped red"):
+    result.adjusted(emphasis={"zebra": 1})
+
+
+def test_saved_files_agree(model, scene, tmp_path):
+  Image.fromarray(scene[0]).save(tmp_path / "photo.png")
+  result = model(tmp_path / "photo.png", NAMES, other=0.2)
+  paths = result.save(tmp_path / "out")
+  assert [p.name for p in paths] == ["photo_overlay.png", "photo_labels.png", "photo.json"]
+  with Image.open(paths[1]) as mask:
+    labels = np.asarray(mask).astype(int)
+  np.testing.assert_array_equal(np.where(labels == 255, -1, labels), result.labels)
+  content = json.loads(paths[2].read_text())
+  shares = sum(row["share"] for row in content["classes"]) + content["other"]["share"]
+  assert shares == pytest.approx(1, abs=1e-4)
+  assert content["names"] == NAMES and (content["width"], content["height"]) == (128, 96)
+  row = content["classes"][0]
+  assert row["color"] == class_colors(NAMES)[row["id"]].tolist()
+  assert result._repr_png_().startswith(b"\x89PNG")
+  colors = np.asarray(result.overlay(alpha=1.0, palette="colorblind")).reshape(-1, 3)
+  assert (colors == class_colors(NAMES, "colorblind")[row["id"]]).all(1).any()
+
+
+def test_many_pictures_and_words_share_programs(scene):
+  model = Segmenter.load(method="maskclip")
+  rng = np.random.default_rng(0)
+
+  def run(width, height, names, **options):
+    image = rng.integers(0, 255, (height, width, 3), np.uint8)
+    return model(image, names, **options).labels
+
+  run(128, 96, NAMES[:4])
+  programs = lambda: (model.experiment.forward._cache_size(), sliding.strip._cache_size())
+  before = programs()
+  run(128, 96, ["other words", "of the same", "number", "here"])  # another person's words
+  run(120, 96, ["w1", "w2", "w3", "w4"])  # another size of the same bucket
+  run(124, 94, ["w1", "w2"], background=["w3", "w4"])
+  run(127, 95, NAMES[:4], other=0.5, emphasis={NAMES[0]: 0.5})
+  assert programs() == before
+  run(128, 96, NAMES[:5])  # five and six words are one program, and so are seven and eight
+  grown = programs()
+  run(128, 96, NAMES[:6])
+  assert programs() == grown and grown[0] == before[0] + 1
+
+
+def test_fillers_change_nothing(scene):
+  model = Segmenter.load(method="clearclip")
+  plain = model(scene[0], NAMES[:5])
+  monkey = pytest.MonkeyPatch()
+  with monkey.context() as patch:
+    patch.setattr(segmenter, "round_up", lambda size: size)
+    exact = model(scene[0], NAMES[:5])
+  assert (plain._filled, exact._filled) == (1, 0)
+  np.testing.assert_array_equal(plain.labels, exact.labels)
+  np.testing.assert_allclose(plain.scores, exact.scores, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("model", "options", "message"),
+  [
+    ("none", {}, "model='none': expected the workdir of a run, a file of CLIP weights, or one of"),
+    ("shapes_clip", {"method": "rpn"}, "needs the workdir of a training run"),
+    ("shapes_clip", {"method": "scilp"}, "did you mean 'sclip'"),
+    ("{tmp}", {}, "expected the workdir of a run, with a config.json"),
+    ("{tmp}/photo.jpg", {}, "photo.jpg"),
+    ("shapes_clip", {"templates": "imagenet8"}, "did you mean 'imagenet80'"),
+  ],
+)
+def test_what_is_no_model_is_refused(tmp_path, model, options, message):
+  Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+  with pytest.raises(InputError, match=message):
+    Segmenter.load(model.format(tmp=tmp_path), **options)(np.zeros((9, 9, 3), np.uint8), "a")
+
+
+def test_what_is_no_picture_is_refused(model, tmp_path):
+  (tmp_path / "x.jpg").write_text("not a picture")
+  for picture, message in [
+    (tmp_path / "x.jpg", "expected a readable jpg, png or webp picture"),
+    ("nowhere.jpg", "nowhere.jpg: expected a picture, no such file"),
+    (np.zeros((4, 4, 3), np.float32), r"\(H, W, 3\) uint8 in RGB, got \(4, 4, 3\) float32"),
+    (np.zeros((0, 4, 3), np.uint8), "got"),
+  ]:
+    with pytest.raises(InputError, match=message):
+      model(picture, NAMES)
+
+
+def test_importing_the_package_is_quick():
+  code = "import sys, rpn_jax; print('jax' in sys.modules, 'numpy' in sys.modules)"
+  out = subprocess.check_output([sys.executable, "-c", code], text=True)
+  assert out.split() == ["False", "False"]
+  with pytest.raises(AttributeError, match="no attribute 'Segmentor'"):
+    import rpn_jax
+
+    _ = rpn_jax.Segmentor

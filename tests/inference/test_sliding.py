@@ -1,0 +1,184 @@
+"""Sliding windows: geometry, averaging, strips, sizes, views."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpn_jax.inference import sliding
+from rpn_jax.models.clip import resize_grid
+
+
+def identity(logits):
+  return logits
+
+
+def test_windows_cover_and_stay_inside():
+  corners = sliding.window_corners(512, 683, 512, 426)
+  assert corners == [(0, 0), (0, 171)]
+  for height, width in [(96, 80), (64, 64), (65, 200)]:
+    seen = np.zeros((height, width), bool)
+    for y, x in sliding.window_corners(height, width, 64, 53):
+      assert 0 <= y <= height - 64 and 0 <= x <= width - 64
+      seen[y : y + 64, x : x + 64] = True
+    assert seen.all()
+  assert sliding.window_corners(40, 80, 64, 53) == [(0, 0), (0, 16)]
+
+
+def test_bucket():
+  buckets = [1, 2, 3, 4, 6, 8, 12, 16, 24]
+  assert [sliding.round_up(n) for n in range(1, 25)] == [
+    min(b for b in buckets if b >= n) for n in range(1, 25)
+  ]
+
+
+@pytest.mark.parametrize("sizes", [(5, 13), (13, 5), (1, 4), (4, 1), (7, 7), (512, 375)])
+def test_neighbours_are_jax_s_bilinear_resize(sizes):
+  x = np.random.default_rng(0).random((sizes[0], 1), np.float32)
+  want = resize_grid(x, sizes[1], 1)
+  got = sliding.interpolate(x, *sliding.neighbours(*sizes), 0)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  image = np.broadcast_to(x[:, :, None], (sizes[0], 3, 3))
+  want = resize_grid(image, sizes[1], 8)
+  np.testing.assert_allclose(sliding.resize_image(image, sizes[1], 8), want, atol=1e-4)
+
+
+@jax.jit
+def colours(windows):
+  """A network whose two logits are the mean red and the mean green of each 8-pixel patch.
+
+  They grow from left to right, so that it matters where a window lies and whether it is mirrored.
+  """
+  n, side = windows.shape[0], windows.shape[1] // 8
+  means = jnp.asarray(windows)[..., :2].reshape(n, side, 8, side, 8, 2).mean((2, 4))
+  return means * (1 + jnp.arange(side)[:, None])
+
+
+def slider(**options):
+  options = {"crop": 32, "stride": 24, "activation": identity} | options
+  return sliding.SlidingWindow(colours, 2, **options)
+
+
+def image_of(height, width, seed=0):
+  return np.random.default_rng(seed).normal(size=(height, width, 3)).astype(np.float32)
+
+
+def reference(image, size, *, crop=32, stride=24, activation=identity):
+  """The same scores in the plain way, with everything at full size."""
+  height, width = image.shape[:2]
+  total, count = np.zeros((height, width, 2)), np.zeros((height, width, 1))
+  for y, x in sliding.window_corners(height, width, crop, stride):
+    window = image[y : y + crop, x : x + crop]
+    inside = window.shape[:2]
+    window = np.pad(window, ((0, crop - inside[0]), (0, crop - inside[1]), (0, 0)))
+    scores = activation(resize_grid(colours(window[None])[0], crop, crop))
+    total[y : y + crop, x : x + crop] += scores[: inside[0], : inside[1]]
+    count[y : y + crop, x : x + crop] += 1
+  return np.asarray(resize_grid(np.float32(total / count), *size))
+
+
+def test_window_covering_the_image_is_the_plain_forward():
+  image = image_of(32, 32)
+  want = jax.nn.sigmoid(resize_grid(colours(image[None])[0], 32, 32))
+  got = slider(activation=jax.nn.sigmoid).scores(image)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("strip", [1, 700, sliding.STRIP_ELEMENTS])
+@pytest.mark.parametrize(
+  "shape, size",
+  [
+    ((32, 50), (32, 50)),
+    ((70, 33), (45, 71)),  # several rows of windows; lower and wider
+    ((32, 90), (16, 25)),
+    ((81, 60), (200, 9)),
+    ((20, 45), (20, 45)),  # lower than the window
+    ((9, 11), (40, 30)),  # smaller on both sides
+    ((32, 32), (1, 1)),
+  ],
+)
+def test_strips_and_rounded_sizes_are_the_plain_computation(shape, size, strip, monkeypatch):
+  monkeypatch.setattr(sliding, "STRIP_ELEMENTS", strip)
+  image = image_of(*shape)
+  want = reference(image, size, activation=jax.nn.sigmoid)
+  slide = slider(activation=jax.nn.sigmoid)
+  np.testing.assert_allclose(slide.scores(image, size), want, atol=1e-5)
+  clear = abs(want[..., 0] - want[..., 1]) > 1e-4  # elsewhere rounding may decide
+  assert clear.mean() > 0.9
+  np.testing.assert_array_equal(slide(image, size)[clear], want.argmax(-1)[clear])
+
+
+def test_images_of_many_sizes_share_programs():
+  before = sliding.strip._cache_size()
+  sizes = [(h, w) for h in (36, 40, 44, 48, 51, 57, 62) for w in (51, 55, 60, 64)]
+  slide = slider(stride=32)
+  for size in sizes:
+    slide(image_of(*size))
+  # Rows are 48 or 64 after rounding, columns 64, and the windows four.
+  assert sliding.strip._cache_size() - before == 2
+
+
+def test_a_stream_is_the_images_one_by_one():
+  calls = []
+
+  def counted(windows):
+    calls.append(len(windows))
+    return colours(windows)
+
+  images = [image_of(*shape, seed) for seed, shape in enumerate([(32, 50), (20, 20), (70, 90)])]
+  sizes = [(32, 50), (33, 44), (10, 20)]
+  slide = sliding.SlidingWindow(counted, 2, crop=32, stride=24, window_batch=4)
+  got = list(slide.stream(zip(images, sizes)))
+  assert calls == [4] * 4  # 2 + 1 + 12 windows
+  for image, size, ids in zip(images, sizes, got, strict=True):
+    assert ids.shape == size and ids.dtype == np.int32
+    one = slider(window_batch=1, activation=jax.nn.sigmoid)(image, size)
+    np.testing.assert_array_equal(ids, one)
+  assert list(slide.stream([])) == []
+
+
+def test_penalty_moves_the_arg_max():
+  image = np.zeros((32, 32, 3), np.float32)
+  image[..., 0], image[..., 1] = 0.55, 0.5
+  assert (slider()(image) == 0).all()
+  assert (slider(penalty=0.3, penalized=[0])(image) == 1).all()
+  assert (slider(class_of_row=[7, 5])(image) == 7).all()
+
+
+def test_mirrored_views_are_averaged():
+  # Two columns of windows with a stride that does not divide: mirrored they lie elsewhere.
+  image = image_of(40, 51)
+  size = (27, 64)
+  mirrored = reference(image[:, ::-1], size)[:, ::-1]
+  want = (reference(image, size) + mirrored) / 2
+  np.testing.assert_allclose(slider(flip=True).scores(image, size), want, atol=1e-5)
+  assert abs(mirrored - want).max() > 0.01
+
+
+def test_scaled_views_are_averaged():
+  image = image_of(48, 60)
+  size = (50, 70)
+  # At half size the image is smaller than the window.
+  parts = [
+    reference(image, size),
+    reference(np.asarray(resize_grid(image, 24, 30)), size),
+    reference(np.asarray(resize_grid(image, 72, 90)), size),
+  ]
+  slide = slider(scales=(1.0, 0.5, 1.5), penalty=0.25, penalized=[1])
+  want = np.mean(parts, 0) - np.float32([0, 0.25])
+  np.testing.assert_allclose(slide.scores(image, size), want, atol=1e-4)
+
+
+def test_all_scores_are_never_there_at_once(monkeypatch):
+  """What the program of a wide image with 847 classes holds at a time."""
+  view = sliding.View(512, 2048, tuple(sliding.window_corners(512, 2048, 512, 426)), False)
+  logits = jax.ShapeDtypeStruct((6, 32, 32, 847), np.float32)
+  calls, strip = [], sliding.strip
+  monkeypatch.setattr(sliding, "strip", lambda *a, **k: calls.append((a, k)) or np.zeros((1, 1)))
+  sliding.merge_views(
+    [view], [np.empty(6)], np.zeros(847, np.float32), (1024, 4096), crop=512,
+    activation=jax.nn.sigmoid, output=sliding.class_ids,
+  )  # fmt: skip
+  ((part,), penalty), static = calls[0]
+  memory = strip.lower(((logits, *part[1:]),), penalty, **static).compile().memory_analysis()
+  assert 20e6 < memory.temp_size_in_bytes < 400e6  # of 14 GB

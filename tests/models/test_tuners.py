@@ -1,0 +1,175 @@
+"""Tuners of the tower: where they start, what they train, and what merging them gives."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.models import prompts, tuners
+from rpn_jax.models.clip import CLIPConfig, VisionTransformer, l2_normalize
+from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.training import step
+from rpn_jax.training.losses import sigmoid_loss
+from rpn_jax.training.optim import assign_groups
+
+B16 = CLIPConfig()
+TINY = CLIPConfig(
+  embed_dim=12, image_size=32, patch_size=8, vision_width=16, vision_layers=3, vision_heads=2,
+  text_width=8, text_layers=2, text_heads=2, context_length=16, vocab_size=50,
+)  # fmt: skip
+SMALL = {"deep_tokens": 3, "adapter_width": 4, "lora_rank": 2, "lst_reduction": 2}
+OF_SITES = ["adapter", "bitfit", "lora", "ssf"]
+
+# Trained parameters with ViT-B/16 and the head of the paper preset, 789,504 of them in the head.
+HEAD = 789_504
+COUNTS = {
+  "lpm": HEAD,
+  "bitfit": HEAD + 12 * (2 * 768 + 3 * 768 + 768 + 4 * 768 + 768) + 2 * 768,
+  "adapter": HEAD + 12 * 2 * (2 * 768 * 64 + 64 + 768),
+  "ssf": HEAD + 12 * 2 * (2 * 768 + 3 * 768 + 768 + 4 * 768 + 768) + 2 * 3 * 768,
+  "lora": HEAD + 12 * 4 * 768 * 8,
+  "vpt": HEAD + 12 * 40 * 768 + 768 * 768 + 3 * 768,
+  # Gates, thirteen ways down, twelve blocks of width 96, a norm, the way up.
+  "lst": HEAD + 12 + 13 * (768 * 96 + 96) + 12 * (4 * 96 + 12 * 96**2 + 9 * 96) + 192 + 97 * 768,
+  "full": HEAD + 86_192_640,
+  "rpn": 3_098_193,
+  "rpn+vpt": 3_098_193 + 12 * 40 * 768,
+}
+
+
+@functools.cache
+def tiny(tuner, **changes):
+  model = RPN(TINY, RPNConfig(tuner=tuner, **SMALL, **changes))
+  image = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+  text = l2_normalize(jax.random.normal(jax.random.key(2), (5, TINY.embed_dim)))
+  params = {"visual": jax.jit(VisionTransformer(TINY).init)(jax.random.key(0), image)["params"]}
+  return model, params, step.init_prompts(model, params, text, jax.random.key(3), 32), image, text
+
+
+def logits(model, params, tree, image, text):
+  return jax.jit(model.apply)(tuners.variables(params, tree), image, text)
+
+
+def moved(tree):
+  """The tree after noise, as if it had been trained."""
+  leaves, form = jax.tree.flatten(tree)
+  keys = jax.random.split(jax.random.key(7), len(leaves))
+  noise = [0.05 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+  return jax.tree.unflatten(form, [x + n for x, n in zip(leaves, noise)])
+
+
+@pytest.mark.parametrize("tuner", COUNTS)
+def test_parameter_counts(tuner):
+  model = RPN(B16, RPNConfig(tuner=tuner))
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), jnp.zeros((15, 512)))
+  )
+  trained = prompts.count(shapes["prompts"])
+  if tuner == "full":
+    trained += prompts.count(shapes["params"])
+  assert trained == COUNTS[tuner]
+
+
+@pytest.mark.parametrize("tuner", [*OF_SITES, "lst", "full", "adapter+bitfit+lora+ssf"])
+def test_it_starts_as_the_frozen_tower_to_the_bit(tuner):
+  bare, params, head, image, text = tiny("lpm")
+  model, _, tree, _, _ = tiny(tuner)
+  want = logits(bare, params, head, image, text)
+  got = logits(model, params, {**tree, **head}, image, text)
+  np.testing.assert_array_equal(got, want)
+  # And it does not stay there.
+  changed = logits(model, params, moved({**tree, **head}) | head, image, text)
+  assert np.abs(changed - want).max() > 1e-3
+
+
+@pytest.mark.parametrize("tuner", ["bitfit", "lora", "ssf", "full", "bitfit+lora+ssf", "rpn+lora"])
+def test_merged_into_the_tower_it_gives_the_same(tuner):
+  model, params, tree, image, text = tiny(tuner)
+  tree = moved(tree)
+  config, merged, rest = tuners.merge(model.config, params, tree)
+  assert config.tuner == ("rpn" if "rpn" in tuner else "lpm")
+  assert not set(rest) & {*OF_SITES, "visual"}
+  want = logits(model, params, tree, image, text)
+  got = logits(model.clone(config=config), merged, rest, image, text)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_what_has_no_weights_of_its_own_is_not_merged():
+  model, params, tree, _, _ = tiny("adapter+bitfit")
+  assert tuners.merge(model.config, params, tree) == (model.config, params, tree)
+
+
+@pytest.mark.parametrize("tuner", [*OF_SITES, "vpt", "lst", "full", "rpn+lora"])
+def test_every_trained_tensor_gets_a_gradient(tuner):
+  model, params, tree, image, text = tiny(tuner, m2oe="none")
+  batch = {"image": image, "label": np.arange(2 * 32 * 32).reshape(2, 32, 32) // 90 % 5}
+  state = step.TrainState(jnp.int32(0), moved(tree), ())
+  grads, _ = jax.jit(functools.partial(step.gradients, model=model, loss_fn=sigmoid_loss))(
+    state, params, text, batch, jax.random.key(0)
+  )
+  assert jax.tree.structure(grads) == jax.tree.structure(tree)
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    assert np.abs(grad).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_the_whole_tower_is_within_reach():
+  """Every projection and norm of the tower is a site."""
+  visual = tiny("lpm")[1]["visual"]
+  sites = tuners.sites(TINY)
+  for part, tree in visual.items():
+    if part.startswith("block_"):
+      leaves = jax.tree_util.tree_leaves_with_path(tree)
+      found = {tuple(k.key for k in path[:-1]) for path, _ in leaves}
+      assert found == {tuners.BLOCK_SITES[site.name] for site in sites[part]}
+    elif isinstance(tree, dict):
+      assert part in {site.name for site in sites["stem"]}
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_recomputed_blocks_are_tuned_too(remat):
+  model, params, tree, image, text = tiny("lora+ssf")
+  tree = moved(tree)
+  loss = lambda m: lambda p: m.apply({"params": params, "prompts": p}, image, text).sum()
+  want, got = (jax.jit(jax.grad(loss(m)))(tree) for m in (model, model.clone(remat=remat)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), want, got)
+
+
+@pytest.mark.parametrize("tuner", [*OF_SITES, "lst"])
+def test_bfloat16_keeps_its_type(tuner):
+  model, params, tree, image, text = tiny(tuner)
+  want = logits(model, params, moved(tree), image, text)
+  half = model.clone(dtype=jnp.bfloat16)
+  got, inside = jax.jit(functools.partial(half.apply, mutable=["intermediates"]))(
+    tuners.variables(params, moved(tree)), image, text
+  )
+  assert {x.dtype for x in inside["intermediates"]["hidden"]} == {jnp.dtype("bfloat16")}
+  assert np.abs(want - got).max() < 0.1 * np.abs(want).max()
+
+
+def test_wrong_words_are_named():
+  with pytest.raises(InputError, match=r"got 'rpn\+adaptor'"):
+    RPNConfig(tuner="rpn+adaptor")
+  with pytest.raises(InputError, match="each once"):
+    RPNConfig(tuner="lora+lora")
+  with pytest.raises(InputError, match=r"config.model.combine must be one of cat, add, mul"):
+    RPNConfig(combine="sum")
+
+
+def test_a_tree_of_the_wrong_shape_is_refused():
+  model, params, tree, image, text = tiny("lora")
+  wider = dataclasses.replace(model.config, lora_rank=3)
+  with pytest.raises(Exception, match="lora"):
+    model.clone(config=wider).apply(tuners.variables(params, tree), image, text)
+
+
+def test_default_groups_cover_every_tuner():
+  from configs import common
+
+  groups = common.optimizer(10).groups
+  for tuner in ("rpn", "vpt", "lst", "full", *OF_SITES):
+    names = assign_groups(tiny(tuner)[2], groups)
+    assert set(jax.tree.leaves({k: v for k, v in names.items() if k != "h"})) == {"rest"}

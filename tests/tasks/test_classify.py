@@ -1,0 +1,122 @@
+"""Zero-shot classification of whole images."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import training_free
+from data_pipelines import shapes
+from rpn_jax.base import pixels
+from rpn_jax.base.errors import InputError
+from rpn_jax.inference.predictor import find_weights
+from rpn_jax.models.clip import CLIP
+from rpn_jax.tasks import classify
+from rpn_jax.text.tokenizer import tokenize
+from rpn_jax.weights import clip_file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """24 pictures of one object each, in a folder per class."""
+  root = tmp_path_factory.mktemp("pictures")
+  images, labels = shapes.single_object_images(24, seed=5)
+  for i, (image, label) in enumerate(zip(images, labels)):
+    directory = root / shapes.OBJECTS[label].replace(" ", "_")
+    directory.mkdir(exist_ok=True)
+    Image.fromarray(image).save(directory / f"{i}.png")
+  return root
+
+
+def run(workdir, image, classes=None):
+  return classify.classify(training_free.get_config(), workdir, image and str(image), classes)
+
+
+def test_probabilities_are_those_of_clip(folder, tmp_path):
+  """Through `CLIP.__call__`, an image that is not square, and more images than one batch."""
+  names = ["striped red", "plain blue", "sand"]
+  rng = np.random.default_rng(0)
+  for i in range(classify.BATCH + 1):
+    pixels = rng.integers(0, 255, (9, 12, 3), np.uint8)
+    Image.fromarray(pixels).resize((120, 90)).save(tmp_path / f"{i:02}.png")
+  content = run(tmp_path / "run", tmp_path, "striped red, plain blue, sand")
+  assert json.loads((tmp_path / "run/classify.json").read_text()) == content
+  assert "top1" not in content and len(content["images"]) == classify.BATCH + 1
+
+  config, params = clip_file.load(find_weights("shapes_clip.safetensors"))
+  inputs = np.stack([pixels.for_classification(file, 64) for file in content["images"]])
+  tokens = tokenize([f"a photo of a {name}" for name in names], config.context_length)
+  logits = jax.jit(CLIP(config).apply)({"params": params}, inputs, tokens)
+  got = [[scores[name] for name in names] for scores in content["images"].values()]
+  np.testing.assert_allclose(got, jax.nn.softmax(logits), atol=1e-4)
+  for scores in content["images"].values():
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+
+
+def test_a_folder_of_classes(folder, tmp_path, capsys):
+  content = run(tmp_path, folder)
+  right = [
+    pathlib.Path(file).parent.name.replace("_", " ") == next(iter(scores))
+    for file, scores in content["images"].items()
+  ]
+  assert content["top1"] == np.mean(right) and content["top5"] >= content["top1"] >= 0.8
+  assert all(len(scores) == classify.KEPT for scores in content["images"].values())
+  assert f"top1 of 24 images: {100 * np.mean(right):.1f} %" in capsys.readouterr().out
+
+
+def test_one_file(folder, tmp_path, capsys):
+  file = next((folder / "plain_red").iterdir())
+  content = run(tmp_path, file, "plain red, plain blue")
+  scores = content["images"][str(file)]
+  assert next(iter(scores)) == "plain red" and scores["plain red"] > 0.9
+  line = next(line for line in capsys.readouterr().out.splitlines() if file.name in line)
+  assert line.split() == [file.name, "plain", "red", f"{100 * scores['plain red']:.1f}"]
+
+
+def test_bad_input(folder, tmp_path):
+  file = next((folder / "plain_red").iterdir())
+  for image, classes, message in [
+    (None, "a, b", "needs --image"),
+    (file, None, "needs --classes"),
+    (folder / "plain_red", None, "one subfolder per class"),
+    (folder, "a, b", "no .jpg, .jpeg, .png, .webp file in this folder"),
+    (file, "a,,b", "class name 2 of 3 is empty"),
+    (folder / "none", "a, b", "no such file"),
+  ]:
+    with pytest.raises(InputError, match=message):
+      run(tmp_path / "w", image, classes)
+  assert not (tmp_path / "w").exists()
+
+
+def test_square_is_the_middle():
+  columns = np.broadcast_to(np.arange(60, dtype=np.uint8)[None, :, None], (20, 60, 3))
+  # The side stays: nothing is resized, and (60 - 20) / 2 = 20 columns are cut on the left.
+  np.testing.assert_array_equal(pixels.square(columns, 20), columns[:, 20:40])
+  np.testing.assert_array_equal(
+    pixels.square(columns.transpose(1, 0, 2), 20), columns[:, 20:40].transpose(1, 0, 2)
+  )
+
+
+def test_resize_has_antialias():
+  """Rows of one pixel become grey; picking every fourth row would leave them black or white."""
+  stripes = np.zeros((64, 96, 3), np.uint8)
+  stripes[::2] = 255
+  small = pixels.square(stripes, 16)
+  assert small.shape == (16, 16, 3) and np.abs(small[2:-2].astype(int) - 128).max() < 8
+
+
+def test_long_side_is_cut_off():
+  """30 x 47 to a short side of 16: 25 columns (25.07), of which 4 (4.5, to even) are cut."""
+  image = np.random.default_rng(0).integers(0, 255, (30, 47, 3), np.uint8)
+  whole = np.asarray(Image.fromarray(image).resize((25, 16), Image.Resampling.BICUBIC))
+  np.testing.assert_array_equal(pixels.square(image, 16), whole[:, 4:20])
+
+
+def test_normalised_as_clip(tmp_path):
+  Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "red.png")
+  image = pixels.for_classification(tmp_path / "red.png", 16)
+  want = [(1 - 0.48145466) / 0.26862954, -0.4578275 / 0.26130258, -0.40821073 / 0.27577711]
+  np.testing.assert_allclose(image, np.broadcast_to(want, (16, 16, 3)), rtol=1e-5)

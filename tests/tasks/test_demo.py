@@ -1,0 +1,241 @@
+"""The page in the browser: what its buttons do, and the page itself in a headless Chromium."""
+
+import io
+import json
+import pathlib
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.drawing.palette import class_colors
+from rpn_jax.inference import segmenter, sliding
+from rpn_jax.tasks import demo
+
+CHROMIUM = next(
+  filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+browser_only = pytest.mark.skipif(
+  CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"
+)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
+WORDS = "plain yellow, sand, water"
+
+
+@pytest.fixture(scope="module")
+def models():
+  return demo.Models(["shapes_clip"])
+
+
+def segment(models, picture=demo.SCENE, words=WORDS, background="", other=0.0, **choices):
+  choices = {"model": "shapes_clip", "method": demo.OWN_METHOD, **choices}
+  return demo.segment(models, picture, words, background, other, **choices)
+
+
+def test_a_picture_and_words(models, tmp_path):
+  result = segment(models)
+  assert result.labels.shape == (192, 256) and result.file == "scene.png"
+  rows = demo.table(result)
+  assert [row[0] for row in rows] == list(result.shares())
+  mask, record = demo.files(result, tmp_path)
+  with Image.open(mask) as picture:
+    np.testing.assert_array_equal(np.asarray(picture), result.labels)
+  assert json.loads(pathlib.Path(record).read_text())["names"] == WORDS.split(", ")
+  left_out = segment(models, words="sand", background="water, grass", other=0.1)
+  assert demo.table(left_out)[-1][0] == "other"
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"picture": None}, "Drop a picture first"),
+    ({"words": "  "}, "Type the classes"),
+    ({"words": "cat, cat"}, "'cat' is given twice"),
+    ({"words": ", ".join(map(str, range(101)))}, "at most 100 words, got 101"),
+    ({"model": "/etc"}, "'/etc' is not on offer here; choose shapes_clip"),
+    ({"method": "magic"}, "method='magic' is not known"),
+    ({"background": "sand"}, "twice"),
+  ],
+)
+def test_what_is_wrong_is_said(models, change, message):
+  with pytest.raises(InputError, match=message):
+    segment(models, **change)
+
+
+def test_bad_pictures_are_refused_without_the_servers_paths(models, tmp_path, monkeypatch):
+  (tmp_path / "notes.jpg").write_text("not a picture")
+  Image.new("RGB", (40, 30)).save(tmp_path / "large.png")
+  monkeypatch.setattr(demo, "MAX_PIXELS", 1000)
+  for name, message in [
+    ("notes.jpg", "notes.jpg: expected a readable jpg, png or webp picture"),
+    ("large.png", "large.png: expected at most 1,000 pixels, got 40 x 30"),
+  ]:
+    with pytest.raises(InputError, match=message) as error:
+      segment(models, picture=str(tmp_path / name))
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_users_share_one_model_and_its_programs(models, monkeypatch):
+  segment(models)
+  loaded = models.get("shapes_clip")
+  programs = lambda: (loaded.experiment.forward._cache_size(), sliding.strip._cache_size())
+  before, results = programs(), {}
+  monkeypatch.setattr(segmenter.Segmenter, "load", None)
+
+  def user(name):
+    results[name] = segment(models, words=f"{name}, sand, water").shares()
+
+  threads = [threading.Thread(target=user, args=(f"user {i}",)) for i in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(results) == 4 and programs() == before
+
+
+def test_both_checkpoints_of_a_run_are_on_offer(tmp_path, monkeypatch):
+  loaded = []
+  monkeypatch.setattr(segmenter.Segmenter, "load", lambda name, **choices: loaded.append(choices))
+  models = demo.Models(["shapes_clip", str(tmp_path)])
+  assert models.names == ("shapes_clip", str(tmp_path), f"{tmp_path}, best checkpoint")
+  models.get(models.names[2])
+  assert [choices["checkpoint"] for choices in loaded] == ["last", "best"]
+
+
+def test_listens_on_this_machine_only_unless_told(capsys, monkeypatch):
+  with pytest.raises(SystemExit):
+    demo.main(["--help"])
+  assert "127.0.0.1" in capsys.readouterr().out
+  assert demo.main(["--model", "nowhere"]) == 2
+  monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+  assert demo.main([]) == 2
+  errors = capsys.readouterr().err.splitlines()
+  assert "model='nowhere': expected the workdir" in errors[0]
+  assert errors[1].startswith("error: the page needs Gradio: pip install")
+
+
+@pytest.fixture(scope="module")
+def address(models, tmp_path_factory):
+  root = tmp_path_factory.mktemp("downloads")
+  page, address = demo.launch(models, root, block=False)
+  yield address
+  page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+  from playwright.sync_api import sync_playwright
+
+  with sync_playwright() as playwright:
+    # Root, as in a container, has no sandbox.
+    chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    yield chromium
+    chromium.close()
+
+
+@pytest.fixture
+def page(browser, address):
+  context = browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True)
+  page = context.new_page()
+  page.set_default_timeout(30_000)
+  page.asked = set()
+  page.on("request", lambda request: page.asked.add(request.url))
+  page.goto(address)
+  page.wait_for_selector("text=Your picture, your words")
+  yield page
+  context.close()
+
+
+def press(page, picture, words=WORDS):
+  page.set_input_files("input[type=file]", picture)
+  page.get_by_label("Words").first.fill(words)
+  page.get_by_role("button", name="Segment", exact=True).click()
+
+
+def source(page):
+  """Address of the shown result."""
+  image = page.locator(".image-frame img, .image-container img").last
+  image.wait_for()
+  return image.get_attribute("src")
+
+
+def overlay(page):
+  content = page.request.get(source(page)).body()
+  return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def downloaded(page, name):
+  with page.expect_download() as download:
+    page.get_by_role("button", name=name).click()
+  return pathlib.Path(download.value.path())
+
+
+def after(page, change):
+  """Does `change` and waits for another result."""
+  before = source(page)
+  change()
+  page.wait_for_function(
+    "before => [...document.querySelectorAll('img')].every(image => image.src != before)",
+    arg=before,
+  )
+
+
+@browser_only
+def test_upload_type_and_see_the_coloured_result(page, address):
+  press(page, demo.SCENE)
+  page.wait_for_selector("text=Made by: training-free sclip")
+  first = overlay(page)
+  colors = class_colors(WORDS.split(", "))
+  assert any((first == color).all(-1).any() for color in colors)  # the swatches of the legend
+  with Image.open(downloaded(page, "Mask (PNG)")) as mask:
+    assert mask.size == (256, 192) and set(np.unique(mask)) <= {0, 1, 2}
+  before = json.loads(downloaded(page, "Numbers (JSON)").read_text())
+  assert before["names"] == WORDS.split(", ") and before["emphasis"] == {}
+
+  page.get_by_text("More or less of a class").click()
+  slider = page.get_by_label("number input for sand")
+  slider.fill("1")
+  after(page, slider.blur)
+  now = json.loads(downloaded(page, "Numbers (JSON)").read_text())
+  share = lambda content: {row["name"]: row["share"] for row in content["classes"]}["sand"]
+  assert now["emphasis"] == {"sand": 1} and share(now) > share(before)
+
+  opacity = page.get_by_label("number input for Opacity")
+  opacity.fill("0")
+  after(page, opacity.blur)
+  bare = overlay(page)
+  assert bare.shape == overlay(page).shape and (bare != first).any()
+  # Nothing was asked of any other server.
+  hosts = {url.split("/")[2] for url in page.asked if url.startswith("http")}
+  assert hosts == {address.split("/")[2]}
+
+
+@browser_only
+@pytest.mark.parametrize("width", [1400, 390])
+def test_nothing_is_wider_than_the_window(page, width):
+  page.set_viewport_size({"width": width, "height": 844})
+  press(page, demo.SCENE)
+  page.wait_for_selector("text=Made by")
+  overlay(page)
+  assert page.evaluate("document.documentElement.scrollWidth") <= width
+  assert not page.locator("text=undefined").count()
+
+
+@browser_only
+def test_a_wrong_file_gives_a_readable_message(page, tmp_path):
+  (tmp_path / "notes.jpg").write_text("not a picture")
+  press(page, tmp_path / "notes.jpg")
+  page.wait_for_selector("text=notes.jpg: expected a readable jpg, png or webp picture")
+  (tmp_path / "notes.txt").write_text("not a picture")
+  page.set_input_files("input[type=file]", tmp_path / "notes.txt")
+  page.wait_for_selector("text=Invalid file type: notes.txt")
+
+
+@browser_only
+def test_an_oversized_upload_is_refused(page, tmp_path):
+  (tmp_path / "huge.png").write_bytes(b"\x89PNG" + bytes((demo.MAX_MEGABYTES + 1) * 2**20))
+  page.set_input_files("input[type=file]", tmp_path / "huge.png")
+  page.wait_for_selector("text=/exceed the maximum allowed size of 20/")

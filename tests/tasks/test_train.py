@@ -1,0 +1,423 @@
+"""The whole way on a miniature: train, resume, evaluate, predict, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import shapes as shapes_config
+from data_pipelines import datasets
+from rpn_jax import Segmenter
+from rpn_jax.base.errors import InputError
+from rpn_jax.devices import data_mesh
+from rpn_jax.inference.predictor import Experiment
+from rpn_jax.tasks import evaluate, export, predict, train
+from rpn_jax.training import checkpoint, losses
+from rpn_jax.training.metric_log import read_history
+from rpn_jax.training.sharding import ShardMap
+from rpn_jax.weights import prompts_file
+from tests import tiny
+from tests.training.test_checkpoint import small_files
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """A folder with the weights of a tiny random CLIP."""
+  path = tmp_path_factory.mktemp("home")
+  tiny.save(path / "clip.safetensors")
+  return path
+
+
+def make_config(home, arg="runlocal", **changes):
+  config = shapes_config.get_config(arg)
+  with config.unlocked():
+    config.clip = str(home / "clip.safetensors")
+    config.data.data_dir = str(home / "data")
+    config.data.crop = config.data.short_side = config.eval.crop = 32
+    config.data.scale, config.eval.stride = (128, 32), 24
+    config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(home):
+  """A run of eight steps, evaluated at four and eight."""
+  config = make_config(home)
+  workdir = home / "run"
+  return config, workdir, train.train(config, workdir, datasets.load(config))
+
+
+def test_a_run_leaves_its_files(finished):
+  _, workdir, result = finished
+  content = json.loads((workdir / "metrics.json").read_text())
+  assert set(content) == {"last", "best", "config", "trained_parameters", "versions"}
+  wanted = {"step", "pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou",
+            "per_class"}  # fmt: skip
+  assert wanted <= set(content["last"]) and wanted <= set(content["best"])
+  assert content["last"]["step"] == 8 and content["last"] == result["last"]
+  assert content["best"]["selected_on"] == "the evaluation classes"
+  assert len(content["last"]["per_class"]) == 27
+  assert content["config"]["steps"] == 8 and content["versions"]["jax"] == jax.__version__
+  for name in ("predictions.png", "curves.png"):
+    with Image.open(workdir / name) as picture:
+      assert min(picture.size) > 100
+  assert any((workdir / "events").iterdir())
+  assert (workdir / "checkpoints" / "8").is_dir()
+
+
+class Killed(Exception):
+  pass
+
+
+def test_a_killed_run_continues_exactly(home, finished):
+  config, _, result = finished
+  data = datasets.load(config)
+
+  def batches_until_killed(start):
+    for i, batch in enumerate(data.train_batches(start)):
+      if start + i == 6:
+        raise Killed
+      yield batch
+
+  workdir = home / "killed"
+  killed = dataclasses.replace(data, train_batches=batches_until_killed)
+  with pytest.raises(Killed):
+    train.train(config, workdir, killed)
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4"]
+  again = train.train(config, workdir, data)
+  assert again == result
+  prompts = [Experiment(config, w).restored_prompts()[1] for w in (workdir, home / "run")]
+  jax.tree.map(np.testing.assert_array_equal, *prompts)
+
+
+def with_nan(data, steps):
+  """The data with one pixel of one image NaN in the batches of these steps (from 1)."""
+
+  def batches(start):
+    for i, batch in enumerate(data.train_batches(start), start + 1):
+      if i in steps:
+        batch["image"][1, 0, 0, 0] = np.nan
+      yield batch
+
+  return dataclasses.replace(data, train_batches=batches)
+
+
+def test_a_step_gone_wrong_is_left_out_and_counted(home, capsys):
+  config = make_config(home, max_skipped=2, log_every=1)
+  workdir = home / "nan"
+  data = with_nan(datasets.load(config), {3, 6})
+  train.train(config, workdir, data)
+  history = read_history(workdir / "metrics.jsonl")
+  assert [v for _, v in history["train/skipped"]] == [0, 0, 1, 1, 1, 2, 2, 2]
+  assert np.isnan(history["train/loss"][2][1]) and np.isfinite(history["train/loss"][3][1])
+  out = capsys.readouterr().out
+  assert "step 3: loss or gradients are NaN or infinite: not applied" in out
+  # A step that was not applied does not move the schedule on either.
+  rates = [v for _, v in history["h/learning_rate"]]
+  assert rates[2] == rates[1] and rates[5] == rates[4] and len(set(rates)) == 6
+
+
+def test_too_many_in_a_row_end_the_run(home):
+  config = make_config(home, max_skipped=3, save_every=2)
+  workdir = home / "nans"
+  data = datasets.load(config)
+  indices = ", ".join(map(str, data.train_indices(4)))
+  with pytest.raises(InputError, match=(
+    rf"in 3 steps in a row, 5 to 7, .* step 5 had the training examples {indices}; "
+    r"last good checkpoint: \S+checkpoints/6\. Lower"
+  )):  # fmt: skip
+    train.train(config, workdir, with_nan(data, {5, 6, 7}))
+  # The count goes on where it was: of the checkpoint at step 6, two of the three.
+  with pytest.raises(InputError, match=r"in 3 steps in a row, 5 to 7"):
+    train.train(config, workdir, with_nan(data, {7}))
+  # Nothing but steps was lost: with good data the run ends well.
+  assert train.train(config, workdir, data)["last"]["step"] == 8
+
+
+def test_a_full_disk_does_not_end_a_run(home, monkeypatch, capsys):
+  """All saves but the last one fail, and the curves are kept back."""
+  config = make_config(home, save_every=1, log_every=1)
+  workdir = home / "full"
+  save = checkpoint.Checkpoints.save
+  tries = []
+
+  def full(self, state, best):
+    tries.append(int(state.step))
+    with small_files(10 if state.step < 8 or len(tries) < 10 else None):
+      return save(self, state, best)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", full)
+  monkeypatch.setattr(train, "LAST_PAUSE", 0.0)
+  result = train.train(config, workdir, datasets.load(config))
+  assert tries == [*range(1, 8), 8, 8, 8] and result["last"]["step"] == 8
+  assert capsys.readouterr().out.count("no checkpoint written") == 9
+  assert Experiment(config, workdir).restored_prompts()[0] == 8
+
+
+def test_a_finished_run_is_only_evaluated_again(finished):
+  config, workdir, result = finished
+  data = datasets.load(config)
+  idle = dataclasses.replace(data, train_batches=lambda start: iter(()))
+  assert train.train(config, workdir, idle)["last"] == result["last"]
+
+
+def test_eval_mode_gives_the_scores_of_training(finished):
+  config, workdir, result = finished
+  before = (workdir / "metrics.json").read_text()
+  scores = evaluate.run(config, workdir, datasets.load_evaluations(config))
+  assert scores["shapes"]["last"] == result["last"]
+  assert (workdir / "metrics.json").read_text() == before
+  assert json.loads((workdir / "eval.json").read_text())["last"] == result["last"]
+
+
+def test_a_run_is_evaluated_on_two_worlds_by_their_own_names(home):
+  config = make_config(home, "runlocal,open_vocab")
+  workdir = home / "two_worlds"
+  train.train(config, workdir, datasets.load(config))
+  shapes_data, crowds = datasets.load_evaluations(config)
+  assert (len(shapes_data.names), len(crowds.names)) == (27, 9)
+  results = evaluate.run(config, workdir, [shapes_data, crowds])
+  assert list(results) == ["shapes", "crowds"]
+  assert list(results["crowds"]["last"]["per_class"]) == list(crowds.names)
+  assert not shapes_data.penalized and results["shapes"]["last"]["step"] == 8
+
+
+def test_how_a_run_is_evaluated_may_change(finished):
+  config, workdir, result = finished
+  data = datasets.load(config)
+  other = config.copy_and_resolve_references()
+  with other.unlocked():
+    other.eval.flip, other.eval.stride = True, 32
+  scores = evaluate.run(other, workdir, [data])["shapes"]["last"]
+  assert scores["step"] == 8 and scores["pAcc"] != result["last"]["pAcc"]
+
+
+def test_training_free(home):
+  config = make_config(home, "runlocal,training_free")
+  workdir = home / "free"
+  result = evaluate.run(config, workdir, datasets.load_evaluations(config))["shapes"]["last"]
+  assert json.loads((workdir / "metrics.json").read_text())["last"] == result
+  with pytest.raises(InputError, match="nothing to train"):
+    train.train(config, home / "free2", datasets.load(config))
+
+
+def test_supervised_trains_on_every_class(home):
+  data = datasets.load(make_config(home, "runlocal,supervised"))
+  assert len(data.trained) == 27 and data.unseen and not data.penalized
+
+
+def test_zero_shot_labels_never_show_an_unseen_class(home):
+  data = datasets.load(make_config(home))
+  labels = np.concatenate([next(data.train_batches(k))["label"] for k in range(4)])
+  assert labels.max() == 255 and set(np.unique(labels)) - {255} <= set(range(len(data.trained)))
+
+
+def test_transductive_labels_hide_which_unseen_class(home):
+  data = datasets.load(make_config(home, "runlocal,transductive"))
+  labels = np.concatenate([next(data.train_batches(k))["label"] for k in range(4)])
+  assert data.unlabelled == 254 and not data.penalized
+  assert set(np.unique(labels)) - {254, 255} <= set(data.seen) and (labels == 254).any()
+
+
+def test_a_transductive_run_learns_from_pseudo_labels(home):
+  """They begin half-way: the last four of eight steps differ from a run that never has them."""
+  histories = []
+  for i, start in enumerate((0.5, 1.0)):
+    config = make_config(home, "runlocal,transductive", **{"self_training.start": start})
+    config.unlock()
+    config.log_every = 1
+    train.train(config, home / f"transductive{i}", datasets.load(config))
+    histories.append(read_history(home / f"transductive{i}/metrics.jsonl")["train/loss"])
+  with_labels, without = np.array(histories)[..., 1]
+  np.testing.assert_array_equal(with_labels[:4], without[:4])
+  assert (with_labels[4:] != without[4:]).all()
+  config = make_config(home, "runlocal,transductive", **{"self_training.pixels": "all"})
+  with pytest.raises(InputError, match='must be "unseen" or "unlabelled", got \'all\''):
+    train.train(config, home / "transductive2", datasets.load(config))
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_the_tower_is_bitwise_unchanged(home, preset):
+  changes = {"model.h_grid": (4, 4)} if preset == "released" else {}
+  config = make_config(home, f"runlocal,{preset}", **changes)
+  experiment = Experiment(config, home / "frozen")
+  before = jax.tree.map(np.array, experiment.params)
+  data = datasets.load(config)
+  text = experiment.text([data.names[i] for i in data.trained])
+  state = experiment.initial_state(text)
+  prompts = jax.tree.map(np.array, state.prompts)
+  devices = ShardMap(
+    data_mesh(),
+    state,
+    experiment.optimizer(state.prompts),
+    model=experiment.model,
+    loss_fn=losses.sigmoid_loss,
+  )
+  batch = devices.place_batch(next(data.train_batches(0)))
+  constants = devices.place_constant((experiment.params, text, jax.random.key(0)))
+  for _ in range(5):
+    state, metrics = devices.step(state, *constants[:2], batch, constants[2])
+    assert np.isfinite(metrics["loss"])
+  assert int(state.step) == 5
+  jax.tree.map(np.testing.assert_array_equal, before, constants[0])
+  changed = jax.tree.map(lambda a, b: bool((a != b).any()), prompts, dict(state.prompts))
+  assert changed["head"]["patch_proj"]["kernel"] and changed["h"]
+
+
+def test_another_run_in_the_workdir_is_refused(home, finished):
+  _, workdir, _ = finished
+  config = make_config(home, seed=7)
+  with pytest.raises(InputError, match=r"another run .*config\.seed: 0 -> 7.*--workdir"):
+    train.train(config, workdir, datasets.load(config))
+
+
+def test_evaluating_an_empty_workdir_is_refused(home):
+  config = make_config(home)
+  with pytest.raises(InputError, match=r"no checkpoints .* train first"):
+    evaluate.run(config, home / "nothing", datasets.load_evaluations(config))
+
+
+def test_predict_any_image_and_words(home, finished, tmp_path):
+  config, workdir, _ = finished
+  rng = np.random.default_rng(0)
+  tall = Image.fromarray(rng.integers(0, 256, (90, 50, 3), np.uint8))
+  exif = tall.getexif()
+  exif[0x0112] = 6  # stored on its side: shown 90 wide, 50 high
+  folder = tmp_path / "my pictures é"
+  folder.mkdir()
+  tall.save(folder / "side.jpg", exif=exif)
+  tall.convert("RGBA").save(folder / "tall.png")
+  tall.convert("L").resize((333, 40)).save(folder / "wide.webp")
+  (folder / "notes.txt").write_text("not a picture")
+  written = predict.predict(config, workdir, str(folder), "red circle, sand , a zebra")
+  assert len(written) == 9
+  sizes = {"side": (90, 50), "tall": (50, 90), "wide": (333, 40)}
+  for stem, size in sizes.items():
+    with Image.open(workdir / "predictions" / f"{stem}_labels.png") as labels:
+      assert labels.size == size and np.asarray(labels).max() < 3
+    assert (workdir / "predictions" / f"{stem}_overlay.png").exists()
+
+
+def test_exported_prompts_need_only_clip(home, finished, tmp_path):
+  config, workdir, result = finished
+  path = export.export(config, workdir, ("a", "b"))
+  content = prompts_file.load(path)
+  assert path.parent == workdir and (content.step, content.names) == (8, ("a", "b"))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    content.prompts,
+    Experiment(config, workdir).restored_prompts()[1],
+  )
+  moved = tmp_path / "mine.safetensors"
+  moved.write_bytes(path.read_bytes())
+  other = config.copy_and_resolve_references()
+  other.prompts = str(moved)
+  Image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "x.png")
+  labels = []
+  for settings, place in ((config, workdir), (other, tmp_path / "elsewhere")):
+    predict.predict(settings, place, str(tmp_path / "x.png"), "red circle, sand")
+    labels.append((place / "predictions/x_labels.png").read_bytes())
+  assert labels[0] == labels[1]
+  scores = evaluate.run(other, tmp_path / "eval", datasets.load_evaluations(other))
+  assert scores["shapes"]["last"] == result["last"]
+
+  # What does not fit is refused with both values.
+  tiny.save(tmp_path / "clip.safetensors", seed=1)
+  for changes, message in (
+    ({"clip": str(tmp_path / "clip.safetensors")}, r"weights \w{16}, config.clip has \w{16}"),
+    ({"model.m2oe_reduced": 4}, r"model\.m2oe_reduced: 3 -> 4"),
+    ({"templates": "zegclip15"}, r"templates: single -> zegclip15"),
+    ({"prompts": str(tmp_path / "x.png")}, "neither or is damaged"),
+    ({"prompts": config.clip}, "of another kind"),
+    ({"prompts": str(tmp_path / "none")}, "is no file"),
+  ):
+    wrong = other.copy_and_resolve_references()
+    wrong.update_from_flattened_dict(changes)
+    with pytest.raises(InputError, match=message):
+      Experiment(wrong, tmp_path / "w").restored_prompts()
+
+
+def test_a_run_is_loaded_by_its_folder(finished):
+  _, workdir, _ = finished
+  image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+  model = Segmenter.load(workdir)
+  assert model.method == f"RPN, step 8 of {workdir}" and model.step == 8
+  result = model(image, "red circle, sand , a zebra")
+  assert result.labels.shape == (40, 60) and 0 <= result.scores.min() <= result.scores.max() <= 1
+  both = model([image, image[:, ::-1]], ["sand", "a zebra"], background=["sky"])
+  assert [r.labels.min() >= -1 for r in both] == [True, True]
+  best = json.loads((workdir / "metrics.json").read_text())["best"]["step"]
+  assert Segmenter.load(workdir, checkpoint="best").step == best
+  with pytest.raises(InputError, match='"last" or "best", got \'newest\''):
+    Segmenter.load(workdir, checkpoint="newest")
+  free = Segmenter.load(workdir, method="maskclip")
+  assert free.method == "training-free maskclip on clip, no trained prompts"
+  assert free(image, "sand").labels.max() == 0
+
+
+def test_a_run_without_its_whole_config_is_refused(finished, tmp_path):
+  _, workdir, _ = finished
+  content = json.loads((workdir / "config.json").read_text())
+  del content["config"]["eval"]
+  (tmp_path / "config.json").write_text(json.dumps(content))
+  with pytest.raises(InputError, match=r"config.json: expected the whole config"):
+    Segmenter.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "classes, message",
+  [("cat, dog, cat", "'cat' is given twice"), ("cat,,dog", "2 of 3 is empty"), (" ", "is empty")],
+)
+def test_bad_class_lists(home, finished, tmp_path, classes, message):
+  config, workdir, _ = finished
+  Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+  with pytest.raises(InputError, match=message):
+    predict.predict(config, workdir, str(tmp_path), classes)
+
+
+def test_bad_images(home, finished, tmp_path):
+  config, workdir, _ = finished
+  broken = tmp_path / "broken.jpg"
+  broken.write_bytes(b"\xff\xd8\xff not a jpeg")
+  before = set((workdir / "predictions").glob("*")) if (workdir / "predictions").exists() else set()
+  with pytest.raises(InputError, match=r"broken\.jpg: expected a readable"):
+    predict.predict(config, workdir, str(broken), "cat")
+  assert set((workdir / "predictions").glob("*")) == before
+  with pytest.raises(InputError, match="no such file"):
+    predict.predict(config, workdir, str(tmp_path / "none.jpg"), "cat")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(InputError, match=r"in this folder"):
+    predict.predict(config, workdir, str(tmp_path / "empty"), "cat")
+
+
+def test_weights_of_the_wrong_kind(home, tmp_path):
+  wrong = tmp_path / "photo.safetensors"
+  Image.new("RGB", (8, 8)).save(wrong, "JPEG")
+  with pytest.raises(InputError, match="photo"):
+    Experiment(make_config(home, clip=str(wrong)), tmp_path / "w")
+  assert not (tmp_path / "w").exists()
+
+
+def test_a_crop_that_is_no_multiple_of_the_patch(home, tmp_path):
+  config = make_config(home, **{"eval.crop": 36})
+  with pytest.raises(InputError, match=r"config\.eval\.crop=36 .* patch size 8"):
+    Experiment(config, tmp_path / "w")
+
+
+def test_unknown_names_are_refused_with_the_nearest(home):
+  with pytest.raises(InputError, match="did you mean 'shapes'"):
+    datasets.load(make_config(home, **{"data.name": "shape"}))
+  with pytest.raises(InputError, match=r"sigmoid.*softmax"):
+    train.make_loss(make_config(home, **{"loss.name": "sigmoids"}).loss)
+
+
+def test_softmax_loss_trains(home):
+  config = make_config(home, **{"loss.name": "softmax"})
+  experiment = Experiment(config, home / "softmax")
+  logits = np.zeros((1, 4, 4, 3), np.float32)
+  terms = train.make_loss(config.loss)(logits, np.zeros((1, 8, 8), np.int32))
+  np.testing.assert_allclose(terms["loss_ce"].value, np.log(3), rtol=1e-6)
+  assert experiment.trainable

@@ -1,0 +1,66 @@
+"""The tokenizer against recordings of OpenAI's: golden strings, every class name, odd unicode."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.text import tokenizer
+from tests import FIXTURES, ROOT
+
+VOCABULARIES = ROOT / "data_pipelines" / "vocabularies"
+
+
+@pytest.fixture(scope="module")
+def golden():
+  return np.load(ROOT / "tests/golden" / "tokenizer.npz")
+
+
+@pytest.fixture(scope="module")
+def recorded():
+  """{text: ids} of fixtures/tokens.npz."""
+  data = np.load(FIXTURES / "" / "tokens.npz")
+  texts = json.loads(data["texts"].tobytes())
+  ids = np.split(data["ids"], np.cumsum(data["lengths"].astype(int))[:-1])
+  return dict(zip(texts, (x.tolist() for x in ids), strict=True))
+
+
+def test_golden_strings(golden):
+  tokens = tokenizer.tokenize(golden["strings"].tolist())
+  assert tokens.dtype == np.int32
+  np.testing.assert_array_equal(tokens, golden["tokens"])
+
+
+def test_over_long_text(golden):
+  text = str(golden["long_string"])
+  with pytest.raises(InputError, match=r"\d+ tokens .*at most 77.*truncate=True") as error:
+    tokenizer.tokenize(["a cat", text])
+  assert text[:40] in str(error.value) and "\n" not in str(error.value)
+  np.testing.assert_array_equal(tokenizer.tokenize([text], truncate=True), golden["long_truncated"])
+
+
+def test_every_recorded_string(recorded):
+  wrong = [text for text, ids in recorded.items() if tokenizer.encode(text) != ids]
+  assert not wrong
+
+
+def test_the_recording_covers_the_vocabularies(recorded):
+  for file in VOCABULARIES.glob("*.json"):
+    names = json.loads(file.read_text())
+    if isinstance(names, list):
+      missing = [name for name in names if name not in recorded]
+      assert not missing, f"run fixtures/make_tokens.py again: {file.name} has new {missing[:3]}"
+
+
+def test_layout_of_a_row():
+  row = tokenizer.tokenize(["a dog"], context_length=6)[0]
+  assert row.tolist() == [49406, 320, 1929, 49407, 0, 0]
+  assert tokenizer.tokenize(["a dog"], context_length=4)[0, -1] == 49407
+  assert tokenizer.tokenize([]).shape == (0, 77)
+
+
+@pytest.mark.parametrize("texts", ["a dog", ["a dog", None]])
+def test_wrong_kind_of_input(texts):
+  with pytest.raises(InputError):
+    tokenizer.tokenize(texts)

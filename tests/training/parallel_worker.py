@@ -1,0 +1,129 @@
+"""Runs the training step in every mode and writes what it did; started by test_parallel.py."""
+
+import functools
+import json
+import pathlib
+import re
+import sys
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
+
+from configs import common
+from rpn_jax.models.clip import CLIPConfig, VisionTransformer
+from rpn_jax.models.prompts import count
+from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.training import losses, optim, sharding
+from rpn_jax.training.step import TrainState, init_prompts, train_step
+
+TINY = CLIPConfig(
+  embed_dim=16, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2
+)
+CASES = [(mode, devices) for mode in ("shard_map", "pmap") for devices in (1, 2, 8)]
+CASES += [("sharded", 8)]
+BATCH, CLASSES, STEPS = 8, 5, 3
+
+
+def batches():
+  """Images whose numbers of masks differ: the last two have none at all."""
+  rng = np.random.default_rng(0)
+  for _ in range(STEPS):
+    label = np.repeat(np.repeat(rng.integers(0, CLASSES, (BATCH, 4, 4)), 8, 1), 8, 2)
+    label[1], label[2, :16], label[6:] = 3, 255, 255
+    yield {
+      "image": rng.normal(size=(BATCH, 32, 32, 3)).astype(np.float32),
+      "label": label.astype(np.int32),
+    }
+
+
+def main(out: pathlib.Path) -> None:
+  model = RPN(TINY, RPNConfig(tuner="rpn+vpt", deep_tokens=3, m2oe_experts=2, m2oe_top_k=1))
+  params = {"visual": VisionTransformer(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))}
+  params = {"visual": params["visual"]["params"]}
+  text = jax.random.normal(jax.random.key(1), (CLASSES, TINY.embed_dim))
+  text = np.asarray(text / jnp.linalg.norm(text, axis=-1, keepdims=True))
+  prompts = jax.device_get(init_prompts(model, params, text, jax.random.key(2), 32))
+  settings = common.optimizer(ml_collections.FieldReference(100))
+  settings.warmup_steps, settings.base_lr = 0, 2e-5
+  optimizer = optim.make_optimizer(settings, prompts)
+  start = jax.device_get(TrainState(jnp.int32(0), prompts, optimizer.init(prompts)))
+  static = {"model": model, "loss_fn": losses.sigmoid_loss}
+  facts, arrays = {"prompts": count(prompts), "tower": count(params)}, {}
+
+  def record(name, states, metrics):
+    facts[name] = {k: [float(m[k]) for m in metrics] for k in ("loss", "grad_norm")}
+    for path, value in flax.traverse_util.flatten_dict(states.prompts, sep="/").items():
+      arrays[f"{name}|{path}"] = np.asarray(value)
+
+  step = jax.jit(functools.partial(train_step, optimizer=optimizer, **static))
+  for name, key in (("plain", 3), ("other_key", 4)):
+    state, metrics = start, []
+    for batch in batches():
+      state, values = step(state, params, text, batch, jax.random.key(key))
+      metrics.append(values)
+    record(name, state, metrics)
+
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+  )
+  for mode, devices in CASES:
+    mesh = devices.data_mesh(jax.devices()[:devices])
+    maker = sharding.MODES["pmap" if mode == "pmap" else "shard_map"]
+    run = maker(mesh, start, optimizer, shard_state=mode == "sharded", **static)
+    state = run.place_state(start)
+    fixed = run.place_constant((params, text, jax.random.key(3)))
+    metrics, compilations = [], []
+    for batch in batches():
+      arguments = (*fixed[:2], run.place_batch(batch), fixed[2])
+      if mode != "pmap" and devices == 8:
+        size = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+        facts["sharded_bytes" if mode == "sharded" else "replicated_bytes"] = size
+      if mode == "shard_map" and devices == 8 and not metrics:
+        program = run.step.lower(state, *arguments).compile().as_text()
+        found = re.findall(r"= (.*) (all-reduce|all-gather|all-to-all|reduce-scatter|"
+                           r"collective-permute)(?:-start)?\(", program)  # fmt: skip
+        facts["collectives"] = [(kind, elements(shape)) for shape, kind in found]
+      compiled.clear()
+      state, values = run.step(state, *arguments)
+      compilations.append(len(compiled))
+      metrics.append(run.fetch_metrics(values))
+    facts.setdefault("compiled_later", []).append(sum(compilations[1:]))
+    before = run.fetch_state(state)
+    record(f"{mode}_{devices}", before, metrics)
+    # A NaN that only one device sees, twice, and then a step that is good again.
+    poisoned = [next(batches()), next(batches())]
+    poisoned[0]["image"][5] = np.nan
+    told = []
+    for batch in (poisoned[0], poisoned[0], poisoned[1]):
+      state, values = run.step(state, *fixed[:2], run.place_batch(batch), fixed[2])
+      values = run.fetch_metrics(values)
+      after = run.fetch_state(state)
+      leaves = list(zip(*map(jax.tree.leaves, [(s.prompts, s.opt_state) for s in (before, after)])))
+      told.append({
+        "unchanged": all(np.array_equal(a, b) for a, b in leaves),
+        "finite": all(
+          np.isfinite(shard.data).all()
+          for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards
+        ),
+        "skipped": [values["skipped"], values["skipped_in_a_row"]],
+        "step": int(after.step),
+      })  # fmt: skip
+    facts.setdefault("poisoned", {})[f"{mode}_{devices}"] = told
+  (out / "facts.json").write_text(json.dumps(facts))
+  np.savez(out / "prompts.npz", **arrays)
+
+
+def elements(shape: str) -> int:
+  """Numbers in an HLO shape, tuples summed: `(f32[2,3]{1,0}, f32[])` has 7."""
+  sizes = re.findall(r"[a-z0-9]+\[([\d,]*)\]", shape)
+  return sum(int(np.prod([int(n) for n in size.split(",") if n])) for size in sizes)
+
+
+if __name__ == "__main__":
+  main(pathlib.Path(sys.argv[1]))

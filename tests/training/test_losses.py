@@ -1,0 +1,97 @@
+"""Losses against plain full-size formulas; chunks; gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpn_jax.training import losses
+
+
+def data(classes=5, height=12, width=10, seed=0):
+  rng = np.random.default_rng(seed)
+  logits = rng.normal(size=(2, 3, 5, classes)).astype(np.float32)
+  label = rng.integers(0, classes + 1, (2, height, width))
+  return logits, np.where(label == classes, 255, label)
+
+
+def plain_sigmoid(logits, label, mask_ignored):
+  """Focal and dice written out at full size."""
+  batch, height, width = label.shape
+  classes = logits.shape[-1]
+  full = jax.image.resize(logits, (batch, height, width, classes), "bilinear", antialias=False)
+  p = np.asarray(jax.nn.sigmoid(full), np.float64)
+  focal = dice = masks = 0.0
+  for b in range(batch):
+    for c in range(classes):
+      y = label[b] == c
+      pt = np.where(y, p[b, ..., c], 1 - p[b, ..., c])
+      term = np.where(y, 0.25, 0.75) * (1 - pt) ** 2 * -np.log(pt)
+      term = term[label[b] != 255] if mask_ignored else term
+      focal += term.mean()
+      if y.any():
+        masks += 1
+        dice += 1 - (2 * (p[b, ..., c] * y).sum() + 1) / (p[b, ..., c].sum() + y.sum() + 1)
+  return 100 * focal / masks, dice / masks, masks
+
+
+@pytest.mark.parametrize("mask_ignored", [False, True])
+@pytest.mark.parametrize("chunk", [1, 300, 2**24])
+def test_sigmoid_loss_is_the_plain_formula(mask_ignored, chunk, monkeypatch):
+  monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
+  logits, label = data()
+  terms = losses.sigmoid_loss(logits, label, mask_ignored=mask_ignored)
+  focal, dice, masks = plain_sigmoid(logits, label, mask_ignored)
+  assert terms["loss_mask"].normalizer == masks
+  np.testing.assert_allclose(terms["loss_mask"].value, focal, rtol=1e-5)
+  np.testing.assert_allclose(terms["loss_dice"].value, dice, rtol=1e-5)
+
+
+def test_chunks_change_neither_value_nor_gradient(monkeypatch):
+  logits, label = data()
+
+  def total(x):
+    return sum(t.value for t in losses.sigmoid_loss(x, label).values())
+
+  whole = jax.value_and_grad(total)(logits)
+  monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 1)
+  rows = jax.value_and_grad(total)(logits)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, rows)
+
+
+def test_no_full_size_array_is_made(monkeypatch):
+  """The compiled gradient never holds B x H x W x C numbers at once."""
+  monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 2**14)
+  logits = jnp.zeros((1, 16, 16, 64))
+  label = jnp.zeros((1, 256, 256), jnp.int32)
+  full = 256 * 256 * 64 * 4
+
+  def total(x):
+    return sum(t.value for t in losses.sigmoid_loss(x, label).values())
+
+  memory = jax.jit(jax.grad(total)).lower(logits).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < full / 4
+
+
+def test_softmax_loss_is_the_plain_formula():
+  logits, label = data()
+  full = jax.image.resize(logits, (2, 12, 10, 5), "bilinear", antialias=False)
+  log_p = np.asarray(jax.nn.log_softmax(full))
+  valid = label != 255
+  want = -np.take_along_axis(log_p, np.where(valid, label, 0)[..., None], -1)[..., 0][valid].mean()
+  np.testing.assert_allclose(losses.softmax_loss(logits, label)["loss_ce"].value, want, rtol=1e-5)
+
+
+def test_all_ignored_is_finite():
+  logits, label = data()
+  label = np.full_like(label, 255)
+  for loss in losses.LOSSES.values():
+    grad = jax.grad(lambda x, loss=loss: sum(t.value for t in loss(x, label).values()))(logits)
+    assert np.isfinite(grad).all()
+
+
+def test_rows_per_chunk_divides():
+  assert losses.rows_per_chunk(1, 512, 512, 20, 32) == 64
+  assert losses.rows_per_chunk(1, 512, 512, 20, 512) == 512
+  assert 512 % losses.rows_per_chunk(8, 512, 512, 156, 32) == 0
+  assert losses.rows_per_chunk(8, 7, 10**9, 156, 32) == 1

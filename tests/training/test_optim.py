@@ -1,0 +1,49 @@
+"""Optimizer groups."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common
+from rpn_jax.training import optim
+
+TREE = {"h": 0, "head": {"patch_proj": {"kernel": 0}}, "m2oe_0": {"gate": 0}}
+
+
+def test_every_parameter_has_one_group():
+  rules = common.optimizer(10).groups
+  groups = optim.assign_groups(TREE, rules)
+  assert groups == {
+    "h": "h",
+    "head": {"patch_proj": {"kernel": "rest"}},
+    "m2oe_0": {"gate": "rest"},
+  }
+
+
+def test_a_parameter_outside_all_groups_is_refused():
+  with pytest.raises(ValueError, match=r"'head/patch_proj/kernel' .* \[\]"):
+    optim.assign_groups(TREE, (("h", "h", 1.0), ("m2oe", "m2oe.*", 10.0)))
+
+
+def test_a_parameter_in_two_groups_is_refused():
+  with pytest.raises(ValueError, match=r"'h' .* \['h', 'all'\]"):
+    optim.assign_groups(TREE, (("h", "h", 1.0), ("all", ".*", 10.0)))
+
+
+def test_gradients_are_clipped_by_their_norm_over_all_groups():
+  config = common.optimizer(10)
+  tree = {"h": jnp.ones(2), "head": {"kernel": jnp.ones(3)}}
+  grads = {"h": jnp.full(2, 3.0), "head": {"kernel": jnp.full(3, -4.0)}}
+  moments = []
+  for clip_norm in (0.0, 1e9, 2.0):
+    config.clip_norm = clip_norm
+    optimizer = optim.make_optimizer(config, tree)
+    _, state = optimizer.update(grads, optimizer.init(tree), tree)
+    moments.append([x for x in jax.tree.leaves(state) if x.ndim])
+  for plain, loose, clipped in zip(*moments):
+    np.testing.assert_array_equal(plain, loose)
+    # First and second moments are of the gradient's first and second power.
+    scale = 2.0 / float(optax.tree.norm(grads))
+    assert np.allclose(clipped, plain * scale) or np.allclose(clipped, plain * scale**2)

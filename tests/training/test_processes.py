@@ -1,0 +1,158 @@
+"""Runs of several processes on the loopback device, through main.py itself."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import flax
+import numpy as np
+import pytest
+
+from rpn_jax import devices
+from rpn_jax.base.errors import InputError
+from tests import ROOT, tiny
+
+# A process that is alone in waiting may need its compilation on top of the heartbeat.
+BOUND = 4 * devices.HEARTBEAT_SECONDS
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  path = tmp_path_factory.mktemp("home")
+  tiny.save(path / "clip.safetensors")
+  return path
+
+
+def free_port() -> int:
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(home, workdir, processes: int, devices: int, steps: int, *options):
+  """main.py in so many processes of so many simulated devices."""
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+  }
+  port, running = free_port(), []
+  for i in range(processes):
+    place = [f"--distributed=127.0.0.1:{port},{processes},{i}"] if processes > 1 else []
+    command = [
+      sys.executable, "main.py", "--config=configs/shapes.py:runlocal", f"--workdir={workdir}",
+      f"--config.clip={home}/clip.safetensors", f"--config.data.data_dir={home}/data",
+      f"--config.steps={steps}", "--config.eval_every=10", "--config.log_every=1",
+      *tiny.FLAGS, *options, *place,
+    ]  # fmt: skip
+    log = open(home / f"{workdir.name}_{i}.log", "w")  # noqa: SIM115 (the process has it)
+    running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+  try:
+    yield running
+  finally:
+    for one in running:
+      one.kill()
+      one.wait()
+
+
+def said(home, workdir, i) -> str:
+  return (home / f"{workdir.name}_{i}.log").read_text()
+
+
+def run(home, workdir, processes, devices, steps=20, *options):
+  with started(home, workdir, processes, devices, steps, *options) as running:
+    for i, one in enumerate(running):
+      assert one.wait(timeout=300) == 0, said(home, workdir, i)[-3000:]
+  return workdir
+
+
+def results(workdir):
+  """Losses by step, last scores, and the trained parameters of the newest checkpoint."""
+  import orbax.checkpoint as ocp
+
+  lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+  losses = {x["step"]: x["train/loss"] for x in lines if "train/loss" in x}
+  scores = json.loads((workdir / "metrics.json").read_text())["last"]
+  with ocp.StandardCheckpointer() as reader:
+    tree = reader.restore(workdir / "checkpoints" / str(scores["step"]) / "prompts")
+  return losses, scores, flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+  return results(run(home, home / "alone", 1, 1))
+
+
+def compare(got, want):
+  losses, scores, prompts = got
+  assert list(losses) == list(want[0]) == list(range(1, 21))
+  np.testing.assert_allclose(list(losses.values()), list(want[0].values()), rtol=1e-5)
+  assert prompts.keys() == want[2].keys() and len(prompts) > 10
+  for name, value in want[2].items():
+    # Rates reach 2e-3 here; Adam makes float error visible where gradients are close to zero.
+    np.testing.assert_allclose(prompts[name], value, rtol=0, atol=1e-4, err_msg=name)
+  for name, value in want[1].items():
+    if isinstance(value, float):
+      assert scores[name] == pytest.approx(value, abs=5e-3), name
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_two_processes_of_two_devices_are_one_of_four_and_one_alone(home, alone, mode):
+  option = f"--config.parallel={mode}"
+  two = run(home, home / f"two_{mode}", 2, 2, 20, option)
+  compare(results(two), alone)
+  if mode == "shard_map":
+    compare(results(run(home, home / "four", 1, 4, 20, option)), alone)
+  # The first process alone speaks and writes.
+  assert "4 x cpu in 2 processes" in said(home, two, 0) and "Scores in %" in said(home, two, 0)
+  assert not re.search(r"trained|step|image|%", said(home, two, 1))
+  assert len((two / "metrics.jsonl").read_text().splitlines()) == 22
+
+
+def test_a_dead_process_ends_the_others_and_the_run_goes_on(home, alone):
+  workdir = home / "dead"
+  # Slow enough that the death is in the middle: a long run of the same schedule.
+  with started(home, workdir, 2, 2, 20, "--config.shard_state=True") as (first, second):
+    until = time.time() + 300
+    while not (workdir / "checkpoints" / "10").is_dir():
+      assert first.poll() is None and time.time() < until, said(home, workdir, 0)[-3000:]
+      time.sleep(0.01)
+    second.kill()
+    died = time.time()
+    code = first.wait(timeout=BOUND)
+  log = said(home, workdir, 0)
+  assert code != 0 and time.time() - died < BOUND
+  assert "lost another one" in log or "another task died" in log, log[-3000:]
+  compare(results(run(home, workdir, 2, 2, 20, "--config.shard_state=True")), alone)
+  assert "continuing at step 10 of 20" in said(home, workdir, 0)
+
+
+@pytest.mark.parametrize("place", [("host", "2", "0"), ("host:1", "2", "2"), ("host:1", "2")])
+def test_a_place_that_is_none(place):
+  with pytest.raises(InputError, match=r"expected HOST:PORT,PROCESSES,PROCESS"):
+    devices.initialize(place)
+
+
+def test_clusters_are_found_by_their_variables(monkeypatch):
+  assert not devices._in_cluster({})
+  assert not devices._in_cluster({"SLURM_NTASKS": "1"})
+  assert devices._in_cluster({"SLURM_NTASKS": "8"})
+  assert devices._in_cluster({"OMPI_COMM_WORLD_SIZE": "2"})
+  found = []
+  monkeypatch.setattr(devices.jax.distributed, "initialize", lambda **given: found.append(given))
+  monkeypatch.setenv("SLURM_NTASKS", "2")
+  devices.initialize()
+  assert found and "coordinator_address" not in found[0]
+
+
+def test_an_unknown_precision():
+  with pytest.raises(InputError, match=r"config\.matmul_precision must be one of"), (
+    devices.runtime((), "bfloat17")
+  ):
+    pass

@@ -1,0 +1,82 @@
+"""One step on 1, 2 and 8 simulated devices, in both modes, and what it costs in collectives."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests import ROOT
+from tests.training.parallel_worker import CASES
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+  """Every case computed in one process with eight simulated devices; see parallel_worker.py."""
+  out = tmp_path_factory.mktemp("parallel")
+  environment = {
+    **os.environ,
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+  }
+  done = subprocess.run(
+    [sys.executable, ROOT / "tests/training/parallel_worker.py", out],
+    env=environment,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads((out / "facts.json").read_text()), dict(np.load(out / "prompts.npz"))
+
+
+@pytest.mark.parametrize("case", [f"{mode}_{devices}" for mode, devices in CASES])
+def test_the_update_of_one_device(results, case):
+  """After three steps, dropout, gate noise and devices without any mask included."""
+  facts, prompts = results
+  want = {k.split("|")[1]: v for k, v in prompts.items() if k.startswith("plain|")}
+  got = {k.split("|")[1]: v for k, v in prompts.items() if k.startswith(f"{case}|")}
+  assert want.keys() == got.keys() and len(want) > 10
+  for name, value in want.items():
+    # Adam divides by the root of the second moment: where gradients are close to zero it makes
+    # float error visible. The rate is 2e-4, so 1e-6 is half a percent of one step.
+    np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-6, err_msg=name)
+  np.testing.assert_allclose(facts[case]["loss"], facts["plain"]["loss"], rtol=1e-5)
+  np.testing.assert_allclose(facts[case]["grad_norm"], facts["plain"]["grad_norm"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", [f"{mode}_{devices}" for mode, devices in CASES])
+def test_a_nan_on_one_device_is_applied_on_none(results, case):
+  facts, _ = results
+  first, second, good = facts["poisoned"][case]
+  assert first["unchanged"] and second["unchanged"] and not good["unchanged"]
+  assert first["finite"] and second["finite"] and good["finite"]
+  assert [x["skipped"] for x in (first, second, good)] == [[1, 1], [2, 2], [2, 0]]
+  assert [x["step"] for x in (first, second, good)] == [4, 5, 6]
+
+
+def test_the_noise_is_really_there(results):
+  facts, _ = results
+  assert abs(facts["plain"]["loss"][0] - facts["other_key"]["loss"][0]) > 1e-4
+
+
+def test_the_step_is_compiled_once(results):
+  facts, _ = results
+  assert facts["compiled_later"] == [0] * len(CASES)
+
+
+def test_one_all_reduce_of_the_prompts_and_nothing_of_the_tower(results):
+  facts, _ = results
+  collectives = facts["collectives"]
+  assert {kind for kind, _ in collectives} == {"all-reduce"}
+  large = [size for _, size in collectives if size > 16]
+  # The gradients of all prompts and the two loss sums in one vector.
+  assert large == [facts["prompts"] + 2]
+  assert facts["prompts"] < facts["tower"]
+
+
+def test_spread_state_is_spread(results):
+  facts, _ = results
+  assert facts["sharded_bytes"] < 0.4 * facts["replicated_bytes"]

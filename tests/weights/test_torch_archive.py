@@ -1,0 +1,258 @@
+"""PyTorch files read without PyTorch: real ones, and ones made to do harm."""
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.weights import torch_archive
+from tests import FIXTURES, ROOT
+
+STORAGES = {"float32": b"FloatStorage", "float16": b"HalfStorage", "int64": b"LongStorage"}
+
+
+# A writer of PyTorch's zip format, opcode by opcode, so that tests can also write what PyTorch
+# never would.
+
+
+def text(value: str) -> bytes:
+  return pickle.BINUNICODE + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def number(value: int) -> bytes:
+  return pickle.LONG1 + b"\x08" + value.to_bytes(8, "little", signed=True)
+
+
+def numbers(values) -> bytes:
+  return b"(" + b"".join(map(number, values)) + b"t"
+
+
+def tensor(key, array, count=None, offset=0, shape=None, strides=None) -> bytes:
+  """The opcodes of one tensor; the optional arguments lie about it."""
+  if strides is None:
+    strides = [step // array.itemsize for step in array.strides]
+  storage = b"(" + text("storage") + b"ctorch\n" + STORAGES[str(array.dtype)] + b"\n"
+  storage += text(key) + text("cpu") + number(array.size if count is None else count) + b"tQ"
+  arguments = storage + number(offset) + numbers(array.shape if shape is None else shape)
+  arguments += numbers(strides) + b"\x89" + b"ccollections\nOrderedDict\n)R"
+  return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
+
+
+def dictionary(entries: dict) -> bytes:
+  return b"}(" + b"".join(text(name) + value for name, value in entries.items()) + b"u"
+
+
+def write(path, root: bytes, storages=None, compress=zipfile.ZIP_STORED, protocol=b"\x80\x02"):
+  with zipfile.ZipFile(path, "w", compress) as archive:
+    archive.writestr("model/data.pkl", protocol + root + b".")
+    archive.writestr("model/byteorder", "little")
+    for key, array in (storages or {}).items():
+      archive.writestr(f"model/data/{key}", array.tobytes())
+  return path
+
+
+def write_state(path, state: dict, wrap=lambda root: root):
+  """A state dict as `torch.save` writes it."""
+  keys = {name: str(i) for i, name in enumerate(state)}
+  root = dictionary({name: tensor(keys[name], array) for name, array in state.items()})
+  return write(path, wrap(root), {keys[name]: array for name, array in state.items()})
+
+
+def refused(path, match):
+  with pytest.raises(InputError, match=match) as error:
+    torch_archive.read(path)
+  assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+MATRIX = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+def test_state_dict_of_pytorch():
+  kind, state = torch_archive.read(ROOT / "tests/golden" / "clip" / "tiny_clip_state_dict.pt")
+  assert kind == torch_archive.STATE_DICT and len(state) == 74
+  assert state["visual.conv1.weight"].shape == (128, 3, 8, 8)
+
+
+def test_torchscript_of_pytorch():
+  kind, state = torch_archive.read(FIXTURES / "" / "torchscript_clip.pt")
+  assert kind == torch_archive.TORCHSCRIPT
+  assert state["context_length"] == 16 and state["context_length"].dtype == np.int64
+  assert state["visual.conv1.weight"].dtype == np.float16
+  assert state["ln_final.weight"].dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", STORAGES)
+def test_values_types_and_strides(tmp_path, dtype):
+  array = MATRIX.astype(dtype)
+  root = dictionary(
+    {
+      "whole": tensor("0", array),
+      "transposed": tensor("0", array, shape=(3, 2), strides=(1, 3)),
+      "row": tensor("0", array, offset=3, shape=(3,), strides=(1,)),
+      "scalar": tensor("0", array, offset=2, shape=(), strides=()),
+      "empty": tensor("0", array, shape=(0, 3)),
+    }
+  )
+  _, state = torch_archive.read(write(tmp_path / "x.pt", root, {"0": array}))
+  assert all(value.dtype == array.dtype for value in state.values())
+  np.testing.assert_array_equal(state["whole"], array)
+  np.testing.assert_array_equal(state["transposed"], array.T)
+  np.testing.assert_array_equal(state["row"], array[1])
+  assert state["scalar"] == 2 and state["empty"].shape == (0, 3)
+
+
+def test_state_dict_in_a_checkpoint(tmp_path):
+  def wrap(root):
+    parameter = b"ctorch._utils\n_rebuild_parameter\n(" + tensor("0", MATRIX) + b"\x88"
+    parameter += b"ccollections\nOrderedDict\n)RtR"
+    ordered = b"ccollections\nOrderedDict\n)R(" + text("w") + parameter + b"u"
+    notes = b"}" + text("_metadata") + b"}sb"
+    return dictionary({"meta": dictionary({"epoch": number(3)}), "state_dict": ordered + notes})
+
+  path = write_state(tmp_path / "x.pth", {"w": MATRIX}, wrap)
+  np.testing.assert_array_equal(torch_archive.read(path)[1]["w"], MATRIX)
+
+
+def test_what_is_written_is_read(tmp_path):
+  state = {"a.w": MATRIX.T, "scalar": np.float32(3), "empty": np.zeros((0, 2), np.float32)}
+  torch_archive.write(tmp_path / "x.pth", state, {"note": "é"})
+  kind, again = torch_archive.read(tmp_path / "x.pth")
+  assert kind == torch_archive.STATE_DICT and list(again) == list(state)
+  for name, value in state.items():
+    np.testing.assert_array_equal(again[name], value)
+    assert again[name].shape == np.shape(value)
+  assert torch_archive.activation(tmp_path / "x.pth") is None
+
+
+@pytest.mark.parametrize(("calls", "want"), [
+  (("sigmoid", "sigmoid"), "quick_gelu"), (("gelu",), "gelu"), (("gelu", "sigmoid"), None),
+])  # fmt: skip
+def test_the_code_of_an_archive_tells_the_activation(tmp_path, calls, want):
+  with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+    for i, call in enumerate(calls):
+      archive.writestr(f"m/code/__torch__/{i}.py", f"_1 = torch.{call}(_0)\n")
+    archive.writestr("m/code/__torch__/0.py.debug_pkl", "torch.gelu(")
+  assert torch_archive.activation(tmp_path / "x.pt") == want
+
+
+@pytest.mark.parametrize("wrapper", ["build_intlist", "restore_type_tag"])
+def test_torchscript_attributes_that_are_no_tensors(tmp_path, wrapper):
+  sizes = b"ctorch.jit._pickle\n" + wrapper.encode() + b"\n(](K\x01K\x02etR"
+  attributes = {"training": b"\x89", "hook": b"N", "sizes": sizes, "w": tensor("0", MATRIX)}
+  inner = b"c__torch__.a.___torch_mangle_1\nB\n)\x81" + dictionary(attributes) + b"b"
+  outer = b"c__torch__.a\nA\n)\x81" + dictionary({"inner": inner}) + b"b"
+  kind, state = torch_archive.read(write(tmp_path / "x.pt", outer, {"0": MATRIX}))
+  assert kind == torch_archive.TORCHSCRIPT and list(state) == ["inner.w"]
+
+
+def attack(tmp_path, name):
+  """Pickles that create a file when an ordinary unpickler reads them, and their marker."""
+  marker = tmp_path / "executed"
+  call = text(f"touch {marker}") + b"\x85"
+  roots = {
+    "reduce": (b"\x80\x02", b"cposix\nsystem\n" + call + b"R"),
+    "in a tensor's place": (b"\x80\x02", b"}" + text("w") + b"cposix\nsystem\n" + call + b"Rs"),
+    "stack global": (
+      b"\x80\x04",
+      b"".join(b"\x8c" + bytes([len(x)]) + x for x in (b"posix", b"system"))
+      + b"\x93"
+      + call
+      + b"R",
+    ),
+    "inst": (b"\x80\x02", b"(" + text(f"touch {marker}") + b"iposix\nsystem\n"),
+    "obj": (b"\x80\x02", b"(cposix\nsystem\n" + text(f"touch {marker}") + b"o"),
+    "eval": (
+      b"\x80\x02",
+      b"cbuiltins\neval\n" + text(f"open({str(marker)!r}, 'w').close()") + b"\x85R",
+    ),
+  }
+  return *roots[name], marker
+
+
+@pytest.mark.parametrize(
+  "name", ["reduce", "in a tensor's place", "stack global", "inst", "obj", "eval"]
+)
+def test_code_is_refused_and_not_run(tmp_path, name):
+  protocol, root, marker = attack(tmp_path, name)
+  pickle.loads(protocol + root + b".")
+  assert marker.exists(), "the attack itself does not work"
+  marker.unlink()
+  refused(write(tmp_path / "x.pt", root, protocol=protocol), "refused")
+  assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+  ("root", "match"),
+  [
+    # Attributes of an allowed function, construction of an allowed class by another road.
+    (b"ctorch._utils\n_rebuild_tensor_v2\n}" + text("x") + text("y") + b"sb", "no module"),
+    (b"ctorch\nFloatStorage\n)\x81", "no tensor"),
+    (b"c__torch__\nA\n)R", "no tensor"),
+    (b"ctorch.hub\nload\n", "torch.hub.load"),
+    (b"c__torch__evil\nA\n", "__torch__evil"),
+    (text("x") + b"Q", "no tensor storage"),
+    (b"]", "list"),
+    (dictionary({"w": number(3)}), "'w'"),
+    (b"}" + number(1) + text("x") + b"s", "'1'"),
+    (b"R", "malformed"),
+    (b"", "malformed"),
+    (pickle.LONG_BINGET + b"\xff\xff\xff\xff", "malformed"),
+    (b"ctorch._utils\n_rebuild_tensor_v2\n(" + numbers([]) + b"tR", "malformed"),
+    # A module that contains itself.
+    (b"c__torch__\nA\n)\x81q\x00}" + text("a") + b"h\x00sb", "nested"),
+  ],
+)
+def test_pickle_of_something_else(tmp_path, root, match):
+  refused(write(tmp_path / "x.pt", root), match)
+
+
+@pytest.mark.parametrize(
+  ("lie", "match"),
+  [
+    ({"count": 1 << 40}, "declared as"),
+    ({"count": -1}, "malformed storage"),
+    ({"shape": (1 << 40, 3)}, "does not fit"),
+    ({"shape": (1 << 40,), "strides": (0,)}, "does not fit"),
+    ({"shape": (2, 3), "strides": (4, 1)}, "does not fit"),
+    ({"shape": (-2, 3)}, "malformed tensor"),
+    ({"offset": 1}, "does not fit"),
+    ({"offset": -1}, "malformed tensor"),
+    ({"strides": (1,)}, "malformed tensor"),
+    ({"strides": (-3, 1)}, "malformed tensor"),
+  ],
+)
+def test_sizes_that_lie(tmp_path, lie, match):
+  root = dictionary({"w": tensor("0", MATRIX, **lie)})
+  refused(write(tmp_path / "x.pt", root, {"0": MATRIX}), match)
+
+
+def test_archives_that_lie(tmp_path, monkeypatch):
+  root = dictionary({"w": tensor("0", MATRIX)})
+  refused(write(tmp_path / "x.pt", root), "storage '0' is missing")
+  refused(write(tmp_path / "x.pt", root, {"0": MATRIX}, zipfile.ZIP_DEFLATED), "compressed")
+  with zipfile.ZipFile(tmp_path / "y.pt", "w") as archive:
+    archive.writestr("something", "else")
+  refused(tmp_path / "y.pt", "no data.pkl")
+  with zipfile.ZipFile(tmp_path / "y.pt", "w") as archive:
+    archive.writestr("m/data.pkl", b"\x80\x02}.")
+    archive.writestr("m/byteorder", "big")
+  refused(tmp_path / "y.pt", "little-endian")
+  monkeypatch.setattr(torch_archive, "_MAX_PICKLE_BYTES", 10)
+  refused(write(tmp_path / "x.pt", root, {"0": MATRIX}), "larger than")
+
+
+def test_damaged_files(tmp_path):
+  content = (FIXTURES / "" / "torchscript_clip.pt").read_bytes()
+  path = tmp_path / "x.pt"
+  path.write_bytes(content[:-2000])
+  refused(path, "damaged")
+  flipped = bytearray(content)
+  flipped[300_000] ^= 1
+  path.write_bytes(flipped)
+  refused(path, "damaged")
+  path.write_bytes(b"\xff\xd8\xff\xe0 no archive")
+  refused(path, "zip archive")
+  refused(tmp_path / "missing.pt", "does not exist")
+  refused(tmp_path, "is a folder")
