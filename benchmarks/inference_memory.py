@@ -55,9 +55,7 @@ def main(argv) -> None:
   logging.set_verbosity(logging.WARNING)
   image = np.random.default_rng(1).normal(size=(*IMAGE, 3)).astype(np.float32)
   network = rpn() if FLAGS.network == "rpn" else stand_in
-  segmenter = SlidingWindow(
-    network, CLASSES, crop=512, stride=426, window_batch=FLAGS.window_batch
-  )
+  segmenter = SlidingWindow(network, CLASSES, crop=512, stride=426, window_batch=FLAGS.window_batch)
   rows = [["before", "", "", f"{peak():.2f}"]]
   for size in SIZES:
     seconds = []

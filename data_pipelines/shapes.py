@@ -28,12 +28,12 @@ from rpn_jax.base.errors import InputError
 # RGB anchors. Hues lie well apart and are saturated, while the grounds are dull:
 # grass is an olive green, sand a pale beige, water a blue-grey.
 COLOURS = {
-    "red": (208, 22, 34),
-    "orange": (250, 128, 8),
-    "yellow": (248, 222, 24),
-    "green": (0, 168, 74),
-    "blue": (24, 62, 222),
-    "purple": (146, 34, 180),
+  "red": (208, 22, 34),
+  "orange": (250, 128, 8),
+  "yellow": (248, 222, 24),
+  "green": (0, 168, 74),
+  "blue": (24, 62, 222),
+  "purple": (146, 34, 180),
 }
 PATTERNS = ("plain", "striped", "dotted", "checked")
 GROUNDS = ("grass", "sand", "water")
@@ -45,16 +45,14 @@ CLASSES = OBJECTS + GROUNDS  # the label of a pixel is an index into this tuple
 # "striped". Each colour occurs once and each pattern once or twice, so every colour and every
 # pattern is also part of a seen class; only their combination is new. All grounds are seen.
 UNSEEN = tuple(
-    len(PATTERNS) * colour + (colour + 1) % len(PATTERNS) for colour in range(len(COLOURS))
+  len(PATTERNS) * colour + (colour + 1) % len(PATTERNS) for colour in range(len(COLOURS))
 )
 SEEN = tuple(i for i in range(len(CLASSES)) if i not in UNSEEN)
 
 # The names of the second world, whose scenes are counted more coarsely, as data sets differ in
 # what they name: whatever its pattern, an object is its colour. Every drawn class has one of them.
 COLOUR_CLASSES = (*COLOURS, *GROUNDS)
-COLOUR_OF_CLASS = {
-    i: COLOUR_CLASSES.index(name.split()[-1]) for i, name in enumerate(CLASSES)
-}
+COLOUR_OF_CLASS = {i: COLOUR_CLASSES.index(name.split()[-1]) for i, name in enumerate(CLASSES)}
 
 _YELLOW = list(COLOURS).index("yellow")
 _RGB = np.asarray(list(COLOURS.values()), np.float32)
@@ -156,8 +154,8 @@ def _place(rng, owner, areas, visible, depth):
   margin = size * 0.42  # the centre stays this far from the border: little is cut off
   for _ in range(_PLACEMENT_TRIES):
     centre = [
-        rng.uniform(min(margin, extent / 2), max(extent - margin, extent / 2))
-        for extent in (height, width)
+      rng.uniform(min(margin, extent / 2), max(extent - margin, extent / 2))
+      for extent in (height, width)
     ]
     top, left = (round(c - size / 2) for c in centre)
     window, patch = _overlap(top, left, size, height, width)
@@ -238,11 +236,11 @@ def _random_grounds(rng, split_chance=0.5):
 
 
 def draw_scene(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    num_objects: tuple[int, int],
-    diameter: tuple[float, float] = (22, 44),
+  rng: np.random.Generator,
+  height: int,
+  width: int,
+  num_objects: tuple[int, int],
+  diameter: tuple[float, float] = (22, 44),
 ) -> tuple[np.ndarray, np.ndarray]:
   """Draws a scene: objects of random classes on one ground or two.
 
@@ -272,13 +270,13 @@ VIEW_DIAMETER = (20, 56)  # wider than in scenes, so that a model meets every sc
 NAMED_SHARE = 0.02
 
 _TEMPLATES = (
-    "a photo of {}",
-    "a photo of {}",
-    "{}",
-    "a picture of {}",
-    "an image of {}",
-    "this is {}",
-    "there is {}",
+  "a photo of {}",
+  "a photo of {}",
+  "{}",
+  "a picture of {}",
+  "an image of {}",
+  "this is {}",
+  "there is {}",
 )
 _ARTICLES = ("a ", "a ", "", "the ")
 
@@ -346,7 +344,7 @@ class CaptionedShapes:
     count = np.searchsorted((0.06, 0.56, 0.8), rng.random())  # none, one, two or three
     object_ids = rng.permutation(len(OBJECTS))[:count]
     image, label = _compose(
-        rng, VIEW_SIZE, VIEW_SIZE, object_ids, _random_grounds(rng, 0.3), VIEW_DIAMETER
+      rng, VIEW_SIZE, VIEW_SIZE, object_ids, _random_grounds(rng, 0.3), VIEW_DIAMETER
     )
     return image, label, _caption(rng, visible_classes(label))
 
@@ -436,23 +434,25 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
-        builder=self,
-        description="Procedurally drawn objects on textured grounds, every pixel labelled.",
-        features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-            "label": tfds.features.Image(
-                shape=(None, None, 1), dtype=np.uint8, encoding_format="png"
-            ),
-            "id": tfds.features.Text(),
-        }),
+      builder=self,
+      description="Procedurally drawn objects on textured grounds, every pixel labelled.",
+      features=tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+          "label": tfds.features.Image(
+            shape=(None, None, 1), dtype=np.uint8, encoding_format="png"
+          ),
+          "id": tfds.features.Text(),
+        }
+      ),
     )
 
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing is downloaded
     config = self.builder_config
     return {
-        "train": self._generate_examples("train", config.num_train),
-        "val": self._generate_examples("val", config.num_val),
+      "train": self._generate_examples("train", config.num_train),
+      "val": self._generate_examples("val", config.num_val),
     }
 
   def _generate_examples(self, split, count):
@@ -460,11 +460,14 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     for i in tqdm.tqdm(range(count), desc=f"drawing {split}", unit="scene", disable=None):
       image, label = _scene(self.builder_config, split, i)
       name = f"{split}_{i:05d}"
-      yield name, {
+      yield (
+        name,
+        {
           "image": _encoded(image, format="JPEG", quality=95, subsampling=0),
           "label": _encoded(label, format="PNG"),
           "id": name,
-      }
+        },
+      )
 
 
 def _builder(data_dir, config):
@@ -533,8 +536,8 @@ def prepare(data_dir: str | pathlib.Path, config: ShapesConfig | None = None) ->
     if _is_complete(folder, config):
       return folder
     raise InputError(
-        f"expected a folder to write scenes to, got {data_dir!s} ({error}); "
-        "choose a data_dir that is writable and has a few MiB of room"
+      f"expected a folder to write scenes to, got {data_dir!s} ({error}); "
+      "choose a data_dir that is writable and has a few MiB of room"
     ) from error
   return folder
 
@@ -553,15 +556,13 @@ class _Scenes:
       raise IndexError(f"scene {index} of a source of {len(self)} scenes")
     record = self._records[index]
     return {
-        "image": record["image"],
-        "label": record["label"][..., 0],
-        "id": record["id"].decode(),
+      "image": record["image"],
+      "label": record["label"][..., 0],
+      "id": record["id"].decode(),
     }
 
 
-def source(
-    data_dir: str | pathlib.Path, split: str, config: ShapesConfig | None = None
-) -> _Scenes:
+def source(data_dir: str | pathlib.Path, split: str, config: ShapesConfig | None = None) -> _Scenes:
   """Random access to the scenes that `prepare` wrote below `data_dir`.
 
   Args:
@@ -581,13 +582,13 @@ def source(
   with _quiet():
     if not _is_complete(folder, config):
       raise InputError(
-          f"expected prepared scenes, got none or a part in {folder}; "
-          "run data_pipelines.shapes.prepare first"
+        f"expected prepared scenes, got none or a part in {folder}; "
+        "run data_pipelines.shapes.prepare first"
       )
     try:
       return _Scenes(tfds.builder_from_directory(folder).as_data_source(split=split))
     except ValueError as error:
       raise InputError(
-          f'expected split "train" or "val" or a slice of one, got {split!r} for '
-          f"{folder} ({error}); correct the name"
+        f'expected split "train" or "val" or a slice of one, got {split!r} for '
+        f"{folder} ({error}); correct the name"
       ) from error

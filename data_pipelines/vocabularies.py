@@ -74,9 +74,7 @@ _ENTRIES = {
     "context60", 60, split="context_split", ids="context459id_to_59train", zero=0, shift=1
   ),
   "context459": _Entry("context459", 459),
-  "coco_stuff171": _Entry(
-    "coco_stuff171", 171, split="coco_split", ids="coco_stuff_raw_to_train"
-  ),
+  "coco_stuff171": _Entry("coco_stuff171", 171, split="coco_split", ids="coco_stuff_raw_to_train"),
   "ade150": _Entry("ade150", 150),
   "ade847": _Entry("ade847", 847, ids="ade847_objectid_to_train"),
 }
@@ -119,9 +117,7 @@ def load(name: str, naming: str = "dataset") -> Vocabulary:
   if entry.split:
     split = _read(entry.split)
     seen, unseen = tuple(split["seen"]), tuple(split["unseen"])
-  scored_as = tuple(
-    i if entry.scored is None else min(i, entry.scored) for i in range(entry.count)
-  )
+  scored_as = tuple(i if entry.scored is None else min(i, entry.scored) for i in range(entry.count))
   ignore = IGNORE if max(scored_as) < IGNORE else IGNORE_WIDE
   if entry.ids:
     ids = {int(raw): new + entry.shift for raw, new in _read(entry.ids)["map"].items()}

@@ -454,9 +454,7 @@ def test_optimizer_and_schedule(golden):
     before = state
     state, terms = step(state, golden.params, text, batch, jax.random.key(0))
     want = recorded["losses"][t]
-    np.testing.assert_allclose(
-      [terms["loss_mask"], terms["loss_dice"]], want, rtol=1e-4
-    )
+    np.testing.assert_allclose([terms["loss_mask"], terms["loss_dice"]], want, rtol=1e-4)
     for name, rate in zip(names, rates[t]):
       if name in theirs:
         schedule = schedules[theirs[name].flat[0]]

@@ -50,7 +50,9 @@ def relationship_maps(experiment: Experiment, image, names: Sequence[str]) -> li
   if model.config.itp == "no_pixel":
     raise InputError('config.model.itp="no_pixel" has no map of the pixels to draw')
   _, prompts = experiment.restored_prompts()
-  inside = _inside(model, tuners.variables(experiment.params, prompts), image, experiment.text(names))
+  inside = _inside(
+    model, tuners.variables(experiment.params, prompts), image, experiment.text(names)
+  )
   grid = [side // experiment.clip_config.patch_size for side in image.shape[1:3]]
   return [np.asarray(m[0]).reshape(*grid, -1) for m in inside["m"]]
 

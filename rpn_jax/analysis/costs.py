@@ -23,7 +23,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import app, flags, logging
 from jax.extend.core import jaxprs_in_params
 from ml_collections import config_flags
 

@@ -142,8 +142,6 @@ def write(out, rows: Sequence[Row], left_out: Sequence[str] = ()) -> pathlib.Pat
   return out
 
 
-
-
 def plot(path, rows: Sequence[Row]) -> pathlib.Path:
   """Writes a PNG: a bar for every row and metric, and below it the curves over training steps.
 

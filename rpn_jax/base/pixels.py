@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from rpn_jax.base.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# 20,000 x 10,000, of an image or a mask. Larger ones are refused before they are decoded: they would
-# fill memory (three bytes a pixel are 600 MB; Pillow's own limit only warns).
+# 20,000 x 10,000, of an image or a mask. Larger ones are refused before they are decoded: they
+# would fill memory (three bytes a pixel are 600 MB; Pillow's own limit only warns).
 MAX_PIXELS = 200_000_000
 # Long side to short side: images are enlarged until the short side fits a window.
 MAX_ASPECT = 100

@@ -81,9 +81,7 @@ def _palette(name: str, count: int) -> np.ndarray:
   seen = [_lab(lattice, view) for view in views]
 
   def distances(color):
-    return np.min(
-      [((s - _lab(color, view)) ** 2).sum(1) for s, view in zip(seen, views)], axis=0
-    )
+    return np.min([((s - _lab(color, view)) ** 2).sum(1) for s, view in zip(seen, views)], axis=0)
 
   nearest = np.min([distances(c) for c in (*first, *HATCH, (255, 255, 255))], axis=0)
   colors = list(first[:count])

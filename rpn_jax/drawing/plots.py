@@ -156,7 +156,10 @@ def plot_confusion(
   plot_confusion = np.asarray(confusion_CxC, np.float64)
   truth = plot_confusion.sum(1)
   shares = 100 * np.divide(
-    plot_confusion, truth[:, None], out=np.full_like(plot_confusion, np.nan), where=truth[:, None] > 0
+    plot_confusion,
+    truth[:, None],
+    out=np.full_like(plot_confusion, np.nan),
+    where=truth[:, None] > 0,
   )
   marks = {int(i): " *" for i in unseen}
   texts = [textwrap.shorten(n, 28, placeholder="…") + marks.get(i, "") for i, n in enumerate(names)]

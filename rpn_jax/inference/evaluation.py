@@ -82,9 +82,13 @@ class Partial:
     if not now and time.monotonic() - self.saved < SAVE_EVERY:
       return
     self.saved = time.monotonic()
-    with contextlib.suppress(OSError):  # only an interruption would need it
-      with replacing(self.path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, identity=self.identity, done=done, confusion=confusion_CxC)
+    # Only an interruption would need it: a full disk does not matter.
+    with (
+      contextlib.suppress(OSError),
+      replacing(self.path) as temporary,
+      open(temporary, "wb") as file,
+    ):
+      np.savez_compressed(file, identity=self.identity, done=done, confusion=confusion_CxC)
 
 
 def scored_names(names: Sequence[str], scored_as: Sequence[int]) -> tuple[str, ...]:

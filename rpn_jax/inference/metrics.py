@@ -38,9 +38,7 @@ def confusion_matrix(label, prediction, classes: int, ignore_label: int = 255) -
   return np.bincount(index, minlength=classes**2).reshape(classes, classes)
 
 
-def scores(
-  confusion_CxC: np.ndarray, seen: Sequence[int] = (), unseen: Sequence[int] = ()
-) -> dict:
+def scores(confusion_CxC: np.ndarray, seen: Sequence[int] = (), unseen: Sequence[int] = ()) -> dict:
   """Metrics as fractions in [0, 1]; None where there is nothing to average.
 
   `miou_gt` averages over the classes present in the ground truth, `miou_union` over those present

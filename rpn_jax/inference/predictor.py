@@ -117,9 +117,7 @@ class Experiment:
       self.model = DenseCLIP(self.clip_config, **config.dense, dtype=jnp.dtype(config.dtype))
     else:
       if config.remat not in ("none", *REMAT_POLICIES):
-        raise InputError(
-          f'config.remat must be "none", "dots" or "full", got {config.remat!r}'
-        )
+        raise InputError(f'config.remat must be "none", "dots" or "full", got {config.remat!r}')
       fields = RPNConfig(**config.model)
       self.model = RPN(self.clip_config, fields, jnp.dtype(config.dtype), config.remat)
     # Tuners that can be are merged into the tower for everything but training.

@@ -181,9 +181,7 @@ class Segmentation:
       The paths, in this order.
     """
     stem = stem or pathlib.Path(self.file).stem or "picture"
-    written = save_prediction(
-      directory, stem, self.image, self._index, self.names, **options
-    )
+    written = save_prediction(directory, stem, self.image, self._index, self.names, **options)
     path = pathlib.Path(directory) / f"{stem}.json"
     write_json(path, self.summary())
     return [*written, path]

@@ -59,8 +59,8 @@ class LadderSide(nn.Module):
     for i, x in enumerate(hidden[1:]):
       mu = jax.nn.sigmoid(gates[i] / 0.1).astype(side.dtype)
       side = mu * side + (1 - mu) * dense(width, f"down_{i + 1}", self.dtype)(x)
-      side = SideBlock(
-        self.clip.vision_heads, self.clip.activation, self.dtype, name=f"block_{i}"
-      )(side).astype(self.dtype)
+      side = SideBlock(self.clip.vision_heads, self.clip.activation, self.dtype, name=f"block_{i}")(
+        side
+      ).astype(self.dtype)
     side = prompts.LayerNorm(name="norm")(side)
     return dense(self.clip.vision_width, "up", self.dtype, zeros)(side)

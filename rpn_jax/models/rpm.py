@@ -4,7 +4,6 @@ Shape letters: B batch, N patch tokens, C classes, D vision width, E joint embed
 h/w patch grid, R reduced width.
 """
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

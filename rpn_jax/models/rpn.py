@@ -176,9 +176,7 @@ class RPN(nn.Module):
       "even": layers[1::2], "none": [],
     }[self.config.rpm_layers]  # fmt: skip
 
-  def __call__(
-    self, image_BxHxWx3, text_CxE, train: bool = False, first_example=0
-  ) -> jax.Array:
+  def __call__(self, image_BxHxWx3, text_CxE, train: bool = False, first_example=0) -> jax.Array:
     """Class logits on the patch grid: (B, h, w, C) float32, before any sigmoid.
 
     Args:

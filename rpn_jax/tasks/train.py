@@ -71,7 +71,10 @@ def run(experiment: Experiment, data, mesh, notice: preemption.PreemptionGuard) 
   examples = data.eval_examples()
 
   # Closed whatever happens: a save under way is finished before an error or Ctrl-C ends the run.
-  with contextlib.closing(experiment.checkpoints()) as checkpoints, devices.one_line_runtime_errors():
+  with (
+    contextlib.closing(experiment.checkpoints()) as checkpoints,
+    devices.one_line_runtime_errors(),
+  ):
     best = shown = last = None
     if resumed := checkpoints.resume(state):
       state, best = resumed
@@ -91,7 +94,9 @@ def run(experiment: Experiment, data, mesh, notice: preemption.PreemptionGuard) 
       nonlocal best, shown, last
       partial = evaluate.make_partial(experiment, data, "train", done, len(examples))
       segmenter = experiment.evaluator(state.prompts, data)
-      shown = evaluation.evaluate(segmenter, examples, data, keep=evaluate.PICTURES, partial=partial)
+      shown = evaluation.evaluate(
+        segmenter, examples, data, keep=evaluate.PICTURES, partial=partial
+      )
       last = {"step": done, **shown.scores}
       best = last if best is None or rank(last) >= rank(best) else best
       if first:

@@ -72,9 +72,7 @@ def expand(
   if synonyms != "max":
     return tuple(names), tuple(scored_as)
   rows = [
-    (part, scored)
-    for name, scored in zip(names, scored_as, strict=True)
-    for part in _split(name)
+    (part, scored) for name, scored in zip(names, scored_as, strict=True) for part in _split(name)
   ]
   parts, classes = zip(*rows)
   return parts, classes

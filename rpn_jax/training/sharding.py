@@ -114,9 +114,7 @@ class Pmap:
     self.local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     # Under the step's own axis name: for inputs placed under another one JAX would compile it
     # again when its outputs come back as inputs.
-    self.split = jax.sharding.NamedSharding(
-      data_mesh(self.local), jax.sharding.PartitionSpec(AXIS)
-    )
+    self.split = jax.sharding.NamedSharding(data_mesh(self.local), jax.sharding.PartitionSpec(AXIS))
     self.step = jax.pmap(
       functools.partial(step.train_step, optimizer=optimizer, axis=AXIS, **settings),
       axis_name=AXIS,

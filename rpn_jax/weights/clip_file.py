@@ -1,4 +1,4 @@
-"""CLIP weights: any file that people have to the parameter tree of `rpn_jax.models.clip`, and back."""
+"""CLIP weights from the files people have to the parameter tree of `rpn_jax.models.clip`."""
 
 import dataclasses
 import functools
@@ -117,8 +117,7 @@ def make_config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConfig:
     is_size = type(value) is int and 0 < value <= most
     if name not in ("activation", "vision") and not is_size:
       raise InputError(
-        f"expected an integer from 1 to {most} for {name}, got {value!r} in {where}: "
-        "correct it"
+        f"expected an integer from 1 to {most} for {name}, got {value!r} in {where}: correct it"
       )
   try:
     config = CLIPConfig(**fields)
@@ -271,9 +270,7 @@ def load_with_kind(path, overrides: Mapping | None, read=None) -> tuple[str, CLI
     config = make_config({**fields, **told}, overrides, where)
     kind = f"{kind} with the names of {'Hugging Face' if hf else 'OpenAI'}"
     state = _drop_extras(state, fields, where)
-    flat = to_ours(
-      clip_rules(OPENAI, fields["vision_layers"], fields["text_layers"]), state, where
-    )
+    flat = to_ours(clip_rules(OPENAI, fields["vision_layers"], fields["text_layers"]), state, where)
   check_tree(config, flat, where)
   return kind, config, traverse_util.unflatten_dict(flat, sep="/")
 

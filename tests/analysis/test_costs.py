@@ -22,7 +22,9 @@ def test_a_small_network(tmp_path):
   path, weights = tmp_path / "cost.json", tmp_path / "clip.safetensors"
   tiny.save(weights)
   flags = (*tiny.FLAGS, f"--config.clip={weights}")
-  done = run("costs", "--config=configs/shapes.py", *flags, "--classes=5", "--batch=2", f"--json={path}")
+  done = run(
+    "costs", "--config=configs/shapes.py", *flags, "--classes=5", "--batch=2", f"--json={path}"
+  )
   assert done.returncode == 0, done.stderr
   result = json.loads(path.read_text())
   parts = result["parameters"]

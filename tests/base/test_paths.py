@@ -23,8 +23,9 @@ def test_the_second_run_is_refused_and_a_dead_one_forgotten(tmp_path, capsys):
   command = [sys.executable, "-c", HOLD, tmp_path / "run"]
   with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
     other.stdout.readline()
-    with pytest.raises(InputError, match=rf"in use by process {other.pid} on \S+: wait"), (
-      run.held_workdir(tmp_path / "run")
+    with (
+      pytest.raises(InputError, match=rf"in use by process {other.pid} on \S+: wait"),
+      run.held_workdir(tmp_path / "run"),
     ):
       pass
     other.kill()
@@ -38,8 +39,9 @@ def test_the_second_run_is_refused_and_a_dead_one_forgotten(tmp_path, capsys):
 
 def test_a_workdir_that_cannot_be(tmp_path):
   (tmp_path / "run/.lock").mkdir(parents=True)
-  with pytest.raises(InputError, match="expected a workdir to write to"), (
-    run.held_workdir(tmp_path / "run")
+  with (
+    pytest.raises(InputError, match="expected a workdir to write to"),
+    run.held_workdir(tmp_path / "run"),
   ):
     pass
 

@@ -6,6 +6,7 @@ label, by plain array slices.
 
 import numpy as np
 from PIL import Image
+
 from tests.data_pipelines.raw_pascal import grey_png, jpeg, palette_png
 
 

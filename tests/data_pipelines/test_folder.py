@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from PIL import Image
-from tests.data_pipelines.raw_pascal import grey_png, jpeg
 
 from data_pipelines import folder, prepare
 from data_pipelines.folder import Folder
 from rpn_jax.base.errors import InputError
 from tests.data_pipelines import raw_ade_coco
+from tests.data_pipelines.raw_pascal import grey_png, jpeg
 
 
 @pytest.fixture

@@ -90,9 +90,7 @@ def test_worker_processes_change_nothing():
 
 
 def test_with_the_real_transform():
-  transform = transforms.train_transform(
-    transforms.LabelMap.identity(10), crop=8, scale=(32, 8)
-  )
+  transform = transforms.train_transform(transforms.LabelMap.identity(10), crop=8, scale=(32, 8))
   iterator = pipeline.train_batches(make_source(), transform, batch_size=2, seed=0)
   batch = next(iterator)
   assert batch["image"].shape == (2, 8, 8, 3) and batch["label"].dtype == np.int32

@@ -14,11 +14,11 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from tests.data_pipelines.raw_pascal import grey_png, jpeg
 
 from data_pipelines import pipeline, prepare, preview
 from rpn_jax.base.errors import InputError
 from tests.data_pipelines import raw_ade_coco
+from tests.data_pipelines.raw_pascal import grey_png, jpeg
 
 # Seven training images in shards of two: the fourth shard is short.
 TRAIN, VAL, SHARD = 7, 2, 2

@@ -51,9 +51,7 @@ def test_unseen_are_new_combinations_of_seen_words():
 
 
 def test_scene_is_a_function_of_its_generator():
-  one, two, other = (
-      shapes.draw_scene(np.random.default_rng(s), 48, 64, (1, 3)) for s in (5, 5, 6)
-  )
+  one, two, other = (shapes.draw_scene(np.random.default_rng(s), 48, 64, (1, 3)) for s in (5, 5, 6))
   for a, b in zip(one, two):
     np.testing.assert_array_equal(a, b)
   assert not np.array_equal(one[0], other[0])
@@ -208,9 +206,9 @@ def test_prepare_replaces_a_half_written_folder(tmp_path, capfd):
   config = shapes.ShapesConfig(num_train=2, num_val=1)
   folder = shapes.prepare(tmp_path, config)
   for damage in (  # each a state that a killed or cleaned-up run may leave behind
-      lambda: next(folder.glob("*train*")).unlink(),
-      lambda: (folder / "dataset_info.json").unlink(),
-      lambda: (folder / "dataset_info.json").write_text("{"),
+    lambda: next(folder.glob("*train*")).unlink(),
+    lambda: (folder / "dataset_info.json").unlink(),
+    lambda: (folder / "dataset_info.json").write_text("{"),
   ):
     damage()
     with pytest.raises(InputError, match="expected prepared scenes"):
@@ -239,8 +237,8 @@ def test_errors_name_the_remedy(data_dir, tmp_path):
 
 def test_needs_neither_jax_nor_tensorflow():
   code = (
-      "import sys; import data_pipelines.shapes; "
-      "print(sorted({'jax', 'tensorflow', 'rpn_jax'} & set(sys.modules)))"
+    "import sys; import data_pipelines.shapes; "
+    "print(sorted({'jax', 'tensorflow', 'rpn_jax'} & set(sys.modules)))"
   )
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert out.stdout.strip() == "[]"

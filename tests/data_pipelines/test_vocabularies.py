@@ -77,9 +77,7 @@ def test_every_class_has_a_raw_id(name):
 )
 def test_raw_ids_become_labels(name, raw, ids):
   vocabulary = vocabularies.load(name)
-  table = LabelMap.from_ids(
-    vocabulary.ids, ignore=vocabulary.ignore, unlisted=vocabulary.unlisted
-  )
+  table = LabelMap.from_ids(vocabulary.ids, ignore=vocabulary.ignore, unlisted=vocabulary.unlisted)
   got = table.encode(np.array([raw], np.uint16))
   np.testing.assert_array_equal(got, [ids])
 
@@ -89,9 +87,7 @@ def test_raw_ids_become_labels(name, raw, ids):
 )
 def test_raw_ids_behind_the_last_class_are_refused(name, raw):
   vocabulary = vocabularies.load(name)
-  table = LabelMap.from_ids(
-    vocabulary.ids, ignore=vocabulary.ignore, unlisted=vocabulary.unlisted
-  )
+  table = LabelMap.from_ids(vocabulary.ids, ignore=vocabulary.ignore, unlisted=vocabulary.unlisted)
   with pytest.raises(InputError, match=f"example e: .* got {raw} on 1 pixels"):
     table.encode(np.array([[raw]], np.uint16), "e")
 

@@ -60,9 +60,7 @@ def test_colorblind_palette_stays_distinct_without_red_and_green(count, least):
     if view != FULL_VISION:
       assert safe > 1.25 * least_distance(class_colors(names), view)
   grey = np.array([[128, 128, 128]])  # what the eye sees without it is seen with it
-  np.testing.assert_allclose(
-    _lab(grey, BLINDNESS[0]), _lab(grey), atol=0.5
-  )
+  np.testing.assert_allclose(_lab(grey, BLINDNESS[0]), _lab(grey), atol=0.5)
   with pytest.raises(ValueError, match="default, colorblind, got 'x'"):
     class_colors(names, "x")
 
@@ -284,8 +282,8 @@ def assert_nothing_overlaps(figure):
   renderer = figure.canvas.get_renderer()
   boxes = [ax.get_window_extent(renderer) for ax in figure.axes]
   legends = [ax.get_legend() for ax in figure.axes if ax.get_legend()]
-  for legend in legends:
-    box = legend.get_window_extent(renderer)
+  for beside in legends:
+    box = beside.get_window_extent(renderer)
     assert not any(box.overlaps(other) for other in boxes)
     assert box.x1 <= figure.bbox.x1
     assert box.y0 >= figure.bbox.y0

@@ -154,16 +154,21 @@ def test_nothing_intact_is_no_new_run(workdir):
 
 
 def test_another_shape_is_not_taken(workdir):
-  with reading(workdir) as checkpoints, pytest.raises(
-    InputError, match=r"\['h'\]: \(40, 8\) -> \(41, 8\)"
+  with (
+    reading(workdir) as checkpoints,
+    pytest.raises(InputError, match=r"\['h'\]: \(40, 8\) -> \(41, 8\)"),
   ):
     checkpoints.read(state_at(0, size=41).prompts)
 
 
 def test_another_run_is_refused_with_both_values(workdir):
   config = {"seed": 7, "optimizer": {"clip_norm": 1.0}}
-  with opened(workdir, clip="1" * 16, config=config) as checkpoints, pytest.raises(
-    InputError, match=r"clip: 0+ -> 1+; config.optimizer.clip_norm: 0.0 -> 1.0; config.seed: 0 -> 7"
+  with (
+    opened(workdir, clip="1" * 16, config=config) as checkpoints,
+    pytest.raises(
+      InputError,
+      match=r"clip: 0+ -> 1+; config.optimizer.clip_norm: 0.0 -> 1.0; config.seed: 0 -> 7",
+    ),
   ):
     checkpoints.resume(LIKE)
   assert folders(workdir) == ["10", "20", "30"]
@@ -254,8 +259,9 @@ def test_checkpoints_of_version_1_go_on(tmp_path):
   }  # fmt: skip
   # It was trained without the fields it does not have.
   config = {"seed": 0, "optimizer": {"clip_norm": 1.0}}
-  with opened(tmp_path, config=config) as checkpoints, pytest.raises(
-    InputError, match=r"optimizer.clip_norm: 0.0 -> 1.0"
+  with (
+    opened(tmp_path, config=config) as checkpoints,
+    pytest.raises(InputError, match=r"optimizer.clip_norm: 0.0 -> 1.0"),
   ):
     checkpoints.resume(LIKE)
 

@@ -152,7 +152,8 @@ def test_clusters_are_found_by_their_variables(monkeypatch):
 
 
 def test_an_unknown_precision():
-  with pytest.raises(InputError, match=r"config\.matmul_precision must be one of"), (
-    devices.runtime((), "bfloat17")
+  with (
+    pytest.raises(InputError, match=r"config\.matmul_precision must be one of"),
+    devices.runtime((), "bfloat17"),
   ):
     pass

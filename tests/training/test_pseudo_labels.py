@@ -30,9 +30,7 @@ def test_before_the_start_unseen_pixels_are_ignored(pixels):
 
 
 def test_marked_pixels_take_the_best_unseen_class():
-  np.testing.assert_array_equal(
-    relabel(5, "unseen"), [[[0, 2, IGNORE, 3], [1, IGNORE, 3, 0]]]
-  )
+  np.testing.assert_array_equal(relabel(5, "unseen"), [[[0, 2, IGNORE, 3], [1, IGNORE, 3, 0]]])
 
 
 def test_the_plain_form_fills_ignored_pixels_too():

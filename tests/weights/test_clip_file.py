@@ -206,9 +206,7 @@ def test_fingerprint(tiny):
   assert len(first) == 16 and int(first, 16) >= 0
   assert arrays.fingerprint(jax.tree.map(jnp.asarray, tiny)) == first
   assert arrays.fingerprint({**tiny, "logit_scale": np.float32(9)}) != first
-  assert arrays.fingerprint({"a": np.zeros((2, 3))}) != arrays.fingerprint(
-    {"a": np.zeros((3, 2))}
-  )
+  assert arrays.fingerprint({"a": np.zeros((2, 3))}) != arrays.fingerprint({"a": np.zeros((3, 2))})
 
 
 def hf_names(state: dict, vision: int, text: int) -> dict:
@@ -315,8 +313,8 @@ def test_open_clip(tmp_path, tiny, state):
     for name, value in state.items()
   }
   trained = {f"module.{name}": value for name, value in state.items()}
-  for names in (state, newer, trained):
-    path = write_state(tmp_path / "x.pt", names)
+  for renamed in (state, newer, trained):
+    path = write_state(tmp_path / "x.pt", renamed)
     same(clip_file.load(path, HEADS)[1], tiny)
   model = {
     "embed_dim": 4,

@@ -64,6 +64,7 @@ def hf_state():
 
 def reference(state, image_HxWx3):
   """What timm's VisionTransformer computes of its tokens, written down in numpy."""
+
   def norm(x, name):
     x = x - x.mean(-1, keepdims=True)
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
