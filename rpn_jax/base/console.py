@@ -3,13 +3,16 @@
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
+
+from rpn_jax.base.errors import InputError
 
 # Seconds between the lines that stand in for a progress bar where stderr is a file.
 LINE_EVERY = 10.0
@@ -37,6 +40,38 @@ def set_verbosity(quiet: bool = False, verbose: bool = False) -> None:
     os.environ["JAX_LOG_COMPILES"] = "1"  # read when JAX is imported, which commands do later
   if quiet:
     silence()
+
+
+def run_command(
+  action: Callable[[], object], *, interrupted: str = "interrupted", verbose: bool = False
+) -> int:
+  """Runs what a command does and returns its exit status, with one line for what went wrong.
+
+  Args:
+    action: the work; a number it returns is the status.
+    interrupted: what to say after Ctrl-C.
+    verbose: let errors through, with their traceback.
+
+  Returns:
+    0; 2 after bad input or a file that could not be read or written; 130 after Ctrl-C; 141, in
+    silence, when the reader of the output is gone, as behind `| head`.
+  """
+  try:
+    status = action()
+    sys.stdout.flush()  # a reader that is gone shows here, not when the interpreter ends
+    return status if isinstance(status, int) else 0
+  except KeyboardInterrupt:
+    print(interrupted, file=sys.stderr)
+    return 128 + signal.SIGINT
+  except BrokenPipeError:
+    # What is still buffered would raise again at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+  except (InputError, OSError) as error:  # OSError: a disk or a path, not the code
+    if verbose:
+      raise
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 # What a workdir may hold, in the order in which one looks at it.

@@ -1,0 +1,56 @@
+"""How commands end."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rpn_jax.base import console
+from rpn_jax.base.errors import InputError
+from tests import ROOT
+
+
+def raising(error):
+  def action():
+    raise error
+
+  return action
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "message"),
+  [
+    (InputError("expected a, got b"), 2, "error: expected a, got b\n"),
+    (FileNotFoundError(2, "No such file", "x.png"), 2, "error: [Errno 2] No such file: 'x.png'\n"),
+    (KeyboardInterrupt(), 130, "stopped; rerun to continue\n"),
+  ],
+)
+def test_one_line_for_what_went_wrong(error, status, message, capsys):
+  ended = console.run_command(raising(error), interrupted="stopped; rerun to continue")
+  assert (ended, capsys.readouterr().err) == (status, message)
+
+
+def test_bugs_and_verbose_keep_their_traceback():
+  with pytest.raises(ZeroDivisionError):
+    console.run_command(lambda: 1 / 0)
+  with pytest.raises(InputError):
+    console.run_command(raising(InputError("x")), verbose=True)
+
+
+def test_status_of_the_action():
+  assert console.run_command(lambda: None) == 0
+  assert console.run_command(lambda: 1) == 1
+
+
+def test_a_reader_that_is_gone_ends_a_command_in_silence():
+  code = (
+    "import sys; from rpn_jax.base import console;"
+    "sys.exit(console.run_command(lambda: [print('x' * 99) for _ in range(9999)] and None))"
+  )
+  process = subprocess.Popen(
+    [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+  process.stdout.readline()
+  process.stdout.close()
+  assert process.stderr.read() == b""
+  assert process.wait() == 141
