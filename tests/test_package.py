@@ -1,15 +1,22 @@
 """What `pip install .` gives: the wheel's contents, and the command."""
 
+import ast
+import collections
 import email
+import importlib.metadata
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import rpn_jax
 from rpn_jax import cli
@@ -48,8 +55,7 @@ def test_wheel_has_what_runs_and_nothing_else(wheel):
   assert tops == {"rpn_jax"}
   source = {
     str(p.relative_to(ROOT))
-    for folder in ("rpn_jax", "data_pipelines", "configs")
-    for p in (ROOT / folder).rglob("*")
+    for p in (ROOT / "rpn_jax").rglob("*")
     if p.is_file() and "__pycache__" not in p.parts
   }
   assert source <= set(names), f"missing from the wheel: {sorted(source - set(names))}"
@@ -57,11 +63,56 @@ def test_wheel_has_what_runs_and_nothing_else(wheel):
   assert metadata["Name"] == "rpn-jax" and metadata["Version"] == rpn_jax.__version__
   assert {"rpn_jax/py.typed", "rpn_jax/assets/shapes_clip.safetensors"} <= set(names)
   assert re.search(r"^rpn = rpn_jax\.cli:main$", entry, re.M)
-  wanted = (ROOT / "requirements.txt").read_text().splitlines()
-  wanted = {re.match(r"[\w-]+", line)[0] for line in wanted if line and not line.startswith("#")}
-  got = metadata.get_all("Requires-Dist")
-  assert wanted == {re.match(r"[\w-]+", line)[0] for line in got if "extra" not in line}
-  assert [line for line in got if "extra" in line and line.startswith("gradio==")]
+  got = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+  assert {str(r) for r in got if r.marker is None} == {str(r) for r in declared()}
+  assert [r for r in got if r.marker is not None and "demo" in str(r.marker)]
+
+
+def declared() -> list[Requirement]:
+  """What the wheel asks for, in ranges."""
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  return [Requirement(line) for line in project["dependencies"]]
+
+
+def pins(file: str) -> list[Requirement]:
+  lines = (line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
+  return [Requirement(line) for line in lines if line and not line.startswith("-r")]
+
+
+def test_every_pin_lies_within_its_range_and_every_range_ends():
+  pinned = collections.defaultdict(list)
+  for requirement in pins("requirements.txt"):
+    (pin,) = requirement.specifier
+    assert pin.operator == "==", f"requirements.txt: {requirement} is no pin"
+    pinned[canonicalize_name(requirement.name)].append(pin.version)
+  for requirement in declared():
+    name = canonicalize_name(requirement.name)
+    assert {s.operator for s in requirement.specifier} == {">=", "<"}, requirement
+    assert pinned[name], f"{name} is declared, but requirements.txt has no pin of it"
+    outside = [v for v in pinned[name] if v not in requirement.specifier]
+    assert not outside, f"{name}: {outside} of requirements.txt is outside {requirement.specifier}"
+    # The oldest version that may be installed is one that the tests ran with.
+    (lower,) = (s.version for s in requirement.specifier if s.operator == ">=")
+    assert Version(lower) == min(map(Version, pinned[name])), requirement
+
+
+def test_the_wheel_asks_for_what_the_package_imports():
+  imported = set()
+  for path in (ROOT / "rpn_jax").rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        imported |= {alias.name.split(".")[0] for alias in node.names}
+      elif isinstance(node, ast.ImportFrom):
+        imported.add(node.module.split(".")[0])
+  imported -= {*sys.stdlib_module_names, "rpn_jax", "gradio"}  # Gradio is in the extra `demo`
+  distributions = importlib.metadata.packages_distributions()
+  names = {canonicalize_name(requirement.name) for requirement in declared()}
+  found = set()
+  for module in imported:
+    owners = {canonicalize_name(d) for d in distributions[module]}
+    assert owners & names, f"rpn_jax imports {module}, which pyproject.toml does not declare"
+    found |= owners & names
+  assert found == names, f"declared, but not imported by rpn_jax: {sorted(names - found)}"
 
 
 def test_the_wheel_segments_away_from_the_source(wheel, tmp_path):
