@@ -19,6 +19,7 @@ test-slow: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # docs/ as a site in build/site; the page of config fields is written anew first.
 docs: $(VENV)/.run

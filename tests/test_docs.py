@@ -18,7 +18,7 @@ from data_pipelines import shapes
 from tests import ROOT, tiny
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [ROOT / "colab/README.md", ROOT / "rpn_jax/assets/README.md"]
+PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "colab/README.md", ROOT / "rpn_jax/assets/README.md"]
 README = (ROOT / "README.md").read_text()
 TORCHSCRIPT = ROOT / "tests/fixtures/torchscript_clip.pt"
 

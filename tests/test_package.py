@@ -14,6 +14,7 @@ import tomllib
 import zipfile
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -141,6 +142,28 @@ def test_version_is_in_one_place_and_in_the_changelog(capsys):
 def test_the_pin_of_the_demo_is_one():
   pin = re.search(r"gradio==[\d.]+", (ROOT / "pyproject.toml").read_text())[0]
   assert pin in (ROOT / "requirements-dev.txt").read_text().splitlines()
+
+
+def test_hooks_and_workflow_run_the_commands_of_make_and_the_readme():
+  lint = subprocess.run(
+    ["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True
+  ).stdout
+  checks = [
+    line.removesuffix(" .")
+    for line in lint.splitlines()
+    if re.match(r"\.venv/bin/(ruff|mypy)", line)
+  ]
+  config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+  hooks = {hook["id"]: hook["entry"] for repo in config["repos"] for hook in repo["hooks"]}
+  assert checks == [".venv/bin/ruff check", ".venv/bin/ruff format --check", ".venv/bin/mypy"]
+  assert [entry.split()[:2] for entry in hooks.values()] == [
+    check.split()[:2] for check in checks
+  ]  # the hook formats instead of complaining
+  workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+  matrix = workflow["jobs"]["commands"]["strategy"]["matrix"]
+  assert matrix == {"command": ["make test", "make demo"], "python": ["3.11", "3.12", "3.13"]}
+  assert all(command in (ROOT / "README.md").read_text() for command in matrix["command"])
+  assert (ROOT / ".ci/run").read_text().endswith("\nmake test\n")
 
 
 @pytest.mark.parametrize(
