@@ -7,7 +7,8 @@ import signal
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import TextIO
 
 import numpy as np
 from absl import logging
@@ -93,7 +94,7 @@ WORKDIR_FILES = {
 }
 
 
-def describe_workdir(workdir) -> str:
+def describe_workdir(workdir: str | os.PathLike) -> str:
   """Lines that say what is in a workdir and what it is."""
   workdir = pathlib.Path(workdir)
   there = {name: text for name, text in WORKDIR_FILES.items() if (workdir / name).exists()}
@@ -144,7 +145,7 @@ class Progress:
     if now - self._lined_at >= LINE_EVERY and not _silent:
       self._line(now)
 
-  def set_postfix(self, **values) -> None:
+  def set_postfix(self, **values: object) -> None:
     """What to show behind the rate, such as `loss="0.123"`."""
     self._postfix = ", ".join(f"{name}={_cell(value)}" for name, value in values.items())
     if self._bar is not None:
@@ -159,7 +160,7 @@ class Progress:
   def __enter__(self) -> "Progress":
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self.close()
 
   def _line(self, now: float) -> None:
@@ -189,14 +190,11 @@ def progress(iterable_or_total: Iterable | int, desc: str, unit: str) -> Progres
   """
   if isinstance(iterable_or_total, int):
     return Progress(None, iterable_or_total, desc, unit)
-  try:
-    total = len(iterable_or_total)
-  except TypeError:
-    total = None
+  total = len(iterable_or_total) if isinstance(iterable_or_total, Sized) else None
   return Progress(iterable_or_total, total, desc, unit)
 
 
-def _has_columns(stream) -> bool:
+def _has_columns(stream: TextIO) -> bool:
   try:
     return os.get_terminal_size(stream.fileno()).columns > 0
   except (OSError, ValueError, AttributeError):
@@ -210,7 +208,7 @@ def _duration(seconds: float) -> str:
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
   if value is None:
     return "-"
   if isinstance(value, (float, np.floating)):
@@ -256,7 +254,7 @@ def table(rows: Sequence[Sequence], headers: Sequence, *, markdown: bool = False
     for k in range(len(heads))
   ]
 
-  def aligned(row):
+  def aligned(row: Sequence[str]) -> list[str]:
     return [
       " " * (w - _columns_of(c)) + c if r else c + " " * (w - _columns_of(c))
       for c, w, r in zip(row, widths, right)

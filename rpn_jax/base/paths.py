@@ -107,10 +107,10 @@ def cache_dir() -> pathlib.Path | None:
   None where there is no place for it, as in a container without a home folder; a warning says so
   once.
   """
-  root = os.environ.get("XDG_CACHE_HOME", "")
+  given = os.environ.get("XDG_CACHE_HOME", "")
   try:
     # The standard says to ignore relative paths.
-    root = pathlib.Path(root) if os.path.isabs(root) else pathlib.Path.home() / ".cache"
+    root = pathlib.Path(given) if os.path.isabs(given) else pathlib.Path.home() / ".cache"
     folder = root / "rpn_jax"
     folder.mkdir(parents=True, exist_ok=True)
     if os.access(folder, os.W_OK | os.X_OK):

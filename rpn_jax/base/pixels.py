@@ -5,8 +5,10 @@ what OpenAI's preprocessing does for classification.
 """
 
 import functools
+import os
 import pathlib
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -14,6 +16,8 @@ from PIL import Image, ImageOps
 
 from rpn_jax.base.errors import InputError
 
+# What `read` takes.
+ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # 20,000 x 10,000, of an image or a mask. Larger ones are refused before they are decoded: they
 # would fill memory (three bytes a pixel are 600 MB; Pillow's own limit only warns).
@@ -47,7 +51,7 @@ def find(path: str) -> list[pathlib.Path]:
   return files
 
 
-def read(image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read(image: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """A picture as uint8 RGB (H, W, 3), turned upright as its EXIF data says.
 
   Args:
@@ -75,7 +79,7 @@ def read(image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     ) from error
 
 
-def check_size(where, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
+def check_size(where: object, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
   """Refuses an image of (width, height) pixels before it is decoded.
 
   Raises:
@@ -94,7 +98,7 @@ def check_size(where, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> No
     )
 
 
-def _decoded(file: Image.Image, name, max_pixels: int) -> np.ndarray:
+def _decoded(file: Image.Image, name: object, max_pixels: int) -> np.ndarray:
   check_size(name, file.size, max_pixels)
   return np.array(ImageOps.exif_transpose(file).convert("RGB"))
 
@@ -128,19 +132,20 @@ def normalize(image_HxWx3: np.ndarray, mean: Sequence[float], std: Sequence[floa
 @functools.cache
 def _normalization_table(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
   """The 256 values of each channel, normalized in float32 as recorded: one pass over an image."""
-  mean, std = (np.float32(np.asarray(x, np.float64) * 255) for x in (mean, std))
-  return ((np.arange(256, dtype=np.float32)[:, None] - mean) / std)[None]
+  offset, scale = ((np.asarray(x, np.float64) * 255).astype(np.float32) for x in (mean, std))
+  return ((np.arange(256, dtype=np.float32)[:, None] - offset) / scale)[None]
 
 
 def to_network(
   image_HxWx3: np.ndarray, short_side: int, mean: Sequence[float], std: Sequence[float]
 ) -> np.ndarray:
   """Resized to a short side and normalized: float32."""
-  size = short_side_size(*image_HxWx3.shape[:2], short_side)
+  height, width = image_HxWx3.shape[:2]
+  size = short_side_size(height, width, short_side)
   return normalize(resize(image_HxWx3, size), mean, std)
 
 
-def for_classification(image, side: int) -> np.ndarray:
+def for_classification(image: ImageSource, side: int) -> np.ndarray:
   """A picture as OpenAI's preprocessing (`clip.load`) makes it: normalised f32 (side, side, 3).
 
   Only the turning upright by EXIF data is not theirs. Raises what `read` does.

@@ -74,7 +74,7 @@ def without_articles(name: str) -> str:
   return SEPARATOR.join(parts)
 
 
-def differences(old, new, path: str = "") -> list[str]:
+def differences(old: object, new: object, path: str = "") -> list[str]:
   """What differs between two nested dictionaries: lines `path: old value -> new value`."""
   if isinstance(old, Mapping) and isinstance(new, Mapping):
     keys = sorted(old.keys() | new.keys())
