@@ -47,10 +47,10 @@ def test_a_reader_that_is_gone_ends_a_command_in_silence():
     "import sys; from rpn_jax.base import console;"
     "sys.exit(console.run_command(lambda: [print('x' * 99) for _ in range(9999)] and None))"
   )
-  process = subprocess.Popen(
+  with subprocess.Popen(
     [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-  )
-  process.stdout.readline()
-  process.stdout.close()
-  assert process.stderr.read() == b""
-  assert process.wait() == 141
+  ) as process:
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
