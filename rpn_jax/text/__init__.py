@@ -1,1 +1,1 @@
-"""Class names to unit vectors: templates, CLIP's tokenizer, embeddings."""
+"""Class names to text embeddings: templates and synonyms, CLIP's tokenizer, the text tower."""

@@ -1,39 +1,151 @@
 """Text embeddings of class names: computed once by the frozen text tower, then reused.
 
-A name like "sea, ocean" lists synonyms; of this project's vocabularies only ade847 has such names,
-217 of 847. Published methods read them differently, hence `SYNONYMS`:
-
-    first   only the first; nine pairs or triples of ade847 are then equal ("screen", "bag")
-    mean    normalised mean of the synonyms (CAT-Seg, `cat_seg_predictor.py`, there per sentence)
-    max     every synonym competes by itself, the best counts (FC-CLIP, `get_classification_logits`,
-            after OpenSeg and on OpenSeg's own, longer lists)
-    joined  the whole string as it is (SAN, `clip_utils/classifier.py`)
-
-ZegCLIP and RPN were measured on sets without synonyms.
+Shape letters: C classes, K sentences of a name, T tokens of a sentence, E joint embedding.
 """
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from absl import logging
 
+from rpn_jax.base import paths
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import replacing
 from rpn_jax.models.clip import CLIPConfig, TextTransformer, l2_normalize
-from rpn_jax.text.templates import check_mode, name_parts, template_sentences
+from rpn_jax.text.templates import check_synonyms, phrases, template_sentences
 from rpn_jax.text.tokenizer import tokenize
 
-# Texts per call of the text tower; the last call is padded, so that one program serves all.
-BATCH = 128
+# Sentences per call of the text tower; the last call is padded, so that one program serves all.
+BATCH_SENTENCES = 128
 # Part of every key on disk: raise it when the tokenizer or the tower computes something else.
 CACHE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextEncoder:
+  """Class names to what a network is given of them.
+
+  Attributes:
+    config: the CLIP architecture.
+    params: CLIP parameters with a `text` branch.
+    templates: see `template_sentences`.
+    synonyms: one of `templates.SYNONYMS`.
+    fingerprint: of the parameters, `arrays.fingerprint(params)`, for the embeddings on disk.
+  """
+
+  config: CLIPConfig
+  params: Mapping
+  templates: str | Sequence[str] = "single"
+  synonyms: str = "mean"
+  fingerprint: str | None = None
+
+  def embed(self, names: Sequence[str]) -> np.ndarray:
+    """Unit-length embeddings (C, E) float32 by these parameters; see `class_embeddings`."""
+    return class_embeddings(
+      self.config, self.params, names, self.templates,
+      synonyms=self.synonyms, fingerprint=self.fingerprint,
+    )  # fmt: skip
+
+  def tokens(self, names: Sequence[str]) -> np.ndarray:
+    """Token ids (C, K, T) int32, for a network that trains the text tower.
+
+    K is the number of sentences times the largest number of synonyms: all sentences of the first
+    synonym, then all of the second. Rows of zeros fill up names with fewer synonyms; they have no
+    begin token, and whoever averages leaves them out. T is what the longest sentence needs, in
+    multiples of 8.
+
+    Raises:
+      InputError: as `class_embeddings`.
+    """
+    sentences = template_sentences(self.templates)
+    parts = _checked_phrases(names, self.synonyms)
+    counts_C = [len(row) * len(sentences) for row in parts]
+    texts = _sentences_around([phrase for row in parts for phrase in row], sentences)
+    filled_CxK = np.arange(max(counts_C)) < np.array(counts_C)[:, None]
+    ids = _token_ids(self.config, texts)
+    tokens_CxKxT = np.zeros((*filled_CxK.shape, ids.shape[1]), np.int32)
+    tokens_CxKxT[filled_CxK] = ids
+    return tokens_CxKxT
+
+
+def class_embeddings(
+  config: CLIPConfig,
+  params: Mapping,
+  names: Sequence[str],
+  templates: str | Sequence[str] = "single",
+  *,
+  synonyms: str = "mean",
+  fingerprint: str | None = None,
+  device: jax.Device | None = None,
+) -> np.ndarray:
+  """Unit-length text embeddings (C, E) float32, one per name.
+
+  With several templates it is the normalized mean of the normalized embeddings (Radford et al.,
+  2021, section 3.1.4), and so it is with several synonyms.
+
+  Args:
+    config: the CLIP architecture.
+    params: CLIP parameters with a `text` branch.
+    names: C class names; equal ones get equal embeddings.
+    templates: see `template_sentences`.
+    synonyms: one of `templates.SYNONYMS`; with "max", names already split by `expand`.
+    fingerprint: of the weights, `arrays.fingerprint(params)`. With it the result is kept on disk,
+      and found there the next time; without it nothing is.
+    device: to compute on; None is the first one of this process.
+
+  Raises:
+    InputError: no names, an empty or over-long one, unknown templates or synonyms.
+  """
+  sentences = template_sentences(templates)
+  parts = _checked_phrases(names, synonyms)
+
+  path = None
+  if fingerprint and (folder := paths.cache_dir()):
+    key = json.dumps([CACHE_VERSION, fingerprint, repr(config), sentences, parts])
+    path = folder / "text" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    kept = _read(path, (len(parts), config.embed_dim))
+    if kept is not None:
+      return kept
+
+  unique = list(dict.fromkeys(phrase for row in parts for phrase in row))
+  embeddings = _embed(config, params, _sentences_around(unique, sentences), device)
+  embeddings = embeddings.reshape(len(unique), len(sentences), -1)
+  of_phrase = dict(zip(unique, _normalized_mean(embeddings), strict=True))
+  result = np.stack([_normalized_mean(np.stack([of_phrase[p] for p in row])) for row in parts])
+  if path:
+    _write(path, result)
+  return result
+
+
+def _checked_phrases(names: Sequence[str], synonyms: str) -> list[list[str]]:
+  check_synonyms(synonyms)
+  parts = [phrases(name, synonyms) for name in names]
+  if not parts or any("" in row for row in parts):
+    raise InputError(f"expected class names that are not empty, got {list(names)[:5]!r}")
+  return parts
+
+
+def _sentences_around(names: Sequence[str], sentences: Sequence[str]) -> list[str]:
+  return [sentence.replace("{}", name) for name in names for sentence in sentences]
+
+
+def _token_ids(config: CLIPConfig, texts: Sequence[str]) -> np.ndarray:
+  """Token ids (len(texts), T) int32. Attention is causal: what is cut off is padding in every text
+  and would change nothing."""
+  tokens = tokenize(texts, config.context_length)
+  tokens = tokens[:, : 8 * -(-int((tokens != 0).sum(1).max()) // 8)]
+  if tokens.max() >= config.vocab_size:
+    raise InputError(
+      f"the text tower knows {config.vocab_size} tokens, the tokenizer made id {tokens.max()}: "
+      "these weights need another tokenizer"
+    )
+  return tokens
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -44,82 +156,24 @@ def _encode(tower, params, tokens):
     return l2_normalize(tower.apply({"params": params}, tokens))
 
 
-def _embed(config: CLIPConfig, params, texts: Sequence[str]) -> np.ndarray:
+def _embed(config: CLIPConfig, params: Mapping, texts: Sequence[str], device) -> np.ndarray:
   """Unit-length embeddings (len(texts), E) float32 of whole texts."""
-  tokens = tokenize(texts, config.context_length)
-  # Attention is causal: columns that are padding in every text change nothing.
-  tokens = tokens[:, : 8 * -(-int((tokens != 0).sum(1).max()) // 8)]
-  if tokens.max() >= config.vocab_size:
-    raise InputError(
-      f"the text tower knows {config.vocab_size} tokens, the tokenizer made id {tokens.max()}: "
-      "these weights need another tokenizer"
-    )
-  size = min(BATCH, 1 << (len(tokens) - 1).bit_length())  # a few sizes, each compiled once
+  tokens = _token_ids(config, texts)
+  # A few sizes, each compiled once.
+  size = min(BATCH_SENTENCES, 1 << (len(tokens) - 1).bit_length())
   padded = np.pad(tokens, ((0, -len(tokens) % size), (0, 0)), mode="edge")
   starts = range(0, len(padded), size)
   # A display for the thousands of texts of a large vocabulary, not for a few names.
-  shown = progress(starts, "embed class names", "batch") if len(starts) > 8 else starts
-  tower, params = TextTransformer(config), jax.device_put(params["text"])
-  rows = [np.asarray(_encode(tower, params, padded[i : i + size])) for i in shown]
+  displayed = progress(starts, "embed class names", "batch") if len(starts) > 8 else starts
+  device = device or jax.local_devices()[0]
+  tower, params = TextTransformer(config), jax.device_put(params["text"], device)
+  rows = [np.asarray(_encode(tower, params, padded[i : i + size])) for i in displayed]
   return np.concatenate(rows)[: len(tokens)]
 
 
 def _normalized_mean(embeddings: np.ndarray) -> np.ndarray:
   mean = embeddings.mean(axis=-2)
   return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
-
-
-def class_embeddings(
-  config: CLIPConfig,
-  params,
-  names: Sequence[str],
-  templates: str | Sequence[str] = "single",
-  *,
-  synonyms: str = "mean",
-  fingerprint: str | None = None,
-  cache_dir: str | os.PathLike | None = None,
-) -> np.ndarray:
-  """Unit-length text embeddings (C, E) float32, one per name.
-
-  With several templates it is the normalised mean of the normalised embeddings (Radford et al.,
-  2021, section 3.1.4), and so it is with several synonyms.
-
-  Args:
-    config: the CLIP architecture.
-    params: CLIP parameters with a `text` branch.
-    names: C class names; equal ones get equal embeddings.
-    templates: see `template_sentences`.
-    synonyms: one of SYNONYMS; with "max", names already split by `expand`.
-    fingerprint: of the weights, `convert.fingerprint(params)`. With it the result is kept on disk,
-      and found there the next time; without it nothing is.
-    cache_dir: where; None is ~/.cache/rpn_jax/text.
-
-  Raises:
-    InputError: no names, an empty or over-long one, unknown templates or synonyms.
-  """
-  check_mode(synonyms)
-  sentences = template_sentences(templates)
-  parts = [name_parts(name, synonyms) for name in names]
-  phrases = list(dict.fromkeys(part for row in parts for part in row))
-  if not phrases or "" in phrases:
-    raise InputError(f"expected class names that are not empty, got {list(names)[:5]!r}")
-
-  path = None
-  if fingerprint:
-    directory = pathlib.Path(cache_dir or pathlib.Path.home() / ".cache/rpn_jax/text")
-    key = json.dumps([CACHE_VERSION, fingerprint, repr(config), sentences, parts])
-    path = directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    kept = _read(path, (len(parts), config.embed_dim))
-    if kept is not None:
-      return kept
-
-  texts = [sentence.replace("{}", phrase) for phrase in phrases for sentence in sentences]
-  embeddings = _embed(config, params, texts).reshape(len(phrases), len(sentences), -1)
-  of_phrase = dict(zip(phrases, _normalized_mean(embeddings)))
-  result = np.stack([_normalized_mean(np.stack([of_phrase[p] for p in row])) for row in parts])
-  if path:
-    _write(path, result)
-  return result
 
 
 def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray | None:
@@ -134,15 +188,8 @@ def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 def _write(path: pathlib.Path, embeddings: np.ndarray) -> None:
-  """Keeps embeddings on disk if that is possible; a reader never sees half a file."""
-  try:
+  """Keeps embeddings on disk; where the disk is full they are computed again the next time."""
+  with contextlib.suppress(OSError):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with paths.replacing(path) as temporary, open(temporary, "wb") as file:
       np.save(file, embeddings)
-  except OSError as error:
-    _warn(path.parent, error.strerror)
-
-
-@functools.cache  # once for a folder, however many vocabularies are embedded
-def _warn(directory: pathlib.Path, reason: str | None) -> None:
-  logging.warning("text embeddings are not kept in %s for the next run: %s", directory, reason)

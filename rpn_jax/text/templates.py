@@ -1,13 +1,24 @@
-"""TODO rpn_jax.text.templates."""
+"""Sentences around class names, and names with synonyms.
 
-import difflib
+A name like "sea, ocean" lists synonyms; of this project's vocabularies only ade847 has such names,
+217 of 847. Published methods read them differently, hence `SYNONYMS`:
+
+    first   only the first; nine pairs or triples of ade847 are then equal ("screen", "bag")
+    mean    normalized mean of the synonyms (CAT-Seg, `cat_seg_predictor.py`, there per sentence)
+    max     every synonym competes by itself, the best counts (FC-CLIP, `get_classification_logits`,
+            after OpenSeg and on OpenSeg's own, longer lists)
+    joined  the whole string as it is (SAN, `clip_utils/classifier.py`)
+
+ZegCLIP and RPN were measured on sets without synonyms.
+"""
+
 import functools
 import importlib.resources
 import json
 from collections.abc import Sequence
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.words import SEPARATOR
+from rpn_jax.base.words import SEPARATOR, check_known
 
 SYNONYMS = ("first", "mean", "max", "joined")
 
@@ -28,21 +39,15 @@ def template_sentences(templates: str | Sequence[str]) -> tuple[str, ...]:
   """Sentences around a class name, each with one '{}' for it.
 
   Args:
-    templates: one of `template_names()` ("single" and "zegclip15" are the released RPN's), or the
-      sentences themselves.
+    templates: one of `template_names()` ("single" and "zegclip15" are those of the official code),
+      or the sentences themselves.
 
   Raises:
-    InputError: an unknown set, with the nearest known one, no sentence, or one without its '{}'.
+    InputError: an unknown set, no sentence, or one without its '{}'.
   """
   if isinstance(templates, str) and "{}" not in templates:
-    known = _template_sets()
-    if templates not in known:
-      near = difflib.get_close_matches(templates, known, 1, 0.0)[0]
-      raise InputError(
-        f"config.templates={templates!r} is not known; did you mean {near!r}? "
-        f"Known: {', '.join(known)}"
-      )
-    return tuple(known[templates])
+    check_known("templates=", templates, _template_sets())
+    return tuple(_template_sets()[templates])
   sentences = (templates,) if isinstance(templates, str) else tuple(templates)
   if not sentences:
     raise InputError("no templates: expected at least one sentence, as in ('a photo of a {}',)")
@@ -50,6 +55,26 @@ def template_sentences(templates: str | Sequence[str]) -> tuple[str, ...]:
     if sentence.count("{}") != 1:
       raise InputError(f"template {sentence!r}: expected one '{{}}', where the class name goes")
   return sentences
+
+
+def check_synonyms(synonyms: str) -> None:
+  """Raises an InputError unless it is one of SYNONYMS."""
+  check_known("synonyms=", synonyms, SYNONYMS)
+
+
+def phrases(name: str, synonyms: str) -> list[str]:
+  """The synonyms of a name that its embedding is made of.
+
+  Raises:
+    InputError: a name with several synonyms where each of them competes by itself ("max").
+  """
+  parts = [name.strip()] if synonyms == "joined" else _split(name)
+  if synonyms == "max" and len(parts) > 1:
+    raise InputError(
+      f"synonyms='max' has no single embedding of {name!r}, and training labels index names: "
+      "train with 'first', 'mean' or 'joined'; for evaluation `expand` the names first"
+    )
+  return parts[:1] if synonyms == "first" else parts
 
 
 def expand(
@@ -68,7 +93,7 @@ def expand(
   Raises:
     InputError: another mode.
   """
-  check_mode(synonyms)
+  check_synonyms(synonyms)
   if synonyms != "max":
     return tuple(names), tuple(scored_as)
   rows = [
@@ -80,23 +105,3 @@ def expand(
 
 def _split(name: str) -> list[str]:
   return [part.strip() for part in name.split(SEPARATOR)]
-
-
-def check_mode(synonyms: str) -> None:
-  if synonyms not in SYNONYMS:
-    near = difflib.get_close_matches(synonyms, SYNONYMS, 1, 0.0)[0]
-    raise InputError(
-      f"config.synonyms={synonyms!r} is not known; did you mean {near!r}? "
-      f"Known: {', '.join(SYNONYMS)}"
-    )
-
-
-def name_parts(name: str, synonyms: str) -> list[str]:
-  """The texts that make up one embedding."""
-  parts = [name.strip()] if synonyms == "joined" else _split(name)
-  if synonyms == "max" and len(parts) > 1:
-    raise InputError(
-      f"synonyms='max' has no single embedding of {name!r}, and training labels index names: "
-      "train with 'first', 'mean' or 'joined'; for evaluation `expand` the names first"
-    )
-  return parts[:1] if synonyms == "first" else parts

@@ -1,6 +1,6 @@
 """CLIP's tokenizer: text to ids, equal to OpenAI's for every string the tests try.
 
-The pieces: ftfy and HTML clean-up, lower case, a split into words, byte-pair merges within words.
+The steps: ftfy and HTML clean-up, lower case, a split into words, byte-pair merges within words.
 """
 
 import functools
@@ -43,7 +43,7 @@ def _byte_letters() -> list[str]:
 @functools.cache
 def _load():
   """The word splitter and the byte-pair model, built once, on first use."""
-  # Imported here: the library costs more than the rest of this module together.
+  # Imported here: the library takes longer to load than the rest of this module.
   from tokenizers import Regex, models, pre_tokenizers
 
   asset = importlib.resources.files("rpn_jax") / "assets" / "bpe_simple_vocab_16e6.txt.gz"
@@ -94,7 +94,7 @@ def tokenize(texts: Sequence[str], context_length: int = 77, truncate: bool = Fa
     (len(texts), context_length) int32.
 
   Raises:
-    InputError: a text is too long and `truncate` is off, or `texts` is no list of strings.
+    InputError: a text is too long and `truncate` is off, or `texts` is not a list of strings.
 
   Source: Radford et al., 2021, and OpenAI's `clip.tokenize`.
   """

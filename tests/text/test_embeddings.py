@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from data_pipelines import vocabularies
+from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_names
 from rpn_jax.models.clip import CLIP, CLIPConfig
 from rpn_jax.text import embeddings, templates
-from rpn_jax.text.embeddings import class_embeddings
+from rpn_jax.text.embeddings import TextEncoder, class_embeddings
 from rpn_jax.text.templates import expand, template_sentences
 from rpn_jax.text.tokenizer import tokenize
 
@@ -48,14 +49,23 @@ def mean(rows):
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch):
+  """The package's cache folder, empty."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  paths.cache_dir.cache_clear()
+  yield paths.cache_dir()
+  paths.cache_dir.cache_clear()
+
+
+@pytest.fixture
 def counted(monkeypatch):
   """How many texts each call of the tower got."""
   calls = []
   embed = embeddings._embed
 
-  def counting(config, params, texts):
+  def counting(config, params, texts, device):
     calls.append(len(texts))
-    return embed(config, params, texts)
+    return embed(config, params, texts, device)
 
   monkeypatch.setattr(embeddings, "_embed", counting)
   return calls
@@ -90,7 +100,7 @@ def test_templates_may_be_sentences():
 @pytest.mark.parametrize(
   ("templates", "message"),
   [
-    ("zegclip", "config.templates='zegclip' is not known; did you mean 'zegclip15'"),
+    ("zegclip", "templates='zegclip' is not known; did you mean 'zegclip15'"),
     ((), "at least one sentence"),
     (("a {}", "a photo"), "'a photo': expected one '{}'"),
     ("{} and {}", "expected one '{}'"),
@@ -113,7 +123,7 @@ def test_a_class_is_the_mean_over_templates(params, unit):
 def test_batches_and_their_padding_change_nothing(params, monkeypatch):
   names = [f"thing {i}" for i in range(25)]
   whole = class_embeddings(TINY, params, names)
-  monkeypatch.setattr(embeddings, "BATCH", 2)
+  monkeypatch.setattr(embeddings, "BATCH_SENTENCES", 2)
   np.testing.assert_allclose(class_embeddings(TINY, params, names), whole, atol=1e-6)
 
 
@@ -169,7 +179,7 @@ def test_only_ade847_has_synonyms(name):
 
 
 def test_unknown_synonyms(params):
-  with pytest.raises(InputError, match=r"config\.synonyms='avg' is not known; did you mean '"):
+  with pytest.raises(InputError, match=r"synonyms='avg' is not known; did you mean '"):
     expand(NAMES, (0, 1, 2), "avg")
   with pytest.raises(InputError, match="did you mean 'joined'"):
     class_embeddings(TINY, params, NAMES, synonyms="join")
@@ -192,8 +202,65 @@ def test_empty_names_are_refused(params, names):
 
 def test_check_names():
   assert check_names([" a", "b "]) == ("a", "b")
-  with pytest.raises(InputError, match="'a' is given twice"):
+  with pytest.raises(InputError, match="duplicate class name 'a'"):
     check_names(["a", "b", " a"])
+
+
+# The encoder of a network
+
+
+@pytest.mark.parametrize("synonyms", ["first", "mean", "joined"])
+@pytest.mark.parametrize("templates", ["single", SENTENCES])
+def test_an_encoder_embeds_as_the_function_does(params, cache, counted, templates, synonyms):
+  encoder = TextEncoder(TINY, params, templates, synonyms, "f")
+  want = class_embeddings(TINY, params, NAMES, templates, synonyms=synonyms)
+  for _ in range(2):
+    np.testing.assert_array_equal(encoder.embed(NAMES), want)
+  assert len(counted) == 2 and len(files(cache / "text")) == 1
+
+
+@pytest.mark.parametrize(
+  ("synonyms", "rows"), [("first", [1, 1, 1]), ("joined", [1, 1, 1]), ("mean", [2, 1, 3])]
+)
+@pytest.mark.parametrize("templates", ["single", SENTENCES])
+def test_tokens_encode_to_the_embeddings(params, templates, synonyms, rows):
+  encoder = TextEncoder(TINY, params, templates, synonyms)
+  tokens = encoder.tokens(NAMES)
+  sentences = len(template_sentences(templates))
+  assert tokens.shape == (3, sentences * max(rows), 16) and tokens.dtype == np.int32
+  filled = (tokens > 0).any(-1)
+  assert filled.sum(1).tolist() == [sentences * count for count in rows]
+  encode = lambda t: CLIP(TINY).apply({"params": params}, t, method="encode_text")
+  embedded = np.asarray(jax.jit(encode)(tokens.reshape(-1, tokens.shape[-1])), np.float64)
+  embedded /= np.linalg.norm(embedded, axis=-1, keepdims=True)
+  embedded = embedded.reshape(3, max(rows), sentences, -1)
+  got = [mean([mean(part) for part in name[:count]]) for name, count in zip(embedded, rows)]
+  np.testing.assert_allclose(got, encoder.embed(NAMES), atol=1e-5)
+
+
+def test_tokens_of_names_that_compete(params):
+  encoder = TextEncoder(TINY, params, SENTENCES, "max")
+  with pytest.raises(InputError, match="train with 'first', 'mean' or 'joined'"):
+    encoder.tokens(NAMES)
+  rows, _ = expand(NAMES, (0, 1, 2), "max")
+  want = TextEncoder(TINY, params, SENTENCES, "first").tokens(rows)
+  np.testing.assert_array_equal(encoder.tokens(rows), want)
+
+
+@pytest.mark.parametrize("names", [[], ["sea", " "]])
+def test_tokens_of_empty_names(params, names):
+  with pytest.raises(InputError, match="not empty"):
+    TextEncoder(TINY, params).tokens(names)
+
+
+def test_embeddings_are_made_on_the_device_that_is_asked_for(params, monkeypatch):
+  asked = []
+  put = jax.device_put
+  monkeypatch.setattr(jax, "device_put", lambda x, device: put(x, asked.append(device) or device))
+  device = jax.local_devices()[-1]
+  want = class_embeddings(TINY, params, NAMES)
+  np.testing.assert_allclose(class_embeddings(TINY, params, NAMES, device=device), want, atol=1e-6)
+  assert asked == [jax.local_devices()[0], device]
 
 
 # The disk
@@ -203,15 +270,15 @@ def files(folder):
   return sorted(pathlib.Path(folder).rglob("*"))
 
 
-def test_embeddings_are_found_again(params, tmp_path, counted):
-  embed = lambda: class_embeddings(TINY, params, NAMES, fingerprint="f", cache_dir=tmp_path / "c")
+def test_embeddings_are_found_again(params, cache, counted):
+  embed = lambda: class_embeddings(TINY, params, NAMES, fingerprint="f")
   first = embed()
   np.testing.assert_array_equal(embed(), first)
-  assert counted == [6] and len(files(tmp_path / "c")) == 1
+  assert counted == [6] and len(files(cache / "text")) == 1
 
 
-def test_whatever_matters_makes_another_key(params, tmp_path, counted):
-  options = {"fingerprint": "f", "cache_dir": tmp_path}
+def test_whatever_matters_makes_another_key(params, cache, counted):
+  options = {"fingerprint": "f"}
   class_embeddings(TINY, params, NAMES, **options)
   class_embeddings(TINY, params, ("sea, ocean", "sky", "bin"), **options)
   class_embeddings(TINY, params, ("sky", *NAMES), **options)
@@ -220,7 +287,7 @@ def test_whatever_matters_makes_another_key(params, tmp_path, counted):
   class_embeddings(TINY, params, NAMES, **{**options, "fingerprint": "g"})
   heads = dataclasses.replace(TINY, text_heads=4)
   class_embeddings(heads, params, NAMES, **options)
-  assert len(counted) == len(files(tmp_path)) == 7
+  assert len(counted) == len(files(cache / "text")) == 7
 
 
 def damage(path, kind):
@@ -251,31 +318,40 @@ def damage(path, kind):
   "kind",
   ["shape", "zeros", "nan", "double", "pickle", "header", "huge", "empty", "cut", "text", "folder"],
 )
-def test_damaged_files_are_never_trusted(params, tmp_path, counted, kind):
-  options = {"fingerprint": "f", "cache_dir": tmp_path}
+def test_damaged_files_are_never_trusted(params, cache, counted, kind):
+  options = {"fingerprint": "f"}
   want = class_embeddings(TINY, params, NAMES, **options)
-  (path,) = files(tmp_path)
+  (path,) = files(cache / "text")
   damage(path, kind)
   np.testing.assert_array_equal(class_embeddings(TINY, params, NAMES, **options), want)
-  assert len(counted) == 2 and files(tmp_path) == [path]
+  assert len(counted) == 2 and files(cache / "text") == [path]
   if kind != "folder":  # mended
     np.testing.assert_array_equal(np.load(path), want)
 
 
-def test_nothing_is_kept_without_a_fingerprint(params, tmp_path, monkeypatch):
-  monkeypatch.setenv("HOME", str(tmp_path))
+def test_nothing_is_kept_without_a_fingerprint(params, cache):
   class_embeddings(TINY, params, NAMES)
-  class_embeddings(TINY, params, NAMES, cache_dir=tmp_path / "c")
-  assert not files(tmp_path)
+  assert not files(cache)
   class_embeddings(TINY, params, NAMES, fingerprint="f")
-  assert [p.parent for p in files(tmp_path) if p.is_file()] == [tmp_path / ".cache/rpn_jax/text"]
+  assert [p.parent for p in files(cache) if p.is_file()] == [cache / "text"]
 
 
-def test_a_folder_that_cannot_be_written_costs_one_warning(params, tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_costs_one_warning(
+  params, cache, tmp_path, monkeypatch, caplog
+):
   (tmp_path / "file").write_text("in the way")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file/c"))
+  paths.cache_dir.cache_clear()
   with caplog.at_level(logging.WARNING):
     for name in ("sea", "sky"):
-      got = class_embeddings(TINY, params, [name], fingerprint="f", cache_dir=tmp_path / "file/c")
+      got = class_embeddings(TINY, params, [name], fingerprint="f")
       assert got.shape == (1, 8)
   (record,) = caplog.records
-  assert f"not kept in {tmp_path}/file/c" in record.getMessage()
+  assert f"{tmp_path}/file/c" in record.getMessage()
+
+
+def test_a_disk_without_room_costs_nothing_else(params, cache, counted):
+  (cache / "text").write_text("in the way")
+  for _ in range(2):
+    assert class_embeddings(TINY, params, ["sea"], fingerprint="f").shape == (1, 8)
+  assert len(counted) == 2
