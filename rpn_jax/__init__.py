@@ -8,7 +8,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from rpn_jax.inference.predictor import load_clip
   from rpn_jax.inference.segmenter import Segmenter
   from rpn_jax.models.clip import CLIPConfig
   from rpn_jax.models.rpn import RPN, RPNConfig
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
   from rpn_jax.text.embeddings import class_embeddings
   from rpn_jax.training.losses import sigmoid_loss, softmax_loss
   from rpn_jax.training.step import TrainState, init_prompts, train_step
+  from rpn_jax.weights.clip_file import load_clip
 
 __version__ = "0.2.0"
 
@@ -29,7 +29,7 @@ _PUBLIC = {
   "Tuner": "models.tuners",
   "class_embeddings": "text.embeddings",
   "init_prompts": "training.step",
-  "load_clip": "inference.predictor",
+  "load_clip": "weights.clip_file",
   "merge": "models.tuners",
   "sigmoid_loss": "training.losses",
   "softmax_loss": "training.losses",

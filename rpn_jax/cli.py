@@ -12,7 +12,7 @@ from rpn_jax import __version__
 # Command -> module with a `main(arguments)` that parses them, and what it does.
 MODULES = {
   "convert": ("rpn_jax.tasks.convert", "CLIP's weights into the form that this package reads"),
-  "convert_vit": ("rpn_jax.weights.plain_vit", "a plain ViT or MAE beside CLIP's text tower"),
+  "convert_vit": ("rpn_jax.tasks.convert_vit", "a plain ViT or MAE beside CLIP's text tower"),
   "demo": ("rpn_jax.tasks.demo", "a page in the browser: a picture, words, the segmentation"),
   "report": ("rpn_jax.analysis.report", "many runs side by side: a table, curves"),
   "sweep": ("rpn_jax.analysis.sweep", "a table of ablations, run by run; needs the clone"),

@@ -175,7 +175,7 @@ def test_hooks_and_workflow_run_the_commands_of_make_and_the_readme():
     (["segment", str(SCENE), "cat", "--other", "2"], "threshold in [0, 1], got 2"),
     (["segment", str(SCENE), "cat", "--method", "x"], "error: method='x' is not known"),
     (["prepare", "voc2013"], "error: "),
-    (["convert", "none.pt", "out.safetensors"], "none.pt is no file"),
+    (["convert", "none.pt", "out.safetensors"], "none.pt does not exist"),
   ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):

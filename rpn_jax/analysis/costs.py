@@ -34,7 +34,7 @@ from rpn_jax.base.console import table
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json
 from rpn_jax.base.words import check_names
-from rpn_jax.inference.predictor import Experiment, find_weights
+from rpn_jax.inference.predictor import Experiment
 from rpn_jax.models import tuners
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
@@ -250,7 +250,7 @@ def run(argv) -> None:
       clip_config = BACKBONES[FLAGS.backbone]
       tower = random_tower(clip_config, jax.random.key(0))
     else:
-      path = find_weights(config.clip)
+      path = clip_file.find_weights(config.clip)
       if not path.exists():
         raise InputError(
           f"config.clip={config.clip}: no such file; give --backbone=b16 or l14 for random weights"

@@ -22,12 +22,10 @@ from rpn_jax.text.embeddings import class_embeddings
 from rpn_jax.text.templates import expand
 from rpn_jax.training import optim
 from rpn_jax.training.step import TrainState, init_prompts
-from rpn_jax.weights import arrays, clip_file
+from rpn_jax.weights import arrays, clip_file, prompts_file
 
 # The best scores so far, for an evaluation of the run while it goes on or after it.
 BEST = "best.json"
-ASSETS = pathlib.Path(__file__).parent.parent / "assets"
-
 
 # Least values of numbers in a config; less would fail far from the field's name, or never end.
 LEAST = {
@@ -59,23 +57,6 @@ def cosine(logits):
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 
 
-def find_weights(name: str) -> pathlib.Path:
-  """A weights file: a path, or the name of one shipped with the package."""
-  path = pathlib.Path(name)
-  if not path.exists() and (ASSETS / name).exists():
-    return ASSETS / name
-  return path
-
-
-def load_clip(name: str) -> tuple:
-  """CLIPConfig and parameters (`visual`, `text`, `logit_scale`) of a weights file or shipped name.
-
-  Raises:
-    InputError: see `clip_file.load`.
-  """
-  return clip_file.load(find_weights(name))
-
-
 class Experiment:
   """The frozen tower, the network around it and the files of one config in one workdir.
 
@@ -99,7 +80,7 @@ class Experiment:
     check_numbers(config)
     self.config = config
     self.workdir = pathlib.Path(workdir)
-    self.clip_config, self.clip = weights or load_clip(config.clip)
+    self.clip_config, self.clip = weights or clip_file.load_clip(config.clip)
     for field in ("data.crop", "eval.crop"):
       section, name = field.split(".")
       side = config[section][name]
@@ -205,8 +186,6 @@ class Experiment:
     # No shape depends on the number of classes.
     like = jax.eval_shape(self.initial_prompts, jnp.zeros((1, self.clip_config.embed_dim)))
     if path := self.config.get("prompts"):
-      from rpn_jax.weights import prompts_file
-
       content = prompts_file.load(path)
       prompts_file.check(content, path, self.config.to_dict(), self.identity["clip"], like)
       return {"last": (content.step, content.prompts)}

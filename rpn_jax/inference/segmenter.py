@@ -18,11 +18,12 @@ import numpy as np
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_names, parse_names, without_articles
-from rpn_jax.inference.predictor import Experiment, load_clip
+from rpn_jax.inference.predictor import Experiment
 from rpn_jax.inference.segmentation import Segmentation, check_adjustment
 from rpn_jax.inference.sliding import WindowLogits, round_up
 from rpn_jax.models.training_free import METHODS
 from rpn_jax.text.templates import expand
+from rpn_jax.weights import clip_file
 
 # Weights in rpn_jax/assets, with the templates that they were trained on.
 SHIPPED = {"shapes_clip": ("shapes_clip.safetensors", "single")}
@@ -94,7 +95,7 @@ class Segmenter:
       if method == "rpn":
         raise InputError(f"method='rpn' needs the workdir of a training run, got {model}")
       file, own_templates = SHIPPED[name] if name == str(model) else (path, "imagenet80")
-      weights = load_clip(str(file))
+      weights = clip_file.load_clip(file)
       config = _config_of_weights(str(file), weights[0].image_size, own_templates)
     else:
       raise InputError(

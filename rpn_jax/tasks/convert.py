@@ -1,4 +1,4 @@
-"""CLIP weights from the files people have to the parameter tree of `rpn_jax.models.clip`.
+"""Weights and prompts from the files people have into the form that this package reads, and back.
 
     python -m rpn_jax convert ViT-B-16.pt clip_b16.safetensors --dtype float16 --verify
 
@@ -6,7 +6,7 @@ Reads TorchScript archives, PyTorch state dicts and safetensors, whole or in sha
 with the names of OpenAI, open_clip or Hugging Face's transformers, and this project's own files.
 Where a model's config.json or open_clip_config.json is beside its weights it is read, too.
 
-The authors' checkpoint of RPN becomes a file of prompts, and such a file becomes theirs:
+A checkpoint of the official RPN code becomes a file of prompts, and such a file becomes theirs:
 
     python -m rpn_jax convert rpn_voc.pth rpn_voc.safetensors --clip clip_b16.safetensors
     python -m rpn_jax convert rpn_voc.safetensors rpn_voc.pth
@@ -14,19 +14,18 @@ The authors' checkpoint of RPN becomes a file of prompts, and such a file become
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Mapping
 
 import jax
 
-from rpn_jax.base.console import table
+from rpn_jax.base import paths
+from rpn_jax.base.console import run_command, table
 from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.text.embeddings import class_embeddings
-from rpn_jax.weights import torch_archive
-from rpn_jax.weights.arrays import fingerprint, read_arrays, sha256, written
-from rpn_jax.weights.authors import from_authors, same_towers, to_authors_prompts
-from rpn_jax.weights.clip_file import describe, load, load_with_kind, save
+from rpn_jax.weights import authors, clip_file, prompts_file
+from rpn_jax.weights.architecture import describe
+from rpn_jax.weights.arrays import WeightsFile, fingerprint, read_arrays, sha256
 
 # SHA-256 of OpenAI's published files; they are part of the addresses these are downloaded from.
 PUBLISHED = {
@@ -46,36 +45,18 @@ TRIPLES = (
 )
 
 
-def verification(source: pathlib.Path, config: CLIPConfig, params) -> str:
-  """What `--verify` prints: the checksum, and similarities of texts."""
-  lines = []
-  if source.is_file():
-    digest = sha256(source)
-    known = PUBLISHED.get(digest)
-    lines.append(f"sha256 {digest}: " + (f"OpenAI's {known}" if known else "no file of OpenAI's"))
-  texts = list(dict.fromkeys(text for triple in TRIPLES for text in triple))
-  try:
-    embedding = dict(zip(texts, class_embeddings(config, params, texts, "{}", synonyms="joined")))
-  except InputError as error:
-    return "\n".join([*lines, f"no similarities of texts: {error}"])
-  rows, right = [], 0
-  for text, near, far in TRIPLES:
-    close, distant = (float(embedding[text] @ embedding[other]) for other in (near, far))
-    right += close > distant
-    rows.append([text, near, f"{close:.3f}", far, f"{distant:.3f}"])
-  lines.append(table(rows, ["text", "near", "cosine", "far", "cosine"]))
-  lines.append(
-    f"{right} of {len(TRIPLES)} in order"
-    + ("" if right == len(TRIPLES) else ": a CLIP trained on photographs has all of them")
-  )
-  return "\n".join(lines)
-
-
 def main(arguments=None) -> int:
-  parser = argparse.ArgumentParser(prog="rpn convert", description=__doc__)
-  parser.formatter_class = argparse.RawDescriptionHelpFormatter
-  parser.add_argument("source", help="weights of CLIP, prompts, or the authors' checkpoint")
-  parser.add_argument("destination", help="the safetensors (or, of prompts, .pth) file to write")
+  parser = argparse.ArgumentParser(
+    prog="rpn convert",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "source", type=paths.expand, help="weights of CLIP, prompts, or an official RPN checkpoint"
+  )
+  parser.add_argument(
+    "destination", type=paths.expand, help="the safetensors (or, of prompts, .pth) file to write"
+  )
   parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
   parser.add_argument(
     "--activation", choices=("quick_gelu", "gelu"), help="if neither file nor config tell it"
@@ -83,74 +64,87 @@ def main(arguments=None) -> int:
   parser.add_argument("--vision_heads", type=int, help="if not width / 64")
   parser.add_argument("--text_heads", type=int, help="if not width / 64")
   parser.add_argument("--verify", action="store_true", help="checksum, and similarities of texts")
-  parser.add_argument("--clip", help="with the authors' checkpoint: the CLIP it was trained around")
+  parser.add_argument(
+    "--clip", help="with an official RPN checkpoint: the CLIP it was trained around"
+  )
   args = parser.parse_args(arguments)
-  source, destination = pathlib.Path(args.source), pathlib.Path(args.destination)
-  given = {
-    name: value
-    for name in ("activation", "vision_heads", "text_heads")
-    if (value := getattr(args, name)) is not None
-  }
-  try:
-    read = read_arrays(source)
-    if any(name.startswith("decode_head.") for name in read[1]):
-      lines = _authors_to_prompts(source, read[1], destination, args.clip)
-    elif read[2].get("format") == "rpn_jax.prompts":
-      lines = _prompts_to_authors(source, destination)
+
+  def convert() -> None:
+    file = read_arrays(args.source)
+    if authors.is_authors(file.arrays):
+      lines = _authors_to_prompts(file, args.destination, args.clip)
+    elif file.metadata.get("format") == prompts_file.FORMAT:
+      lines = _prompts_to_authors(file.path, args.destination)
     else:
-      kind, config, params = load_with_kind(source, given, read)
-      save(destination, config, params, args.dtype, {"source": kind})
-      count = sum(value.size for value in jax.tree.leaves(params))
-      lines = [f"{source}: {kind}", describe(config)]
-      lines.append(f"{count:,} parameters, fingerprint {fingerprint(params)}")
-      if args.verify:
-        lines.append(verification(source, config, params))
-      lines.append(f"wrote {destination} ({args.dtype})")
+      names = ("activation", "vision_heads", "text_heads")
+      given = {name: value for name in names if (value := getattr(args, name)) is not None}
+      lines = _convert_clip(file, args.destination, args.dtype, given, args.verify)
+    print("\n".join(lines))
+
+  return run_command(convert)
+
+
+def _convert_clip(
+  file: WeightsFile, destination: pathlib.Path, dtype: str, overrides: Mapping, verify: bool
+) -> list[str]:
+  kind, config, params = clip_file.parse(file, overrides)
+  clip_file.save(destination, config, params, dtype, {"source": kind})
+  count = sum(value.size for value in jax.tree.leaves(params))
+  lines = [f"{file.path}: {kind}", describe(config)]
+  lines.append(f"{count:,} parameters, fingerprint {fingerprint(params)}")
+  if verify:
+    lines.append(verification(file.path, config, params))
+  return [*lines, f"wrote {destination} ({dtype})"]
+
+
+def verification(source: pathlib.Path, config: CLIPConfig, params: Mapping) -> str:
+  """What `--verify` prints: the checksum, and similarities of texts."""
+  digest = sha256(source)
+  known = PUBLISHED.get(digest)
+  lines = [f"sha256 {digest}: " + (f"OpenAI's {known}" if known else "no file of OpenAI's")]
+  texts = list(dict.fromkeys(text for triple in TRIPLES for text in triple))
+  try:
+    embedding = dict(zip(texts, class_embeddings(config, params, texts, "{}", synonyms="joined")))
   except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  print("\n".join(lines))
-  return 0
+    return "\n".join([*lines, f"no similarities of texts: {error}"])
+  rows, in_order = [], 0
+  for text, near, far in TRIPLES:
+    close, distant = (float(embedding[text] @ embedding[other]) for other in (near, far))
+    in_order += close > distant
+    rows.append([text, near, f"{close:.3f}", far, f"{distant:.3f}"])
+  lines.append(table(rows, ["text", "near", "cosine", "far", "cosine"]))
+  lines.append(f"{in_order} of {len(TRIPLES)} in order")
+  if in_order < len(TRIPLES):
+    lines[-1] += ": a CLIP trained on photographs has all of them"
+  return "\n".join(lines)
 
 
-def _authors_to_prompts(source, state: Mapping, destination, clip_path: str | None) -> list[str]:
-  from rpn_jax.weights import prompts_file
-
+def _authors_to_prompts(
+  file: WeightsFile, destination: pathlib.Path, clip_path: str | None
+) -> list[str]:
   if clip_path is None:
     raise InputError(
-      f"{source} is a checkpoint of the authors' RPN: pass --clip=FILE, the CLIP weights it was "
+      f"{file.path} is a checkpoint of the authors' RPN: pass --clip=FILE, the CLIP weights it was "
       "trained around, which are compared with the ones in it"
     )
-  theirs, prompts = from_authors(state, str(source))
-  _, clip = load(clip_path)
-  same_towers(theirs, clip, f"{source} and {clip_path}")
-  side = round(len(prompts["h"]) ** 0.5)
-  # The release's settings; h is stored on the token grid of a training crop.
-  model = {
-    "tuner": "rpn+vpt", "itp": "image_to_pixel", "apg": "parameter", "m2oe": "none",
-    "rpm_layers": "all", "combine": "cat", "h_shared": True,
-    "deep_tokens": prompts["deep_tokens"].shape[1], "h_grid": [side, side], "head": "released",
-    "class_embedding_copies": 2,
-  }  # fmt: skip
-  content = prompts_file.Prompts(prompts, fingerprint(clip), {"model": model}, (), 0)
-  prompts_file.save(destination, content)
+  theirs, prompts = authors.from_authors(file.arrays, str(file.path))
+  _, clip = clip_file.load_clip(clip_path)
+  authors.check_same_clip(theirs, clip, f"{file.path} and {clip_path}")
+  config = {"model": authors.model_fields(prompts)}
+  prompts_file.save(destination, prompts_file.Prompts(prompts, fingerprint(clip), config, (), 0))
   count = sum(value.size for value in jax.tree.leaves(prompts))
   return [
-    f"{source}: the authors' checkpoint, its CLIP is that of {clip_path}",
+    f"{file.path}: the authors' checkpoint, its CLIP is that of {clip_path}",
     f"wrote {count:,} parameters to {destination}; predict with the preset released and "
     f"--config.prompts={destination}",
   ]
 
 
-def _prompts_to_authors(source, destination) -> list[str]:
-  from rpn_jax.weights import prompts_file
-
+def _prompts_to_authors(source: pathlib.Path, destination: pathlib.Path) -> list[str]:
   content = prompts_file.load(source)
-  state = to_authors_prompts(content.prompts)
-  meta = {"clip": content.clip, "step": str(content.step), "written_by": "rpn_jax"}
-  with written(destination) as temporary:
-    torch_archive.write(temporary, state, meta)
+  notes = {"clip": content.clip, "step": str(content.step), "written_by": "rpn_jax"}
+  count = authors.save(destination, content.prompts, notes)
   return [
-    f"wrote {len(state)} arrays by the authors' names to {destination}: load them over a model "
+    f"wrote {count} arrays by the authors' names to {destination}: load them over a model "
     "with CLIP's weights, not strictly, for the frozen towers are not in it"
   ]

@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,21 +18,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import replacing
 from rpn_jax.weights import torch_archive
 
-FORMAT, VERSION = "rpn_jax.clip", "1"
-OWN, SAFETENSORS, SHARDS = "rpn_jax safetensors", "safetensors", "shards with an index"
-
-
-def float32(value: np.ndarray, name: str, where: str) -> np.ndarray:
-  """A float32 copy of weights, or an InputError that names them."""
-  if value.dtype not in (np.float16, np.float32, jnp.bfloat16):
-    raise InputError(
-      f"expected float16, bfloat16 or float32 weights, {name!r} is {value.dtype} in {where}: "
-      "save it with one of these types"
-    )
-  return np.array(value, np.float32, order="C")
-
-
-# --- Reading --------------------------------------------------------------------------------------
+SAFETENSORS, SHARDS = "safetensors", "shards with an index"
 
 _SAFETENSORS_TYPES = {
   "F16": np.float16,
@@ -52,8 +39,67 @@ _IN_FOLDER = (
 )  # fmt: skip
 
 
+class WeightsFile(NamedTuple):
+  """What a file of weights holds.
+
+  Attributes:
+    path: of the file itself, where a folder was named.
+    kind: SAFETENSORS, SHARDS, `torch_archive.STATE_DICT` or `torch_archive.TORCHSCRIPT`.
+    arrays: by the file's own names, in the stored types; views that cost nothing until used.
+    metadata: the header entries of safetensors.
+  """
+
+  path: pathlib.Path
+  kind: str
+  arrays: Mapping[str, np.ndarray]
+  metadata: Mapping[str, str]
+
+
+def read_arrays(path) -> WeightsFile:
+  """Reads a file of weights. Its content decides how, not its name.
+
+  Args:
+    path: of a PyTorch archive, safetensors, the index of shards, or a folder with one of them.
+
+  Raises:
+    InputError: no such file, another kind of file, or a damaged one.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    found = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
+    if found is None:
+      raise InputError(
+        f"expected a file of CLIP weights, {path} is a folder without any of "
+        f"{', '.join(_IN_FOLDER)}: check the path"
+      )
+    path = found
+  if not path.is_file():
+    raise InputError(f"expected a file of CLIP weights, {path} does not exist: check the path")
+  with path.open("rb") as file:
+    head = file.read(9)
+  if head.startswith(b"PK"):
+    return WeightsFile(path, *torch_archive.read(path), {})
+  if head[:2] == b"\x80\x02":
+    raise InputError(
+      f"expected a PyTorch zip file, {path} has the format before PyTorch 1.6: "
+      "load and save it once with a newer PyTorch"
+    )
+  if path.name.endswith(".index.json"):
+    return WeightsFile(path, SHARDS, _read_shards(path), {})
+  if head[8:] != b"{":
+    raise InputError(
+      f"expected CLIP weights (PyTorch zip or safetensors), {path} begins with {head[:4]!r} and is "
+      "neither: check the path and the download"
+    )
+  return WeightsFile(path, SAFETENSORS, *read_safetensors(path))
+
+
 def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Views of the file, and its metadata; nothing is read before it is needed."""
+  """Arrays, as views of the file that read nothing before they are used, and the metadata.
+
+  Raises:
+    InputError: a damaged file, another kind of file, or arrays of a type that no weights have.
+  """
   with path.open("rb") as file:
     if int.from_bytes(file.read(8), "little") > _MAX_HEADER_BYTES:
       raise InputError(
@@ -66,10 +112,9 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
       metadata = file.metadata() or {}
       names = list(file.keys())
   except safetensors.SafetensorError as error:
-    reason = " ".join(str(error).split())[:100]
     raise InputError(
-      f"expected a safetensors or PyTorch zip file, {path} is neither or is damaged ({reason}): "
-      "get it again"
+      f"expected a safetensors or PyTorch zip file, {path} is neither or is damaged "
+      f"({_reason(error)}): get it again"
     ) from None
   except OSError as error:
     raise InputError(f"{path} cannot be read ({error.strerror}): check the file") from None
@@ -94,14 +139,18 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
 
 
 def read_json(path: pathlib.Path) -> dict:
+  """A JSON object from a file beside weights.
+
+  Raises:
+    InputError: no JSON object, or one of more than 8 MiB.
+  """
   try:
-    if path.stat().st_size > _MAX_JSON_BYTES:
-      raise InputError(f"expected JSON of at most {_MAX_JSON_BYTES >> 20} MiB, {path} is larger")
-    content = json.loads(path.read_bytes())
-  except (OSError, ValueError, RecursionError) as error:
-    if isinstance(error, InputError):
-      raise
+    size = path.stat().st_size
+    content = json.loads(path.read_bytes()) if size <= _MAX_JSON_BYTES else None
+  except (OSError, ValueError, RecursionError):
     raise InputError(f"expected JSON in {path}, it cannot be read: get it again") from None
+  if size > _MAX_JSON_BYTES:
+    raise InputError(f"expected JSON of at most {_MAX_JSON_BYTES >> 20} MiB, {path} is larger")
   if not isinstance(content, dict):
     raise InputError(f"expected a JSON object in {path}, got something else: get it again")
   return content
@@ -109,10 +158,10 @@ def read_json(path: pathlib.Path) -> dict:
 
 def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
   """The arrays of all files that an index names, each where the index says it is."""
-  places = read_json(index).get("weight_map")
-  if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+  file_of = read_json(index).get("weight_map")
+  if not isinstance(file_of, dict) or not all(isinstance(x, str) for x in file_of.values()):
     raise InputError(f"expected an index with a weight_map in {index}: use the model's own index")
-  files = sorted(set(places.values()))
+  files = sorted(set(file_of.values()))
   if len(files) > _MAX_SHARDS:
     raise InputError(f"expected at most {_MAX_SHARDS} shards, {index} names {len(files)}")
   state = {}
@@ -120,76 +169,78 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
     # A path would lead out of the folder.
     if file != os.path.basename(file) or file in ("", ".", ".."):
       raise InputError(f"expected file names in {index}, got the path {file[:60]!r}: refused")
-    _, shard, _ = read_arrays(index.parent / file)
-    told = {name for name, place in places.items() if place == file}
-    if told != set(shard):
+    shard = read_arrays(index.parent / file).arrays
+    listed = {name for name, place in file_of.items() if place == file}
+    if listed != set(shard):
       raise InputError(
-        f"expected in {index.parent / file} the {len(told)} arrays that {index.name} says, got "
-        f"{len(shard)}, {sorted(told ^ set(shard))[0]!r} differs: get both again"
+        f"expected in {index.parent / file} the {len(listed)} arrays that {index.name} lists, got "
+        f"{len(shard)}, {sorted(listed ^ set(shard))[0]!r} differs: get both again"
       )
     state.update(shard)
   return state
 
 
-def read_arrays(path: pathlib.Path) -> tuple[str, dict[str, np.ndarray], dict[str, str]]:
-  """Kind of file, arrays by name, metadata. The content decides, not the file's name."""
-  if path.is_dir():
-    found = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
-    if found is None:
-      raise InputError(
-        f"expected a file of CLIP weights, {path} is no file and holds none of "
-        f"{', '.join(_IN_FOLDER)}: check the path"
-      )
-    path = found
-  if not path.is_file():
-    raise InputError(f"expected a file of CLIP weights, {path} is no file: check the path")
-  with path.open("rb") as file:
-    head = file.read(9)
-  if head.startswith(b"PK"):
-    return *torch_archive.read(path), {}
-  if head[:2] == b"\x80\x02":
+def float32(value: np.ndarray, name: str, where: str) -> np.ndarray:
+  """A float32 copy of weights.
+
+  Raises:
+    InputError: another type than float16, bfloat16 or float32, with the array's name.
+  """
+  if value.dtype not in (np.float16, np.float32, jnp.bfloat16):
     raise InputError(
-      f"expected a PyTorch zip file, {path} has the format before PyTorch 1.6: "
-      "load and save it once with a newer PyTorch"
+      f"expected float16, bfloat16 or float32 weights, {name!r} is {value.dtype} in {where}: "
+      "save it with one of these types"
     )
-  if path.name.endswith(".index.json"):
-    return SHARDS, _read_shards(path), {}
-  if head[8:] != b"{":
-    raise InputError(
-      f"expected CLIP weights (PyTorch zip or safetensors), {path} begins with {head[:4]!r} and is "
-      "neither: check the path and the download"
-    )
-  state, metadata = read_safetensors(path)
-  return OWN if metadata.get("format") == FORMAT else SAFETENSORS, state, metadata
+  return np.array(value, np.float32, order="C")
 
 
 @contextlib.contextmanager
-def written(path) -> Iterator[pathlib.Path]:
+def writing(path) -> Iterator[pathlib.Path]:
   """A temporary path that becomes `path`; see `paths.replacing`.
 
   Raises:
-    InputError: a place that cannot be written to.
+    InputError: the file cannot be written.
   """
   try:
     with replacing(path) as temporary:
       yield temporary
   except (OSError, safetensors.SafetensorError) as error:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
     raise InputError(
-      f"expected a writable place, cannot write {path} ({reason}): check the folder and its room"
+      f"cannot write {path} ({_reason(error)}): check the folder and the free disk space"
     ) from None
+
+
+def write_safetensors(path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+  """Writes arrays by name; readers see the old file or the new one.
+
+  Raises:
+    InputError: infinity or NaN in an array, or the file cannot be written.
+  """
+  for name, value in arrays.items():
+    if not np.isfinite(value).all():
+      raise InputError(
+        f"expected finite numbers in {name}, got infinity or NaN as {value.dtype} for {path}: use "
+        "float32 or check the weights"
+      )
+  with writing(path) as temporary:
+    safetensors.numpy.save_file(dict(arrays), temporary, dict(metadata))
 
 
 def fingerprint(params) -> str:
   """16 hex digits that identify weights: of SHA-256 over sorted names, shapes and float32 bytes."""
   digest = hashlib.sha256()
   for name, value in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-    value = np.ascontiguousarray(value, "<f4").reshape(np.shape(value))
+    value = np.asarray(value, "<f4", order="C")
     digest.update(f"{name}{value.shape}".encode())
     digest.update(value.tobytes())
   return digest.hexdigest()[:16]
 
 
 def sha256(path: pathlib.Path) -> str:
+  """Checksum of a file, 64 hex digits."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reason(error: Exception) -> str:
+  return getattr(error, "strerror", None) or " ".join(str(error).split())[:100]

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' RPN (`liblacklucy/RPN`), both ways."""
+"""Checkpoints of the official RPN code (`liblacklucy/RPN`), both ways."""
 
 import collections
 from collections.abc import Mapping
@@ -9,64 +9,63 @@ from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIPConfig, resize_positions
-from rpn_jax.weights.clip_file import check_tree, make_config, read_architecture
+from rpn_jax.weights import torch_archive
+from rpn_jax.weights.architecture import check_parameters, complete_config, fields_from_shapes
+from rpn_jax.weights.arrays import writing
 from rpn_jax.weights.names import AUTHORS, AUTHORS_PROMPTS, clip_rules, to_ours, to_theirs
 
-# In the release's state dict, but no computation of it reads them.
-AUTHORS_UNUSED = ("prompt_norm.weight", "prompt_norm.bias")
+# In their state dict, but no computation reads them.
+UNUSED = ("prompt_norm.weight", "prompt_norm.bias")
 
 
-# --- The authors' release -------------------------------------------------------------------------
+def is_authors(state: Mapping[str, np.ndarray]) -> bool:
+  """Whether arrays have the names of the authors' segmentor."""
+  return any(name.startswith("decode_head.") for name in state)
 
 
 def from_authors(state: Mapping[str, np.ndarray], where: str = "the authors' state") -> tuple:
-  """Trees from the state dict of the authors' segmentor (`liblacklucy/RPN`).
+  """Trees from the state dict of the authors' segmentor.
 
   Args:
-    state: arrays by the release's names; entries in AUTHORS_UNUSED are left out.
+    state: arrays by their names; entries in UNUSED are left out.
     where: the file it comes from, for messages.
 
   Returns:
-    CLIP parameters (without the logit scale, which the release does not keep) and the `prompts`
-    collection of the released form.
+    CLIP parameters (without the logit scale, which is not in such files) and the `prompts`
+    collection of the preset `released`.
 
   Raises:
     InputError: an array is missing, unknown or misshapen.
   """
-  fields = read_architecture(state, AUTHORS, where)
-  # Heads change no shape, and the release's state dict does not tell them.
+  fields = fields_from_shapes(state, AUTHORS, where)
+  # Heads change no shape, and the state dict does not tell them.
   heads = {"vision_heads": 1, "text_heads": 1}
-  config = make_config(fields, {**heads, "activation": "quick_gelu"}, where)
-  rules = clip_rules(AUTHORS, config.vision_layers, config.text_layers)
-  split = len(rules)
-  rules += AUTHORS_PROMPTS
-  used = {name: value for name, value in state.items() if name not in AUTHORS_UNUSED}
-  flat = to_ours(rules, used, where)
-  clip = {rule.ours: flat[rule.ours] for rule in rules[:split]}
-  prompts = {rule.ours: flat[rule.ours] for rule in rules[split:]}
-  check_tree(config, {**clip, "logit_scale": np.float32(0)}, where)
-  _check_released_prompts(config, prompts, where)
-  unflatten = traverse_util.unflatten_dict
-  return unflatten(clip, sep="/"), unflatten(prompts, sep="/")
+  config = complete_config(fields, {**heads, "activation": "quick_gelu"}, where)
+  tower_rules = clip_rules(AUTHORS, config.vision_layers, config.text_layers)
+  used = {name: value for name, value in state.items() if name not in UNUSED}
+  flat = to_ours([*tower_rules, *AUTHORS_PROMPTS], used, where)
+  clip = {rule.ours: flat[rule.ours] for rule in tower_rules}
+  prompts = {rule.ours: flat[rule.ours] for rule in AUTHORS_PROMPTS}
+  check_parameters(config, {**clip, "logit_scale": np.float32(0)}, where)
+  _check_prompts(config, prompts, where)
+  return traverse_util.unflatten_dict(clip, sep="/"), traverse_util.unflatten_dict(prompts, sep="/")
 
 
-def _check_released_prompts(config: CLIPConfig, prompts: Mapping, where: str) -> None:
+def _check_prompts(config: CLIPConfig, prompts: Mapping[str, np.ndarray], where: str) -> None:
   layers, width, joint = config.vision_layers, config.vision_width, config.embed_dim
   # None: free, the number of deep tokens and of patch tokens.
   shapes = collections.defaultdict(lambda: (joint,))
-  shapes.update(
-    {
-      "deep_tokens": (layers, None, width),
-      "h": (None, width),
-      "prompt_proj/kernel": (width, width),
-      "prompt_proj/bias": (width,),
-      "prompt_norm/scale": (width,),
-      "prompt_norm/bias": (width,),
-      "head/patch_proj/kernel": (joint, joint),
-      "head/text_proj/kernel": (joint, joint),
-      "head/text_reduce/kernel": (2 * joint, joint),
-    }
-  )
+  shapes |= {
+    "deep_tokens": (layers, None, width),
+    "h": (None, width),
+    "prompt_proj/kernel": (width, width),
+    "prompt_proj/bias": (width,),
+    "prompt_norm/scale": (width,),
+    "prompt_norm/bias": (width,),
+    "head/patch_proj/kernel": (joint, joint),
+    "head/text_proj/kernel": (joint, joint),
+    "head/text_reduce/kernel": (2 * joint, joint),
+  }
   for path, value in prompts.items():
     want = shapes[path]
     if value.ndim != len(want) or any(w not in (None, n) for w, n in zip(want, value.shape)):
@@ -76,18 +75,30 @@ def _check_released_prompts(config: CLIPConfig, prompts: Mapping, where: str) ->
       )
 
 
-def to_authors_prompts(prompts) -> dict[str, np.ndarray]:
-  """The `prompts` tree of the released form, or a tree shaped like it, by the authors' names.
+def model_fields(prompts: Mapping) -> dict:
+  """The settings of `config.model` that the official code has for these prompts."""
+  # h is stored on the token grid of a training crop.
+  side = round(len(prompts["h"]) ** 0.5)
+  return {
+    "tuner": "rpn+vpt", "itp": "image_to_pixel", "apg": "parameter", "m2oe": "none",
+    "rpm_layers": "all", "combine": "cat", "h_shared": True,
+    "deep_tokens": prompts["deep_tokens"].shape[1], "h_grid": [side, side], "head": "released",
+    "class_embedding_copies": 2,
+  }  # fmt: skip
+
+
+def check_same_clip(theirs: Mapping, clip: Mapping, where: str) -> None:
+  """Compares the towers in a checkpoint of the authors with the CLIP they started from.
+
+  Args:
+    theirs: as `from_authors` gives them. The official code resizes the positions of the image
+      tower; all else is CLIP's own.
+    clip: the parameters.
+    where: both files, for messages.
 
   Raises:
-    InputError: the tree is of another form (per-layer h, M2oE), which has no names there.
+    InputError: an array differs.
   """
-  flat = traverse_util.flatten_dict(prompts, sep="/")
-  return to_theirs(AUTHORS_PROMPTS, flat, "the prompts tree")
-
-
-def same_towers(theirs: Mapping, clip: Mapping, where: str) -> None:
-  """The release resizes the positions of its image tower; all else is CLIP's own."""
   theirs, clip = (traverse_util.flatten_dict(tree, sep="/") for tree in (theirs, clip))
   for name, value in theirs.items():
     want = clip.get(name)
@@ -99,3 +110,33 @@ def same_towers(theirs: Mapping, clip: Mapping, where: str) -> None:
       raise InputError(
         f"expected one CLIP in {where}, {name} differs: pass the weights that were trained around"
       )
+
+
+def to_authors_prompts(prompts: Mapping) -> dict[str, np.ndarray]:
+  """The `prompts` tree of the preset `released`, or a tree shaped like it, by the authors' names.
+
+  Raises:
+    InputError: the tree is of another form (per-layer h, M2oE), which has no names there.
+  """
+  flat = traverse_util.flatten_dict(prompts, sep="/")
+  return to_theirs(AUTHORS_PROMPTS, flat, "the prompts tree")
+
+
+def save(path, prompts: Mapping, notes: Mapping[str, str]) -> int:
+  """Writes prompts as mmcv writes the authors' checkpoints, without the frozen towers.
+
+  Args:
+    path: of the new .pth file.
+    prompts: see `to_authors_prompts`.
+    notes: stored beside the arrays.
+
+  Returns:
+    The number of arrays.
+
+  Raises:
+    InputError: the tree has no names there, or the path cannot be written.
+  """
+  state = to_authors_prompts(prompts)
+  with writing(path) as temporary:
+    torch_archive.write(temporary, state, notes)
+  return len(state)

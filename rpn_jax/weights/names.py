@@ -1,4 +1,7 @@
-"""Rule tables between our parameter paths and the names in other people's files."""
+"""Rule tables between our parameter paths and the names in other people's files.
+
+Ours are '/'-joined paths of the parameter tree. Every name on both sides has to be used once.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,8 +12,6 @@ import numpy as np
 from rpn_jax.base.errors import InputError
 from rpn_jax.weights.arrays import float32
 
-# --- Names ----------------------------------------------------------------------------------------
-
 # How an array of theirs becomes ours: the order of its axes. PyTorch multiplies by the transpose.
 LAYOUTS = {
   "same": None,
@@ -20,13 +21,14 @@ LAYOUTS = {
 
 
 class Rule(NamedTuple):
-  """One array: its path in our tree, its name in their file, how its axes change."""
+  """One array: its path in our tree, its name in their file, how its axes change (LAYOUTS)."""
 
   ours: str
   theirs: str
   layout: str = "same"
 
-  def under(self, ours: str = "", theirs: str = "") -> "Rule":
+  def under(self, ours: str, theirs: str) -> "Rule":
+    """The same rule with both names behind a prefix."""
     return Rule(ours + self.ours, theirs + self.theirs, self.layout)
 
 
@@ -66,7 +68,7 @@ _TEXT = (
   Rule("projection", "text_projection"),
 )
 
-# The authors' trained arrays; ours are paths in the `prompts` collection.
+# The trained arrays of the official RPN code; ours are paths in the `prompts` collection.
 AUTHORS_PROMPTS = (
   Rule("deep_tokens", "backbone.deep_prompt_embeddings"),
   *_linear("prompt_proj", "backbone.prompt_proj"),
@@ -81,21 +83,24 @@ AUTHORS_PROMPTS = (
 
 
 class Naming(NamedTuple):
-  """Where a family of files keeps the two towers, and the name of the logit scale if it has one."""
+  """Prefixes of the two towers in a family of files, and the logit scale's name if it is there."""
 
   vision: str
   text: str
   logit_scale: str | None
 
 
-# Hugging Face's names of the same arrays: (pattern, OpenAI's name, transposed). Queries, keys and
-# values are three arrays there: `{}` is filled with q, k and v.
-_HF_BLOCK = (
-  (r"layer_norm(\d)\.(weight|bias)", r"ln_\1.\2"),
-  (r"self_attn\.out_proj\.(weight|bias)", r"attn.out_proj.\1"),
-  (r"self_attn\.([qkv])_proj\.(weight|bias)", r"attn.in_proj_\2/\1"),
-  (r"mlp\.fc1\.(weight|bias)", r"mlp.c_fc.\1"),
-  (r"mlp\.fc2\.(weight|bias)", r"mlp.c_proj.\1"),
+OPENAI = Naming("visual.", "", "logit_scale")
+AUTHORS = Naming("backbone.", "text_encoder.", None)
+
+# Hugging Face's names of the same arrays: (pattern, OpenAI's name). What stands behind a slash is
+# not part of the name: T is to be transposed; q, k and v are one array in OpenAI's files.
+_HF_BLOCK = (  # group 1 is the number of the block
+  (r"layer_norm(\d)\.(weight|bias)", r"ln_\2.\3"),
+  (r"self_attn\.out_proj\.(weight|bias)", r"attn.out_proj.\2"),
+  (r"self_attn\.([qkv])_proj\.(weight|bias)", r"attn.in_proj_\3/\2"),
+  (r"mlp\.fc1\.(weight|bias)", r"mlp.c_fc.\2"),
+  (r"mlp\.fc2\.(weight|bias)", r"mlp.c_proj.\2"),
 )
 _HF = (
   ("logit_scale", "logit_scale"),
@@ -110,15 +115,14 @@ _HF = (
   (r"text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
   (r"text_model\.final_layer_norm\.(weight|bias)", r"ln_final.\1"),
   *(
-    (rf"{tower}_model\.encoder\.layers\.(?P<n>\d+)\.{theirs}", (ours, prefix))
+    (
+      rf"{tower}_model\.encoder\.layers\.(\d+)\.{theirs}",
+      rf"{prefix}transformer.resblocks.\1.{ours}",
+    )
     for tower, prefix in (("vision", "visual."), ("text", ""))
     for theirs, ours in _HF_BLOCK
   ),
 )
-
-
-OPENAI = Naming("visual.", "", "logit_scale")
-AUTHORS = Naming("backbone.", "text_encoder.", None)
 
 
 def clip_rules(naming: Naming, vision_layers: int, text_layers: int) -> list[Rule]:
@@ -139,10 +143,10 @@ def clip_rules(naming: Naming, vision_layers: int, text_layers: int) -> list[Rul
 
 
 def from_hf(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
-  """The state of a `CLIPModel` of transformers by OpenAI's names.
+  """The state of a `CLIPModel` of Hugging Face's transformers by OpenAI's names.
 
   Raises:
-    InputError: a name that is not one of theirs, or queries, keys and values that do not fit.
+    InputError: an unknown name, or queries, keys and values that do not fit.
   """
   renamed = {}
   for name, value in state.items():
@@ -180,17 +184,12 @@ def from_hf(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray
 def _hf_name(name: str) -> str | None:
   for pattern, new in _HF:
     if match := re.fullmatch(pattern, name):
-      if isinstance(new, str):
-        return match.expand(new)
-      # The groups of a block's own pattern follow the layer's number.
-      block, prefix = new
-      block = re.sub(r"\\(\d)", lambda m: match[1 + int(m[1])], block)
-      return f"{prefix}transformer.resblocks.{match['n']}.{block}"
+      return match.expand(new)
   return None
 
 
-def plain_openclip(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-  """Without what open_clip puts before OpenAI's names in training and in its newer models."""
+def from_openclip(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+  """The state by OpenAI's names, without the prefixes of open_clip's training and newer models."""
   for prefix in ("module.", "_orig_mod."):
     if state and all(name.startswith(prefix) for name in state):
       state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -206,23 +205,27 @@ def to_ours(rules: Iterable[Rule], state: Mapping[str, np.ndarray], where: str) 
     InputError: a name is missing or unknown, or an array has another rank than its rule needs.
   """
   rules = list(rules)
-  same_names({rule.theirs for rule in rules}, state, where)
+  check_same_names({rule.theirs for rule in rules}, state, where)
   flat = {}
   for rule in rules:
     value, axes = np.asarray(state[rule.theirs]), LAYOUTS[rule.layout]
     if axes and value.ndim != len(axes):
       raise InputError(
-        f"expected {rule.theirs!r} with {len(axes)} axes, got shape {value.shape} in {where}: "
-        "this is no CLIP ViT, use another file"
+        f"not a CLIP ViT checkpoint: expected {rule.theirs!r} with {len(axes)} axes, got shape "
+        f"{value.shape} in {where}; use another file"
       )
     flat[rule.ours] = float32(np.transpose(value, axes) if axes else value, rule.theirs, where)
   return flat
 
 
 def to_theirs(rules: Iterable[Rule], flat: Mapping[str, np.ndarray], where: str) -> dict:
-  """The inverse of `_to_ours`, types unchanged."""
+  """The inverse of `to_ours`, types unchanged.
+
+  Raises:
+    InputError: a path is missing or unknown.
+  """
   rules = list(rules)
-  same_names({rule.ours for rule in rules}, flat, where)
+  check_same_names({rule.ours for rule in rules}, flat, where)
   state = {}
   for rule in rules:
     value, axes = np.asarray(flat[rule.ours]), LAYOUTS[rule.layout]
@@ -230,7 +233,8 @@ def to_theirs(rules: Iterable[Rule], flat: Mapping[str, np.ndarray], where: str)
   return state
 
 
-def same_names(wanted: set[str], got: Iterable[str], where: str) -> None:
+def check_same_names(wanted: set[str], got: Iterable[str], where: str) -> None:
+  """Raises an InputError with the first name that is missing or unknown."""
   for what, names in (("missing", wanted - set(got)), ("unknown", set(got) - wanted)):
     if names:
       first = sorted(names)[0]

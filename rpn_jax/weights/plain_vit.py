@@ -1,19 +1,12 @@
-"""Encoders other than CLIP under RPN (Table 12): a plain ViT's weights beside CLIP's text tower.
+"""Image encoders other than CLIP's (Table 12): a plain ViT's weights beside CLIP's text tower.
 
-    python -m rpn_jax convert_vit vit_base.safetensors ViT-B-16.safetensors vit_b16.safetensors
-
-The first file is a ViT or MAE, safetensors with timm's or Hugging Face's names or MAE's own .pth;
-the second is CLIP, converted; the third is written, and is used as
---config.clip=vit_b16.safetensors with the normalisation that the encoder was trained with. Heads of
-classifiers and MAE's decoder are left out. A patch embedding with a bias becomes one without: the
-bias is added to the position of every patch.
+Reads arrays by the names of timm (which MAE's own files share) or Hugging Face's transformers.
+Heads of classifiers and MAE's decoder are left out. A patch embedding with a bias becomes one
+without: the bias is added to the position of every patch.
 """
 
-import argparse
 import dataclasses
-import pathlib
 import re
-import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -21,17 +14,17 @@ from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.weights import arrays, clip_file
+from rpn_jax.weights.arrays import float32
 
-# Hugging Face's names to timm's, in a block and around them.
-HF = {
+# Hugging Face's names to timm's, in a block and outside of the blocks.
+HF_BLOCK = {
   "attention.output.dense": "attn.proj",
   "layernorm_before": "norm1",
   "layernorm_after": "norm2",
   "intermediate.dense": "mlp.fc1",
   "output.dense": "mlp.fc2",
 }
-HF_AROUND = {
+HF_OUTSIDE = {
   "embeddings.cls_token": "cls_token",
   "embeddings.position_embeddings": "pos_embed",
   "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
@@ -39,7 +32,7 @@ HF_AROUND = {
   "layernorm.weight": "norm.weight",
   "layernorm.bias": "norm.bias",
 }
-# Of other tasks: classifiers, MAE's decoder and mask token, HF's pooler.
+# For other tasks: classifiers, MAE's decoder and mask token, HF's pooler.
 UNUSED = re.compile(r"(head|fc_norm|pre_logits|decoder|mask_token|classifier|pooler)\b.*")
 # timm's name in a block -> ours, whether it is a matrix product.
 BLOCK = {
@@ -53,7 +46,11 @@ BLOCK = {
 
 
 def to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """A state by timm's names, from theirs or Hugging Face's; what is of other tasks is left out."""
+  """A state by timm's names, from timm's or Hugging Face's; what other tasks need is left out.
+
+  Raises:
+    InputError: queries without keys or values.
+  """
   found, split = {}, {}
   for name, value in state.items():
     name = name.removeprefix("module.").removeprefix("vit.")
@@ -65,8 +62,8 @@ def to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       if part.startswith("attention.attention."):
         split[i, part.rpartition(".")[2], kind] = value
         continue
-      name = f"blocks.{i}.{HF.get(part, part)}.{kind}"
-    found[HF_AROUND.get(name, name)] = value
+      name = f"blocks.{i}.{HF_BLOCK.get(part, part)}.{kind}"
+    found[HF_OUTSIDE.get(name, name)] = value
   for i, kind in {(i, kind) for i, _, kind in split}:
     parts = [split.get((i, part, kind)) for part in ("query", "key", "value")]
     if any(part is None for part in parts):
@@ -76,21 +73,21 @@ def to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def vision_tower(state: Mapping[str, np.ndarray], where: str) -> tuple[dict, dict]:
-  """The tower's parameters and what they tell of its architecture, fields of CLIPConfig.
+  """The tower's parameters, and the fields of CLIPConfig that they tell.
 
   Args:
     state: by timm's names; see `to_timm`.
-    where: the file, for errors.
+    where: the file, for messages.
 
   Raises:
     InputError: an array is missing, unknown or misshapen.
   """
-  left = dict(state)
+  remaining = dict(state)
 
   def take(name: str, *shape: int | None) -> np.ndarray:
-    if name not in left:
+    if name not in remaining:
       raise InputError(f"{where}: no array {name}; expected a plain ViT with timm's or HF's names")
-    value = arrays.float32(left.pop(name), name, where)
+    value = float32(remaining.pop(name), name, where)
     if len(shape) != value.ndim or any(w not in (None, n) for w, n in zip(shape, value.shape)):
       raise InputError(f"{where}: {name} has shape {value.shape}, expected {shape} (None: any)")
     return value
@@ -113,16 +110,16 @@ def vision_tower(state: Mapping[str, np.ndarray], where: str) -> tuple[dict, dic
     "ln_post/bias": take("norm.bias", width),
   }
   layers = 0
-  while f"blocks.{layers}.norm1.weight" in left:
+  while f"blocks.{layers}.norm1.weight" in remaining:
     for theirs, (ours, product) in BLOCK.items():
       weight = take(f"blocks.{layers}.{theirs}.weight", *((None, None) if product else (width,)))
       flat[f"block_{layers}/{ours}/{'kernel' if product else 'scale'}"] = weight.T
       flat[f"block_{layers}/{ours}/bias"] = take(f"blocks.{layers}.{theirs}.bias", len(weight))
     layers += 1
-  if left or not layers:
+  if remaining or not layers:
     raise InputError(
-      f"{where}: {layers} blocks found, and unknown arrays such as {min(left, default='none')}; "
-      "expected a plain ViT: class token, absolute positions, no layer scale, no registers"
+      f"{where}: expected a plain ViT (class token, absolute positions, no layer scale, no "
+      f"registers), got {layers} blocks and unknown arrays such as {min(remaining, default='none')}"
     )
   fields = {
     "vision": "vit", "vision_width": width, "vision_layers": layers, "vision_heads": width // 64,
@@ -131,26 +128,19 @@ def vision_tower(state: Mapping[str, np.ndarray], where: str) -> tuple[dict, dic
   return traverse_util.unflatten_dict(flat, sep="/"), fields
 
 
-def join(state: Mapping[str, np.ndarray], where: str, clip: CLIPConfig, params: dict) -> tuple:
-  """Config and parameters of a plain encoder beside a CLIP's text tower."""
+def join(
+  state: Mapping[str, np.ndarray], where: str, clip: CLIPConfig, params: Mapping
+) -> tuple[CLIPConfig, dict]:
+  """Config and parameters of a plain encoder beside a CLIP's text tower.
+
+  Args:
+    state: the encoder, by timm's or Hugging Face's names.
+    where: its file, for messages.
+    clip: architecture of the CLIP.
+    params: its parameters.
+
+  Raises:
+    InputError: not a plain ViT.
+  """
   visual, fields = vision_tower(to_timm(state), where)
   return dataclasses.replace(clip, **fields), {**params, "visual": visual}
-
-
-def main(arguments=None) -> int:
-  parser = argparse.ArgumentParser(prog="rpn convert_vit", description=__doc__)
-  parser.formatter_class = argparse.RawDescriptionHelpFormatter
-  parser.add_argument("encoder", help="ViT or MAE: safetensors, or a PyTorch state dict")
-  parser.add_argument("clip", help="CLIP, as any of its files: gives the text tower")
-  parser.add_argument("destination", help="the safetensors file to write")
-  args = parser.parse_args(arguments)
-  try:
-    path = pathlib.Path(args.encoder)
-    _, state, _ = arrays.read_arrays(path)
-    config, params = join(state, str(path), *clip_file.load(args.clip))
-    clip_file.save(args.destination, config, params)
-  except (InputError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  print(f"{clip_file.describe(config)}, plain vision transformer\nwrote {args.destination}")
-  return 0

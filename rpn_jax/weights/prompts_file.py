@@ -1,31 +1,31 @@
 """Trained prompts as one file: safetensors that need nothing but CLIP beside them.
 
-Keys are '/'-joined paths of the `prompts` collection. The header tells what they were trained as:
-the config, the class names, and the fingerprint of the CLIP weights around them.
+Keys are '/'-joined paths of the `prompts` collection. The header tells how they were trained: the
+config, the class names, and the fingerprint of the CLIP weights around them.
 """
 
+import itertools
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import expand
 from rpn_jax.base.words import differences
-from rpn_jax.weights import arrays
-from rpn_jax.weights.arrays import written
+from rpn_jax.weights.arrays import float32, read_safetensors, write_safetensors
 
 FORMAT, VERSION = "rpn_jax.prompts", "1"
-NAME = "prompts.safetensors"
-# Config fields that prompts depend on when they predict. `data` has the normalisation.
+# Config fields that prompts depend on when they predict. `data` has the normalization.
 FIELDS = ("model", "templates", "synonyms", "data.mean", "data.std")
+
+_MAX_DEPTH = 64
 
 
 class Prompts(NamedTuple):
-  """What a file holds.
+  """What a file of prompts holds.
 
   Attributes:
     prompts: the collection, float32.
@@ -43,17 +43,13 @@ class Prompts(NamedTuple):
 
 
 def save(path, content: Prompts) -> None:
-  """Writes a file of prompts, whole or not at all.
+  """Writes a file of prompts; readers see the old file or the new one.
 
   Raises:
-    InputError: numbers that are not finite, or a place that cannot be written to.
+    InputError: numbers that are not finite, or a path that cannot be written.
   """
-  path = pathlib.Path(path)
   flat = traverse_util.flatten_dict(content.prompts, sep="/")
-  arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in flat.items()}
-  for name, value in arrays.items():
-    if not np.isfinite(value).all():
-      raise InputError(f"expected finite prompts for {path}, {name} has infinity or NaN: refused")
+  arrays = {name: np.asarray(value, np.float32, order="C") for name, value in flat.items()}
   header = {
     "format": FORMAT,
     "version": VERSION,
@@ -62,20 +58,19 @@ def save(path, content: Prompts) -> None:
     "names": json.dumps(list(content.names), ensure_ascii=False),
     "step": str(content.step),
   }
-  with written(path) as temporary:
-    safetensors.numpy.save_file(arrays, temporary, header)
+  write_safetensors(path, arrays, header)
 
 
 def load(path) -> Prompts:
   """Reads what `save` wrote.
 
   Raises:
-    InputError: another or a damaged file.
+    InputError: no such file, another kind of file, or a damaged one.
   """
-  path = pathlib.Path(path)
+  path = expand(path)
   if not path.is_file():
-    raise InputError(f"expected a file of prompts, {path} is no file: check the path")
-  state, header = arrays.read_safetensors(path)
+    raise InputError(f"expected a file of prompts, {path} does not exist: check the path")
+  state, header = read_safetensors(path)
   if header.get("format") != FORMAT:
     raise InputError(
       f"expected a file of prompts, {path} is of another kind: make one with --mode=export or "
@@ -93,21 +88,24 @@ def load(path) -> Prompts:
       raise ValueError
   except (KeyError, TypeError, ValueError, RecursionError):
     raise InputError(f"expected config and names in the header of {path}: get it again") from None
-  flat = {name: arrays.float32(value, name, str(path)) for name, value in state.items()}
+  flat = {name: float32(value, name, str(path)) for name, value in state.items()}
   for name, value in flat.items():
     if not np.isfinite(value).all():
       raise InputError(f"expected finite prompts, {name} has infinity or NaN in {path}: refused")
-  try:
-    tree = traverse_util.unflatten_dict(flat, sep="/")
-  except (TypeError, AttributeError, ValueError):  # a name that is also the start of another
+  # In this order a name that is also the start of others stands directly before one of them.
+  keys = sorted(name.split("/") for name in flat)
+  if any(b[: len(a)] == a for a, b in itertools.pairwise(keys)):
+    raise InputError(f"expected a tree of prompts in {path}, its names clash: get it again")
+  if max(map(len, keys), default=0) > _MAX_DEPTH:
     raise InputError(
-      f"expected a tree of prompts in {path}, its names clash: get it again"
-    ) from None
+      f"expected names of at most {_MAX_DEPTH} parts in {path}, one has more: get it again"
+    )
+  tree = traverse_util.unflatten_dict(flat, sep="/")
   return Prompts(tree, clip, config, tuple(names), step)
 
 
 def check(content: Prompts, path, config: Mapping, fingerprint: str, like: Mapping) -> None:
-  """Compares a file with the network that shall use it.
+  """Compares a file with the network that is to use it.
 
   Args:
     content: of the file.
@@ -124,33 +122,37 @@ def check(content: Prompts, path, config: Mapping, fingerprint: str, like: Mappi
       f"{path} was trained around the CLIP weights {content.clip}, config.clip has {fingerprint}: "
       "use the same weights"
     )
-  there, here = (
-    json.loads(json.dumps({field: _at(tree, field) for field in FIELDS}))
+  trained, requested = (
+    # Through JSON, so that tuples and lists compare equal.
+    json.loads(json.dumps({field: _lookup(tree, field) for field in FIELDS}))
     for tree in (content.config, config)
   )
-  if changed := differences(there, _told_in(there, here)):
+  if changed := differences(trained, _where_known(trained, requested)):
     raise InputError(
-      f"{path} was trained with other settings (there -> asked for: {'; '.join(changed[:3])}): "
+      f"{path} was trained with other settings (file -> requested: {'; '.join(changed[:3])}): "
       "use the config it was trained with"
     )
-  shapes = lambda tree: {
-    name: tuple(np.shape(leaf)) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()
-  }
-  if changed := differences(shapes(content.prompts), shapes(like)):
+  if changed := differences(_shapes(content.prompts), _shapes(like)):
     raise InputError(
-      f"{path} has other arrays than this network (there -> here: {'; '.join(changed[:3])}): use "
+      f"{path} has other arrays than this network (file -> network: {'; '.join(changed[:3])}): use "
       "the config it was trained with"
     )
 
 
-def _told_in(there, here):
-  """What `there` says something about; a file of another origin or version may not know a field."""
-  if isinstance(there, dict) and isinstance(here, dict):
-    return {key: _told_in(value, here.get(key)) for key, value in there.items()}
-  return None if there is None else here
+def _shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:
+  flat = traverse_util.flatten_dict(tree, sep="/")
+  return {name: tuple(np.shape(leaf)) for name, leaf in flat.items()}
 
 
-def _at(tree: Mapping, field: str):
+def _where_known(trained, requested):
+  """What is requested of the fields that a file knows: one of another origin or version may not
+  know all of them."""
+  if isinstance(trained, dict) and isinstance(requested, dict):
+    return {key: _where_known(value, requested.get(key)) for key, value in trained.items()}
+  return None if trained is None else requested
+
+
+def _lookup(tree: Mapping, field: str):
   for key in field.split("."):
     tree = tree.get(key) if isinstance(tree, Mapping) else None
   return tree

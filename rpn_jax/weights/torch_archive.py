@@ -1,4 +1,4 @@
-"""Reads the tensors of PyTorch files (`torch.save` and TorchScript) without PyTorch.
+"""The tensors of PyTorch files (`torch.save` and TorchScript), read and written without PyTorch.
 
 Both kinds are zip archives: `data.pkl` is a pickle that describes the tensors, `data/<key>` are
 their raw bytes. A pickle is a program, so it runs here on an interpreter that knows tensors,
@@ -25,7 +25,7 @@ STATE_DICT, TORCHSCRIPT = "PyTorch state dict", "TorchScript archive"
 # megabyte. An opcode of one byte can make an object of 64.
 _MAX_PICKLE_BYTES = 4 << 20
 _MAX_DEPTH = 64
-# Modules that are visited: a file can tie them together so that there are 2^64 ways through them.
+# Visits of modules: a file can tie modules together so that there are 2^64 ways through them.
 _MAX_MODULES = 100_000
 _MAX_AXES = 8
 
@@ -43,7 +43,7 @@ _STORAGES = {
 }
 
 # What `torch.save` and TorchScript write: pickle protocol 2 without its ways to name classes by
-# number (EXT) or to make objects by another road (INST, OBJ).
+# number (EXT) or to make objects in other ways (INST, OBJ).
 _FLOW = pickle.PROTO + pickle.STOP + pickle.MARK + pickle.POP + pickle.POP_MARK
 _MEMO = pickle.BINGET + pickle.LONG_BINGET + pickle.BINPUT + pickle.LONG_BINPUT
 _CONSTANTS = pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE + pickle.BINFLOAT + pickle.BINUNICODE
@@ -56,7 +56,7 @@ _OPCODES = _FLOW + _MEMO + _CONSTANTS + _INTEGERS + _TUPLES + _LISTS + _DICTS + 
 
 
 class Refused(Exception):
-  """The pickle asks for something that is no tensor and no plain container."""
+  """The file holds something else than tensors and plain containers."""
 
 
 class _Module:
@@ -67,7 +67,7 @@ class _Module:
 
 
 class _Inert:
-  """What stands for a NumPy object in a checkpoint's notes: nothing of it is made or kept."""
+  """Stands for a NumPy object in a checkpoint's notes: nothing of it is made or kept."""
 
 
 class _Dispatch(dict):
@@ -78,8 +78,9 @@ class _Dispatch(dict):
 class _Unpickler(pickle._Unpickler):
   """The Python pickle interpreter, cut down to tensors.
 
-  The C interpreter is no option: it allocates by sizes the file declares, and its opcodes cannot
-  be taken away.
+  The short form, `find_class` of the C interpreter, is not enough: that one allocates by sizes that
+  the file declares, and it makes, calls and fills objects by opcodes that cannot be taken away. So
+  every opcode that does is replaced here.
   """
 
   dispatch = _Dispatch((code, pickle._Unpickler.dispatch[code]) for code in _OPCODES)
@@ -99,7 +100,7 @@ class _Unpickler(pickle._Unpickler):
 
   def persistent_load(self, pid):
     if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
-      raise Refused("it refers to something that is no tensor storage")
+      raise Refused("it refers to something that is not a tensor storage")
     _, dtype, key, _, count = pid
     if not isinstance(dtype, np.dtype) or not isinstance(key, str) or not _is_size(count):
       raise Refused("it has a malformed storage reference")
@@ -109,13 +110,13 @@ class _Unpickler(pickle._Unpickler):
     arguments = self.stack.pop()
     function = self.stack[-1]
     if not any(function is allowed for allowed in _FUNCTIONS.values()):
-      raise Refused("it calls something that makes no tensor")
+      raise Refused("it calls something that does not make a tensor")
     self.stack[-1] = function(*arguments)
 
   def load_newobj(self):
     arguments = self.stack.pop()
     if self.stack[-1] is not _Module or arguments != ():
-      raise Refused("it makes an object that is no tensor")
+      raise Refused("it makes an object that is not a tensor")
     self.stack[-1] = _Module()
 
   def load_build(self):
@@ -125,7 +126,7 @@ class _Unpickler(pickle._Unpickler):
     if isinstance(target, _Module) and isinstance(state, dict):
       target.attributes = state
     elif not isinstance(target, (collections.OrderedDict, _Inert)):
-      raise Refused("it sets attributes of something that is no module")
+      raise Refused("it sets attributes of something that is not a module")
 
   def load_setitem(self):
     _check_keys(self.stack[-2:-1])
@@ -143,9 +144,9 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _check_keys(keys) -> None:
-  # The hash of a tuple of tuples of tuples, each twice the one before, takes for ever.
+  # Hashing a tuple of tuples of tuples, each twice the one before, takes forever.
   if not all(type(key) in (str, int) for key in keys):
-    raise Refused("it has a dictionary with keys that are no names")
+    raise Refused("it has a dictionary with keys that are not names")
 
 
 def _is_size(value) -> bool:
@@ -168,9 +169,9 @@ def _rebuild_tensor(storage, offset, sizes, strides, *_):
     raise Refused("it has a malformed tensor")
   count = math.prod(sizes)
   last = offset + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
-  # The count too: a stride of 0 would repeat one stored number without end.
+  # The count too: a stride of 0 would repeat one stored value without end.
   if count and (count > storage.size or last >= storage.size):
-    raise Refused(f"a tensor of shape {sizes} does not fit its storage of {storage.size} numbers")
+    raise Refused(f"a tensor of shape {sizes} does not fit its storage of {storage.size} values")
   if count == 0:
     return np.zeros(sizes, storage.dtype)
   strides = tuple(step * storage.itemsize for step in strides)
@@ -186,7 +187,7 @@ def _ordered_dict():
 
 
 def _untyped(value, *_):
-  """TorchScript wraps lists and dictionaries to keep their element types; we need the value."""
+  """TorchScript wraps lists and dictionaries to keep their element types; the value is enough."""
   return value
 
 
@@ -203,7 +204,7 @@ _FUNCTIONS = {
   ("torch.jit._pickle", "build_doublelist"): _untyped,
   ("torch.jit._pickle", "build_tensorlist"): _untyped,
   ("torch.jit._pickle", "restore_type_tag"): _untyped,
-  # mmcv's notes beside the state dict (scores, palettes) may be NumPy's: read over.
+  # mmcv's notes beside the state dict (scores, palettes) may be NumPy's: skipped.
   ("_codecs", "encode"): _inert,
   ("numpy", "dtype"): _inert,
   ("numpy", "ndarray"): _inert,
@@ -230,7 +231,7 @@ def _flatten(module: _Module, prefix: str, depth: int, tensors: dict, visits: li
       _flatten(value, f"{prefix}{name}.", depth + 1, tensors, visits)
 
 
-def _tensors(root) -> tuple[str, dict[str, np.ndarray]]:
+def _tensors_of(root) -> tuple[str, dict[str, np.ndarray]]:
   if isinstance(root, _Module):
     tensors = {}
     _flatten(root, "", 0, tensors, [])
@@ -241,7 +242,7 @@ def _tensors(root) -> tuple[str, dict[str, np.ndarray]]:
     raise Refused(f"it holds a {type(root).__name__}, not a state dict")
   for name, value in root.items():
     if not isinstance(name, str) or not isinstance(value, np.ndarray):
-      raise Refused(f"entry {str(name)[:60]!r} of its state dict is no tensor")
+      raise Refused(f"entry {str(name)[:60]!r} of its state dict is not a tensor")
   return STATE_DICT, dict(root)
 
 
@@ -257,8 +258,8 @@ def read(path) -> tuple[str, dict[str, np.ndarray]]:
     the file's bytes: what a file declares is never allocated.
 
   Raises:
-    InputError: the file is missing, damaged, no such archive, or its pickle asks for anything but
-      tensors and plain containers. Nothing of it has run then.
+    InputError: the file is missing, damaged or another kind of file, or its pickle asks for
+      anything but tensors and plain containers. Nothing of it has run then.
   """
   path = pathlib.Path(path)
   again = "get it again, from a source you trust"
@@ -275,11 +276,10 @@ def read(path) -> tuple[str, dict[str, np.ndarray]]:
     ) from None
   except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
     raise InputError(
-      f"expected a PyTorch file (zip archive), {path} is none or is damaged "
+      f"expected a PyTorch file (zip archive), {path} is another kind of file or damaged "
       f"({_line(error)}): {again}"
     ) from None
-  # A malformed pickle fails in any way a malformed program can.
-  except Exception as error:
+  except Exception as error:  # a malformed pickle fails in any way a malformed program can
     kind = type(error).__name__
     raise InputError(
       f"expected a PyTorch file, the description of tensors in {path} is malformed "
@@ -287,11 +287,51 @@ def read(path) -> tuple[str, dict[str, np.ndarray]]:
     ) from None
 
 
-def activation(path) -> str | None:
-  """What the code in a TorchScript archive calls between the layers of an MLP, as text search.
+def _line(error) -> str:
+  return " ".join(str(error).split())[:100]
 
-  "quick_gelu" is x * sigmoid(1.702 x), "gelu" the exact one; None where the code has neither or
-  both, or where there is no code.
+
+def _read(archive: zipfile.ZipFile, file_bytes: int) -> tuple[str, dict[str, np.ndarray]]:
+  pickles = [x for x in archive.namelist() if x.count("/") == 1 and x.endswith("/data.pkl")]
+  if len(pickles) != 1:
+    raise Refused("the archive has no data.pkl in its top folder")
+  folder = pickles[0].removesuffix("data.pkl")
+  if archive.getinfo(pickles[0]).file_size > _MAX_PICKLE_BYTES:
+    raise Refused(f"its data.pkl is larger than {_MAX_PICKLE_BYTES >> 20} MiB")
+  order = f"{folder}byteorder"
+  if order in archive.namelist() and archive.open(order).read(16) != b"little":
+    raise Refused("its numbers are not little-endian")
+  storages, total = {}, 0
+
+  def read_storage(dtype, key, count):
+    nonlocal total
+    if key not in storages:
+      try:
+        info = archive.getinfo(f"{folder}data/{key}")
+      except KeyError:
+        raise Refused(f"storage {key[:20]!r} is missing from it") from None
+      # Stored bytes are part of the file; compressed or overlapping ones could unfold to any size.
+      total += info.file_size
+      if info.compress_type != zipfile.ZIP_STORED or total > file_bytes:
+        raise Refused(f"storage {key[:20]!r} is compressed or larger than the file")
+      storages[key] = archive.read(info)
+    data = storages[key]
+    if count * dtype.itemsize > len(data):
+      raise Refused(
+        f"storage {key[:20]!r} is declared as {count} values of {dtype} and has {len(data)} bytes"
+      )
+    return np.frombuffer(data, dtype, count)
+
+  with archive.open(pickles[0]) as file:
+    return _tensors_of(_Unpickler(file, read_storage).load())
+
+
+def activation(path) -> str | None:
+  """The activation between the layers of an MLP, by a text search in a TorchScript archive's code.
+
+  Returns:
+    "quick_gelu", which is x * sigmoid(1.702 x), or "gelu", the exact one; None where the code has
+    neither or both, or where there is no code.
   """
   found = set()
   try:
@@ -312,9 +352,11 @@ def write(path, state: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> Non
 
   Args:
     path: of the new file.
-    state: float32 arrays by name.
+    state: arrays by name; stored as float32.
     meta: notes, strings by strings.
   """
+  # The opcodes are spelled out because `pickle` imports whatever it writes the name of, here
+  # PyTorch's classes. A subclass of its Python version that does not was half as long again.
 
   def text(value: str) -> bytes:
     return pickle.BINUNICODE + len(value.encode()).to_bytes(4, "little") + value.encode()
@@ -351,42 +393,3 @@ def write(path, state: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> Non
     for i, value in enumerate(arrays.values()):
       archive.writestr(f"archive/data/{i}", value.tobytes())
     archive.writestr("archive/version", "3\n")
-
-
-def _line(error) -> str:
-  return " ".join(str(error).split())[:100]
-
-
-def _read(archive: zipfile.ZipFile, file_bytes: int) -> tuple[str, dict[str, np.ndarray]]:
-  pickles = [x for x in archive.namelist() if x.count("/") == 1 and x.endswith("/data.pkl")]
-  if len(pickles) != 1:
-    raise Refused("the archive has no data.pkl in its top folder")
-  folder = pickles[0].removesuffix("data.pkl")
-  if archive.getinfo(pickles[0]).file_size > _MAX_PICKLE_BYTES:
-    raise Refused(f"its data.pkl is larger than {_MAX_PICKLE_BYTES >> 20} MiB")
-  order = f"{folder}byteorder"
-  if order in archive.namelist() and archive.open(order).read(16) != b"little":
-    raise Refused("its numbers are not little-endian")
-  storages, total = {}, 0
-
-  def read_storage(dtype, key, count):
-    nonlocal total
-    if key not in storages:
-      try:
-        info = archive.getinfo(f"{folder}data/{key}")
-      except KeyError:
-        raise Refused(f"storage {key[:20]!r} is missing from it") from None
-      # Stored bytes are part of the file; compressed or overlapping ones could unfold to any size.
-      total += info.file_size
-      if info.compress_type != zipfile.ZIP_STORED or total > file_bytes:
-        raise Refused(f"storage {key[:20]!r} is compressed or larger than the file")
-      storages[key] = archive.read(info)
-    data = storages[key]
-    if count * dtype.itemsize > len(data):
-      raise Refused(
-        f"storage {key[:20]!r} is declared as {count} numbers of {dtype} and has {len(data)} bytes"
-      )
-    return np.frombuffer(data, dtype, count)
-
-  with archive.open(pickles[0]) as file:
-    return _tensors(_Unpickler(file, read_storage).load())

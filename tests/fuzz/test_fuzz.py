@@ -41,10 +41,20 @@ from rpn_jax.inference.predictor import Experiment
 from rpn_jax.text import embeddings
 from rpn_jax.text.tokenizer import tokenize
 from rpn_jax.training.metric_log import read_history
-from rpn_jax.weights import clip_file, names, prompts_file, torch_archive
+from rpn_jax.weights import architecture, clip_file, names, prompts_file, torch_archive
 from tests import tiny
-from tests.weights.test_clip_file import TINY, hf_config, hf_names, write_shards
-from tests.weights.test_torch_archive import dictionary, number, tensor, text, write_state
+from tests.weights.files import (
+  HEADS,
+  TINY,
+  dictionary,
+  hf_config,
+  hf_names,
+  number,
+  tensor,
+  text,
+  write_shards,
+  write_state,
+)  # fmt: skip
 
 CASES = int(os.environ.get("FUZZ_CASES", "25"))
 # Beside what the process already has: what the largest allowed picture takes (docs/reliability.md).
@@ -68,7 +78,7 @@ def bounded_memory():
   assert grown < MEMORY_BYTES, f"{grown >> 20} MiB"
 
 
-def answered(call, *args, own=(InputError, InputError)):
+def answered(call, *args, own=InputError):
   """What the call gives, or None where it refuses in one line."""
   try:
     with warnings.catch_warnings():
@@ -157,7 +167,7 @@ def damaged_json(good):
 def tiny_state() -> dict:
   rng = np.random.default_rng(0)
   state = {}
-  shapes = clip_file.expected_shapes(TINY)
+  shapes = architecture.expected_shapes(TINY)
   for rule in names.clip_rules(names.OPENAI, 1, 2):
     shape, axes = shapes[rule.ours], names.LAYOUTS[rule.layout]
     state[rule.theirs] = rng.normal(
@@ -167,7 +177,6 @@ def tiny_state() -> dict:
 
 
 STATE = tiny_state()
-HEADS = {"vision_heads": 4, "text_heads": 3, "activation": "quick_gelu"}
 
 
 def weights_files() -> list[bytes]:
@@ -192,7 +201,7 @@ def test_damaged_weights(content):
   with file_of(content, "w.safetensors") as path:
     loaded = answered(clip_file.load, path, HEADS)
     if loaded is not None:
-      assert clip_file.expected_shapes(loaded[0])
+      assert architecture.expected_shapes(loaded[0])
     answered(prompts_file.load, path)
 
 

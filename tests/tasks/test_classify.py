@@ -12,7 +12,6 @@ from configs import training_free
 from data_pipelines import shapes
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
-from rpn_jax.inference.predictor import find_weights
 from rpn_jax.models.clip import CLIP
 from rpn_jax.tasks import classify
 from rpn_jax.text.tokenizer import tokenize
@@ -46,7 +45,7 @@ def test_probabilities_are_those_of_clip(folder, tmp_path):
   assert json.loads((tmp_path / "run/classify.json").read_text()) == content
   assert "top1" not in content and len(content["images"]) == classify.BATCH + 1
 
-  config, params = clip_file.load(find_weights("shapes_clip.safetensors"))
+  config, params = clip_file.load_clip("shapes_clip.safetensors")
   inputs = np.stack([pixels.for_classification(file, 64) for file in content["images"]])
   tokens = tokenize([f"a photo of a {name}" for name in names], config.context_length)
   logits = jax.jit(CLIP(config).apply)({"params": params}, inputs, tokens)

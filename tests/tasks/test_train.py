@@ -332,7 +332,7 @@ def test_exported_prompts_need_only_clip(home, finished, tmp_path):
     ({"templates": "zegclip15"}, r"templates: single -> zegclip15"),
     ({"prompts": str(tmp_path / "x.png")}, "neither or is damaged"),
     ({"prompts": config.clip}, "of another kind"),
-    ({"prompts": str(tmp_path / "none")}, "is no file"),
+    ({"prompts": str(tmp_path / "none")}, "does not exist"),
   ):
     wrong = other.copy_and_resolve_references()
     wrong.update_from_flattened_dict(changes)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
@@ -42,8 +41,8 @@ def timm_state():
 
 def hf_state():
   """The same arrays by Hugging Face's names."""
-  back = {v: k for k, v in plain_vit.HF_AROUND.items()}
-  parts = {v: k for k, v in plain_vit.HF.items()}
+  back = {v: k for k, v in plain_vit.HF_OUTSIDE.items()}
+  parts = {v: k for k, v in plain_vit.HF_BLOCK.items()}
   state = {"vit.pooler.dense.weight": np.zeros((2, 2), np.float32)}
   for name, value in timm_state().items():
     if name.startswith("head"):
@@ -100,11 +99,8 @@ def clip(tmp_path):
 
 
 @pytest.mark.parametrize("state", [timm_state, hf_state])
-def test_it_computes_what_the_original_does(state, tmp_path, clip):
-  encoder, out = tmp_path / "vit.safetensors", tmp_path / "out.safetensors"
-  safetensors.numpy.save_file(state(), encoder)
-  assert plain_vit.main([str(encoder), str(clip), str(out)]) == 0
-  config, params = clip_file.load(out)
+def test_it_computes_what_the_original_does(state, clip):
+  config, params = plain_vit.join(state(), "vit.safetensors", *clip_file.load(clip))
   assert (config.vision, config.image_size, config.vision_heads) == ("vit", PATCH * GRID, 1)
   image = np.random.default_rng(1).normal(size=(1, PATCH * GRID, PATCH * GRID, 3))
   got = VisionTransformer(config).apply({"params": params["visual"]}, jnp.float32(image))
@@ -133,13 +129,8 @@ def test_rpn_trains_what_takes_it_to_the_words(tmp_path, clip):
     (lambda s: s.update({"pos_embed": np.zeros((1, 9, 64), np.float32)}), "a square grid"),
   ],
 )
-def test_what_is_no_plain_vit_is_refused(change, message, clip):
+def test_other_networks_are_refused(change, message, clip):
   state = timm_state()
   change(state)
   with pytest.raises(InputError, match=message):
     plain_vit.join(state, "vit.safetensors", *clip_file.load(clip))
-
-
-def test_files_that_are_none(tmp_path, clip, capsys):
-  assert plain_vit.main([str(tmp_path / "none"), str(clip), str(tmp_path / "out")]) == 2
-  assert "no file" in capsys.readouterr().err

@@ -8,56 +8,18 @@ import pytest
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.weights import torch_archive
-from tests import FIXTURES, ROOT
-
-STORAGES = {"float32": b"FloatStorage", "float16": b"HalfStorage", "int64": b"LongStorage"}
-
-
-# A writer of PyTorch's zip format, opcode by opcode, so that tests can also write what PyTorch
-# never would.
-
-
-def text(value: str) -> bytes:
-  return pickle.BINUNICODE + len(value.encode()).to_bytes(4, "little") + value.encode()
-
-
-def number(value: int) -> bytes:
-  return pickle.LONG1 + b"\x08" + value.to_bytes(8, "little", signed=True)
-
-
-def numbers(values) -> bytes:
-  return b"(" + b"".join(map(number, values)) + b"t"
-
-
-def tensor(key, array, count=None, offset=0, shape=None, strides=None) -> bytes:
-  """The opcodes of one tensor; the optional arguments lie about it."""
-  if strides is None:
-    strides = [step // array.itemsize for step in array.strides]
-  storage = b"(" + text("storage") + b"ctorch\n" + STORAGES[str(array.dtype)] + b"\n"
-  storage += text(key) + text("cpu") + number(array.size if count is None else count) + b"tQ"
-  arguments = storage + number(offset) + numbers(array.shape if shape is None else shape)
-  arguments += numbers(strides) + b"\x89" + b"ccollections\nOrderedDict\n)R"
-  return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
-
-
-def dictionary(entries: dict) -> bytes:
-  return b"}(" + b"".join(text(name) + value for name, value in entries.items()) + b"u"
-
-
-def write(path, root: bytes, storages=None, compress=zipfile.ZIP_STORED, protocol=b"\x80\x02"):
-  with zipfile.ZipFile(path, "w", compress) as archive:
-    archive.writestr("model/data.pkl", protocol + root + b".")
-    archive.writestr("model/byteorder", "little")
-    for key, array in (storages or {}).items():
-      archive.writestr(f"model/data/{key}", array.tobytes())
-  return path
-
-
-def write_state(path, state: dict, wrap=lambda root: root):
-  """A state dict as `torch.save` writes it."""
-  keys = {name: str(i) for i, name in enumerate(state)}
-  root = dictionary({name: tensor(keys[name], array) for name, array in state.items()})
-  return write(path, wrap(root), {keys[name]: array for name, array in state.items()})
+from tests.weights.files import (
+  STATE_DICT,
+  STORAGES,
+  TORCHSCRIPT,
+  dictionary,
+  number,
+  numbers,
+  tensor,
+  text,
+  write,
+  write_state,
+)  # fmt: skip
 
 
 def refused(path, match):
@@ -70,13 +32,13 @@ MATRIX = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
 def test_state_dict_of_pytorch():
-  kind, state = torch_archive.read(ROOT / "tests/golden" / "clip" / "tiny_clip_state_dict.pt")
+  kind, state = torch_archive.read(STATE_DICT)
   assert kind == torch_archive.STATE_DICT and len(state) == 74
   assert state["visual.conv1.weight"].shape == (128, 3, 8, 8)
 
 
 def test_torchscript_of_pytorch():
-  kind, state = torch_archive.read(FIXTURES / "" / "torchscript_clip.pt")
+  kind, state = torch_archive.read(TORCHSCRIPT)
   assert kind == torch_archive.TORCHSCRIPT
   assert state["context_length"] == 16 and state["context_length"].dtype == np.int64
   assert state["visual.conv1.weight"].dtype == np.float16
@@ -187,12 +149,12 @@ def test_code_is_refused_and_not_run(tmp_path, name):
   ("root", "match"),
   [
     # Attributes of an allowed function, construction of an allowed class by another road.
-    (b"ctorch._utils\n_rebuild_tensor_v2\n}" + text("x") + text("y") + b"sb", "no module"),
-    (b"ctorch\nFloatStorage\n)\x81", "no tensor"),
-    (b"c__torch__\nA\n)R", "no tensor"),
+    (b"ctorch._utils\n_rebuild_tensor_v2\n}" + text("x") + text("y") + b"sb", "not a module"),
+    (b"ctorch\nFloatStorage\n)\x81", "not a tensor"),
+    (b"c__torch__\nA\n)R", "does not make a tensor"),
     (b"ctorch.hub\nload\n", "torch.hub.load"),
     (b"c__torch__evil\nA\n", "__torch__evil"),
-    (text("x") + b"Q", "no tensor storage"),
+    (text("x") + b"Q", "not a tensor storage"),
     (b"]", "list"),
     (dictionary({"w": number(3)}), "'w'"),
     (b"}" + number(1) + text("x") + b"s", "'1'"),
@@ -244,7 +206,7 @@ def test_archives_that_lie(tmp_path, monkeypatch):
 
 
 def test_damaged_files(tmp_path):
-  content = (FIXTURES / "" / "torchscript_clip.pt").read_bytes()
+  content = TORCHSCRIPT.read_bytes()
   path = tmp_path / "x.pt"
   path.write_bytes(content[:-2000])
   refused(path, "damaged")

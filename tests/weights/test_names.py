@@ -1,0 +1,69 @@
+"""Names of other people's files to ours: each used once, unknown ones refused."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from rpn_jax.weights import clip_file, names
+from tests.weights.checks import one_line
+from tests.weights.files import HEADS, hf_config, hf_names, write_state
+
+
+def test_names_are_used_once():
+  for naming in (names.OPENAI, names.AUTHORS):
+    rules = names.clip_rules(naming, 12, 12)
+    assert len({r.ours for r in rules}) == len({r.theirs for r in rules}) == len(rules)
+
+
+def test_towers_of_transformers_that_do_not_fit(tmp_path, state):
+  theirs = hf_names(state, 1, 2)
+  query = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+  for changes, config, match in (
+    ({"vision_model.extra": np.zeros(2, "f")}, hf_config(), "'vision_model.extra' is unknown"),
+    ({query: np.zeros((3, 3), "f")}, hf_config(), "queries, keys and values"),
+    ({query: None}, hf_config(), "in_proj_weight' missing"),
+    ({"text_projection.weight": np.zeros(3, "f")}, hf_config(), "2 axes"),
+    ({}, {**hf_config(), "text_config": {"hidden_act": "gelu"}}, "activations"),
+    ({}, {"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps"),
+    ({}, {"vision_config": [1]}, "config of a CLIP"),
+    ({}, {**hf_config(), "vision_config": {"num_attention_heads": "4"}}, "integer from 1"),
+  ):
+    changed = {k: v for k, v in {**theirs, **changes}.items() if v is not None}
+    (tmp_path / "model.safetensors").write_bytes(safetensors.numpy.save(changed))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    one_line(match, clip_file.load, tmp_path)
+
+
+def replaced(state, **changes):
+  """The state with entries changed ("__" for "."), or left out where the value is None."""
+  state = {**state, **{name.replace("__", "."): value for name, value in changes.items()}}
+  return {name: value for name, value in state.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+  ("changes", "match"),
+  [
+    ({"visual__proj": None}, "'visual.proj' missing"),
+    ({"visual__conv1__weight": None}, "visual.conv1.weight"),
+    (
+      {"visual__conv1__weight": None, "visual__layer1__0__conv1__weight": np.ones(1, "f")},
+      "a ResNet",
+    ),
+    ({"transformer__resblocks__0__ln_1__bias": None}, "resblocks.0.ln_1.bias' missing"),
+    ({"visual__extra": np.zeros(3, np.float32)}, "'visual.extra' unknown"),
+    ({"transformer__resblocks__7__x": np.zeros(3, np.float32)}, "and 11 more missing"),
+    ({"visual__proj": np.zeros((8, 5), np.float32)}, "visual/proj with shape"),
+    ({"visual__proj": np.zeros((8, 4), np.int64)}, "'visual.proj' is int64"),
+    ({"ln_final__weight": np.zeros(5, np.float32)}, "text/ln_final/scale"),
+    ({"visual__positional_embedding": np.zeros((4, 8), np.float32)}, "square grid"),
+    ({"visual__conv1__weight": np.zeros((8, 3), np.float32)}, "4 axes"),
+    ({"transformer__resblocks__0__attn__out_proj__weight": np.zeros(36, np.float32)}, "2 axes"),
+    ({"input_resolution": np.array(224)}, "input_resolution 4 "),
+    ({"transformer__resblocks__0__attn_mask": np.zeros((5, 5), np.float32)}, "causal mask"),
+  ],
+)
+def test_states_that_do_not_fit(tmp_path, state, changes, match):
+  path = write_state(tmp_path / "x.pt", replaced(state, **changes))
+  assert str(path) in one_line(match, clip_file.load, path, HEADS)
