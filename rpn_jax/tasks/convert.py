@@ -21,7 +21,6 @@ import jax
 from rpn_jax.base import paths
 from rpn_jax.base.console import run_command, table
 from rpn_jax.base.errors import InputError
-from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.text.embeddings import class_embeddings
 from rpn_jax.weights import authors, clip_file, prompts_file
 from rpn_jax.weights.architecture import describe
@@ -97,8 +96,14 @@ def _convert_clip(
   return [*lines, f"wrote {destination} ({dtype})"]
 
 
-def verification(source: pathlib.Path, config: CLIPConfig, params: Mapping) -> str:
-  """What `--verify` prints: the checksum, and similarities of texts."""
+def verification(source: pathlib.Path, config, params: Mapping) -> str:
+  """What `--verify` prints: the checksum, and similarities of texts.
+
+  Args:
+    source: the file of weights.
+    config: the CLIPConfig they tell.
+    params: CLIP parameters.
+  """
   digest = sha256(source)
   known = PUBLISHED.get(digest)
   lines = [f"sha256 {digest}: " + (f"OpenAI's {known}" if known else "no file of OpenAI's")]
