@@ -10,6 +10,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import jax
 import numpy as np
@@ -149,14 +150,16 @@ def _token_ids(config: CLIPConfig, texts: Sequence[str]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(tower, params, tokens):
+def _encode(tower: TextTransformer, params: Mapping, tokens: np.ndarray) -> jax.Array:
   # Compiled once per tower and shape, however often names are embedded. Exact products: what is
   # kept on disk must not depend on the device that made it.
   with jax.default_matmul_precision("highest"):
-    return l2_normalize(tower.apply({"params": params}, tokens))
+    return l2_normalize(cast(jax.Array, tower.apply({"params": params}, tokens)))
 
 
-def _embed(config: CLIPConfig, params: Mapping, texts: Sequence[str], device) -> np.ndarray:
+def _embed(
+  config: CLIPConfig, params: Mapping, texts: Sequence[str], device: jax.Device | None
+) -> np.ndarray:
   """Unit-length embeddings (len(texts), E) float32 of whole texts."""
   tokens = _token_ids(config, texts)
   # A few sizes, each compiled once.

@@ -8,10 +8,14 @@ import gzip
 import html
 import importlib.resources
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rpn_jax.base.errors import InputError
+
+if TYPE_CHECKING:
+  from tokenizers import models, pre_tokenizers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 START_ID, END_ID = 49406, 49407
@@ -41,14 +45,15 @@ def _byte_letters() -> list[str]:
 
 
 @functools.cache
-def _load():
+def _load() -> "tuple[pre_tokenizers.Sequence, models.BPE]":
   """The word splitter and the byte-pair model, built once, on first use."""
   # Imported here: the library takes longer to load than the rest of this module.
   from tokenizers import Regex, models, pre_tokenizers
 
   asset = importlib.resources.files("rpn_jax") / "assets" / "bpe_simple_vocab_16e6.txt.gz"
   lines = gzip.decompress(asset.read_bytes()).decode().split("\n")
-  merges = [tuple(line.split()) for line in lines[1 : 1 + _NUM_MERGES]]
+  pairs = [line.split() for line in lines[1 : 1 + _NUM_MERGES]]
+  merges = [(left, right) for left, right in pairs]
   letters = _byte_letters()
   words = [*letters, *(x + "</w>" for x in letters), *("".join(x) for x in merges), START, END]
   vocabulary = {word: i for i, word in enumerate(words)}

@@ -123,7 +123,7 @@ def _fields_from_openclip(content: Mapping) -> dict:
   vision = model.get("vision_cfg") or {}
   if "timm_model_name" in vision:
     raise ValueError(f"its image tower is {vision['timm_model_name']}, not CLIP's")
-  fields = {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+  fields: dict[str, str | int] = {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
   if heads := (model.get("text_cfg") or {}).get("heads"):
     fields["text_heads"] = heads
   if width := vision.get("width"):

@@ -164,7 +164,7 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
   files = sorted(set(file_of.values()))
   if len(files) > _MAX_SHARDS:
     raise InputError(f"expected at most {_MAX_SHARDS} shards, {index} names {len(files)}")
-  state = {}
+  state: dict[str, np.ndarray] = {}
   for file in files:
     # A path would lead out of the folder.
     if file != os.path.basename(file) or file in ("", ".", ".."):

@@ -1,6 +1,5 @@
 """Checkpoints of the official RPN code (`liblacklucy/RPN`), both ways."""
 
-import collections
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -46,7 +45,7 @@ def from_authors(state: Mapping[str, np.ndarray], where: str = "the authors' sta
   flat = to_ours([*tower_rules, *AUTHORS_PROMPTS], used, where)
   clip = {rule.ours: flat[rule.ours] for rule in tower_rules}
   prompts = {rule.ours: flat[rule.ours] for rule in AUTHORS_PROMPTS}
-  check_parameters(config, {**clip, "logit_scale": np.float32(0)}, where)
+  check_parameters(config, {**clip, "logit_scale": np.zeros((), np.float32)}, where)
   _check_prompts(config, prompts, where)
   return traverse_util.unflatten_dict(clip, sep="/"), traverse_util.unflatten_dict(prompts, sep="/")
 
@@ -54,8 +53,7 @@ def from_authors(state: Mapping[str, np.ndarray], where: str = "the authors' sta
 def _check_prompts(config: CLIPConfig, prompts: Mapping[str, np.ndarray], where: str) -> None:
   layers, width, joint = config.vision_layers, config.vision_width, config.embed_dim
   # None: free, the number of deep tokens and of patch tokens.
-  shapes = collections.defaultdict(lambda: (joint,))
-  shapes |= {
+  shapes: dict[str, tuple[int | None, ...]] = {
     "deep_tokens": (layers, None, width),
     "h": (None, width),
     "prompt_proj/kernel": (width, width),
@@ -67,7 +65,7 @@ def _check_prompts(config: CLIPConfig, prompts: Mapping[str, np.ndarray], where:
     "head/text_reduce/kernel": (2 * joint, joint),
   }
   for path, value in prompts.items():
-    want = shapes[path]
+    want = shapes.get(path, (joint,))
     if value.ndim != len(want) or any(w not in (None, n) for w, n in zip(want, value.shape)):
       raise InputError(
         f"expected {path} with shape {want} (None: any), got {value.shape} in {where}: "

@@ -171,8 +171,9 @@ def from_hf(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray
     if not slash:
       joined[name] = value
     elif part == "q":
-      parts = [renamed.get(f"{base}/{letter}") for letter in "qkv"]
-      if any(x is None or x.shape != value.shape or not x.ndim for x in parts):
+      names = [f"{base}/{letter}" for letter in "qkv"]
+      parts = [renamed[name] for name in names if name in renamed]
+      if len(parts) < 3 or any(x.shape != value.shape or not x.ndim for x in parts):
         raise InputError(
           f"expected queries, keys and values of one shape for {base!r} in {where}: the file is "
           "damaged"

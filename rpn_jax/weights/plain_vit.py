@@ -65,8 +65,9 @@ def to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       name = f"blocks.{i}.{HF_BLOCK.get(part, part)}.{kind}"
     found[HF_OUTSIDE.get(name, name)] = value
   for i, kind in {(i, kind) for i, _, kind in split}:
-    parts = [split.get((i, part, kind)) for part in ("query", "key", "value")]
-    if any(part is None for part in parts):
+    keys = [(i, part, kind) for part in ("query", "key", "value")]
+    parts = [split[key] for key in keys if key in split]
+    if len(parts) < 3:
       raise InputError(f"layer {i}: expected query, key and value {kind}, one is missing")
     found[f"blocks.{i}.attn.qkv.{kind}"] = np.concatenate(parts)
   return found

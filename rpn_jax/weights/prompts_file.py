@@ -152,7 +152,8 @@ def _where_known(trained, requested):
   return None if trained is None else requested
 
 
-def _lookup(tree: Mapping, field: str):
+def _lookup(tree: Mapping, field: str) -> object:
+  value: object = tree
   for key in field.split("."):
-    tree = tree.get(key) if isinstance(tree, Mapping) else None
-  return tree
+    value = value.get(key) if isinstance(value, Mapping) else None
+  return value

@@ -13,6 +13,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,8 +63,8 @@ class Refused(Exception):
 class _Module:
   """A TorchScript object: its attributes, none of its code."""
 
-  def __init__(self):
-    self.attributes = {}
+  def __init__(self) -> None:
+    self.attributes: dict[str, object] = {}
 
 
 class _Inert:
@@ -75,7 +76,11 @@ class _Dispatch(dict):
     raise Refused(f"its pickle has opcode {code:#x}, which torch.save does not write")
 
 
-class _Unpickler(pickle._Unpickler):
+# Of its methods type checkers know none.
+_Interpreter: Any = pickle._Unpickler
+
+
+class _Unpickler(_Interpreter):
   """The Python pickle interpreter, cut down to tensors.
 
   The short form, `find_class` of the C interpreter, is not enough: that one allocates by sizes that
@@ -83,7 +88,7 @@ class _Unpickler(pickle._Unpickler):
   every opcode that does is replaced here.
   """
 
-  dispatch = _Dispatch((code, pickle._Unpickler.dispatch[code]) for code in _OPCODES)
+  dispatch = _Dispatch((code, _Interpreter.dispatch[code]) for code in _OPCODES)
 
   def __init__(self, file, read_storage):
     super().__init__(file, encoding="utf-8")
@@ -233,7 +238,7 @@ def _flatten(module: _Module, prefix: str, depth: int, tensors: dict, visits: li
 
 def _tensors_of(root) -> tuple[str, dict[str, np.ndarray]]:
   if isinstance(root, _Module):
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     _flatten(root, "", 0, tensors, [])
     return TORCHSCRIPT, tensors
   if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
@@ -333,7 +338,7 @@ def activation(path) -> str | None:
     "quick_gelu", which is x * sigmoid(1.702 x), or "gelu", the exact one; None where the code has
     neither or both, or where there is no code.
   """
-  found = set()
+  found: set[str] = set()
   try:
     with zipfile.ZipFile(path) as archive:
       codes = [x for x in archive.infolist() if re.search(r"/code/.*\.py$", x.filename)]
