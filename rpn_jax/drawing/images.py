@@ -1,8 +1,4 @@
-"""Pictures: coloured label maps, grids of predictions, and curves of a run.
-
-Pictures of pixels are drawn with Pillow, where text is measured before it is placed, and plots
-with matplotlib's Agg canvas without pyplot, so that nothing global is touched and no display is
-needed. Both are imported when first used. Every file appears whole or not at all.
+"""Label maps in color: overlays, grids of predictions, and the files of one segmented image.
 
 A label map holds class ids 0..C-1; any other value (255 by convention) is ignored and is drawn as
 a dark hatch.
@@ -14,14 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from rpn_jax.base.paths import replacing
-from rpn_jax.drawing.legend import INK, UNSEEN_NOTE, draw_legend, get_font, legend_entries, wrap
-from rpn_jax.drawing.palette import HATCH, class_colors
+from rpn_jax.drawing.fonts import load_font, wrap
+from rpn_jax.drawing.legend import draw_legend, legend_entries
+from rpn_jax.drawing.palette import HATCH, INK, class_colors
 
-OVERLAY_LONG_SIDE = 2000
+MAX_OVERLAY_SIDE = 2000  # pixels
 
 
 def colorize(label_HxW: np.ndarray, colors_Cx3: np.ndarray) -> np.ndarray:
-  """Label map in colours, (H, W, 3) uint8; ids outside 0..C-1 become a dark hatch.
+  """A label map in colors, (H, W, 3) uint8; ids outside 0..C-1 become a dark hatch.
 
   Args:
     label_HxW: integers.
@@ -33,7 +30,7 @@ def colorize(label_HxW: np.ndarray, colors_Cx3: np.ndarray) -> np.ndarray:
   label = _checked_label(label_HxW)
   height, width = label.shape
   classes = len(colors_Cx3)
-  # Stripes in proportion to the picture: visible at 96 pixels and at 4000.
+  # Stripes in proportion to the image: visible at 96 pixels and at 4000.
   stripe = max(2, max(label.shape, default=0) // 64)
   diagonal = (np.arange(height)[:, None] + np.arange(width)[None]) // stripe % 2
   ignored = (label < 0) | (label >= classes)
@@ -44,13 +41,13 @@ def colorize(label_HxW: np.ndarray, colors_Cx3: np.ndarray) -> np.ndarray:
 def overlay(
   image_HxWx3: np.ndarray, label_HxW: np.ndarray, colors_Cx3: np.ndarray, alpha: float = 0.55
 ) -> np.ndarray:
-  """`(1 - alpha) * image + alpha * colour`, (H, W, 3) uint8.
+  """`(1 - alpha) * image + alpha * color`, (H, W, 3) uint8.
 
   Args:
     image_HxWx3: uint8 RGB.
     label_HxW: integers of the same height and width.
     colors_Cx3: uint8.
-    alpha: weight of the colours, 0 to 1.
+    alpha: weight of the colors, 0 to 1.
 
   Raises:
     ValueError: a wrong shape, dtype or alpha.
@@ -64,52 +61,55 @@ def overlay(
   return (mixed + 0.5).astype(np.uint8)
 
 
-def _checked_image(image) -> np.ndarray:
-  image = np.asarray(image)
-  if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-    raise ValueError(f"expected an image (H, W, 3) uint8, got {image.shape} {image.dtype}")
-  return image
+def overlay_with_legend(
+  image_HxWx3: np.ndarray,
+  label_HxW: np.ndarray,
+  names: Sequence[str],
+  *,
+  alpha: float = 0.55,
+  palette: str = "default",
+  rest: str = "other",
+):
+  """An image under the colors of its classes, above a legend with each one's share of the pixels.
 
+  Images of more than MAX_OVERLAY_SIDE pixels are reduced, and tiny ones enlarged.
 
-def _checked_label(label) -> np.ndarray:
-  label = np.asarray(label)
-  if label.ndim != 2 or not np.issubdtype(label.dtype, np.integer):
-    raise ValueError(f"expected a label (H, W) of integers, got {label.shape} {label.dtype}")
-  # Wider than any label type, so that adding to ids cannot wrap around.
-  return label.astype(np.int64) if label.dtype.itemsize > 4 else label.astype(np.int32)
+  Args:
+    image_HxWx3: uint8 RGB.
+    label_HxW: class ids of the same height and width; pixels of other values stay as they are.
+    names: C class names.
+    alpha: weight of the colors, 0 to 1.
+    palette: of `class_colors`.
+    rest: what the legend calls the pixels of no class.
 
-
-def _write_png(path, picture) -> pathlib.Path:
-  # Level 6 takes seconds on a 12-megapixel label for a few per cent.
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with replacing(path) as temporary:
-    picture.save(temporary, format="PNG", compress_level=4)
-  return path
-
-
-def _fit(shape: tuple[int, int], long_side: int) -> tuple[int, int]:
-  """(width, height) in pixels at which an (H, W) picture fills a square of `long_side`."""
-  scale = long_side / max(shape)
-  # Whole factors keep every pixel of a small picture the same size.
-  scale = int(scale) if scale >= 2 else scale
-  return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
-
-
-def _resized(array: np.ndarray, size: tuple[int, int], smooth: bool = False) -> np.ndarray:
-  """Array resized to (width, height): nearest neighbour, or averaged where it shrinks."""
+  Returns:
+    A PIL image.
+  """
   from PIL import Image
 
-  if (array.shape[1], array.shape[0]) == size:
-    return array
-  if smooth and array.shape[1] > size[0]:
-    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BOX))
-  rows = ((np.arange(size[1]) + 0.5) * array.shape[0] / size[1]).astype(int)
-  columns = ((np.arange(size[0]) + 0.5) * array.shape[1] / size[0]).astype(int)
-  return array[rows[:, None], columns]
-
-
-# Pictures
+  image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
+  colors = class_colors(names, palette)
+  long_side = max(label.shape)
+  size = label.shape[::-1]
+  if long_side > MAX_OVERLAY_SIDE:
+    size = _fitted_size(label.shape, MAX_OVERLAY_SIDE)
+  elif long_side < 512:
+    size = _fitted_size(label.shape, 512)
+  # The letters grow with the image, since a large one is looked at from farther away.
+  letters = int(np.clip(max(size) // 56, 16, 32))
+  margin = letters
+  legend_width = max(size[0], 24 * letters)
+  entries = legend_entries([label], names, colors, share=True, rest=rest)
+  legend = draw_legend(entries, legend_width, letters)
+  scaled, ids = _resized(image, size, average=True), _resized(label, size)
+  inside = (ids >= 0) & (ids < len(names))
+  colored = np.where(inside[..., None], overlay(scaled, ids, colors, alpha), scaled)
+  page = Image.new(
+    "RGB", (legend_width + 2 * margin, size[1] + legend.height + 3 * margin), "white"
+  )
+  page.paste(Image.fromarray(colored), (margin + (legend_width - size[0]) // 2, margin))
+  page.paste(legend, (margin, size[1] + 2 * margin))
+  return page
 
 
 def prediction_grid(
@@ -162,16 +162,15 @@ def prediction_grid(
   colors = class_colors(names, palette)
   count = len(images)
   long_side = 480 if count <= 2 else 384 if count <= 4 else 288
-  size, gap, margin = 17, 14, 22
-  sizes = [_fit(label.shape, long_side) for label in labels]
+  letters, gap, margin = 17, 14, 22
+  sizes = [_fitted_size(label.shape, long_side) for label in labels]
   column = max(max(w for w, _ in sizes), 200)
   width = 3 * column + 2 * gap
 
-  rows = legend_entries([*labels, *predictions], names, colors, unseen)
-  note = UNSEEN_NOTE if any(" *" in end for *_, end in rows) else ""
-  legend = draw_legend(rows, width, size, note)
-  title_font, head_font = get_font(22, bold=True), get_font(18, bold=True)
-  title_lines = wrap(title, title_font, width, lines=3) if title else []
+  entries = legend_entries([*labels, *predictions], names, colors, unseen=unseen)
+  legend = draw_legend(entries, width, letters)
+  title_font, head_font = load_font(22, bold=True), load_font(18, bold=True)
+  title_lines = wrap(title, title_font, width, 3) if title else []
 
   top = margin + 30 * len(title_lines) + (gap if title_lines else 0) + 30
   height = top + sum(h + gap for _, h in sizes) + gap + legend.height + margin
@@ -184,9 +183,9 @@ def prediction_grid(
     draw.text((x, top - 18), text, INK, head_font, anchor="mm")
   y = top
   for image, label, prediction, (w, h) in zip(images, labels, predictions, sizes):
-    # Colours before enlarging, so that the hatch grows with the pixels; reducing goes first.
-    panels = [_resized(image, (w, h), smooth=True)]
+    panels = [_resized(image, (w, h), average=True)]
     for ids in (label, prediction):
+      # Colored before it is enlarged, so that the hatch grows with the pixels.
       if w < ids.shape[1]:
         panels.append(colorize(_resized(ids, (w, h)), colors))
       else:
@@ -196,82 +195,31 @@ def prediction_grid(
       page.paste(Image.fromarray(np.ascontiguousarray(panel)), (x, y))
     y += h + gap
   page.paste(legend, (margin, y + gap))
-  return _write_png(path, page)
+  return save_png(path, page)
 
 
-def annotated(
-  image_HxWx3: np.ndarray,
-  label_HxW: np.ndarray,
-  names: Sequence[str],
-  *,
-  alpha: float = 0.55,
-  palette: str = "default",
-  rest: str = "other",
-):
-  """An image under the colours of its classes, with a legend of each one's share of the pixels.
-
-  The picture has at most 2000 pixels on the long side, and tiny images are enlarged.
-
-  Args:
-    image_HxWx3: uint8 RGB.
-    label_HxW: class ids of the same height and width; pixels of other values stay as they are.
-    names: C class names.
-    alpha: weight of the colours, 0 to 1.
-    palette: of `class_colors`.
-    rest: what the legend calls the pixels of no class.
-
-  Returns:
-    A PIL image.
-  """
-  from PIL import Image
-
-  image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
-  colors = class_colors(names, palette)
-  long_side = max(label.shape)
-  size = label.shape[::-1]
-  if long_side > OVERLAY_LONG_SIDE:
-    size = _fit(label.shape, OVERLAY_LONG_SIDE)
-  elif long_side < 512:
-    size = _fit(label.shape, 512)
-  # The letters grow with the picture, since a large one is looked at from farther away.
-  letters = int(np.clip(max(size) // 56, 16, 32))
-  margin = letters
-  legend_width = max(size[0], 24 * letters)
-  rows = legend_entries([label], names, colors, share=True, rest=rest)
-  legend = draw_legend(rows, legend_width, letters)
-  picture, shown = _resized(image, size, smooth=True), _resized(label, size)
-  inside = (shown >= 0) & (shown < len(names))
-  picture = np.where(inside[..., None], overlay(picture, shown, colors, alpha), picture)
-  page = Image.new(
-    "RGB", (legend_width + 2 * margin, size[1] + legend.height + 3 * margin), "white"
-  )
-  page.paste(Image.fromarray(picture), (margin + (legend_width - size[0]) // 2, margin))
-  page.paste(legend, (margin, size[1] + 2 * margin))
-  return page
-
-
-def no_class(classes: int) -> int:
-  """The value of pixels of no class in a saved label map."""
+def no_class_id(classes: int) -> int:
+  """The value of pixels of no class in a saved label map of so many classes."""
   return 255 if classes <= 255 else 65535
 
 
-def index_picture(label_HxW: np.ndarray, names: Sequence[str], palette: str = "default"):
-  """A PIL image whose pixel values are class ids, and `no_class` where there is none.
+def index_image(label_HxW: np.ndarray, names: Sequence[str], palette: str = "default"):
+  """A PIL image whose pixel values are class ids, and `no_class_id` where there is none.
 
-  In a palette PNG (mode P, so that it is an index and can be looked at) up to 255 classes, in
-  16-bit grey (mode I;16) beyond.
+  Up to 255 classes it is a palette PNG (mode P: an index that viewers show in color), beyond that
+  16-bit gray (mode I;16).
 
   Raises:
     ValueError: a wrong shape or dtype, or an id that the file cannot hold.
   """
   from PIL import Image
 
-  label, limit = _checked_label(label_HxW), no_class(len(names))
-  if label.size and (label.min() < 0 or label.max() > limit):
+  label, largest = _checked_label(label_HxW), no_class_id(len(names))
+  if label.size and (label.min() < 0 or label.max() > largest):
     raise ValueError(
-      f"expected class ids 0..{limit} for {len(names)} classes, got {label.min()}..{label.max()}"
+      f"expected class ids 0..{largest} for {len(names)} classes, got {label.min()}..{label.max()}"
     )
-  if limit > 255:
+  if largest > 255:
     return Image.fromarray(label.astype(np.uint16))
   index = Image.fromarray(label.astype(np.uint8))
   table = np.tile(np.uint8(HATCH[0]), (256, 1))
@@ -294,12 +242,12 @@ def save_prediction(
     directory: made if it is missing.
     stem: beginning of both file names.
     image_HxWx3: uint8 RGB.
-    label_HxW: class ids of the same height and width, and `no_class`.
+    label_HxW: class ids of the same height and width, and `no_class_id`.
     names: C class names.
-    **options: of `annotated`.
+    **options: of `overlay_with_legend`.
 
   Returns:
-    Both paths: of a picture of `annotated` and of an `index_picture`.
+    Both paths, of an `overlay_with_legend` and of an `index_image`.
 
   Raises:
     ValueError: a wrong shape or dtype, or an id that the file cannot hold.
@@ -307,9 +255,63 @@ def save_prediction(
   image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
   if image.shape[:2] != label.shape or not label.size:
     raise ValueError(f"expected image and label of one size, got {image.shape} and {label.shape}")
-  index = index_picture(label, names, options.get("palette", "default"))
+  index = index_image(label, names, options.get("palette", "default"))
+  overlaid = overlay_with_legend(image, label, names, **options)
   directory = pathlib.Path(directory)
   return [
-    _write_png(directory / f"{stem}_overlay.png", annotated(image, label, names, **options)),
-    _write_png(directory / f"{stem}_labels.png", index),
+    save_png(directory / f"{stem}_overlay.png", overlaid),
+    save_png(directory / f"{stem}_labels.png", index),
   ]
+
+
+def save_png(path, image) -> pathlib.Path:
+  """Writes a PIL image or a matplotlib figure, see `replacing`, and makes its folder.
+
+  Returns:
+    The path.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with replacing(path) as temporary:
+    if hasattr(image, "savefig"):
+      image.savefig(temporary, format="png")
+    else:
+      # Level 6 takes seconds on a 12-megapixel label for a few per cent.
+      image.save(temporary, format="PNG", compress_level=4)
+  return path
+
+
+def _checked_image(image) -> np.ndarray:
+  image = np.asarray(image)
+  if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    raise ValueError(f"expected an image (H, W, 3) uint8, got {image.shape} {image.dtype}")
+  return image
+
+
+def _checked_label(label) -> np.ndarray:
+  label = np.asarray(label)
+  if label.ndim != 2 or not np.issubdtype(label.dtype, np.integer):
+    raise ValueError(f"expected a label (H, W) of integers, got {label.shape} {label.dtype}")
+  # Wider than any label type, so that adding to ids cannot wrap around.
+  return label.astype(np.int64) if label.dtype.itemsize > 4 else label.astype(np.int32)
+
+
+def _fitted_size(shape: tuple[int, int], long_side: int) -> tuple[int, int]:
+  """(width, height) in pixels at which an (H, W) image fills a square of `long_side`."""
+  scale = long_side / max(shape)
+  # Whole factors keep every pixel of a small image the same size.
+  scale = int(scale) if scale >= 2 else scale
+  return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
+
+
+def _resized(array: np.ndarray, size: tuple[int, int], average: bool = False) -> np.ndarray:
+  """Array at (width, height): nearest neighbor, or the average where an image shrinks."""
+  from PIL import Image
+
+  if (array.shape[1], array.shape[0]) == size:
+    return array
+  if average and array.shape[1] > size[0]:
+    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BOX))
+  rows = ((np.arange(size[1]) + 0.5) * array.shape[0] / size[1]).astype(int)
+  columns = ((np.arange(size[0]) + 0.5) * array.shape[1] / size[0]).astype(int)
+  return array[rows[:, None], columns]

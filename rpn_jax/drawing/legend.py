@@ -1,159 +1,70 @@
-"""Text in figures: fonts, wrapping, the legend."""
+"""The legend below an image: which classes appear, with their colors and shares."""
 
-import functools
-import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
-from rpn_jax.drawing.palette import HATCH
+from rpn_jax.drawing.fonts import font_for, load_font, wrap
+from rpn_jax.drawing.palette import HATCH, INK, QUIET
 
-# A legend longer than this stops being read; what is left is summed up in one entry.
-LEGEND_ENTRIES = 80
+# A longer legend is not read; the remaining classes share one entry.
+MAX_ENTRIES = 80
 UNSEEN_NOTE = "* unseen: the network was not trained on this class"
-INK, QUIET = (28, 28, 28), (96, 96, 96)
 
 
-# Text and legends, in pixels
+class Entry(NamedTuple):
+  """A line of a legend.
+
+  Attributes:
+    color: (3,) uint8; None is the hatch of ignored pixels, and () is no swatch.
+    text: a name, cut short where there is no room.
+    suffix: what follows the name and is never cut.
+  """
+
+  color: np.ndarray | tuple | None
+  text: str
+  suffix: str = ""
 
 
-@functools.cache
-def get_font(size: int, bold: bool = False, path: str = ""):
-  """DejaVu Sans, which matplotlib brings along: the same letters on every machine."""
-  from PIL import ImageFont
-
-  return ImageFont.truetype(path or _dejavu(bold), size)
-
-
-def _dejavu(bold: bool = False) -> str:
-  import matplotlib
-
-  name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-  return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name)
-
-
-@functools.cache
-def _letters(path: str) -> frozenset[str]:
-  """The letters that a font can draw."""
-  from matplotlib.ft2font import FT2Font
-
-  try:
-    return frozenset(map(chr, FT2Font(path).get_charmap()))
-  except (RuntimeError, OSError, ValueError):  # a font file of some other kind
-    return frozenset()
-
-
-@functools.cache
-def _font_with(wanted: frozenset[str]) -> str:
-  """Path of an installed font with most of these letters: of DejaVu Sans if it has them all."""
-  from matplotlib import font_manager
-
-  def rank(path):
-    regular = "Bold" not in path and "Regular" in path
-    return len(wanted - _letters(path)), path != _dejavu(), not regular, path
-
-  if wanted <= _letters(_dejavu()):
-    return _dejavu()
-  # A font without plain letters draws symbols only; one that cannot be scaled draws bitmaps.
-  installed = [
-    path
-    for path in sorted(font_manager.findSystemFonts())
-    if {"a", "0", "…"} <= _letters(path) and "Mono" not in path and "Color" not in path
-  ]
-  return min([_dejavu(), *installed], key=rank)
-
-
-def drawable(texts: Sequence[str]) -> tuple[str, list[str]]:
-  """Path of a font for these texts, and the texts, with codes for letters that no font has."""
-  wanted = frozenset("".join(texts)) - frozenset(map(chr, range(127)))
-  if not wanted:
-    return _dejavu(), list(texts)
-  path = _font_with(wanted)
-  lacking = {ord(c): f"<U+{ord(c):04X}>" for c in wanted - _letters(path) if not c.isspace()}
-  if lacking:
-    _warn_of_letters("".join(sorted(map(chr, lacking)))[:20])
-  return path, [text.translate(lacking) for text in texts]
-
-
-@functools.cache
-def _warn_of_letters(letters: str) -> None:
-  logging.warning(
-    "no installed font has the letters %s: pictures show their codes; install a font that has "
-    "them, such as Debian's fonts-noto-cjk for Chinese, Japanese and Korean",
-    letters,
-  )
-
-
-def wrap(text: str, font, width: float, lines: int, end: str = "") -> list[str]:
-  """`text` and `end` in at most `lines` lines of `width` pixels; only `text` is ever cut short."""
-  wrapped, rest = [], " ".join(text.split()) + end
-  while rest:
-    if font.getlength(rest) <= width:
-      return [*wrapped, rest]
-    last = len(wrapped) + 1 == lines
-    tail = f"…{end}" if last else ""
-    cut = len(rest)
-    while cut > 1 and font.getlength(rest[:cut].rstrip() + tail) > width:
-      cut -= 1
-    if last:
-      return [*wrapped, rest[:cut].rstrip() + tail]
-    space = rest.rfind(" ", 0, cut + 1)
-    cut = space if space > 0 else cut
-    wrapped.append(rest[:cut].rstrip())
-    rest = rest[cut:].lstrip()
-  return wrapped or [""]
-
-
-def draw_legend(entries: Sequence[tuple], width: int, size: int, note: str = ""):
-  """A picture `width` pixels wide with a swatch and a text per entry, in columns read downwards.
+def legend_entries(
+  labels: Sequence[np.ndarray],
+  names: Sequence[str],
+  colors_Cx3: np.ndarray,
+  *,
+  unseen: Sequence[int] = (),
+  share: bool = False,
+  rest: str | None = None,
+) -> list[Entry]:
+  """Entries of the classes that appear, largest first, then of the pixels of no class.
 
   Args:
-    entries: (swatch (3,) uint8 or None for the hatch or () for none, text, end of the text).
-    width: pixels.
-    size: letter height in pixels.
-    note: a line below.
+    labels: (H, W) class ids each.
+    names: C class names.
+    colors_Cx3: uint8.
+    unseen: ids of classes to mark with a `*`.
+    share: with each one's percentage of all pixels.
+    rest: name for the pixels of no class where they are left as they are; None if hatched.
   """
-  from PIL import Image, ImageDraw
+  counts, ignored = _areas(labels, len(names))
+  total = max(1, int(counts.sum()) + ignored)
 
-  path, drawn = drawable([text + end for _, text, end in entries])
-  if any(d != t + e for d, (_, t, e) in zip(drawn, entries, strict=True)):
-    ends = drawable([end for *_, end in entries])[1]
-    entries = [
-      (color, d.removesuffix(end), end) for (color, *_), d, end in zip(entries, drawn, ends)
-    ]
-  font, gap = get_font(size, path=path), size // 2
-  swatch, line = round(1.1 * size), round(1.35 * size)
-  spare = swatch + gap + 2 * gap  # of a column, beside its text
-  widest = max((font.getlength(text + end) for _, text, end in entries), default=0)
-  # One long name must not force all others into a single column: it is wrapped instead.
-  text_width = min(np.ceil(widest), max(width / 4, 16 * size) - spare, width - spare)
-  columns = max(1, min(int(width // (text_width + spare)), len(entries)))
-  text_width = width // columns - spare
-  texts = [wrap(text, font, text_width, 3, end) for _, text, end in entries]
-  per_column = -(-len(entries) // columns)
-  pitch = [
-    max(len(lines) for lines in texts[row::per_column]) * line + gap for row in range(per_column)
-  ]
-  tops = np.concatenate([[0], np.cumsum(pitch)]).astype(int)
-  notes = wrap(note, font, width, lines=3) if note else []
-  picture = Image.new("RGB", (width, int(tops[-1]) + len(notes) * line), "white")
-  draw = ImageDraw.Draw(picture)
-  for i, ((color, *_), lines) in enumerate(zip(entries, texts, strict=True)):
-    x, y = i // per_column * (width // columns), int(tops[i % per_column])
-    box = (x, y + (line - swatch) // 2)
-    if color is None:
-      # Not from `colorize`: a swatch is too small for stripes in proportion.
-      hatch = np.uint8(HATCH)[np.add.outer(np.arange(swatch), np.arange(swatch)) // 4 % 2]
-      picture.paste(Image.fromarray(hatch), box)
-    elif len(color):
-      corner = (box[0] + swatch - 1, box[1] + swatch - 1)
-      draw.rectangle((*box, *corner), fill=tuple(map(int, color)), outline=QUIET)
-    for k, text in enumerate(lines):
-      draw.text((x + swatch + gap, y + k * line + line // 2), text, INK, font, anchor="lm")
-  for k, text in enumerate(notes):
-    draw.text((0, int(tops[-1]) + k * line + line // 2), text, QUIET, font, anchor="lm")
-  return picture
+  def suffix(count: int) -> str:
+    if not share:
+      return ""
+    percent = 100 * count / total
+    return f": {percent:.1f} %" if percent >= 0.05 else ": <0.1 %"
+
+  order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+  listed, others = order[:MAX_ENTRIES], order[MAX_ENTRIES:]
+  marks = {int(i): " *" for i in unseen}
+  entries = [Entry(colors_Cx3[i], names[i], marks.get(i, "") + suffix(counts[i])) for i in listed]
+  if others:
+    entries.append(Entry((), f"and {len(others)} with fewer pixels", suffix(counts[others].sum())))
+  if ignored:
+    color, text = (None, "ignored") if rest is None else ((), rest)
+    entries.append(Entry(color, text, suffix(ignored)))
+  return entries
 
 
 def _areas(labels: Sequence[np.ndarray], classes: int) -> tuple[np.ndarray, int]:
@@ -167,33 +78,55 @@ def _areas(labels: Sequence[np.ndarray], classes: int) -> tuple[np.ndarray, int]
   return counts, ignored
 
 
-def legend_entries(
-  labels: Sequence[np.ndarray],
-  names: Sequence[str],
-  colors: np.ndarray,
-  unseen: Sequence[int] = (),
-  share: bool = False,
-  rest: str | None = None,
-) -> list[tuple]:
-  """Legend entries of the classes that appear, largest first, then what is ignored.
+def draw_legend(entries: Sequence[Entry], width: int, size: int):
+  """A PIL image `width` pixels wide: a swatch and a text per entry, in columns read downwards.
 
-  With `rest`, a name for pixels of no class, these are not hatched but left as they are.
+  If an entry has the mark of an unseen class, a last line explains it.
+
+  Args:
+    entries: from `legend_entries`.
+    width: pixels.
+    size: letter height in pixels.
   """
-  counts, ignored = _areas(labels, len(names))
-  total = max(1, int(counts.sum()) + ignored)
+  from PIL import Image, ImageDraw
 
-  def end(count: int) -> str:
-    if not share:
-      return ""
-    percent = 100 * count / total
-    return f": {percent:.1f} %" if percent >= 0.05 else ": <0.1 %"
-
-  order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-  shown, others = order[:LEGEND_ENTRIES], order[LEGEND_ENTRIES:]
-  marks = {int(i): " *" for i in unseen}
-  entries = [(colors[i], names[i], marks.get(i, "") + end(counts[i])) for i in shown]
-  if others:
-    entries.append(((), f"and {len(others)} with fewer pixels", end(counts[others].sum())))
-  if ignored:
-    entries.append((None, "ignored", end(ignored)) if rest is None else ((), rest, end(ignored)))
-  return entries
+  path, printable = font_for([entry.text + entry.suffix for entry in entries])
+  if any(p != e.text + e.suffix for p, e in zip(printable, entries, strict=True)):
+    suffixes = font_for([entry.suffix for entry in entries])[1]
+    entries = [
+      Entry(e.color, p.removesuffix(suffix), suffix)
+      for e, p, suffix in zip(entries, printable, suffixes)
+    ]
+  font, gap = load_font(size, path=path), size // 2
+  swatch, line = round(1.1 * size), round(1.35 * size)
+  spare = swatch + gap + 2 * gap  # of a column, beside its text
+  widest = max((font.getlength(entry.text + entry.suffix) for entry in entries), default=0)
+  # One long name must not force all others into a single column: it is wrapped instead.
+  text_width = min(np.ceil(widest), max(width / 4, 16 * size) - spare, width - spare)
+  columns = max(1, min(int(width // (text_width + spare)), len(entries)))
+  text_width = width // columns - spare
+  texts = [wrap(entry.text, font, text_width, 3, entry.suffix) for entry in entries]
+  per_column = -(-len(entries) // columns)
+  pitch = [
+    max(len(lines) for lines in texts[row::per_column]) * line + gap for row in range(per_column)
+  ]
+  tops = np.concatenate([[0], np.cumsum(pitch)]).astype(int)
+  marked = any(" *" in entry.suffix for entry in entries)
+  notes = wrap(UNSEEN_NOTE, font, width, 3) if marked else []
+  image = Image.new("RGB", (width, int(tops[-1]) + len(notes) * line), "white")
+  draw = ImageDraw.Draw(image)
+  for i, (entry, lines) in enumerate(zip(entries, texts, strict=True)):
+    x, y = i // per_column * (width // columns), int(tops[i % per_column])
+    box = (x, y + (line - swatch) // 2)
+    if entry.color is None:
+      # Not from `colorize`: a swatch is too small for stripes in proportion to an image.
+      hatch = np.uint8(HATCH)[np.add.outer(np.arange(swatch), np.arange(swatch)) // 4 % 2]
+      image.paste(Image.fromarray(hatch), box)
+    elif len(entry.color):
+      corner = (box[0] + swatch - 1, box[1] + swatch - 1)
+      draw.rectangle((*box, *corner), fill=tuple(map(int, entry.color)), outline=QUIET)
+    for k, text in enumerate(lines):
+      draw.text((x + swatch + gap, y + k * line + line // 2), text, INK, font, anchor="lm")
+  for k, text in enumerate(notes):
+    draw.text((0, int(tops[-1]) + k * line + line // 2), text, QUIET, font, anchor="lm")
+  return image

@@ -1,4 +1,4 @@
-"""Colors of classes."""
+"""Colors: of classes, in two palettes, of text, and of the hatch over ignored pixels."""
 
 import functools
 import zlib
@@ -39,67 +39,15 @@ BLINDNESS = (
 )  # fmt: skip
 FULL_VISION = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 HATCH = ((38, 38, 38), (96, 96, 96))
-
-
-# Colours
-
-
-def _linear(rgb: np.ndarray) -> np.ndarray:
-  c = np.asarray(rgb, np.float64) / 255
-  return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-
-
-def _lab(rgb: np.ndarray, seen_through=FULL_VISION) -> np.ndarray:
-  """CIELAB (D65) of sRGB values (..., 3) in 0..255, as a row of BLINDNESS lets one see them."""
-  linear = np.clip(_linear(rgb) @ np.asarray(seen_through).T, 0, 1)
-  to_xyz = np.array(
-    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], np.float64
-  )
-  xyz = linear @ (to_xyz / to_xyz.sum(1, keepdims=True)).T
-  f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-  x, y, z = np.moveaxis(f, -1, 0)
-  return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
-
-
-@functools.cache
-def _palette(name: str, count: int) -> np.ndarray:
-  """The first `count` colours (count, 3) uint8; a longer palette begins with a shorter one.
-
-  Each is the farthest in CIELAB from all before it, in the colour-blind palette by the smallest
-  of the distances that full colour vision, protanopia and deuteranopia leave.
-  """
-  first = PALETTES[name]
-  views = (FULL_VISION, *BLINDNESS) if name == "colorblind" else (FULL_VISION,)
-  levels = np.linspace(0, 255, 18)
-  lattice = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3).round()
-  lab = _lab(lattice)
-  # Greys, near-blacks and near-whites would be taken for the hatch or for the page; neon colours
-  # tire the eye on large areas.
-  chroma = np.hypot(lab[:, 1], lab[:, 2])
-  usable = (lab[:, 0] > 28) & (lab[:, 0] < 92) & (chroma > 14) & (chroma < 78)
-  lattice = lattice[usable]
-  seen = [_lab(lattice, view) for view in views]
-
-  def distances(color):
-    return np.min([((s - _lab(color, view)) ** 2).sum(1) for s, view in zip(seen, views)], axis=0)
-
-  nearest = np.min([distances(c) for c in (*first, *HATCH, (255, 255, 255))], axis=0)
-  colors = list(first[:count])
-  while len(colors) < count:
-    best = int(nearest.argmax())
-    if nearest[best] == 0:  # thousands of classes: the lattice is used up, so begin again
-      return np.resize(np.array(colors, np.uint8), (count, 3))
-    colors.append(lattice[best])
-    nearest = np.minimum(nearest, distances(lattice[best]))
-  return np.array(colors, np.uint8).reshape(count, 3)
+INK, QUIET = (28, 28, 28), (96, 96, 96)  # text, and lesser text
 
 
 def class_colors(names: Sequence[str], palette: str = "default") -> np.ndarray:
-  """A colour per class, (C, 3) uint8, that belongs to its name.
+  """A color per class, (C, 3) uint8, chosen by the class's name.
 
-  A name picks its colour by itself, in whatever list it stands, unless an earlier name of the list
-  has taken it: then it takes the next free one. While there are few classes only the first colours
-  of the palette are used, which are the easiest to tell apart. A name given twice has one colour.
+  A name has the same color in every list, unless an earlier name of the list has taken it: then it
+  gets the next free one. Few classes use only the first colors of the palette, which are the
+  easiest to tell apart. Equal names have equal colors.
 
   Args:
     names: C class names.
@@ -120,5 +68,60 @@ def class_colors(names: Sequence[str], palette: str = "default") -> np.ndarray:
     slot = next(slot for k in range(size) if (slot := start + (wish + k) % size) not in taken)
     taken.add(slot)
     slots[name] = slot
-  colors = _palette(palette, max(taken, default=-1) + 1)
+  colors = _distinct_colors(palette, max(taken, default=-1) + 1)
   return colors[[slots[name] for name in names]].reshape(-1, 3).copy()
+
+
+@functools.cache
+def _distinct_colors(palette: str, count: int) -> np.ndarray:
+  """The first `count` colors (count, 3) uint8; a longer list begins with a shorter one.
+
+  Each is the farthest in CIELAB from all before it; in the palette for color-blind readers by the
+  smallest of the distances that full vision, protanopia and deuteranopia leave.
+
+  Computed, not stored: a table would need these lines, too, to be made and checked. They take
+  0.03 s for 60 classes and 1 s for 847, once per process, and nothing for the first colors.
+  """
+  first = PALETTES[palette]
+  if count <= len(first):
+    return np.array(first[:count], np.uint8).reshape(count, 3)
+  views = (FULL_VISION, *BLINDNESS) if palette == "colorblind" else (FULL_VISION,)
+  levels = np.linspace(0, 255, 18)
+  lattice = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3).round()
+  lab = _lab(lattice)
+  # Grays, near-blacks and near-whites would be taken for the hatch or for the page; neon colors
+  # tire the eye on large areas.
+  chroma = np.hypot(lab[:, 1], lab[:, 2])
+  usable = (lab[:, 0] > 28) & (lab[:, 0] < 92) & (chroma > 14) & (chroma < 78)
+  lattice = lattice[usable]
+  seen = [_lab(lattice, view) for view in views]
+
+  def distances(color):
+    return np.min([((s - _lab(color, view)) ** 2).sum(1) for s, view in zip(seen, views)], axis=0)
+
+  nearest = np.min([distances(c) for c in (*first, *HATCH, (255, 255, 255))], axis=0)
+  colors = list(first)
+  while len(colors) < count:
+    best = int(nearest.argmax())
+    if nearest[best] == 0:  # thousands of classes: the lattice is used up, so start over
+      return np.resize(np.array(colors, np.uint8), (count, 3))
+    colors.append(lattice[best])
+    nearest = np.minimum(nearest, distances(lattice[best]))
+  return np.array(colors, np.uint8)
+
+
+def _lab(rgb: np.ndarray, view=FULL_VISION) -> np.ndarray:
+  """CIELAB (D65) of sRGB values (..., 3) in 0..255, seen through a matrix on linear RGB."""
+  linear = np.clip(_linear(rgb) @ np.asarray(view).T, 0, 1)
+  to_xyz = np.array(
+    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], np.float64
+  )
+  xyz = linear @ (to_xyz / to_xyz.sum(1, keepdims=True)).T
+  f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+  x, y, z = np.moveaxis(f, -1, 0)
+  return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+def _linear(rgb: np.ndarray) -> np.ndarray:
+  c = np.asarray(rgb, np.float64) / 255
+  return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)

@@ -9,7 +9,7 @@ import numpy as np
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json
-from rpn_jax.drawing.images import annotated, index_picture, no_class, save_prediction
+from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_prediction
 from rpn_jax.drawing.palette import class_colors
 from rpn_jax.models.training_free import SCALE
 
@@ -132,7 +132,7 @@ class Segmentation:
       alpha: weight of the colours, 0 to 1.
       palette: "default" or "colorblind".
     """
-    return annotated(self.image, self.labels, self.names, alpha=alpha, palette=palette)
+    return overlay_with_legend(self.image, self.labels, self.names, alpha=alpha, palette=palette)
 
   def summary(self) -> dict:
     """What `save` writes as JSON."""
@@ -154,7 +154,7 @@ class Segmentation:
       "classes": rows,
       "other": {
         "threshold": self.other,
-        "id": no_class(len(self.names)),
+        "id": no_class_id(len(self.names)),
         "share": round(float((self.labels < 0).mean()), 6),
       },
       "emphasis": self.emphasis,
@@ -162,12 +162,12 @@ class Segmentation:
 
   @property
   def _index(self) -> np.ndarray:
-    """The labels as files have them: `no_class` where there is none."""
-    return np.where(self.labels < 0, no_class(len(self.names)), self.labels)
+    """The labels as files have them: `no_class_id` where there is none."""
+    return np.where(self.labels < 0, no_class_id(len(self.names)), self.labels)
 
   def mask(self, palette: str = "default"):
-    """A PIL image of the class ids; `no_class` where there is none."""
-    return index_picture(self._index, self.names, palette)
+    """A PIL image of the class ids; `no_class_id` where there is none."""
+    return index_image(self._index, self.names, palette)
 
   def save(self, directory, stem: str | None = None, **options) -> list[pathlib.Path]:
     """Writes `<stem>_overlay.png`, `<stem>_labels.png` and `<stem>.json`.
