@@ -1,4 +1,4 @@
-"""A page in the browser: drop a picture, type words, see the segmentation.
+"""A page in the browser: drop an image, type words, see the segmentation.
 
     python -m rpn_jax demo --model=runs/shapes --model=weights/ViT-B-16.safetensors
 
@@ -6,20 +6,22 @@ The page is Gradio's (`pip install ".[demo]"`), what its buttons do are plain fu
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import pathlib
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
 
+from rpn_jax import devices
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json
 from rpn_jax.base.words import parse_names
+from rpn_jax.drawing.images import save_png
 from rpn_jax.inference.segmentation import Segmentation
 from rpn_jax.inference.segmenter import SHIPPED, Segmenter
 from rpn_jax.models.training_free import METHODS
@@ -30,7 +32,7 @@ MAX_PIXELS = 40_000_000
 MAX_WORDS = 100
 SLIDERS = 24  # classes with a slider, the largest first
 OWN_METHOD = "default"
-SCENE = pathlib.Path(__file__).parent / "assets" / "scene.png"
+SCENE = pathlib.Path(__file__).parent.parent / "assets" / "scene.png"
 SCENE_WORDS = "plain yellow, plain blue, striped orange, dotted orange, plain orange, sand, water"
 
 
@@ -95,8 +97,7 @@ def segment(
 def files(result: Segmentation, folder: pathlib.Path) -> list[str]:
   """Paths of the mask and the JSON for download."""
   stem = pathlib.Path(result.file).stem
-  mask = folder / f"{stem}_labels.png"
-  result.mask().save(mask)
+  mask = save_png(folder / f"{stem}_labels.png", result.mask())
   write_json(folder / f"{stem}.json", result.summary())
   return [str(mask), str(folder / f"{stem}.json")]
 
@@ -203,7 +204,7 @@ def build(models: Models, root: pathlib.Path):
         other = gr.Slider(
           0, 1, 0, step=0.01, label="Other below", info="Less certain pixels get no class."
         )
-        gr.Examples([[str(SCENE), SCENE_WORDS]], [picture, words], label="The embedded world")
+        gr.Examples([[str(SCENE), SCENE_WORDS]], [picture, words], label="The shapes data set")
       with gr.Column(min_width=320):
         overlay = gr.Image(
           label="Segmentation", format="png", interactive=False, buttons=["download", "fullscreen"]
@@ -211,7 +212,7 @@ def build(models: Models, root: pathlib.Path):
         made_by = gr.Markdown()
         with gr.Row():
           alpha = gr.Slider(0, 1, 0.55, step=0.05, label="Opacity")
-          safe = gr.Checkbox(label="Colours for colour-blind readers")
+          safe = gr.Checkbox(label="Colors for color-blind readers")
         with gr.Row():
           mask = gr.DownloadButton("Mask (PNG)")
           record = gr.DownloadButton("Numbers (JSON)")
@@ -260,7 +261,7 @@ def launch(models: Models, root: pathlib.Path, *, host="127.0.0.1", port=None, b
   return page, address
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
   parser = argparse.ArgumentParser(prog="rpn demo", description=__doc__.splitlines()[0])
   parser.add_argument(
     "--model", action="append",
@@ -273,19 +274,12 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("--port", type=int, help="the first free one from 7860 on, if not given")
   args = parser.parse_args(arguments)
   if importlib.util.find_spec("gradio") is None:
-    print(
-      'error: the page needs Gradio: pip install ".[demo]" in the project folder', file=sys.stderr
-    )
-    return 2
-  from rpn_jax import devices
-
-  try:
-    with devices.runtime(), tempfile.TemporaryDirectory(prefix="rpn_demo_") as root:
-      models = Models(args.model or list(SHIPPED))
-      launch(models, pathlib.Path(root), host=args.host, port=args.port)
-  except (InputError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    pass
+    raise InputError('the page needs Gradio: pip install ".[demo]" in the project folder')
+  with (
+    contextlib.suppress(KeyboardInterrupt),
+    devices.runtime(),
+    tempfile.TemporaryDirectory(prefix="rpn_demo_") as root,
+  ):
+    models = Models(args.model or list(SHIPPED))
+    launch(models, pathlib.Path(root), host=args.host, port=args.port)
   return 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rpn_jax import cli
 from rpn_jax.base.errors import InputError
 from rpn_jax.drawing.palette import class_colors
 from rpn_jax.inference import segmenter, sliding
@@ -53,11 +54,11 @@ def test_a_picture_and_words(models, tmp_path):
   [
     ({"picture": None}, "Drop a picture first"),
     ({"words": "  "}, "Type the classes"),
-    ({"words": "cat, cat"}, "'cat' is given twice"),
+    ({"words": "cat, cat"}, "duplicate class name 'cat'"),
     ({"words": ", ".join(map(str, range(101)))}, "at most 100 words, got 101"),
     ({"model": "/etc"}, "'/etc' is not on offer here; choose shapes_clip"),
     ({"method": "magic"}, "method='magic' is not known"),
-    ({"background": "sand"}, "twice"),
+    ({"background": "sand"}, "duplicate class name 'sand'"),
   ],
 )
 def test_what_is_wrong_is_said(models, change, message):
@@ -109,9 +110,9 @@ def test_listens_on_this_machine_only_unless_told(capsys, monkeypatch):
   with pytest.raises(SystemExit):
     demo.main(["--help"])
   assert "127.0.0.1" in capsys.readouterr().out
-  assert demo.main(["--model", "nowhere"]) == 2
+  assert cli.main(["demo", "--model", "nowhere"]) == 2
   monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-  assert demo.main([]) == 2
+  assert cli.main(["demo"]) == 2
   errors = capsys.readouterr().err.splitlines()
   assert "model='nowhere': expected the workdir" in errors[0]
   assert errors[1].startswith("error: the page needs Gradio: pip install")
@@ -184,7 +185,7 @@ def after(page, change):
 
 
 @browser_only
-def test_upload_type_and_see_the_coloured_result(page, address):
+def test_upload_type_and_see_the_colored_result(page, address):
   press(page, demo.SCENE)
   page.wait_for_selector("text=Made by: training-free sclip")
   first = overlay(page)
