@@ -1,10 +1,10 @@
 """Many runs side by side: python -m rpn_jax report runs/* --out=runs/report
 
 Runs that differ only in their seed make one row: mean ± sample standard deviation over seeds. A row
-is called after a few config fields that tell it from the others, without the values that most rows
-share; the row that has all of these is "base". Written are report.md, report.csv and report.json
-(both in fractions, not percent) and report.png. Runs that cannot be read are listed with the
-reason.
+is named after a few config fields that tell it from the others, without the values that most rows
+share; the row that has all of these is "base". The files are report.md, report.csv and report.json
+(the last two in fractions, not percent) and report.png. Runs that cannot be read are listed with
+the reason.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import csv
 import io
 import os
 import pathlib
-import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -21,15 +20,22 @@ import numpy as np
 from rpn_jax.analysis.runs import METRICS, Row, differing, group_runs, read_run
 from rpn_jax.base.console import table
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import write_json, write_text
-from rpn_jax.drawing import plots
-from rpn_jax.drawing.plots import SMOOTH_FROM, legend_beside, line_style, step_ticks
+from rpn_jax.base.paths import expand, write_json, write_text
+from rpn_jax.drawing.images import save_png
+from rpn_jax.drawing.plots import (
+  METRIC_TITLES,
+  SMOOTHED_POINTS,
+  figure,
+  legend_beside,
+  line_style,
+  step_ticks,
+)
 
 SELECTED = "selected on the evaluation classes"
 
 
 def columns(rows: Sequence[Row]) -> tuple[str, ...]:
-  """The metrics to show: of seen and unseen classes where there are such, else the means."""
+  """The metrics to show: of seen and unseen classes where a split has both, else the means."""
   if any(row.values("last", "hiou") for row in rows):
     return ("miou_seen", "miou_unseen", "hiou")
   return ("miou_gt", "miou_union")
@@ -48,22 +54,22 @@ def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
   """Scores in percent, a line per row: of the last checkpoints, then of the best ones."""
   shown = [("last", "pAcc"), *(("last", m) for m in columns(rows))]
   shown += [("best", m) for m in columns(rows)]
-  heads = [("best* " if c == "best" else "") + METRICS[m] for c, m in shown]
+  heads = [("best* " if c == "best" else "") + METRIC_TITLES[m] for c, m in shown]
   cells = [
     [
       i, row.label, len(row.runs),
-      *(mean_and_deviation(row.values(c, m)) for c, m in shown), *row.beside.values(),
+      *(mean_and_deviation(row.values(c, m)) for c, m in shown), *row.extra_columns.values(),
     ]
     for i, row in enumerate(rows, 1)
   ]  # fmt: skip
-  heads = ["row", "%", "seeds", *heads, *rows[0].beside]
+  heads = ["row", "%", "seeds", *heads, *rows[0].extra_columns]
   text = table(cells, heads, markdown=markdown)
   note = f"Last checkpoint, mean ± sample standard deviation over seeds; best*: {SELECTED}."
   return f"{text}\n\n{note}"
 
 
 def evaluation_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
-  """Mean IoU in percent on the sets that were evaluated after the training; "" if none was."""
+  """Mean IoU in percent on the data sets evaluated after training; "" if none was."""
   sets = dict.fromkeys(name for row in rows for run in row.runs for name in run.evaluations)
   shown = [(name, m) for name in sets for m in ("miou_gt", "miou_union")]
   cells = [
@@ -103,7 +109,7 @@ def summary(rows: Sequence[Row], left_out: Sequence[str]) -> dict:
       for run in row.runs
     ]
     config = {name: values[i] for name, values in fields.items()}
-    row_is = {"label": row.label, "beside": dict(row.beside), "config": config}
+    row_is = {"label": row.label, "beside": dict(row.extra_columns), "config": config}
     summaries.append({**row_is, **scores, "runs": runs})
   return {"rows": summaries, "left_out": list(left_out), "best": SELECTED}
 
@@ -130,8 +136,8 @@ def write(out, rows: Sequence[Row], left_out: Sequence[str] = ()) -> pathlib.Pat
   heads = [f"{c}_{m}_{part}" for c, m in names for part in ("mean", "deviation")]
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
-  beside = list(rows[0].beside)
-  writer.writerow(["label", "seeds", *heads, *fields, *beside])
+  extra = list(rows[0].extra_columns)
+  writer.writerow(["label", "seeds", *heads, *fields, *extra])
   for row in content["rows"]:
     scores = [row[c].get(m, {}).get(part) for c, m in names for part in ("mean", "deviation")]
     scores += [*row["config"].values(), *row["beside"].values()]
@@ -145,12 +151,9 @@ def write(out, rows: Sequence[Row], left_out: Sequence[str] = ()) -> pathlib.Pat
 def plot(path, rows: Sequence[Row]) -> pathlib.Path:
   """Writes a PNG: a bar for every row and metric, and below it the curves over training steps.
 
-  Bars are the last checkpoints, with ± one deviation over seeds; a row has one colour and one
+  Bars are of the last checkpoints, with ± one deviation over seeds; a row has one color and one
   number in all panels.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
   metrics = columns(rows)
   curves = [{m: c for m in metrics if (c := row.curve(m))} for row in rows]
   labels = [textwrap.fill(row.label, 44, break_on_hyphens=False) for row in rows]
@@ -159,15 +162,13 @@ def plot(path, rows: Sequence[Row]) -> pathlib.Path:
   # A single evaluation is no curve, and its bar says it all.
   curves_high = 3.6 if any(len(steps) > 1 for c in curves for steps, *_ in c.values()) else 0
 
-  figure = Figure(figsize=(5 + 3.6 * len(metrics), bars_high + curves_high), dpi=110)
-  FigureCanvasAgg(figure)
-  figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
   ratios = [bars_high, curves_high] if curves_high else [bars_high]
-  axes = figure.subplots(len(ratios), len(metrics), squeeze=False, height_ratios=ratios)
+  size = (5 + 3.6 * len(metrics), sum(ratios))
+  fig, axes = figure(size, len(ratios), len(metrics), height_ratios=ratios)
 
   # A row is as high as its name.
   ends = np.cumsum(heights)
-  centres = ends - np.array(heights) / 2
+  centers = ends - np.array(heights) / 2
   styles = [line_style(i) for i in range(len(rows))]
   for column, metric in enumerate(metrics):
     ax = axes[0, column]
@@ -178,24 +179,24 @@ def plot(path, rows: Sequence[Row]) -> pathlib.Path:
       mean = 100 * np.mean(values)
       deviation = 100 * np.std(values, ddof=1) if len(values) > 1 else 0.0
       error = {"xerr": deviation, "ecolor": "0.2", "capsize": 3} if deviation else {}
-      ax.barh(centres[i], mean, 0.26, color=styles[i]["color"], alpha=0.85, **error)
+      ax.barh(centers[i], mean, 0.26, color=styles[i]["color"], alpha=0.85, **error)
       ax.annotate(
         mean_and_deviation(values),
-        (mean + deviation, centres[i]),
+        (mean + deviation, centers[i]),
         (6, 0),
         textcoords="offset points",
         va="center",
         fontsize=9,
       )
-    ax.set_title(f"{plots.METRICS[metric]} (%)", loc="left", fontsize=12, fontweight="bold")
+    ax.set_title(f"{METRIC_TITLES[metric]} (%)", loc="left", fontsize=12, fontweight="bold")
     ax.set_ylim(ends[-1], 0)
     # Room for the numbers behind the bars.
     ax.set_xlim(0, 1.45 * max(1, ax.dataLim.x1))
-    ax.set_yticks(centres, [f"{label}  [{i}]" for i, label in enumerate(labels, 1)])
+    ax.set_yticks(centers, [f"{label}  [{i}]" for i, label in enumerate(labels, 1)])
     if column:
       ax.set_yticklabels([])
     ax.tick_params(axis="y", length=0, labelsize=9)
-    ax.grid(True, axis="x", color="0.9", linewidth=0.8)
+    ax.grid(False, axis="y")
     if not curves_high:
       continue
     ax = axes[1, column]
@@ -204,24 +205,19 @@ def plot(path, rows: Sequence[Row]) -> pathlib.Path:
         continue
       # A row without this metric leaves no line here, only its place in the legend.
       steps, mean, deviation = curves_of_row.get(metric, np.zeros((3, 0)))
-      marker = "o" if len(steps) < SMOOTH_FROM else None
+      marker = "o" if len(steps) < SMOOTHED_POINTS else None
       ax.plot(steps, 100 * mean, marker=marker, markersize=3, label=f"[{i + 1}]", **styles[i])
       if deviation.any():
         band = 100 * (mean - deviation), 100 * (mean + deviation)
         ax.fill_between(steps, *band, color=styles[i]["color"], alpha=0.15, linewidth=0)
     step_ticks(ax)
-    ax.set_xlabel("training step")
-    ax.grid(True, color="0.9", linewidth=0.8)
-  for ax in axes.ravel():
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
   if curves_high:
     axes[1, 0].set_ylabel("score (%)")
     legend_beside(axes[1, -1])
-  return plots.save(figure, path)
+  return save_png(path, fig)
 
 
-def main(arguments=None) -> int:
+def main(arguments: list[str]) -> int:
   parser = argparse.ArgumentParser(prog="rpn report", description=__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   parser.add_argument("runs", nargs="+", metavar="RUN", help="workdirs")
@@ -234,14 +230,10 @@ def main(arguments=None) -> int:
       runs.append(read_run(directory))
     except (InputError, OSError) as error:
       left_out.append(str(error))
-  try:
-    if not runs:
-      raise InputError("no readable run:\n" + "\n".join(left_out))
-    rows, repeated = group_runs(runs, args.labels)
-    out = write(args.out, rows, left_out + repeated)
-  except (InputError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  if not runs:
+    raise InputError("no readable run: " + "; ".join(left_out))
+  rows, repeated = group_runs(runs, args.labels)
+  out = write(expand(args.out), rows, left_out + repeated)
   print("\n\n".join(filter(None, [score_table(rows), evaluation_table(rows)])))
   for reason in left_out + repeated:
     print(f"left out: {reason}")

@@ -1,4 +1,4 @@
-"""Finished runs read from their workdirs, and grouped into rows over seeds."""
+"""Finished runs, read from their workdirs and grouped into rows over seeds."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ VALUE_LETTERS = 40
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a workdir tells.
+  """What the files of a workdir say.
 
   Attributes:
     directory: the workdir.
@@ -48,12 +48,12 @@ class Row:
   Attributes:
     label: the name.
     runs: at least one.
-    beside: title -> text, further columns of the table, the same titles in all rows.
+    extra_columns: title -> text, further columns of the table, the same titles in all rows.
   """
 
   label: str
   runs: tuple[Run, ...]
-  beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  extra_columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def values(self, checkpoint: str, metric: str) -> list[float]:
     """The metric of every run, at its "last" or "best" checkpoint; [] where one has none."""

@@ -2,12 +2,12 @@
 
 FILE is a config file with TABLES, such as configs/ablations.py:dataset=shapes; words behind the
 colon are for every row. Each row and seed is a run of main.py in a workdir of its own under --root;
-other --config.… flags are handed on to all of them. Runs that are there already are not repeated,
-so an interrupted sweep is continued by its own command, and rows with the same settings are one run
-in all tables. A failed run is listed with its log and tried again by the next call.
+other --config.… flags are passed on to all of them. Finished runs are not repeated, so an
+interrupted sweep is continued by the same command, and rows with the same settings are one run in
+all tables. A failed run is listed with its log and tried again by the next call.
 
-At the end the table is printed, with the paper's figures where they are known, and written to
-ROOT/report/TABLE as Markdown, CSV, JSON and a picture with error bars. Of several tables, "all" or
+At the end the table is printed, with the paper's scores where they are known, and written to
+ROOT/report/TABLE as Markdown, CSV, JSON and a plot with error bars. Of several tables, "all" or
 names joined by commas, the runs of the first seed come first.
 """
 
@@ -28,12 +28,11 @@ from rpn_jax.analysis import report
 from rpn_jax.analysis.runs import Row, read_run
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import write_json
+from rpn_jax.base.paths import expand, write_json
 from rpn_jax.inference import published
 
 LOG = "log.txt"
-# Lines of a failed run's log to show.
-TAIL = 3
+SHOWN_LOG_LINES = 3  # of a failed run
 
 
 def read_tables(path: str) -> dict[str, dict[str, Mapping]]:
@@ -76,21 +75,21 @@ def claim(root: pathlib.Path, words: str, flags: Sequence[str]) -> None:
   write_json(path, settings)
 
 
-def run(command: Sequence[str], workdir: pathlib.Path, cores: Sequence[int]) -> str:
+def run(command: Sequence[str], workdir: pathlib.Path) -> str:
   """Runs a command with its output in the workdir's log; what went wrong, "" if nothing did."""
   workdir.mkdir(parents=True, exist_ok=True)
-  pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
   with open(workdir / LOG, "w") as log:
-    code = subprocess.run(command, stdout=log, stderr=log, preexec_fn=pin).returncode
+    code = subprocess.run(command, stdout=log, stderr=log).returncode
   if code == 0 and is_done(workdir):
     return ""
-  lines = (workdir / LOG).read_text(errors="replace").strip().splitlines()[-TAIL:]
+  lines = (workdir / LOG).read_text(errors="replace").strip().splitlines()[-SHOWN_LOG_LINES:]
   return f"{workdir}: exit status {code}, see {workdir / LOG}: {' / '.join(lines)}"
 
 
-def shares(jobs: int) -> list[list[int]]:
-  """The cores of each of several runs at a time: side by side they get more done than in turns."""
-  if jobs == 1 or not hasattr(os, "sched_getaffinity"):
+def core_shares(jobs: int) -> list[list[int]]:
+  """The cores for each of several runs at a time, which get more done side by side than sharing
+  all cores; empty where nothing is to be shared or pinned."""
+  if jobs == 1 or not hasattr(os, "sched_setaffinity"):
     return [[]] * jobs
   cores = sorted(os.sched_getaffinity(0))
   return [cores[i::jobs] for i in range(jobs)]
@@ -106,24 +105,31 @@ def is_done(workdir: pathlib.Path) -> bool:
 
 
 def sweep(runs: Mapping[pathlib.Path, Sequence[str]], jobs: int) -> list[str]:
-  """Runs the commands whose workdirs hold no finished run; what failed."""
+  """Runs the commands whose workdirs hold no finished run; returns what failed.
+
+  Args:
+    runs: workdir -> command.
+    jobs: runs at a time.
+  """
   todo = [workdir for workdir in runs if not is_done(workdir)]
-  free = queue.SimpleQueue()
-  for share in shares(jobs):
-    free.put(share)
+  shares = queue.SimpleQueue()
+  for share in core_shares(jobs):
+    shares.put(share)
   failures = []
 
+  def pin_thread():
+    # Linux keeps the cores of each thread, and a child inherits those of the thread that starts
+    # it. Pinning the child itself, in `preexec_fn`, would fork a process with JAX's threads.
+    if share := shares.get():
+      os.sched_setaffinity(0, share)
+
   def job(workdir):
-    share = free.get()
-    try:
-      bar.set_postfix(run=workdir.name)
-      return run(runs[workdir], workdir, share)
-    finally:
-      free.put(share)
+    bar.set_postfix(run=workdir.name)
+    return run(runs[workdir], workdir)
 
   with progress(len(runs), "sweep", "run") as bar:
     bar.update(len(runs) - len(todo))
-    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    pool = concurrent.futures.ThreadPoolExecutor(jobs, initializer=pin_thread)
     try:
       for done in concurrent.futures.as_completed([pool.submit(job, w) for w in todo]):
         failures += filter(None, [done.result()])
@@ -136,7 +142,7 @@ def sweep(runs: Mapping[pathlib.Path, Sequence[str]], jobs: int) -> list[str]:
 def table_rows(
   table: str, rows: Mapping[str, Mapping], root: pathlib.Path, seeds: int
 ) -> tuple[list[Row], list[str]]:
-  """The rows of which a seed is there, and what is missing."""
+  """The rows of which at least one seed is there, and what is missing."""
   found, missing = [], []
   for label, changes in rows.items():
     runs = []
@@ -150,11 +156,14 @@ def table_rows(
     if runs:
       found.append(Row(label, tuple(runs)))
   plain = next((row for row in found if not rows[row.label]), None)
-  return [dataclasses.replace(row, beside=beside(table, row, plain)) for row in found], missing
+  with_columns = [
+    dataclasses.replace(row, extra_columns=extra_columns(table, row, plain)) for row in found
+  ]
+  return with_columns, missing
 
 
-def beside(table: str, row: Row, plain: Row | None) -> dict[str, str]:
-  """Further columns of a row.
+def extra_columns(table: str, row: Row, plain: Row | None) -> dict[str, str]:
+  """Further columns of a row: title -> text.
 
   Args:
     table: its name.
@@ -172,7 +181,7 @@ def beside(table: str, row: Row, plain: Row | None) -> dict[str, str]:
 def differences(row: Row, plain: Row) -> list[float]:
   """hIoU of a row less that of the plain one, seed by seed; [] for the plain one itself.
 
-  Runs of a seed see the same pictures in the same order: differences spread less than scores do.
+  Runs of a seed see the same images in the same order: differences spread less than scores do.
   """
   if row is plain or is_free(row.runs[0].config):
     return []
@@ -184,7 +193,7 @@ def is_free(changes: Mapping) -> bool:
   return changes.get("method") == "training_free"
 
 
-def main(arguments=None) -> int:
+def main(arguments: list[str]) -> int:
   parser = argparse.ArgumentParser(prog="rpn sweep", description=__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   parser.add_argument("tables", help='e.g. table5, or table4,table5, or "all"')
@@ -192,26 +201,22 @@ def main(arguments=None) -> int:
   parser.add_argument("--seeds", type=int, default=3, help="runs of every row (default 3)")
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
   parser.add_argument("--root", default="runs/sweep", help="where the runs go")
-  args, handed_on = parser.parse_known_args(arguments)
+  args, passed_on = parser.parse_known_args(arguments)
   path, _, words = args.config.partition(":")
-  root = pathlib.Path(args.root)
-  try:
-    wrong = [flag for flag in handed_on if not flag.startswith("--config.")]
-    if wrong:
-      raise InputError(f"unknown argument {wrong[0]!r}; only --config.… flags are handed on")
-    if args.seeds < 1 or args.jobs < 1:
-      raise InputError("--seeds and --jobs: expected 1 or more")
-    if not pathlib.Path("main.py").exists():
-      raise InputError("no main.py here: run this in the project's folder")
-    known = read_tables(path)
-    tables = list(known) if args.tables == "all" else args.tables.split(",")
-    unknown = [table for table in tables if table not in known]
-    if unknown:
-      raise InputError(f"no table {unknown[0]!r} in {path}; it has {', '.join(known)}")
-    claim(root, words, handed_on)
-  except (InputError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  root = expand(args.root)
+  wrong = [flag for flag in passed_on if not flag.startswith("--config.")]
+  if wrong:
+    raise InputError(f"unknown argument {wrong[0]!r}; only --config.… flags are passed on")
+  if args.seeds < 1 or args.jobs < 1:
+    raise InputError("--seeds and --jobs: expected 1 or more")
+  if not pathlib.Path("main.py").exists():
+    raise InputError("no main.py here: run this in the folder of a clone of the project")
+  known = read_tables(path)
+  tables = list(known) if args.tables == "all" else args.tables.split(",")
+  unknown = [table for table in tables if table not in known]
+  if unknown:
+    raise InputError(f"no table {unknown[0]!r} in {path}; it has {', '.join(known)}")
+  claim(root, words, passed_on)
 
   runs = {}
   for seed in range(args.seeds):
@@ -225,7 +230,7 @@ def main(arguments=None) -> int:
           sys.executable, "main.py", f"--workdir={workdir}",
           "--mode=eval" if free else "--mode=train",
           f"--config={','.join(filter(None, [f'{path}:{table}_{row}', words]))}",
-          f"--config.seed={seed}", *handed_on,
+          f"--config.seed={seed}", *passed_on,
         ]  # fmt: skip
   failures = sweep(runs, args.jobs)
 

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from rpn_jax import cli
 from rpn_jax.analysis import report
 from rpn_jax.analysis.runs import group_runs, read_run
 from rpn_jax.base.errors import InputError
@@ -250,19 +251,19 @@ def test_what_cannot_be_read_is_listed(make, tmp_path, capsys, kind, reason):
   good, bad = make("good"), make("bad", steps=7)
   break_run(bad, kind)
   out = tmp_path / "out"
-  assert report.main([str(good), str(bad), f"--out={out}"]) == 0
+  assert cli.main(["report", str(good), str(bad), f"--out={out}"]) == 0
   assert f"left out: {bad}" in capsys.readouterr().out
   (listed,) = json.loads((out / "report.json").read_text())["left_out"]
   assert str(bad) in listed and reason in listed
   assert listed in (out / "report.md").read_text()
-  assert report.main([str(bad), f"--out={out}"]) == 2
+  assert cli.main(["report", str(bad), f"--out={out}"]) == 2
   assert reason in capsys.readouterr().err
 
 
 def test_a_folder_of_runs_and_none_at_all(make, tmp_path, capsys):
   make("a")
   make("b")
-  assert report.main([str(tmp_path), str(tmp_path / "gone")]) == 2
+  assert cli.main(["report", str(tmp_path), str(tmp_path / "gone")]) == 2
   message = capsys.readouterr().err
   assert f"2 folders in it have one: give {tmp_path}/*" in message
   assert "gone: no such folder" in message
@@ -277,7 +278,7 @@ def test_the_files(make, tmp_path, capsys):
   runs.append(make("free", 0.1, method="training_free"))
   out = tmp_path / "out"
   arguments = [*map(str, runs), f"{runs[0]}/", "--out", str(out), "--labels", "a | b", "free"]
-  assert report.main(arguments) == 0
+  assert cli.main(["report", *arguments]) == 0
   printed = capsys.readouterr().out
   assert "45.0 ± 7.1" in printed and "best* hIoU" in printed and "left out" not in printed
   assert "best*: selected on the evaluation classes" in printed

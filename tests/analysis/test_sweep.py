@@ -2,13 +2,14 @@
 
 import csv
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from rpn_jax.analysis import sweep
+from rpn_jax import cli
 from tests import ROOT, tiny
 
 CONFIG = """
@@ -19,13 +20,14 @@ TABLES = {
 """
 # Stands in for training: writes scores, or fails where the workdir's name holds "fail".
 MAIN = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 flags = dict(f.lstrip("-").split("=", 1) for f in sys.argv[1:])
 with open("calls.jsonl", "a") as log:
   log.write(json.dumps(flags) + "\\n")
 workdir = pathlib.Path(flags["workdir"])
 if (pathlib.Path("broken") / workdir.name).exists():
   sys.exit("error: the disk is full")
+(workdir / "cores.json").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
 seed = int(flags["config.seed"])
 scores = {"step": 5, "pAcc": 0.9, "miou_gt": 0.5, "miou_union": 0.5, "miou_seen": 0.5,
           "miou_unseen": 0.4, "hiou": 0.4 + 0.1 * seed - 0.05 * ("lora" in workdir.name)}
@@ -45,7 +47,9 @@ def here(tmp_path, monkeypatch):
 
 
 def call(*arguments):
-  return sweep.main([*arguments, "--config=tables.py:dataset=shapes", "--root=out", "--seeds=2"])
+  return cli.main(
+    ["sweep", *arguments, "--config=tables.py:dataset=shapes", "--root=out", "--seeds=2"]
+  )
 
 
 def calls():
@@ -92,6 +96,15 @@ def test_a_failed_run_is_shown_and_tried_again(here, capsys):
   assert len(calls()) == 5
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are pinned on Linux only")
+def test_runs_at_a_time_share_the_cores(here):
+  cores = sorted(os.sched_getaffinity(0))
+  assert call("table10", "--jobs=2") == 0
+  pinned = [json.loads(path.read_text()) for path in here.glob("out/*/cores.json")]
+  assert len(pinned) == 5 and all(p in (cores[::2], cores[1::2] or cores) for p in pinned)
+  assert sorted(os.sched_getaffinity(0)) == cores
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [
@@ -103,7 +116,7 @@ def test_a_failed_run_is_shown_and_tried_again(here, capsys):
 )
 def test_wrong_arguments(here, capsys, arguments, message):
   table, *others = arguments
-  assert sweep.main([table, "--config=tables.py", *others]) == 2
+  assert cli.main(["sweep", table, "--config=tables.py", *others]) == 2
   assert message in capsys.readouterr().err
   assert not (here / "calls.jsonl").exists()
 
