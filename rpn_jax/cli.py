@@ -1,99 +1,65 @@
 """The console command `rpn`, in a clone also `python -m rpn_jax`. Training stays with main.py.
 
-Nothing heavy is imported before the arguments are understood.
+Nothing heavy is imported before the command is known.
 """
 
 import argparse
 import importlib
+import pathlib
 import sys
 
 from rpn_jax import __version__
+from rpn_jax.base import console
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.words import check_known
 
-# Command -> module with a `main(arguments)` that parses them, and what it does.
-MODULES = {
+# Command -> module with a `main(arguments) -> exit status`, and what it does.
+COMMANDS = {
+  "segment": ("rpn_jax.tasks.segment", "images into the classes you name"),
+  "demo": ("rpn_jax.tasks.demo", "a page in the browser: an image, words, the segmentation"),
   "convert": ("rpn_jax.tasks.convert", "CLIP's weights into the form that this package reads"),
   "convert_vit": ("rpn_jax.tasks.convert_vit", "a plain ViT or MAE beside CLIP's text tower"),
-  "demo": ("rpn_jax.tasks.demo", "a page in the browser: a picture, words, the segmentation"),
   "report": ("rpn_jax.analysis.report", "many runs side by side: a table, curves"),
-  "sweep": ("rpn_jax.analysis.sweep", "a table of ablations, run by run; needs the clone"),
   "costs": ("rpn_jax.analysis.costs", "parameters, operations, memory and speed of a config"),
-  "attention": ("rpn_jax.analysis.costs", "relationship maps of a trained run, drawn"),
-  "distance": ("rpn_jax.analysis.costs", "how far the heads of a trained run look, drawn"),
+  "attention": ("rpn_jax.analysis.attention", "relationship maps of a trained run, drawn"),
+  "distance": ("rpn_jax.analysis.distance", "how far the heads of a trained run look, drawn"),
+  "prepare": ("data_pipelines.prepare", "raw files of a data set into checked records; in a clone"),
+  "sweep": ("rpn_jax.analysis.sweep", "a table of ablations, run by run; in a clone"),
 }
-
-
-def segment(arguments: list[str]) -> int:
-  parser = argparse.ArgumentParser(
-    prog="rpn segment",
-    description="Segments pictures into the classes you name; writes an overlay with a legend, "
-    "an index PNG and a JSON file per picture.",
-  )
-  parser.add_argument("image", help="a jpg, png or webp file, or a folder of them")
-  parser.add_argument("words", help='class names, e.g. "cat | kitten, grass": | joins synonyms')
-  parser.add_argument(
-    "--model",
-    default="shapes_clip",
-    help="workdir of a training run, file of CLIP weights, or shapes_clip (%(default)s), the tiny "
-    "CLIP of the embedded world",
-  )
-  parser.add_argument(
-    "--method", help="rpn, vanilla, maskclip, sclip, clearclip; else what the model has"
-  )
-  parser.add_argument("--checkpoint", default="last", choices=("last", "best"), help="of a run")
-  parser.add_argument("--out", default="predictions", help="folder to write to (%(default)s)")
-  parser.add_argument(
-    "--other",
-    type=float,
-    default=0.0,
-    help="pixels whose best score, 0 to 1, is lower get no class",
-  )
-  parser.add_argument("--background", default="", help="words whose pixels get no class")
-  parser.add_argument("--templates", help="sentences around a name, e.g. single or imagenet80")
-  parser.add_argument("--synonyms", help="how synonyms are joined: first, mean, max or joined")
-  parser.add_argument("--palette", default="default", choices=("default", "colorblind"))
-  parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
-  args = parser.parse_args(arguments)
-
-  from rpn_jax import devices
-  from rpn_jax.base import console, pixels
-  from rpn_jax.base.errors import InputError
-  from rpn_jax.base.words import parse_names
-  from rpn_jax.inference.segmenter import Segmenter
-  from rpn_jax.tasks.predict import save_all
-
-  console.set_verbosity(args.quiet)
-  try:
-    with devices.runtime():
-      names, files = parse_names(args.words), pixels.find(args.image)
-      choices = {"method": args.method, "templates": args.templates, "synonyms": args.synonyms}
-      choices["checkpoint"] = args.checkpoint
-      segmenter = Segmenter.load(args.model, **choices)
-      options = {"other": args.other, "background": args.background, "palette": args.palette}
-      save_all(segmenter, files, names, args.out, **options)
-  except KeyboardInterrupt:
-    print("interrupted; the pictures done so far are kept", file=sys.stderr)
-    return 130
-  except (InputError, OSError) as error:  # OSError: a disk or a path, not the code
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+# Training and data sets are in the project's folder, not in the installed package.
+IN_CLONE = ("prepare", "sweep")
 
 
 def main(arguments: list[str] | None = None) -> int:
+  """Runs a command; returns its exit status, see `console.run_command`."""
   arguments = sys.argv[1:] if arguments is None else arguments
+  return console.run_command(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+  command, *rest = arguments or ["--help"]
+  if command.startswith("-"):
+    _parser().parse_args([command])
+  check_known("command ", command, COMMANDS)
+  root = pathlib.Path(__file__).parent.parent
+  if command in IN_CLONE:
+    if not (root / "main.py").exists():
+      raise InputError(
+        f"preparing data sets and training need a clone of the project; in its folder run: make, "
+        f"then .venv/bin/python -m rpn_jax {' '.join(arguments)}"
+      )
+    sys.path.append(str(root))  # an installed clone finds rpn_jax, but not what stands beside it
+  return importlib.import_module(COMMANDS[command][0]).main(rest)
+
+
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="rpn",
     description="Open-vocabulary semantic segmentation by relationship prompts.",
     epilog="rpn COMMAND --help tells more. Training: python main.py --help, in a clone.",
   )
   parser.add_argument("--version", action="version", version=f"rpn-jax {__version__}")
-  commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-  commands.add_parser("segment", add_help=False, help="pictures into the classes you name")
-  for name, (_, text) in MODULES.items():
+  commands = parser.add_subparsers(metavar="COMMAND")
+  for name, (_, text) in COMMANDS.items():
     commands.add_parser(name, add_help=False, help=text)
-  command = parser.parse_known_args(arguments[:1])[0].command
-  if command == "segment":
-    return segment(arguments[1:])
-  module = importlib.import_module(MODULES[command][0])
-  keep = command in ("attention", "distance")  # which are told apart by their module
-  return module.main(arguments[0 if keep else 1 :])
+  return parser

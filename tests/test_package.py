@@ -175,6 +175,7 @@ def test_hooks_and_workflow_run_the_commands_of_make_and_the_readme():
     (["segment", str(SCENE), "cat", "--other", "2"], "threshold in [0, 1], got 2"),
     (["segment", str(SCENE), "cat", "--method", "x"], "error: method='x' is not known"),
     (["prepare", "voc2013"], "error: "),
+    (["attenton"], "error: command 'attenton' is not known; did you mean 'attention'? Known: "),
     (["convert", "none.pt", "out.safetensors"], "none.pt does not exist"),
   ],
 )
@@ -201,13 +202,8 @@ def test_one_damaged_picture_does_not_stop_a_folder(tmp_path, capsys):
   assert content["image"] == str(tmp_path / "in/c.png")
 
 
-def test_help_answers_at_once(capsys):
-  for arguments in (
-    ["--help"],
-    ["segment", "--help"],
-    ["convert", "--help"],
-    ["prepare", "--help"],
-  ):
+def test_help_is_no_error(capsys):
+  for arguments in (["--help"], *([command, "--help"] for command in cli.COMMANDS)):
     with pytest.raises(SystemExit) as ended:
       cli.main(arguments)
     assert ended.value.code == 0
@@ -215,6 +211,26 @@ def test_help_answers_at_once(capsys):
   code = "import sys, rpn_jax.cli; print('jax' in sys.modules)"
   out = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
   assert out.strip() == "False"
+
+
+def test_home_is_understood(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  shutil.copy(SCENE, tmp_path)
+  shutil.copy(ROOT / "rpn_jax/assets/shapes_clip.safetensors", tmp_path / "clip.safetensors")
+  files = ["~/scene.png", "sand, water", "--model=~/clip.safetensors", "--out=~/out"]
+  assert cli.main(["segment", *files]) == 0
+  assert (tmp_path / "out/scene.json").exists()
+
+
+@pytest.mark.parametrize("command", cli.IN_CLONE)
+def test_what_needs_a_clone_says_so(command, tmp_path):
+  (tmp_path / "rpn_jax").symlink_to(ROOT / "rpn_jax")
+  result = subprocess.run(
+    [sys.executable, "-m", "rpn_jax", command, "x"], cwd=tmp_path, capture_output=True, text=True
+  )
+  assert result.returncode == 2 and not result.stdout
+  assert "need a clone of the project" in result.stderr
+  assert f"-m rpn_jax {command} x" in result.stderr
 
 
 def test_quiet_prints_nothing(tmp_path):

@@ -2,39 +2,25 @@
 
 Parameters by component, floating-point operations of one image, memory and images per second of a
 forward pass and of a training step on this machine (the columns of the paper's Table 1), as text
-and, with --json=FILE, as JSON. Weights need not be there: with --backbone=b16 or l14 they are
-random, which costs the same.
-
-What a trained network looks at, drawn into the workdir (or --out), for an image or a folder:
-
-    python -m rpn_jax attention --config=… --workdir=… --image=… --classes="cat, grass"
-    python -m rpn_jax distance --config=… --workdir=… --image=… --classes="cat, grass"
-
-`attention` draws the relationship maps m of every layer (the paper's Fig. 1), `distance` how far
-each head looks, before and after training, also as CSV (Fig. 7).
+and, with --json=FILE, as JSON. With --backbone=b16 or l14 no weights are needed: they are random,
+which costs the same.
 """
 
+import argparse
 import importlib.metadata
 import math
-import pathlib
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
 from jax.extend.core import jaxprs_in_params
-from ml_collections import config_flags
 
 from rpn_jax import devices
-from rpn_jax.analysis.attention import attention, distance
-from rpn_jax.base import pixels
+from rpn_jax.analysis.arguments import parse
 from rpn_jax.base.console import table
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import write_json
-from rpn_jax.base.words import check_names
-from rpn_jax.inference.predictor import Experiment
+from rpn_jax.base.paths import expand, write_json
 from rpn_jax.models import tuners
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
@@ -42,10 +28,6 @@ from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, init_prompts, train_step
 from rpn_jax.weights import clip_file
-
-FLAGS = flags.FLAGS
-
-LOOKS = {"attention": attention, "distance": distance}
 
 BACKBONES = {
   "b16": CLIPConfig(),
@@ -74,7 +56,7 @@ def random_batch(batch: int, side: int, classes: int) -> dict:
 
 
 def parameters(prompts: dict, tower: dict) -> dict[str, int]:
-  """Numbers by component: the parts of the prompts, then the frozen tower."""
+  """Parameters by component: the parts of the prompts, then the frozen tower."""
   parts = {f"prompts/{name}": count(tree) for name, tree in prompts.items()}
   # One row for the experts of all layers.
   experts = sum(parts.pop(name) for name in list(parts) if "m2oe" in name)
@@ -146,7 +128,18 @@ def measure(
 
 
 def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int) -> dict:
-  """Everything the command prints, as numbers."""
+  """Everything the command prints.
+
+  Args:
+    config: of an experiment.
+    clip_config: architecture of the tower.
+    tower: its parameters, the branch `visual`.
+    classes: how many are prompted.
+    batch: images at a time.
+
+  Raises:
+    InputError: a training-free method, or a crop that is no multiple of the patch size.
+  """
   if config.method == "training_free":
     raise InputError("method 'training_free' has no parameters to count: inspect another config")
   dtype, side = jnp.dtype(config.dtype), config.data.crop
@@ -219,67 +212,43 @@ def text_of(result: dict) -> str:
   return "\n\n".join([table(rows, ["parameters", "number", "of all"]), table(cost, heads), note])
 
 
-def look(what: str, config) -> None:
-  """The commands `attention` and `distance`."""
-  if not (FLAGS.workdir and FLAGS.image):
-    raise InputError(f'{what} needs --workdir, --image and --classes="a, b"')
-  names = check_names(FLAGS.classes.split(","))
-  experiment = Experiment(config, FLAGS.workdir)
-  out = pathlib.Path(FLAGS.out or FLAGS.workdir)
-  out.mkdir(parents=True, exist_ok=True)
-  for path in LOOKS[what](experiment, pixels.find(FLAGS.image), names, out):
-    print(path)
+def _positive(what: str):
+  """An argparse type: a whole number of `what`, at least 1."""
+
+  def parsed(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+      raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+    return int(text)
+
+  return parsed
 
 
-def number_of_classes(text: str) -> int:
-  if not text.isdecimal() or not int(text):
-    raise InputError(f"--classes: expected how many classes are prompted, got {text!r}")
-  return int(text)
-
-
-def run(argv) -> None:
-  logging.set_verbosity(logging.WARNING)
-  devices.configure_cpu()
-  config = FLAGS.config
-  try:
-    if len(argv) > 1:
-      if argv[1] not in LOOKS or len(argv) > 2:
-        raise InputError(f"unexpected {' '.join(argv[1:])!r}: expected {' or '.join(LOOKS)}")
-      return look(argv[1], config)
-    if FLAGS.backbone:
-      clip_config = BACKBONES[FLAGS.backbone]
-      tower = random_tower(clip_config, jax.random.key(0))
-    else:
-      path = clip_file.find_weights(config.clip)
-      if not path.exists():
-        raise InputError(
-          f"config.clip={config.clip}: no such file; give --backbone=b16 or l14 for random weights"
-        )
-      clip_config, clip = clip_file.load(path)
-      tower = {"visual": clip["visual"]}
-    result = costs(config, clip_config, tower, number_of_classes(FLAGS.classes), FLAGS.batch)
-  except (InputError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+def main(arguments: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog="rpn costs", description=__doc__)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  add = parser.add_argument
+  how_many = _positive("how many classes are prompted")
+  add("--classes", type=how_many, default=20, help="how many are prompted (%(default)s)")
+  add(
+    "--batch", type=_positive("how many images"), default=1, help="images at a time (%(default)s)"
+  )
+  add("--backbone", choices=tuple(BACKBONES), help="random weights instead of config.clip")
+  add("--json", help="also write the numbers to this file")
+  args, config = parse(parser, arguments)
+  devices.configure_cpu()  # no cache of programs: how long they compile is measured
+  if args.backbone:
+    clip_config = BACKBONES[args.backbone]
+    tower = random_tower(clip_config, jax.random.key(0))
+  else:
+    path = clip_file.find_weights(config.clip)
+    if not path.exists():
+      raise InputError(
+        f"config.clip={config.clip}: no such file; give --backbone=b16 or l14 for random weights"
+      )
+    clip_config, clip = clip_file.load(path)
+    tower = {"visual": clip["visual"]}
+  result = costs(config, clip_config, tower, args.classes, args.batch)
   print(text_of(result))
-  if FLAGS.json:
-    write_json(pathlib.Path(FLAGS.json), result)
-
-
-def define_flags() -> None:
-  config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/voc.py")
-  flags.DEFINE_string("classes", "20", "How many classes; for attention and distance their names")
-  flags.DEFINE_string("workdir", "", "attention, distance: of a trained run")
-  flags.DEFINE_string("image", "", "attention, distance: an image file or a folder")
-  flags.DEFINE_string("out", "", "attention, distance: where to draw; the workdir if not given")
-  flags.DEFINE_integer("batch", 1, "Images at a time", lower_bound=1)
-  flags.DEFINE_enum("backbone", "", ("", "b16", "l14"), "Random weights instead of config.clip")
-  flags.DEFINE_string("json", "", "Also write the numbers to this file")
-  flags.mark_flags_as_required(["config"])
-
-
-def main(arguments=None) -> int:
-  """The commands costs, attention and distance."""
-  define_flags()  # not on import, where others have flags of these names
-  app.run(run, argv=["rpn", *(sys.argv[1:] if arguments is None else arguments)])
+  if args.json:
+    write_json(expand(args.json), result)
   return 0

@@ -1,7 +1,8 @@
-"""Looking inside: the numbers behind the pictures, and the pictures."""
+"""Looking inside: the numbers behind the figures, and the figures."""
 
 import csv
 import types
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rpn_jax.analysis import attention
+from rpn_jax.analysis import attention, distance
+from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.words import parse_names
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.training.step import init_prompts
@@ -19,19 +22,23 @@ from tests.tiny import TINY
 NAMES = ["a cat", "grass", "sky"]
 
 
-def experiment(**changes):
-  """What the commands use of an Experiment, with random weights."""
-  model = RPN(TINY, RPNConfig(m2oe="none", **changes))
+def predictor(**changes):
+  """What the commands use of a Predictor, with random weights and a text encoder of noise."""
+  network = RPN(TINY, RPNConfig(m2oe="none", **changes))
   image = jnp.zeros((1, 32, 32, 3))
   params = {"visual": jax.jit(VisionTransformer(TINY).init)(jax.random.key(0), image)["params"]}
-  text = l2_normalize(jax.random.normal(jax.random.key(1), (len(NAMES), TINY.embed_dim)))
-  prompts = init_prompts(model, params, text, jax.random.key(2), 32)
-  data = types.SimpleNamespace(short_side=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+  protocol = types.SimpleNamespace(short_side=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
   return types.SimpleNamespace(
-    model=model, params=params, clip_config=TINY, trainable=True,
-    config=types.SimpleNamespace(data=data), text=lambda names: text,
-    restored_prompts=lambda: (3, prompts),
+    network=network, params=params, clip=TINY, protocol=protocol,
+    prompts=init_prompts(network, params, embed(NAMES), jax.random.key(2), 32),
+    encoder=types.SimpleNamespace(embed=embed, synonyms="mean"),
   )  # fmt: skip
+
+
+def embed(names):
+  """A unit vector for each name, whatever list it is in."""
+  keys = [jax.random.key(zlib.crc32(name.encode())) for name in names]
+  return l2_normalize(jnp.stack([jax.random.normal(key, (TINY.embed_dim,)) for key in keys]))
 
 
 @pytest.fixture
@@ -43,7 +50,7 @@ def picture(tmp_path):
 
 def test_distance_of_even_attention():
   """Zero queries look everywhere alike: the mean distance between two patches."""
-  got = attention.mean_distance(jnp.zeros((2, 3 + 6, 3 * 8)), 4, (2, 3), 16)
+  got = distance.mean_distance(jnp.zeros((2, 3 + 6, 3 * 8)), 4, (2, 3), 16)
   places = np.array([(y, x) for y in range(2) for x in range(3)])
   want = 16 * np.linalg.norm(places[:, None] - places[None], axis=-1).mean()
   np.testing.assert_allclose(got, np.full(4, want), rtol=1e-5)
@@ -53,14 +60,14 @@ def test_distance_of_a_head_that_looks_at_itself():
   q = 100 * jnp.tile(jnp.eye(6), 2)  # the first head; the second has zeros
   q = q.at[:, 6:].set(0)
   qkv = jnp.concatenate([q, q, q], -1)[None]
-  itself, evenly = attention.mean_distance(qkv, 2, (2, 3), 16)
+  itself, evenly = distance.mean_distance(qkv, 2, (2, 3), 16)
   assert itself < 1e-3 < 10 < evenly
 
 
 def test_attention_from_a_patch_is_that_of_the_tower(picture):
   """The bottom left corner, against weights computed for all patches at once."""
-  e = experiment()
-  _, image = attention.read_image(picture, e.config, TINY.patch_size)
+  e = predictor()
+  _, image = attention.read_image(picture, e.protocol, TINY.patch_size)
   h, w = (side // TINY.patch_size for side in image.shape[1:3])
   maps = attention.attention_from(e, image, (0.99, 0.0))
   assert maps.shape == (TINY.vision_layers, h, w)
@@ -79,39 +86,60 @@ def test_distance_counts_patches_only():
   tokens = jax.random.normal(jax.random.key(0), (1, 4, 24))
   others = jax.random.normal(jax.random.key(1), (1, 5, 24))
   with_others = jnp.concatenate([others, tokens], 1)
-  want = attention.mean_distance(tokens, 2, (2, 2), 8)
-  np.testing.assert_allclose(attention.mean_distance(with_others, 2, (2, 2), 8), want, rtol=1e-6)
+  want = distance.mean_distance(tokens, 2, (2, 2), 8)
+  np.testing.assert_allclose(distance.mean_distance(with_others, 2, (2, 2), 8), want, rtol=1e-6)
 
 
 def test_a_picture_is_read_whole(picture):
-  original, image = attention.read_image(picture, experiment().config, 8)
+  original, image = attention.read_image(picture, predictor().protocol, 8)
   assert original.shape == (40, 81, 3) and image.shape == (1, 32, 64, 3)
   assert -1 <= image.min() < -0.8 and 0.8 < image.max() <= 1
 
 
+@pytest.mark.parametrize("size", [(32, 64), (40, 80), (96, 48), (60, 60)])
+def test_the_network_sees_what_evaluation_sees(tmp_path, size):
+  """Resized without antialiasing; only sides that are no whole patches differ."""
+  path, protocol = tmp_path / "a.png", predictor().protocol
+  image = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+  Image.fromarray(image).save(path)
+  _, inputs = attention.read_image(path, protocol, 8)
+  want = pixels.to_network(image, protocol.short_side, protocol.mean, protocol.std)
+  np.testing.assert_array_equal(inputs[0], want)
+
+
+def test_competing_synonyms_have_the_map_of_the_best(picture):
+  trained = predictor()
+  _, inputs = attention.read_image(picture, trained.protocol, 8)
+  (apart,) = attention.relationship_maps(trained, inputs, ["cat", "kitten", "grass"])
+  trained.encoder.synonyms = "max"
+  (m,) = attention.relationship_maps(trained, inputs, parse_names("cat | kitten, grass"))
+  want = np.stack([apart[..., :2].max(-1), apart[..., 2]], -1)
+  np.testing.assert_allclose(m, want, rtol=1e-5, atol=1e-7)
+  assert not np.allclose(m[..., 0], apart[..., 0])
+
+
 def test_maps_are_drawn(picture, tmp_path):
-  trained = experiment()
+  trained = predictor()
   (path,) = attention.attention(trained, [picture], NAMES, tmp_path)
   assert path.name == "attention_wide.png" and len(np.unique(np.array(Image.open(path)))) > 50
-  _, image = attention.read_image(picture, trained.config, 8)
+  _, image = attention.read_image(picture, trained.protocol, 8)
   (m,) = attention.relationship_maps(trained, image, NAMES)  # one of two layers
   assert m.shape == (4, 8, 3)
 
 
 def test_before_and_after_are_compared(picture, tmp_path):
-  trained = experiment(tuner="rpn+lora")
-  frozen = trained.restored_prompts()[1]
-  moved = {**frozen, "lora": jax.tree.map(lambda x: x + 0.3, frozen["lora"])}
-  trained.restored_prompts = lambda: (3, moved)
-  png, table = attention.distance(trained, [picture, picture], NAMES, tmp_path)
+  trained = predictor(tuner="rpn+lora")
+  initial = trained.prompts
+  trained.prompts = {**initial, "lora": jax.tree.map(lambda x: x + 0.3, initial["lora"])}
+  png, table = distance.distance(trained, [picture, picture], NAMES, tmp_path)
   assert len(np.unique(np.array(Image.open(png)))) > 50
   rows = list(csv.DictReader(table.open()))
   assert [(int(r["layer"]), int(r["head"])) for r in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
   before, after = (np.array([float(r[f"{w}_pixels"]) for r in rows]) for w in ("before", "after"))
   assert (before > 0).all() and not np.allclose(before, after)
   # Without training the first layer, which sees no prompts, looks as CLIP's does.
-  trained.restored_prompts = lambda: (0, frozen)
-  attention.distance(trained, [picture], NAMES, tmp_path)
+  trained.prompts = initial
+  distance.distance(trained, [picture], NAMES, tmp_path)
   first = next(csv.DictReader(table.open()))
   assert first["before_pixels"] == first["after_pixels"]
 
@@ -119,9 +147,9 @@ def test_before_and_after_are_compared(picture, tmp_path):
 def test_what_has_no_maps_is_refused(picture, tmp_path):
   for changes, message in (({"tuner": "lora"}, "no relationship"), ({"itp": "no_pixel"}, "no map")):
     with pytest.raises(InputError, match=message):
-      attention.attention(experiment(**changes), [picture], NAMES, tmp_path)
+      attention.attention(predictor(**changes), [picture], NAMES, tmp_path)
   with pytest.raises(InputError, match="at most 12"):
-    attention.attention(experiment(), [picture], [str(i) for i in range(13)], tmp_path)
+    attention.attention(predictor(), [picture], [str(i) for i in range(13)], tmp_path)
   (tmp_path / "no.png").write_text("no picture")
   with pytest.raises(InputError, match=r"no\.png: expected a readable"):
-    attention.attention(experiment(), [tmp_path / "no.png"], NAMES, tmp_path)
+    attention.attention(predictor(), [tmp_path / "no.png"], NAMES, tmp_path)

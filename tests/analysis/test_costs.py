@@ -56,12 +56,17 @@ def test_operations_of_loops_and_of_what_is_computed_again():
 
 def test_wrong_words_are_named():
   for arguments, message in (
-    (["attention"], "attention needs --workdir, --image and"),
-    (["attenton"], "unexpected 'attenton': expected attention or distance"),
-    (["--classes=a"], "expected how many classes are prompted, got 'a'"),
+    (["attention"], "required: --workdir, --image, --classes"),
+    (["costs", "--classes=a"], "expected how many classes are prompted, got 'a'"),
+    (["costs", "attention"], "error: unexpected argument 'attention'"),
+    (["costs", "--bach=2"], "Unknown command line flag 'bach'"),
+    (["costs", "--config.stepz=2"], 'Did you mean "steps" instead of "stepz"?'),
+    (["costs", "--config.steps=x"], "flag --config.steps=x: invalid literal for int()"),
   ):
     done = run(*arguments, "--config=configs/shapes.py")
     assert done.returncode == 2 and message in done.stderr, done.stderr
+  done = run("costs", "--config=configs/shapez.py")
+  assert done.returncode == 2 and "No such file or directory: 'configs/shapez.py'" in done.stderr
 
 
 def test_missing_weights_are_named():
