@@ -6,6 +6,7 @@ Nothing heavy is imported before the command is known.
 import argparse
 import importlib
 import pathlib
+import shlex
 import sys
 
 from rpn_jax import __version__
@@ -45,8 +46,8 @@ def _run(arguments: list[str]) -> int:
   if command in IN_CLONE:
     if not (root / "main.py").exists():
       raise InputError(
-        f"preparing data sets and training need a clone of the project; in its folder run: make, "
-        f"then .venv/bin/python -m rpn_jax {' '.join(arguments)}"
+        "preparing data sets and training need a clone of the project; in its folder run `make`, "
+        f"then: .venv/bin/python -m rpn_jax {shlex.join(arguments)}"
       )
     sys.path.append(str(root))  # an installed clone finds rpn_jax, but not what stands beside it
   return importlib.import_module(COMMANDS[command][0]).main(rest)
