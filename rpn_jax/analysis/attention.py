@@ -151,7 +151,7 @@ def draw_maps(path, image, maps: Sequence[np.ndarray], names, layers: Sequence[i
   size = (wide * (1 + len(maps)) + 1.6, wide * height / width * len(names) + 0.9)
   fig, axes = figure((max(size[0], 6), size[1]), len(names), 1 + len(maps))
   # Panels without ticks need little room between them.
-  fig.get_layout_engine().set(w_pad=1 / 24, h_pad=1 / 24, wspace=0.02, hspace=0.02)
+  fig.set_layout_engine("constrained", w_pad=1 / 24, h_pad=1 / 24, wspace=0.02, hspace=0.02)
   for i, name in enumerate(names):
     axes[i, 0].imshow(image)
     axes[i, 0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")

@@ -1,15 +1,21 @@
 """Fonts that have the letters of a text, and texts broken into lines of a width."""
 
+from __future__ import annotations
+
 import functools
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import logging
 
+if TYPE_CHECKING:
+  from PIL import ImageFont
+
 
 @functools.cache
-def load_font(size: int, bold: bool = False, path: str = ""):
-  """A Pillow font, `size` pixels high; DejaVu Sans, which matplotlib ships, unless given a path."""
+def load_font(size: int, bold: bool = False, path: str = "") -> ImageFont.FreeTypeFont:
+  """A font, `size` pixels high; DejaVu Sans, which matplotlib ships, unless given a path."""
   from PIL import ImageFont
 
   return ImageFont.truetype(path or _dejavu(bold), size)
@@ -38,7 +44,7 @@ def _font_with(wanted: frozenset[str]) -> str:
   """Path of the installed font that has most of these letters; DejaVu Sans if it has them all."""
   from matplotlib import font_manager
 
-  def rank(path):
+  def rank(path: str) -> tuple:
     regular = "Bold" not in path and "Regular" in path
     return len(wanted - _letters(path)), path != _dejavu(), not regular, path
 
@@ -74,9 +80,12 @@ def _warn_of_letters(letters: str) -> None:
   )
 
 
-def wrap(text: str, font, width: float, max_lines: int, suffix: str = "") -> list[str]:
+def wrap(
+  text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int, suffix: str = ""
+) -> list[str]:
   """`text` and `suffix` in lines of `width` pixels; where they are too few, `text` is cut short."""
-  wrapped, rest = [], " ".join(text.split()) + suffix
+  wrapped: list[str] = []
+  rest = " ".join(text.split()) + suffix
   while rest:
     if font.getlength(rest) <= width:
       return [*wrapped, rest]

@@ -4,8 +4,12 @@ A label map holds class ids 0..C-1; any other value (255 by convention) is ignor
 a dark hatch.
 """
 
+from __future__ import annotations
+
+import os
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +17,10 @@ from rpn_jax.base.paths import replacing
 from rpn_jax.drawing.fonts import load_font, wrap
 from rpn_jax.drawing.legend import draw_legend, legend_entries
 from rpn_jax.drawing.palette import HATCH, INK, class_colors
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+  from PIL import Image
 
 MAX_OVERLAY_SIDE = 2000  # pixels
 
@@ -34,7 +42,9 @@ def colorize(label_HxW: np.ndarray, colors_Cx3: np.ndarray) -> np.ndarray:
   stripe = max(2, max(label.shape, default=0) // 64)
   diagonal = (np.arange(height)[:, None] + np.arange(width)[None]) // stripe % 2
   ignored = (label < 0) | (label >= classes)
-  table = np.concatenate([np.asarray(colors_Cx3, np.uint8).reshape(-1, 3), np.uint8(HATCH)])
+  table = np.concatenate(
+    [np.asarray(colors_Cx3, np.uint8).reshape(-1, 3), np.array(HATCH, np.uint8)]
+  )
   return table[np.where(ignored, classes + diagonal, label)]
 
 
@@ -69,7 +79,7 @@ def overlay_with_legend(
   alpha: float = 0.55,
   palette: str = "default",
   rest: str = "other",
-):
+) -> Image.Image:
   """An image under the colors of its classes, above a legend with each one's share of the pixels.
 
   Images of more than MAX_OVERLAY_SIDE pixels are reduced, and tiny ones enlarged.
@@ -81,9 +91,6 @@ def overlay_with_legend(
     alpha: weight of the colors, 0 to 1.
     palette: of `class_colors`.
     rest: what the legend calls the pixels of no class.
-
-  Returns:
-    A PIL image.
   """
   from PIL import Image
 
@@ -113,7 +120,7 @@ def overlay_with_legend(
 
 
 def prediction_grid(
-  path,
+  path: str | os.PathLike,
   images: Sequence[np.ndarray],
   labels: Sequence[np.ndarray],
   predictions: Sequence[np.ndarray],
@@ -203,8 +210,10 @@ def no_class_id(classes: int) -> int:
   return 255 if classes <= 255 else 65535
 
 
-def index_image(label_HxW: np.ndarray, names: Sequence[str], palette: str = "default"):
-  """A PIL image whose pixel values are class ids, and `no_class_id` where there is none.
+def index_image(
+  label_HxW: np.ndarray, names: Sequence[str], palette: str = "default"
+) -> Image.Image:
+  """An image whose pixel values are class ids, and `no_class_id` where there is none.
 
   Up to 255 classes it is a palette PNG (mode P: an index that viewers show in color), beyond that
   16-bit gray (mode I;16).
@@ -222,19 +231,19 @@ def index_image(label_HxW: np.ndarray, names: Sequence[str], palette: str = "def
   if largest > 255:
     return Image.fromarray(label.astype(np.uint16))
   index = Image.fromarray(label.astype(np.uint8))
-  table = np.tile(np.uint8(HATCH[0]), (256, 1))
+  table = np.tile(np.array(HATCH[0], np.uint8), (256, 1))
   table[: len(names)] = class_colors(names, palette)
   index.putpalette(table.tobytes())
   return index
 
 
 def save_prediction(
-  directory,
+  directory: str | os.PathLike,
   stem: str,
   image_HxWx3: np.ndarray,
   label_HxW: np.ndarray,
   names: Sequence[str],
-  **options,
+  **options: Any,
 ) -> list[pathlib.Path]:
   """Writes one segmented image as `<stem>_overlay.png` and `<stem>_labels.png`.
 
@@ -264,8 +273,8 @@ def save_prediction(
   ]
 
 
-def save_png(path, image) -> pathlib.Path:
-  """Writes a PIL image or a matplotlib figure, see `replacing`, and makes its folder.
+def save_png(path: str | os.PathLike, image: Image.Image | Figure) -> pathlib.Path:
+  """Writes an image or a figure, see `replacing`, and makes its folder.
 
   Returns:
     The path.
@@ -281,14 +290,14 @@ def save_png(path, image) -> pathlib.Path:
   return path
 
 
-def _checked_image(image) -> np.ndarray:
+def _checked_image(image: np.ndarray) -> np.ndarray:
   image = np.asarray(image)
   if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
     raise ValueError(f"expected an image (H, W, 3) uint8, got {image.shape} {image.dtype}")
   return image
 
 
-def _checked_label(label) -> np.ndarray:
+def _checked_label(label: np.ndarray) -> np.ndarray:
   label = np.asarray(label)
   if label.ndim != 2 or not np.issubdtype(label.dtype, np.integer):
     raise ValueError(f"expected a label (H, W) of integers, got {label.shape} {label.dtype}")

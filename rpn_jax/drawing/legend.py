@@ -1,12 +1,17 @@
 """The legend below an image: which classes appear, with their colors and shares."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from rpn_jax.drawing.fonts import font_for, load_font, wrap
 from rpn_jax.drawing.palette import HATCH, INK, QUIET
+
+if TYPE_CHECKING:
+  from PIL import Image
 
 # A longer legend is not read; the remaining classes share one entry.
 MAX_ENTRIES = 80
@@ -78,8 +83,8 @@ def _areas(labels: Sequence[np.ndarray], classes: int) -> tuple[np.ndarray, int]
   return counts, ignored
 
 
-def draw_legend(entries: Sequence[Entry], width: int, size: int):
-  """A PIL image `width` pixels wide: a swatch and a text per entry, in columns read downwards.
+def draw_legend(entries: Sequence[Entry], width: int, size: int) -> Image.Image:
+  """An image `width` pixels wide: a swatch and a text per entry, in columns read downwards.
 
   If an entry has the mark of an unseen class, a last line explains it.
 
@@ -120,7 +125,7 @@ def draw_legend(entries: Sequence[Entry], width: int, size: int):
     box = (x, y + (line - swatch) // 2)
     if entry.color is None:
       # Not from `colorize`: a swatch is too small for stripes in proportion to an image.
-      hatch = np.uint8(HATCH)[np.add.outer(np.arange(swatch), np.arange(swatch)) // 4 % 2]
+      hatch = np.array(HATCH, np.uint8)[np.add.outer(np.arange(swatch), np.arange(swatch)) // 4 % 2]
       image.paste(Image.fromarray(hatch), box)
     elif len(entry.color):
       corner = (box[0] + swatch - 1, box[1] + swatch - 1)

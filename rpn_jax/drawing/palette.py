@@ -96,7 +96,7 @@ def _distinct_colors(palette: str, count: int) -> np.ndarray:
   lattice = lattice[usable]
   seen = [_lab(lattice, view) for view in views]
 
-  def distances(color):
+  def distances(color: np.ndarray | tuple) -> np.ndarray:
     return np.min([((s - _lab(color, view)) ** 2).sum(1) for s, view in zip(seen, views)], axis=0)
 
   nearest = np.min([distances(c) for c in (*first, *HATCH, (255, 255, 255))], axis=0)
@@ -110,7 +110,7 @@ def _distinct_colors(palette: str, count: int) -> np.ndarray:
   return np.array(colors, np.uint8)
 
 
-def _lab(rgb: np.ndarray, view=FULL_VISION) -> np.ndarray:
+def _lab(rgb: np.ndarray | tuple, view: tuple = FULL_VISION) -> np.ndarray:
   """CIELAB (D65) of sRGB values (..., 3) in 0..255, seen through a matrix on linear RGB."""
   linear = np.clip(_linear(rgb) @ np.asarray(view).T, 0, 1)
   to_xyz = np.array(
@@ -122,6 +122,6 @@ def _lab(rgb: np.ndarray, view=FULL_VISION) -> np.ndarray:
   return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
 
-def _linear(rgb: np.ndarray) -> np.ndarray:
+def _linear(rgb: np.ndarray | tuple) -> np.ndarray:
   c = np.asarray(rgb, np.float64) / 255
   return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)

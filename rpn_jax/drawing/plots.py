@@ -1,14 +1,23 @@
 """Plots of a run: curves, confusion matrices, and the figure that every plot starts from."""
 
+from __future__ import annotations
+
+import os
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rpn_jax.drawing.fonts import font_for
 from rpn_jax.drawing.images import save_png
 from rpn_jax.drawing.legend import UNSEEN_NOTE
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+  from matplotlib.font_manager import FontProperties
 
 # Metrics that are fractions in [0, 1] and plotted in percent, with their titles.
 METRIC_TITLES = {
@@ -33,8 +42,10 @@ MAX_PAIRS = 30
 SMOOTHED_POINTS = 30
 
 
-def figure(size: tuple[float, float], rows: int = 1, columns: int = 1, **options):
-  """A matplotlib figure and its axes, an array (rows, columns), with a grid behind the data.
+def figure(
+  size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, np.ndarray]:
+  """A figure and its axes, an array (rows, columns), with a grid behind the data.
 
   It has an Agg canvas and no pyplot: nothing global is touched, and no display is needed. Write it
   with `images.save_png`.
@@ -47,9 +58,9 @@ def figure(size: tuple[float, float], rows: int = 1, columns: int = 1, **options
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  fig = Figure(figsize=size, dpi=110, layout="constrained")
+  fig = Figure(figsize=size, dpi=110)
   FigureCanvasAgg(fig)
-  fig.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.06)
+  fig.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.06)
   axes = fig.subplots(rows, columns, squeeze=False, **options)
   for ax in axes.flat:
     ax.grid(True, color="0.9", linewidth=0.8)
@@ -58,7 +69,7 @@ def figure(size: tuple[float, float], rows: int = 1, columns: int = 1, **options
   return fig, axes
 
 
-def step_ticks(ax) -> None:
+def step_ticks(ax: Axes) -> None:
   """Labels the x axis with training steps: 500, 1k, 1.5k."""
   from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -69,7 +80,7 @@ def step_ticks(ax) -> None:
   ax.set_xlabel("training step")
 
 
-def legend_beside(ax) -> None:
+def legend_beside(ax: Axes) -> None:
   """A legend to the right of the axes: inside, it would hide some curve or other."""
   columns = -(-len(ax.get_legend_handles_labels()[1]) // 14)  # as many lines as a panel is high
   ax.legend(
@@ -84,7 +95,10 @@ def line_style(i: int) -> dict:
 
 
 def plot_curves(
-  path, history: Mapping[str, Sequence[tuple[int, float]]], *, title: str | None = None
+  path: str | os.PathLike,
+  history: Mapping[str, Sequence[tuple[int, float]]],
+  *,
+  title: str | None = None,
 ) -> pathlib.Path:
   """Writes a PNG with the curves of one run.
 
@@ -101,8 +115,8 @@ def plot_curves(
     The path.
   """
   panels: dict[str, dict[str, np.ndarray]] = {}
-  for name, points in history.items():
-    points = np.array(sorted(points), np.float64).reshape(-1, 2)
+  for name, series in history.items():
+    points = np.array(sorted(series), np.float64).reshape(-1, 2)
     points = points[np.isfinite(points[:, 1])]
     if len(points):
       panels.setdefault(_panel(name), {})[name] = points
@@ -146,7 +160,7 @@ def _panel(name: str) -> str:
   return "loss" if "loss" in leaf or group == "train" else "other"
 
 
-def _draw_panel(ax, kind: str, series: Mapping[str, np.ndarray]) -> None:
+def _draw_panel(ax: Axes, kind: str, series: Mapping[str, np.ndarray]) -> None:
   """Lines of one panel: name -> points (n, 2)."""
   # Known metrics in the order of their table, the rest as they came.
   ranks = {name: i for i, name in enumerate(METRIC_TITLES)}
@@ -196,7 +210,11 @@ def _moving_mean(values: np.ndarray) -> np.ndarray:
 
 
 def plot_confusion(
-  path, confusion_CxC: np.ndarray, names: Sequence[str], *, unseen: Sequence[int] = ()
+  path: str | os.PathLike,
+  confusion_CxC: np.ndarray,
+  names: Sequence[str],
+  *,
+  unseen: Sequence[int] = (),
 ) -> pathlib.Path:
   """Writes a PNG of what is taken for what.
 
@@ -229,7 +247,9 @@ def plot_confusion(
   return save_png(path, fig)
 
 
-def _draw_matrix(confusion, shares, texts, font):
+def _draw_matrix(
+  confusion: np.ndarray, shares: np.ndarray, texts: Sequence[str], font: FontProperties
+) -> Figure:
   count = len(texts)
   side = max(4.0, 0.34 * count)
   fig, ((ax,),) = figure((side + 3.5, side + 2.2))
@@ -248,7 +268,9 @@ def _draw_matrix(confusion, shares, texts, font):
   return fig
 
 
-def _draw_worst_pairs(confusion, shares, texts, font):
+def _draw_worst_pairs(
+  confusion: np.ndarray, shares: np.ndarray, texts: Sequence[str], font: FontProperties
+) -> Figure:
   wrong = confusion.copy()
   np.fill_diagonal(wrong, 0)
   order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_PAIRS]
