@@ -45,7 +45,8 @@ def read_image(path, protocol, patch_size: int) -> tuple[np.ndarray, np.ndarray]
     InputError: see `pixels.read`.
   """
   image = pixels.read(path)
-  sides = pixels.short_side_size(*image.shape[:2], protocol.short_side)
+  height, width = image.shape[:2]
+  sides = pixels.short_side_size(height, width, protocol.short_side)
   height, width = (max(1, round(side / patch_size)) * patch_size for side in sides)
   resized = pixels.resize(image, (height, width))
   return image, pixels.normalize(resized, protocol.mean, protocol.std)[None]

@@ -73,17 +73,17 @@ def operations(jaxpr) -> float:
   """
   total = 0.0
   for equation in jaxpr.eqns:
-    out = equation.outvars[0].aval if equation.outvars else None
-    if equation.primitive.name == "dot_general":
-      (contracted, _), _ = equation.params["dimension_numbers"]
+    operation, params = equation.primitive.name, equation.params
+    if operation == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
       shape = equation.invars[0].aval.shape
-      total += 2 * out.size * math.prod(shape[axis] for axis in contracted)
-    elif equation.primitive.name == "conv_general_dilated":
+      total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    elif operation == "conv_general_dilated":
       kernel = equation.invars[1].aval
-      features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-      total += 2 * out.size * kernel.size / features
-    times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-    total += times * sum(map(operations, jaxprs_in_params(equation.params)))
+      features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+      total += 2 * equation.outvars[0].aval.size * kernel.size / features
+    times = params["length"] if operation == "scan" else 1
+    total += times * sum(map(operations, jaxprs_in_params(params)))
   return total
 
 
@@ -104,16 +104,16 @@ def measure(
   compiled = lowered.compile()
   seconds_to_compile = time.perf_counter() - began
   memory = compiled.memory_analysis()
-  arguments = list(arguments)
+  given = list(arguments)
 
   def call():
-    out = compiled(*arguments)
+    out = compiled(*given)
     if donated is not None:
-      arguments[donated] = out[0]
+      given[donated] = out[0]
     return jax.block_until_ready(out)
 
   call()
-  times = []
+  times: list[float] = []
   while len(times) < 2 or sum(times) < timed:
     began = time.perf_counter()
     call()
@@ -149,7 +149,7 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
     )
   model = RPN(clip_config, RPNConfig(**config.model), dtype, config.remat)
   text = np.random.default_rng(1).normal(size=(classes, clip_config.embed_dim))
-  text = np.float32(text / np.linalg.norm(text, axis=-1, keepdims=True))
+  text = (text / np.linalg.norm(text, axis=-1, keepdims=True)).astype(np.float32)
   key = jax.random.key(config.seed)
   prompts = init_prompts(model, tower, text, key, side)
   optimizer = optim.make_optimizer(config.optimizer, prompts)
@@ -167,7 +167,7 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
     )  # fmt: skip
 
   params = jax.device_put(tower)
-  result = {
+  result: dict[str, dict] = {
     "parameters": parameters(prompts, tower),
     "forward": measure(forward, dict(zip(("params", "prompts"), merged)), data["image"]),
   }

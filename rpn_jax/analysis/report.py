@@ -45,9 +45,9 @@ def mean_and_deviation(values: Sequence[float]) -> str:
   """Percent: "42.4 ± 0.6" (sample standard deviation), "42.4" for one value, "-" for none."""
   if not values:
     return "-"
-  values = 100 * np.array(values, np.float64)
-  spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-  return f"{round(values.mean(), 1) + 0.0:.1f}{spread}"  # no "-0.0"
+  percent = 100 * np.array(values, np.float64)
+  spread = f" ± {percent.std(ddof=1):.1f}" if len(values) > 1 else ""
+  return f"{round(percent.mean(), 1) + 0.0:.1f}{spread}"  # no "-0.0"
 
 
 def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
@@ -204,11 +204,11 @@ def plot(path, rows: Sequence[Row]) -> pathlib.Path:
       if not curves_of_row:
         continue
       # A row without this metric leaves no line here, only its place in the legend.
-      steps, mean, deviation = curves_of_row.get(metric, np.zeros((3, 0)))
+      steps, means, deviations = curves_of_row.get(metric, np.zeros((3, 0)))
       marker = "o" if len(steps) < SMOOTHED_POINTS else None
-      ax.plot(steps, 100 * mean, marker=marker, markersize=3, label=f"[{i + 1}]", **styles[i])
-      if deviation.any():
-        band = 100 * (mean - deviation), 100 * (mean + deviation)
+      ax.plot(steps, 100 * means, marker=marker, markersize=3, label=f"[{i + 1}]", **styles[i])
+      if deviations.any():
+        band = 100 * (means - deviations), 100 * (means + deviations)
         ax.fill_between(steps, *band, color=styles[i]["color"], alpha=0.15, linewidth=0)
     step_ticks(ax)
   if curves_high:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -57,13 +57,11 @@ class Row:
 
   def values(self, checkpoint: str, metric: str) -> list[float]:
     """The metric of every run, at its "last" or "best" checkpoint; [] where one has none."""
-    values = [getattr(run, checkpoint).get(metric) for run in self.runs]
-    return [] if None in values else values
+    return _unless_missing(getattr(run, checkpoint).get(metric) for run in self.runs)
 
   def evaluated(self, name: str, metric: str) -> list[float]:
     """The metric of every run on a data set evaluated afterwards; [] where one was not."""
-    values = [run.evaluations.get(name, {}).get(metric) for run in self.runs]
-    return [] if None in values else values
+    return _unless_missing(run.evaluations.get(name, {}).get(metric) for run in self.runs)
 
   def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Steps, means and deviations of an evaluated metric; None if there is no common step.
@@ -80,6 +78,15 @@ class Row:
     values = np.array([[p[s] for s in steps] for p in points], np.float64)
     deviation = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(steps))
     return np.array(steps), values.mean(0), deviation
+
+
+def _unless_missing(values: Iterable[float | None]) -> list[float]:
+  found = []
+  for value in values:
+    if value is None:
+      return []
+    found.append(value)
+  return found
 
 
 def read_run(directory) -> Run:
@@ -168,7 +175,7 @@ def _why_missing(directory: pathlib.Path) -> str:
 
 def flatten(config: Mapping, prefix: str = "") -> dict:
   """{"model.head": "paper", …} of nested fields."""
-  flat = {}
+  flat: dict[str, object] = {}
   for name, value in config.items():
     path = f"{prefix}{name}"
     flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}

@@ -14,12 +14,12 @@ names joined by commas, the runs of the first seed come first.
 import argparse
 import concurrent.futures
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
 import queue
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,12 +43,10 @@ def read_tables(path: str) -> dict[str, dict[str, Mapping]]:
   """
   if not pathlib.Path(path).is_file():
     raise InputError(f"--config={path}: no such file; expected one with TABLES")
-  spec = importlib.util.spec_from_file_location("ablations", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, "TABLES"):
+  content = runpy.run_path(path)
+  if "TABLES" not in content:
     raise InputError(f"--config={path}: has no TABLES; expected one like configs/ablations.py")
-  return module.TABLES
+  return content["TABLES"]
 
 
 def directory(root: pathlib.Path, changes: Mapping, seed: int) -> pathlib.Path:
@@ -112,10 +110,10 @@ def sweep(runs: Mapping[pathlib.Path, Sequence[str]], jobs: int) -> list[str]:
     jobs: runs at a time.
   """
   todo = [workdir for workdir in runs if not is_done(workdir)]
-  shares = queue.SimpleQueue()
+  shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
   for share in core_shares(jobs):
     shares.put(share)
-  failures = []
+  failures: list[str] = []
 
   def pin_thread():
     # Linux keeps the cores of each thread, and a child inherits those of the thread that starts
@@ -185,8 +183,11 @@ def differences(row: Row, plain: Row) -> list[float]:
   """
   if row is plain or is_free(row.runs[0].config):
     return []
-  of, to = ({run.config["seed"]: run.last.get("hiou") for run in r.runs} for r in (row, plain))
-  return [of[seed] - to[seed] for seed in of if None not in (of[seed], to.get(seed))]
+  scores = [
+    {run.config["seed"]: hiou for run in r.runs if (hiou := run.last.get("hiou")) is not None}
+    for r in (row, plain)
+  ]
+  return [hiou - scores[1][seed] for seed, hiou in scores[0].items() if seed in scores[1]]
 
 
 def is_free(changes: Mapping) -> bool:
