@@ -109,13 +109,15 @@ class Progress:
   so that the log of a long job shows that it lives and that of a short one stays clean.
   """
 
-  def __init__(self, iterable: Iterable | None, total: int | None, desc: str, unit: str):
+  def __init__(
+    self, iterable: Iterable | None, total: int | None, desc: str, unit: str, initial: int = 0
+  ):
     # Looked up at each call, since tests and notebooks replace it.
     self._stream = sys.stderr
     self._iterable, self._total, self._desc, self._unit = iterable, total, desc, unit
     self._bar = None
     self._postfix = ""
-    self._done = self._lined_done = 0
+    self._done = self._lined_done = initial
     self._lined_at, self._rate = time.monotonic(), 0.0
     isatty = getattr(self._stream, "isatty", None)
     if isatty is not None and isatty() and not _silent:
@@ -123,7 +125,9 @@ class Progress:
 
       # Some job runners' terminals report a size of 0 by 0, where tqdm would draw nothing.
       width = {"dynamic_ncols": True} if _has_columns(self._stream) else {"ncols": 80, "nrows": 24}
-      self._bar = tqdm(total=total, desc=desc, unit=f" {unit}", file=self._stream, **width)
+      self._bar = tqdm(
+        total=total, initial=initial, desc=desc, unit=f" {unit}", file=self._stream, **width
+      )
 
   def __iter__(self) -> Iterator:
     if self._iterable is None:
@@ -180,16 +184,17 @@ class Progress:
     self._lined_at, self._lined_done = now, self._done
 
 
-def progress(iterable_or_total: Iterable | int, desc: str, unit: str) -> Progress:
+def progress(iterable_or_total: Iterable | int, desc: str, unit: str, initial: int = 0) -> Progress:
   """The progress display of every long loop: done, rate, time left, and a postfix.
 
   Args:
     iterable_or_total: what to iterate over, or how many units `update` will report.
     desc: what goes on, such as "train".
     unit: what is counted, singular, such as "step".
+    initial: units of a total that an earlier run has done; the rate does not count them.
   """
   if isinstance(iterable_or_total, int):
-    return Progress(None, iterable_or_total, desc, unit)
+    return Progress(None, iterable_or_total, desc, unit, initial)
   total = len(iterable_or_total) if isinstance(iterable_or_total, Sized) else None
   return Progress(iterable_or_total, total, desc, unit)
 

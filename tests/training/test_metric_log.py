@@ -191,6 +191,19 @@ def test_progress_of_a_total_and_of_a_generator(clock, capsys):
   assert lines == ["download: 2/3 MB, 0.1 MB/s, 0:10 left", "read: 1 file"]
 
 
+def test_progress_that_continues_an_earlier_run(clock, capsys, monkeypatch):
+  bar = progress(100, "prepare", "image", initial=80)
+  clock.now += 20
+  bar.update(10)
+  assert capsys.readouterr().err == "prepare: 90/100 image, 0.5 image/s, 0:20 left\n"
+  stream = io.StringIO()
+  stream.isatty = lambda: True
+  monkeypatch.setattr(sys, "stderr", stream)
+  with progress(100, "prepare", "image", initial=80):
+    pass
+  assert "80/100" in stream.getvalue()
+
+
 def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
   stream = io.StringIO()
   stream.isatty = lambda: True
