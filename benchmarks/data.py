@@ -4,7 +4,7 @@
 
 Makes a set of 500 x 375 JPEGs of the size of VOC's (about 85 kB each), prepares it as VOC, and
 prints three tables: images per second of the whole pipeline (512 x 512 crops, batches of 16) by
-reader processes; CPU time per image by stage; and CPU time of the two picture libraries for the
+reader processes; CPU time per image by stage; and CPU time of the two image libraries for the
 stages that could use either. CPU time hardly depends on what else the machine does.
 """
 
@@ -21,11 +21,11 @@ import PIL
 from absl import app, flags, logging
 from PIL import Image
 
-from data_pipelines import pipeline, prepare, transforms, vocabularies
+from data_pipelines import pipeline, prepare, records, transforms, vocabularies
 from rpn_jax.base.console import progress, table
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("images", 400, "Pictures of the generated set")
+flags.DEFINE_integer("images", 400, "Images of the generated set")
 flags.DEFINE_integer("batches", 20, "Batches of 16 timed per row, after two that are not")
 flags.DEFINE_list("workers", ["0", "1", "2"], "Reader processes to compare")
 
@@ -35,15 +35,15 @@ HEIGHT, WIDTH = 375, 500
 WANTED, CORES = 750, 16
 
 
-def picture(rng) -> Image.Image:
-  """Coarse colours with fine grain, which compresses to about the size of a photograph."""
+def make_image(rng) -> Image.Image:
+  """Coarse colors with fine grain, which compresses to about the size of a photograph."""
   coarse = cv2.resize(rng.integers(0, 256, (12, 16, 3), np.uint8), (WIDTH, HEIGHT))
   grain = cv2.resize(rng.normal(0, 22, (HEIGHT // 2, WIDTH // 2)), (WIDTH, HEIGHT))
   return Image.fromarray(np.clip(coarse + grain[..., None], 0, 255).astype(np.uint8))
 
 
 def make_raw(root: pathlib.Path, images: int) -> None:
-  """A raw VOC tree with `images` training pictures and one to evaluate on."""
+  """A raw VOC tree with `images` training images and one to evaluate on."""
   voc = root / "VOCdevkit/VOC2012"
   for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
     (voc / folder).mkdir(parents=True)
@@ -51,7 +51,7 @@ def make_raw(root: pathlib.Path, images: int) -> None:
   names = [f"2007_{i:06d}" for i in range(images + 1)]
   for i, name in enumerate(progress(names, "make", "image")):
     rng = np.random.default_rng(i)
-    picture(rng).save(voc / f"JPEGImages/{name}.jpg", quality=95)
+    make_image(rng).save(voc / f"JPEGImages/{name}.jpg", quality=95)
     label = cv2.resize(
       rng.integers(0, 21, (4, 5), np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_NEAREST
     )
@@ -148,7 +148,7 @@ def main(argv) -> None:
     raw, data_dir = pathlib.Path(folder, "raw"), pathlib.Path(folder, "data")
     make_raw(raw, FLAGS.images)
     prepare.prepare("voc", raw, data_dir, allow_partial=True)
-    source = prepare.source("voc", data_dir, "train")
+    source = records.source("voc", data_dir, "train")
     size = np.mean([len(source[i]["image"]) for i in range(len(source))]) / 1000
     rates = [[w, f"{throughput(source, int(w)):.0f}"] for w in FLAGS.workers]
     spent = stages(source)

@@ -65,7 +65,7 @@ def benchmark(
 
   Args:
     arg: `setting=…`, `preset=paper|released`, `backbone=b16|l14`, `tuner=…`, `runlocal`.
-    name: training set, see `data_pipelines.datasets.SETS`.
+    name: training set, see the table in `data_pipelines/__init__.py`.
     steps: optimizer steps.
     deep_tokens: of the released preset.
     templates: name of a set of sentences.

@@ -1,31 +1,15 @@
-"""From a config to data: the one place where a data set's name is looked up."""
+"""From a config to data: opens the data sets that `config.data` and `config.eval` name."""
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Iterator
 
 import grain
 
-from data_pipelines import folder, pipeline, prepare, shapes, transforms, vocabularies
+from data_pipelines import pipeline, records, registry, shapes, transforms, vocabularies
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.words import check_known
 
-# Class counts and splits of a data set are its vocabulary's; several may share prepared files.
-# name of config.data.name -> name for data_pipelines.prepare
-SETS = {
-  "voc20": "voc",
-  "voc20b": "voc",
-  "voc21": "voc",
-  "context59": "context",
-  "context60": "context",
-  "context459": "context459",
-  "coco_stuff171": "coco_stuff",
-  "ade150": "ade150",
-  "ade847": "ade847",
-  "folder": "folder",
-  "shapes": "shapes",
-  "crowds": "shapes",
-}
 SETTINGS = ("zero_shot", "transductive", "supervised")
 
 
@@ -34,7 +18,7 @@ class SegmentationData:
   """A segmentation data set as a training run sees it.
 
   Attributes:
-    name: of the set, a key of SETS.
+    name: as registered.
     names: prompted class names.
     seen, unseen: class ids of the two groups that scores are averaged over; without a split all
       are seen.
@@ -44,11 +28,11 @@ class SegmentationData:
     scored_as: scored class of every prompted name; the identity except where several names stand
       for the background.
     unlabelled: training label of pixels to be filled by self-training; None without it.
-    train_batches: start step -> endless batches {image f32[B,H,W,3], label i32[B,H,W]}; labels
-      are positions in `trained`, `unlabelled`, or 255.
+    train_batches: start step -> endless batches {image float32 [B,H,W,3], label int32 [B,H,W]};
+      labels are positions in `trained`, `unlabelled`, or 255.
     train_indices: step -> positions, in the training split, of the examples of its batch.
-    eval_examples: () -> sized iterable of {image f32[h,w,3], label i32[H,W], id}; labels are
-      scored classes, or `ignore`.
+    eval_examples: () -> sized iterable of {image float32 [h,w,3], label int32 [H,W], id}; labels
+      are scored classes, or `ignore`.
   """
 
   name: str
@@ -66,24 +50,24 @@ class SegmentationData:
 
 
 def load(config, process: tuple[int, int] = (0, 1)) -> SegmentationData:
-  """Opens the data set of `config.data`; the embedded world is prepared if it is not there.
+  """Opens the data set of `config.data`; the synthetic ones are drawn if they are not there.
 
   Args:
     config: of the run.
-    process: the number of this process and how many there are: it gets its rows of every training
-      batch. Evaluation examples are shared out by who evaluates.
+    process: (index, count) of the processes: each gets its rows of every training batch. Evaluation
+      examples are divided by whoever evaluates.
 
   Raises:
     InputError: an unknown name or setting, bad data, or a set that is not prepared.
   """
-  _known("config.data.setting", config.data.setting, SETTINGS)
+  check_known("config.data.setting=", config.data.setting, SETTINGS)
   return _open(config, config.data.name, config.data.setting, process)
 
 
 def load_evaluations(config) -> list[SegmentationData]:
   """The data sets of `config.eval.sets`, or the training set alone if none is named.
 
-  In these every class is prompted and none is penalized: it is the open-vocabulary protocol.
+  Every class of these is prompted and none is penalized: the open-vocabulary protocol.
   """
   if not config.eval.sets:
     return [load(config)]
@@ -92,8 +76,8 @@ def load_evaluations(config) -> list[SegmentationData]:
 
 def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
   c = config.data
-  _known("data set", name, tuple(SETS))
-  vocabulary = _vocabulary(c, name)
+  data_set = registry.get(name)
+  vocabulary = _vocabulary(c, data_set)
   seen, unseen = vocabulary.seen, vocabulary.unseen
   count = len(vocabulary.names)
   if setting != "supervised" and not unseen:
@@ -110,7 +94,7 @@ def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
     trained = seen
     train_map = raw.then(transforms.LabelMap.seen(seen, count, ignore=vocabulary.ignore))
   elif setting == "transductive":
-    # One mark for all of them: which unseen class a pixel has never reaches the training step.
+    # One value for all of them: which unseen class a pixel has never reaches the training step.
     unlabelled = vocabulary.ignore - 1
     ids = {i: unlabelled if i in unseen else i for i in range(count)}
     train_map = raw.then(transforms.LabelMap.from_ids(ids, ignore=vocabulary.ignore))
@@ -122,13 +106,13 @@ def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
   eval_transform = transforms.eval_transform(c.short_side, raw, **statistics)
 
   def train_batches(start_step: int) -> Iterator[dict]:
-    if vocabulary.num_classes < count:
+    if vocabulary.evaluation_only:
       raise InputError(
         f"{name} is for evaluation: {count} names are scored as {vocabulary.num_classes} classes; "
         "train on a set whose names are its classes"
       )
     return pipeline.train_batches(
-      _source(c, name, "train"),
+      _source(c, data_set, "train"),
       train_transform,
       batch_size=c.batch_size,
       seed=config.seed,
@@ -139,12 +123,12 @@ def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
     )
 
   def train_indices(step: int) -> list[int]:
-    count = len(_source(c, name, "train"))
+    count = len(_source(c, data_set, "train"))
     return pipeline.train_indices(count, batch_size=c.batch_size, seed=config.seed, step=step)
 
   @functools.cache  # opened once: every evaluation of a run reads the same examples
   def eval_examples() -> pipeline.EvalExamples:
-    source = _source(c, name, "val")
+    source = _source(c, data_set, "val")
     return pipeline.eval_examples(source, eval_transform, limit=c.eval_images)
 
   return SegmentationData(
@@ -163,37 +147,36 @@ def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
   )
 
 
-def _vocabulary(c, name: str) -> vocabularies.Vocabulary:
-  if name == "shapes":
-    return vocabularies.of_names(name, shapes.CLASSES, [shapes.CLASSES[i] for i in shapes.UNSEEN])
-  if name == "crowds":
-    return dataclasses.replace(
-      vocabularies.of_names(name, shapes.COLOUR_CLASSES), ids=shapes.COLOUR_OF_CLASS
-    )
-  if name == "folder":
-    return folder.vocabulary(c.data_dir, c.variant)
-  return vocabularies.load(name, c.naming if name == c.name else "dataset")
+def _vocabulary(c, data_set: registry.DataSet) -> vocabularies.Vocabulary:
+  if data_set.classes is None:
+    return records.stored_vocabulary(data_set.prepared, c.data_dir, c.variant)
+  return vocabularies.load(data_set.name, c.naming if data_set.name == c.name else "dataset")
 
 
-def _source(c, name: str, split: str):
-  if name in shapes.WORLDS:
-    counts = {"num_train": c.get("train_images"), "num_val": c.eval_images}
-    world = shapes.ShapesConfig(world=name, **{k: v for k, v in counts.items() if v})
-    shapes.prepare(c.data_dir, world)
-    return shapes.source(c.data_dir, split, world)
-  variant = c.variant or None if name == c.name else None
-  return prepare.source(SETS[name], c.data_dir, split, variant)
+def _source(c, data_set: registry.DataSet, split: str):
+  if data_set.source is not None:
+    return registry.resolve(data_set.source)(c, split)
+  variant = c.variant or None if data_set.name == c.name else None
+  return records.source(data_set.prepared, c.data_dir, split, variant)
 
 
 def captions(config) -> dict:
-  """Image-caption batches and the zero-shot test of the embedded world, for pre-training."""
+  """Image-caption batches of the synthetic shapes and a zero-shot test, for pre-training CLIP.
+
+  Args:
+    config: of the run: seed, steps, batch_size, test_images.
+
+  Returns:
+    {"batches": () -> batches {image uint8 [B,64,64,3], caption}, "test_images": uint8
+    [test_images,64,64,3], "test_labels": int32 [test_images], "test_names": their class names}.
+  """
   source = shapes.CaptionedShapes(config.seed, config.steps * config.batch_size)
 
   def batches() -> Iterator[dict]:
     stream = grain.MapDataset.source(source).batch(config.batch_size, drop_remainder=True)
     return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
-  # Another seed than the training pictures'.
+  # Another seed than that of the training images.
   images, labels = shapes.single_object_images(config.test_images, seed=config.seed + 1)
   return {
     "batches": batches,
@@ -201,9 +184,3 @@ def captions(config) -> dict:
     "test_labels": labels,
     "test_names": shapes.OBJECTS,
   }
-
-
-def _known(field: str, value: str, known: tuple[str, ...]) -> None:
-  if value not in known:
-    near = difflib.get_close_matches(value, known, 1, 0.0)[0]
-    raise InputError(f"{field}={value!r} is not known; did you mean {near!r}? Known: {known}")

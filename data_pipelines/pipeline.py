@@ -2,8 +2,8 @@
 
 A source is any object with `len(source)` and `source[i]` that yields
 `{'image': uint8 [H,W,3], 'label': uint8 or uint16 [H,W], 'id': str}`. Image and label may also be
-encoded files as bytes; they are then decoded here, so that a damaged file can be named. Grey and
-CMYK images become RGB; a four-channel array is taken for CMYK, RGBA belongs to the source.
+encoded files as bytes; they are then decoded here, upright as their EXIF data says, and a damaged
+file is named. Gray and CMYK images become RGB; an array of four channels is taken for CMYK.
 Example i of the stream depends on (seed, i) only, never on threads, workers or process count.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.pixels import check_size
@@ -63,15 +63,14 @@ def _size(array: np.ndarray) -> str:
 
 
 def _decode(value, name: str, what: str) -> np.ndarray:
-  """Encoded bytes -> array; arrays pass."""
+  """Encoded bytes -> array; arrays pass through."""
   if not isinstance(value, bytes):
     return np.asarray(value)
   try:
     with Image.open(io.BytesIO(value)) as file:
       check_size(f"example {name}", file.size)
-      if what == "image":
-        file = file.convert("RGB")
-      return np.array(file)
+      ImageOps.exif_transpose(file, in_place=True)
+      return np.array(file.convert("RGB") if what == "image" else file)
   except InputError:
     raise
   except Exception as error:  # Pillow raises a dozen kinds on damaged files
@@ -86,7 +85,7 @@ def _to_rgb(image: np.ndarray, name: str) -> np.ndarray:
   channels = image.shape[-1] if image.ndim == 3 else 1
   if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
     raise InputError(
-      f"example {name}: expected an image uint8 [H,W,3] (or grey, or CMYK), got {image.dtype} "
+      f"example {name}: expected an image uint8 [H,W,3] (or gray, or CMYK), got {image.dtype} "
       f"{list(image.shape)}; convert it in the source"
     )
   if not image.size:
@@ -113,7 +112,7 @@ class _CheckedSource:
       example = self.source[index]
     except InputError:
       raise
-    # The source decodes with a library of its own choice: any exception means a bad record.
+    # The source decodes by any library it likes: any exception means a bad record.
     except Exception as error:
       raise InputError(
         f"example {where}: expected a readable record, got {type(error).__name__}: "
@@ -122,15 +121,15 @@ class _CheckedSource:
     return check_example(example, where)
 
   def __repr__(self) -> str:
-    # grain prints the source; a list of arrays would fill the screen.
+    # grain prints the source, and a list of arrays would fill the screen.
     return f"{type(self.source).__name__}({len(self)} examples)"
 
 
 class _ProcessSlice:
   """One process's part of a stream: its contiguous rows of every global batch.
 
-  Slicing in rows, not in strides, makes the global array of a batch the same on any number of
-  processes, once each has placed its part.
+  Rows in place of strides make the global array of a batch the same for any number of processes,
+  once each has placed its part.
   """
 
   def __init__(self, stream, batch_size: int, index: int, count: int):
@@ -154,7 +153,7 @@ def _for_training(transform: Callable, example: Example, rng: np.random.Generato
   if "label" not in example:
     raise InputError(f"example {example['id']}: expected a label to train on, got none")
   example = transform(example, rng)
-  return {"image": example["image"], "label": example["label"]}  # strings make no array
+  return {"image": example["image"], "label": example["label"]}  # strings cannot be batched
 
 
 def train_batches(
@@ -172,8 +171,8 @@ def train_batches(
   """An endless stream of training batches, reshuffled in every epoch.
 
   Batch k is a function of (source, transform, seed, batch_size, k): starting at `start_step`
-  continues a run exactly, with any number of threads, workers or processes. Batches may straddle
-  two epochs, so no example is left out of one.
+  continues a run exactly, with any number of threads, workers or processes. A batch may lie in two
+  epochs, so that none leaves an example out.
 
   Args:
     source: random access, see the top of the module; picklable if workers > 0.
@@ -243,7 +242,7 @@ class EvalExamples:
   def __getitem__(self, index):
     if isinstance(index, slice):
       return EvalExamples(self._dataset[index], self._read_options)
-    # grain would start over behind the end.
+    # grain would start over beyond the end.
     if not 0 <= index < len(self):
       raise IndexError(f"expected an index in 0…{len(self) - 1}, got {index}")
     return self._dataset[index]

@@ -1,4 +1,4 @@
-"""A picture of some examples of a prepared set, to see at a glance whether labels fit images."""
+"""A figure of some examples of a prepared set, which shows whether the labels fit the images."""
 
 import colorsys
 import io
@@ -15,20 +15,20 @@ from PIL import Image
 from data_pipelines.vocabularies import Vocabulary
 
 _COLUMNS = 2  # examples side by side
-_LEGEND = 12  # classes; a longer list would not fit beside its mask
-_NAME = 24  # characters
-_NO_CLASS = (70, 70, 70)
+_MAX_LEGEND_CLASSES = 12  # a longer list would not fit beside its mask
+_MAX_NAME_LETTERS = 24
+_NO_CLASS_COLOR = (70, 70, 70)
 _LONG_SIDE = 640  # pixels; more would not show
 
 
 def draw(examples: Sequence[dict], vocabulary: Vocabulary, path: pathlib.Path) -> None:
-  """Writes a PNG of every example's image, its mask in colours, and the colours' names.
+  """Writes a PNG of every example's image, its mask in colors, and the names of the colors.
 
-  A class has one colour throughout; the classes of the largest areas have the clearest.
+  A class has one color throughout; the classes of the largest areas have the clearest.
 
   Args:
-    examples: records as of `prepare.Records`.
-    vocabulary: names the raw ids of the labels.
+    examples: as `records.Records` yields them.
+    vocabulary: of the raw ids in the labels.
     path: of the PNG.
   """
   table = np.full(65536, -1)
@@ -44,7 +44,7 @@ def draw(examples: Sequence[dict], vocabulary: Vocabulary, path: pathlib.Path) -
     labels.append(np.array(label.resize(image.size, Image.Resampling.NEAREST)))
   areas = np.bincount(np.concatenate([label.ravel() for label in labels]) + 1)
   ranks = np.argsort(np.argsort(-areas[1:], kind="stable"))
-  colors = np.array([_NO_CLASS, *(_color(rank) for rank in ranks)], np.uint8)
+  colors = np.array([_NO_CLASS_COLOR, *(_color(rank) for rank in ranks)], np.uint8)
 
   rows = -(-len(examples) // _COLUMNS)
   figure = Figure((15, 3.1 * rows), dpi=100, layout="constrained")
@@ -66,29 +66,29 @@ def draw(examples: Sequence[dict], vocabulary: Vocabulary, path: pathlib.Path) -
       frameon=False,
     )
   with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "Glyph")  # a script without a font shows as boxes
+    warnings.filterwarnings("ignore", "Glyph")  # letters that no font has show as boxes
     figure.savefig(path)
 
 
 def _entries(label: np.ndarray, vocabulary: Vocabulary, colors: np.ndarray) -> list[Patch]:
-  """Classes of a mask, largest first, and what carries none."""
+  """The classes in a mask, largest first, and the pixels without one."""
   values, counts = np.unique(label, return_counts=True)
   order = [v for v in values[np.argsort(-counts, kind="stable")].tolist() if v >= 0]
   names = {i: name for name, i in zip(reversed(vocabulary.names), reversed(vocabulary.scored_as))}
-  entries = [_entry(names[i].split(",")[0], colors[i + 1]) for i in order[:_LEGEND]]
-  if len(order) > _LEGEND:
-    entries.append(_entry(f"and {len(order) - _LEGEND} more", (255, 255, 255)))
+  entries = [_entry(names[i].split(",")[0], colors[i + 1]) for i in order[:_MAX_LEGEND_CLASSES]]
+  if len(order) > _MAX_LEGEND_CLASSES:
+    entries.append(_entry(f"and {len(order) - _MAX_LEGEND_CLASSES} more", (255, 255, 255)))
   if values[0] < 0:
     entries.append(_entry("(no class)", colors[0]))
   return entries
 
 
 def _entry(name: str, color: Sequence[int]) -> Patch:
-  name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+  name = name if len(name) <= _MAX_NAME_LETTERS else f"{name[: _MAX_NAME_LETTERS - 1]}…"
   return Patch(color=np.divide(color, 255), label=name.replace("$", r"\$"))
 
 
 def _color(rank: int) -> tuple[float, ...]:
-  """Hues a golden angle apart, in turns of brightness: neighbours in rank differ most."""
+  """Hues a golden angle apart in turns of brightness, so that neighbors in rank differ most."""
   saturation, value = ((0.85, 0.95), (0.5, 1.0), (0.9, 0.6))[rank // 8 % 3]
   return tuple(255 * c for c in colorsys.hsv_to_rgb(rank * 0.618034 % 1, saturation, value))

@@ -3,8 +3,8 @@
 An example is a dict with `image` uint8 [H,W,3] in RGB, `label` [H,W] of class ids (optional when
 predicting) and `id`. Every transform returns a new dict and touches neither its input nor any
 global random state. Drawing random values and applying them are separate methods, so a recorded
-or scripted draw can be replayed. Sizes and the order of the draws follow the released recipe
-(mmsegmentation 0.24), which is what makes a training run comparable with the published one.
+or scripted draw can be replayed. Sizes and the order of the draws follow the official recipe
+(mmsegmentation 0.24), so that a training run is comparable with the published one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,26 +13,18 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from data_pipelines.vocabularies import IGNORE, IGNORE_WIDE
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
-
-# Label of a pixel that belongs to no class. Sets of more than 255 classes cannot use 255.
-IGNORE = 255
-IGNORE_WIDE = 65535
 
 _LABEL_VALUES = 65536  # every uint16
 _BYTES = np.arange(256, dtype=np.float32)
 
 
-def ignore_value(num_classes: int) -> int:
-  """The ignore label of a set: 255 while no class can have that id, else 65535."""
-  return IGNORE if num_classes <= IGNORE else IGNORE_WIDE
-
-
 class LabelMap:
   """A table from stored label values to the ids a model is trained on or scored with.
 
-  Use one of `identity`, `from_ids`, `seen`; `a.then(b)` applies a, then b.
+  Made by `from_ids` or `seen`; `a.then(b)` applies a, then b.
 
   Attributes:
     table: int32 [65536]; the new id, `ignore`, or −1 for a value that must not occur.
@@ -72,16 +64,6 @@ class LabelMap:
     table[ignore] = ignore
     table[raw] = new
     return cls(table, ignore)
-
-  @classmethod
-  def identity(cls, num_classes: int, *, ignore: int = IGNORE) -> "LabelMap":
-    """Labels stay as they are; anything but 0…num_classes−1 and `ignore` is an error."""
-    if num_classes > ignore:
-      raise InputError(
-        f"expected at most {ignore} classes with the ignore value {ignore}, got {num_classes}; "
-        f"use ignore={IGNORE_WIDE}"
-      )
-    return cls.from_ids({i: i for i in range(num_classes)}, ignore=ignore)
 
   @classmethod
   def seen(cls, seen: Sequence[int], num_classes: int, *, ignore: int = IGNORE) -> "LabelMap":
@@ -156,7 +138,7 @@ def fit_size(height: int, width: int, scale: Sequence[int]) -> tuple[int, int]:
 
 
 def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Nearest neighbour (OpenCV's rule: source index = floor(target index · ratio))."""
+  """Nearest neighbor (OpenCV's rule: source index = floor(target index · ratio))."""
   return cv2.resize(label, (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
 
 
@@ -195,8 +177,8 @@ class RandomResize:
 class RandomCrop:
   """Crops image and label to a drawn box; an image smaller than the box is kept whole.
 
-  A box is redrawn, up to 10 times, while one label covers `cat_max_ratio` or more of its labelled
-  pixels. The last box is used unchecked, as released.
+  A box is redrawn, up to 10 times, while one label covers `cat_max_ratio` or more of its labeled
+  pixels. The last box is used unchecked, as in the official recipe.
   """
 
   def __init__(self, size: tuple[int, int], cat_max_ratio: float = 0.75, ignore: int = IGNORE):
@@ -252,7 +234,7 @@ class RandomFlip:
 class PhotoDraws(NamedTuple):
   """Values of one photometric distortion; None leaves that step out."""
 
-  brightness: float | None  # added, in grey levels
+  brightness: float | None  # added, in gray levels
   contrast: float | None  # factor
   contrast_first: bool  # before saturation and hue, or after them
   saturation: float | None  # factor
@@ -278,7 +260,7 @@ class PhotoMetricDistortion:
     self.hue = hue
 
   def draw(self, rng) -> PhotoDraws:
-    """Draws in the released order: a coin before each value, the mode after brightness."""
+    """Draws in the official order: a coin before each value, the mode after brightness."""
 
     def coin() -> bool:
       return bool(rng.integers(0, 2))
@@ -337,7 +319,7 @@ class Normalize:
 
 
 class Pad:
-  """Pads bottom and right up to a size: the image with 0, which is the mean colour by then."""
+  """Pads bottom and right up to a size: the image with 0, which is the mean color by then."""
 
   def __init__(self, size: tuple[int, int], ignore: int = IGNORE):
     self.size = size
@@ -384,7 +366,7 @@ def train_transform(
   mean: Sequence[float] = pixels.CLIP_MEAN,
   std: Sequence[float] = pixels.CLIP_STD,
 ) -> Compose:
-  """The training pipeline, in the released order.
+  """The training pipeline, in the official order.
 
   Args:
     label_map: raw labels -> training ids; comes first, so that the crop rule sees ignored pixels.
@@ -393,7 +375,7 @@ def train_transform(
     ratio: range of the uniform factor on `scale`.
     cat_max_ratio: largest share of one label in a crop; 1 switches the rule off.
     flip: probability of a horizontal flip.
-    photometric: whether to distort colours.
+    photometric: whether to distort colors.
     mean, std: per channel, of pixel values in [0, 1].
 
   Returns:

@@ -1,30 +1,33 @@
-"""Class names, seen/unseen splits and raw-id tables of the published data sets.
+"""What data sets call their classes, and how their label files number them.
 
-The data are JSON files in the folder of the same name; this module gives them names and checks
-them. Splits are those of RPN and ZegCLIP (VOC, COCO-Stuff) and MaskCLIP (Context).
+The class names, splits and tables of raw ids of the published sets are JSON files in the folder of
+the same name; the table in `data_pipelines/__init__.py` says which set takes which. Splits into
+seen and unseen classes are those of RPN and ZegCLIP (VOC, COCO-Stuff) and MaskCLIP (Context).
 """
 
 import dataclasses
-import difflib
 import functools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from data_pipelines import registry
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.words import check_known
 
 _FOLDER = pathlib.Path(__file__).parent / "vocabularies"
 
+# Label of a pixel that belongs to no class; the wide one is for sets whose class ids reach 255.
 IGNORE = 255
-IGNORE_WIDE = 65535  # of sets whose class ids reach 255
+IGNORE_WIDE = 65535
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """What a data set calls its classes and how its files number them.
+  """The classes of a data set.
 
   Attributes:
-    name: as given to `load`.
+    name: of the data set.
     names: prompted class names in id order; "a, b, c" lists synonyms.
     seen, unseen: class ids of the zero-shot split; without one, all are seen.
     ids: raw value in the label files -> class id or `ignore`.
@@ -45,119 +48,125 @@ class Vocabulary:
 
   @property
   def num_classes(self) -> int:
-    """Classes that are scored."""
+    """Number of scored classes."""
     return max(self.scored_as) + 1
+
+  @property
+  def evaluation_only(self) -> bool:
+    """Whether several names are scored as one class, which a training loss cannot express."""
+    return self.num_classes < len(self.names)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
-  """Where one vocabulary's parts are; files without their suffix."""
+class ClassFiles:
+  """Where the vocabulary of a published set comes from; files are named without ".json".
+
+  Attributes:
+    names: file of the class names.
+    count: number of prompted names, checked on loading.
+    split: file of the seen and unseen class ids; without one, all are seen.
+    ids: file of the table raw value -> class id; without one, raw value k is class k - 1.
+    zero: class id of raw value 0; None for pixels without a class.
+    shift: added to the class ids in `ids`.
+    scored: class as which all names from this position on are scored.
+    background: whether the name "background" comes before those in the file.
+    spaced: file of the names with their words apart, for the naming "spaced".
+  """
 
   names: str
-  count: int  # names in the file
+  count: int
   split: str = ""
-  ids: str = ""  # a table file; empty means raw = class id + 1, raw 0 as `zero`
-  zero: int | None = None  # class id of raw 0; None: pixels without a class
-  shift: int = 0  # added to the class ids of the table file
-  scored: int | None = None  # names from this one on are all scored as this class
-  background: bool = False  # "background" comes before the names of the file
-
-
-_ENTRIES = {
-  "voc20": _Entry("voc20", 20, split="voc_split"),
-  # PAS-21: the background is a class like others, prompted with that word.
-  "voc21": _Entry("voc20", 21, zero=0, background=True),
-  # PAS-20b: 20 classes and a background that is prompted with 39 names of PASCAL Context.
-  "voc20b": _Entry("voc20b_catseg", 59, zero=20, scored=20),
-  "context59": _Entry("context59", 59, ids="context459id_to_59train"),
-  "context60": _Entry(
-    "context60", 60, split="context_split", ids="context459id_to_59train", zero=0, shift=1
-  ),
-  "context459": _Entry("context459", 459),
-  "coco_stuff171": _Entry("coco_stuff171", 171, split="coco_split", ids="coco_stuff_raw_to_train"),
-  "ade150": _Entry("ade150", 150),
-  "ade847": _Entry("ade847", 847, ids="ade847_objectid_to_train"),
-}
-
-# Of data sets that are not this project's, by name: put yours here (docs/extending.md).
-REGISTERED: dict[str, Vocabulary] = {}
+  ids: str = ""
+  zero: int | None = None
+  shift: int = 0
+  scored: int | None = None
+  background: bool = False
+  spaced: str = ""
 
 
 def vocabulary_names() -> tuple[str, ...]:
-  """The names of the published sets that `load` knows."""
-  return tuple(_ENTRIES)
+  """The data sets whose vocabularies are files of this package: the published ones."""
+  rows = registry.DATA_SETS.values()
+  return tuple(row.name for row in rows if isinstance(row.classes, ClassFiles))
 
 
-@functools.cache
 def load(name: str, naming: str = "dataset") -> Vocabulary:
-  """A vocabulary by name.
+  """The vocabulary of a registered data set.
 
   Args:
-    name: one of `vocabulary_names()`.
+    name: as registered.
     naming: "dataset", the names in the data set's files; "maskclip", the wording MaskCLIP
       prompts with ("potted plant"); "spaced", context459 with its words apart.
 
   Raises:
-    InputError: an unknown name or naming, with the nearest known one, or a damaged file.
+    InputError: an unknown name or naming, with the nearest known one; a damaged file; a set whose
+      raw files bring the names (see `records.stored_vocabulary`).
   """
-  if name in REGISTERED:
-    _known(f"naming of {name}", naming, ["dataset"])
-    return REGISTERED[name]
-  _known("vocabulary", name, [*_ENTRIES, *REGISTERED])
-  entry = _ENTRIES[name]
-  namings = _namings(name)
-  _known(f"naming of {name}", naming, namings)
-  names = (("background",) if entry.background else ()) + tuple(namings[naming]())
-  if len(names) != entry.count:
-    raise InputError(
-      f"expected {entry.count} names of {name} ({naming}), got {len(names)} in {_FOLDER.name}; "
-      "restore the file"
-    )
-  seen, unseen = tuple(range(entry.count)), ()
-  if entry.split:
-    split = _read(entry.split)
-    seen, unseen = tuple(split["seen"]), tuple(split["unseen"])
-  scored_as = tuple(i if entry.scored is None else min(i, entry.scored) for i in range(entry.count))
-  ignore = IGNORE if max(scored_as) < IGNORE else IGNORE_WIDE
-  if entry.ids:
-    ids = {int(raw): new + entry.shift for raw, new in _read(entry.ids)["map"].items()}
-    unlisted = "ignore"
-  else:
-    classes = entry.count if entry.scored is None else entry.scored
-    ids = {i if entry.background else i + 1: i for i in range(classes)}
-    unlisted = "error"
-  # COCO-Stuff is the one set whose raw 0 is a class; its table says so.
-  ids.setdefault(0, ignore if entry.zero is None else entry.zero)
-  return Vocabulary(name, names, seen, unseen, ids, unlisted, ignore, scored_as)
+  row = registry.get(name)
+  classes = registry.resolve(row.classes)
+  if isinstance(classes, ClassFiles):
+    return _from_files(name, classes, naming)
+  check_known(f"naming of {name} ", naming, ["dataset"])
+  if classes is None:
+    raise InputError(f"{name} has no class names of its own: each prepared folder brings them")
+  if isinstance(classes, Vocabulary):
+    return classes
+  return of_names(name, classes, row.unseen)
 
 
-def of_names(name: str, names: Iterable[str], unseen_names: Iterable[str] = ()) -> Vocabulary:
-  """The vocabulary of a set whose label files hold class ids themselves."""
+def of_names(
+  name: str,
+  names: Iterable[str],
+  unseen_names: Iterable[str] = (),
+  values: Sequence[int] | None = None,
+) -> Vocabulary:
+  """The vocabulary of a set with a list of class names.
+
+  Args:
+    name: of the data set.
+    names: of the classes, in id order.
+    unseen_names: those of `names` that the zero-shot setting does not train on.
+    values: the value in the label files of every name; by default its position, from 0.
+  """
   names, unseen_names = tuple(names), tuple(unseen_names)
-  ids = tuple(range(len(names)))
-  unseen = tuple(i for i in ids if names[i] in unseen_names)
-  seen = tuple(i for i in ids if i not in unseen)
-  ignore = IGNORE if len(ids) <= IGNORE else IGNORE_WIDE
-  return Vocabulary(name, names, seen, unseen, {i: i for i in ids}, "error", ignore, ids)
+  classes = tuple(range(len(names)))
+  unseen = tuple(i for i in classes if names[i] in unseen_names)
+  seen = tuple(i for i in classes if i not in unseen)
+  ignore = IGNORE if len(names) <= IGNORE else IGNORE_WIDE
+  ids = dict(zip(classes if values is None else values, classes, strict=True))
+  return Vocabulary(name, names, seen, unseen, ids, "error", ignore, classes)
 
 
-def _namings(name: str) -> dict:
-  """Naming -> a function that reads the names."""
-  namings = {"dataset": lambda: _read(_ENTRIES[name].names)}
+@functools.cache
+def _from_files(name: str, files: ClassFiles, naming: str) -> Vocabulary:
+  namings = {"dataset": lambda: _read(files.names)}
   if name in _read("prompt_names_maskclip"):
     namings["maskclip"] = lambda: _read("prompt_names_maskclip")[name]
-  if name == "context459":
-    namings["spaced"] = lambda: _read("context459_spaced")
-  return namings
-
-
-def _known(what: str, name: str, known: Iterable[str]) -> None:
-  known = list(known)
-  if name not in known:
-    near = difflib.get_close_matches(name, known, 1, 0.0)
+  if files.spaced:
+    namings["spaced"] = lambda: _read(files.spaced)
+  check_known(f"naming of {name} ", naming, namings)
+  names = (("background",) if files.background else ()) + tuple(namings[naming]())
+  if len(names) != files.count:
     raise InputError(
-      f"{what} {name!r} is not known; did you mean {near[0]!r}? Known: {', '.join(known)}"
+      f"expected {files.count} names of {name} ({naming}), got {len(names)} in {_FOLDER.name}; "
+      "restore the file"
     )
+  seen, unseen = tuple(range(files.count)), ()
+  if files.split:
+    split = _read(files.split)
+    seen, unseen = tuple(split["seen"]), tuple(split["unseen"])
+  scored_as = tuple(i if files.scored is None else min(i, files.scored) for i in range(files.count))
+  ignore = IGNORE if max(scored_as) < IGNORE else IGNORE_WIDE
+  if files.ids:
+    ids = {int(raw): new + files.shift for raw, new in _read(files.ids)["map"].items()}
+    unlisted = "ignore"
+  else:
+    classes = files.count if files.scored is None else files.scored
+    ids = {i if files.background else i + 1: i for i in range(classes)}
+    unlisted = "error"
+  # COCO-Stuff is the one set whose raw 0 is a class; its table says so.
+  ids.setdefault(0, ignore if files.zero is None else files.zero)
+  return Vocabulary(name, names, seen, unseen, ids, unlisted, ignore, scored_as)
 
 
 @functools.cache

@@ -82,7 +82,7 @@ def test_every_config_field_has_a_comment():
 def messages() -> str:
   """Every text in the code, with … for what is filled in."""
   found = []
-  files = [*ROOT.glob("rpn_jax/**/*.py"), *ROOT.glob("data_pipelines/*.py")]
+  files = [*ROOT.glob("rpn_jax/**/*.py"), *ROOT.glob("data_pipelines/**/*.py")]
   for path in [*files, ROOT / "main.py", ROOT / "configs/common.py"]:
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, ast.JoinedStr):

@@ -1,4 +1,4 @@
-"""Miniature raw trees of ADE20K-150, ADE20K-847, COCO-Stuff and of a folder of one's own.
+"""Miniature raw trees of ADE20K-150, ADE20K-847, COCO-Stuff and of your own folder.
 
 Every function writes files as the real sets have them and returns what it painted: split -> name ->
 label, by plain array slices.
@@ -7,7 +7,7 @@ label, by plain array slices.
 import numpy as np
 from PIL import Image
 
-from tests.data_pipelines.raw_pascal import grey_png, jpeg, palette_png
+from tests.data_pipelines.raw_pascal import gray_png, jpeg, palette_png
 
 
 def rectangles(height, width, values, seed=0):
@@ -22,13 +22,13 @@ def rectangles(height, width, values, seed=0):
 
 
 def wide_png(path, label):
-  """A grey PNG of 16 bits."""
+  """A gray PNG of 16 bits."""
   path.parent.mkdir(parents=True, exist_ok=True)
   Image.fromarray(label.astype(np.uint16)).save(path)
 
 
 def ade150(root, train=7, val=2):
-  """ADEChallengeData2016; picture sizes are odd and differ, one is grey and one CMYK."""
+  """ADEChallengeData2016; image sizes are odd and differ, one is gray and one CMYK."""
   home = root / "ADEChallengeData2016"
   painted = {"train": {}, "val": {}}
   for split, folder, count in (("train", "training", train), ("val", "validation", val)):
@@ -38,7 +38,7 @@ def ade150(root, train=7, val=2):
       jpeg(
         home / "images" / folder / f"{name}.jpg", *label.shape, {1: "L", 2: "CMYK"}.get(i, "RGB")
       )
-      grey_png(home / "annotations" / folder / f"{name}.png", label)
+      gray_png(home / "annotations" / folder / f"{name}.png", label)
       painted[split][name] = label
   return painted
 
@@ -58,11 +58,11 @@ def object_png(path, label, seed=0):
 
 
 def ade847(root):
-  """ADE20K_2021_17_01: pictures above and below 512 pixels, parts and instances beside them."""
+  """ADE20K_2021_17_01: images above and below 512 pixels, parts and instances beside them."""
   home = root / "ADE20K_2021_17_01" / "images" / "ADE"
   ids = [0, 255, 256, 2978, 3156]
   # path: stored height, width, mode, EXIF orientation; labels are of the stored size but for one
-  pictures = {
+  images = {
     "training/urban/street/ADE_train_00000003": (600, 900, "RGB", None),
     "training/home or hotel/küche/ADE_train_00000001": (31, 600, "L", None),
     "training/urban/ADE_train_00000002": (25, 40, "RGB", 6),
@@ -70,14 +70,14 @@ def ade847(root):
     "validation/misc/ADE_val_00000001": (512, 700, "CMYK", None),
   }
   painted = {"train": {}, "val": {}}
-  for i, (file, (height, width, mode, orientation)) in enumerate(pictures.items()):
+  for i, (file, (height, width, mode, orientation)) in enumerate(images.items()):
     path = home / file
     jpeg(path.with_name(f"{path.name}.jpg"), height, width, mode, orientation)
     shape = (width, height) if orientation == 6 else (height, width)
     label = rectangles(*shape, ids, seed=i)
     object_png(path.with_name(f"{path.name}_seg.png"), label, seed=i)
     object_png(path.with_name(f"{path.name}_parts_1.png"), label * 0)
-    grey_png(path / "instance_000_x.png", label * 0)
+    gray_png(path / "instance_000_x.png", label * 0)
     split = "train" if "train" in path.name else "val"
     painted[split][path.name] = label
   return painted
@@ -92,20 +92,20 @@ def coco_stuff(root, train=3, val=2):
       label = rectangles(17 + i, 30 - 3 * i, [255, 0, 11, 181, 90 + i], seed=i)
       mode = "L" if (split, i) == ("train", 1) else "RGB"
       jpeg(root / "images" / f"{split}2017" / f"{name}.jpg", *label.shape, mode)
-      grey_png(root / "stuffthingmaps_trainval2017" / f"{split}2017" / f"{name}.png", label)
+      gray_png(root / "stuffthingmaps_trainval2017" / f"{split}2017" / f"{name}.png", label)
       painted[split][name] = label
   return painted
 
 
 def folder(root, splits=("train", "val"), names=("sky", "big tree, tree", "Straße", "猫")):
-  """A folder of one's own with masks of three kinds; `splits=("",)` is the flat layout."""
+  """Your own folder with masks of three kinds; `splits=("",)` is the flat layout."""
   painted = {split: {} for split in splits}
   for split in splits:
     for i in range(10):
       label = rectangles(9 + i, 21 - i, [*range(len(names)), 255], seed=i)
       name = f"pic {i} ä"
       jpeg(root / "images" / split / f"{name}.jpg", *label.shape)
-      (grey_png, palette_png, wide_png)[i % 3](root / "labels" / split / f"{name}.png", label)
+      (gray_png, palette_png, wide_png)[i % 3](root / "labels" / split / f"{name}.png", label)
       painted[split][name] = label
   (root / "names.txt").write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
   return painted

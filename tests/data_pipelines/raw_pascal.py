@@ -16,7 +16,7 @@ RANK = {0: 0, DOG: 23, GRASS: 29, SKY: 47}
 
 
 def jpeg(path, height, width, mode="RGB", orientation=None):
-  """A noise picture; `height` and `width` are those of the stored pixels."""
+  """A noise image; `height` and `width` are those of the stored pixels."""
   path.parent.mkdir(parents=True, exist_ok=True)
   bands = {"L": (), "RGB": (3,), "CMYK": (4,)}[mode]
   pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, *bands), np.uint8)
@@ -34,7 +34,7 @@ def palette_png(path, label):
   image.save(path)
 
 
-def grey_png(path, label):
+def gray_png(path, label):
   path.parent.mkdir(parents=True, exist_ok=True)
   Image.fromarray(label.astype(np.uint8)).save(path)
 
@@ -94,7 +94,7 @@ def voc(root, labels="sbd", folder="benchmark_RELEASE/dataset"):
   """VOC + SBD below `root`; `labels` is "sbd" (.mat files and lists) or "converted" (PNG files)."""
   home = root / "VOCdevkit" / "VOC2012"
   # name: stored height, width, mode, EXIF orientation
-  pictures = {
+  images = {
     "2007_000001": (31, 45, "RGB", None),
     "2007_000002": (17, 9, "L", None),
     "2007_000003": (20, 33, "RGB", None),  # val, and in SBD's lists
@@ -102,10 +102,10 @@ def voc(root, labels="sbd", folder="benchmark_RELEASE/dataset"):
     "2008_000010": (23, 11, "CMYK", None),
     "2008_000011": (19, 29, "RGB", 6),  # the label is of the turned size
   }
-  for name, (height, width, mode, orientation) in pictures.items():
+  for name, (height, width, mode, orientation) in images.items():
     jpeg(home / "JPEGImages" / f"{name}.jpg", height, width, mode, orientation)
 
-  own = {n: np.zeros(pictures[n][:2], np.uint8) for n in pictures if n.startswith("2007")}
+  own = {n: np.zeros(images[n][:2], np.uint8) for n in images if n.startswith("2007")}
   own["2007_000001"][4:20, 5:30] = 255
   own["2007_000001"][5:19, 6:29] = 20
   own["2007_000002"][:, 3:] = 7
@@ -133,7 +133,7 @@ def voc(root, labels="sbd", folder="benchmark_RELEASE/dataset"):
     names(root / folder / "val.txt", ["2008_000011"])
   else:
     for name, label in sbd.items():
-      grey_png(home / "SegmentationClassAug" / f"{name}.png", label)
+      gray_png(home / "SegmentationClassAug" / f"{name}.png", label)
     train = ["2007_000001", "2007_000002", "2008_000010", "2008_000011"]
     names(lists / "trainaug.txt", [*train, ""])
   val = {n: own[n] for n in ("2007_000003", "2007_000004")}
@@ -208,7 +208,7 @@ def context(root, labels="json"):
     ranks = np.zeros(460, np.uint8)
     ranks[list(RANK)] = list(RANK.values())
     for name, label in painted.items():
-      grey_png(home / "SegmentationClassContext" / f"{name}.png", ranks[label])
+      gray_png(home / "SegmentationClassContext" / f"{name}.png", ranks[label])
     for split in ("train", "val"):
       lines = sorted(n for n, phase in phases.items() if phase == split)
       names(home / "ImageSets" / "SegmentationContext" / f"{split}.txt", lines)

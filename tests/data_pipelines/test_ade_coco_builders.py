@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from data_pipelines import vocabularies
-from data_pipelines.ade150 import Ade150
-from data_pipelines.ade847 import NATIVE, Ade847
-from data_pipelines.coco_stuff import CocoStuff
+from data_pipelines.sources.ade150 import Ade150
+from data_pipelines.sources.ade847 import NATIVE, Ade847
+from data_pipelines.sources.coco_stuff import CocoStuff
 from rpn_jax.base.errors import InputError
 from tests.data_pipelines import raw_ade_coco
 
@@ -64,7 +64,7 @@ def test_coco_values_without_a_class(raw, tmp_path):
   example = builder.examples(raw)["val"][0]
   label = np.array(Image.open(example.label))
   label[3, 4] = 182
-  raw_ade_coco.grey_png(example.label, label)
+  raw_ade_coco.gray_png(example.label, label)
   with pytest.raises(InputError, match=r"expected label values 0…181, 255, got 182 on 1 pixels"):
     builder.read(example)
 
@@ -76,7 +76,7 @@ def test_coco_of_one_split(raw, tmp_path):
   (raw / "images" / "val2017").rename(raw / "elsewhere too")
   with pytest.raises(InputError, match="train2017: expected the train images"):
     CocoStuff(data_dir=tmp_path).examples(raw)
-  (raw / "images").rename(raw / "pictures")
+  (raw / "images").rename(raw / "moved")
   with pytest.raises(InputError, match=r"images: expected .*COCO - Common Objects"):
     CocoStuff(data_dir=tmp_path).examples(raw)
 
@@ -95,7 +95,7 @@ def test_ade847_native_keeps_sizes_and_files(ade847, tmp_path):
   assert records["train"]["ADE_train_00000003"]["image"] == file.read_bytes()
 
 
-def test_ade847_reduces_larger_pictures_only(ade847, tmp_path):
+def test_ade847_reduces_larger_images_only(ade847, tmp_path):
   raw, painted = ade847
   builder = Ade847(data_dir=tmp_path)
   assert builder.builder_config.name == "short512"
@@ -123,7 +123,7 @@ def test_ade847_reduces_larger_pictures_only(ade847, tmp_path):
 
 
 def _bilinear(image, height, width):
-  """Pixel centres aligned, no antialiasing, edges repeated."""
+  """Pixel centers aligned, no antialiasing, edges repeated."""
   result = image.astype(float)
   for axis, size in ((0, height), (1, width)):
     old = image.shape[axis]
@@ -149,7 +149,7 @@ def test_ade847_complaints(ade847, raw, tmp_path):
     builder.examples(raw)
   shutil.copytree(ade847[0], raw, dirs_exist_ok=True)
   first = builder.examples(raw)["val"][0]
-  raw_ade_coco.grey_png(first.label, np.zeros((512, 700)))
+  raw_ade_coco.gray_png(first.label, np.zeros((512, 700)))
   with pytest.raises(InputError, match=r"_seg.png: expected object ids .* got mode L"):
     builder.read(first)
   first.label.unlink()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import coco_stuff, context, folder, open_vocab, voc
-from data_pipelines import datasets, prepare, vocabularies
+from data_pipelines import DATA_SETS, datasets, prepare, records, registry, vocabularies
 from rpn_jax.base.errors import InputError
 from rpn_jax.training import losses, pseudo_labels
 from tests.data_pipelines import raw_ade_coco, raw_pascal
@@ -19,7 +19,9 @@ MODULES = {"voc": voc, "context": context, "coco_stuff": coco_stuff, "folder": f
 def data_dir(tmp_path_factory):
   """Every set, prepared from its miniature raw files."""
   root = tmp_path_factory.mktemp("data")
-  for name in prepare.BUILDERS:
+  for name, rows in registry.prepared_sets().items():
+    if rows[0].builder is None:
+      continue
     raw = root / "raw" / name
     raw.mkdir(parents=True)
     module = raw_pascal if hasattr(raw_pascal, name) else raw_ade_coco
@@ -83,7 +85,7 @@ def test_evaluation_labels_are_the_prepared_ones(name, data_dir):
   (data,) = datasets.load_evaluations(config)
   vocabulary = vocabularies.load(name)
   assert data.names == vocabulary.names and data.penalized == () and data.unlabelled is None
-  source = prepare.source(datasets.SETS[name], data_dir, "val")
+  source = records.source(DATA_SETS[name].prepared, data_dir, "val")
   examples = data.eval_examples()
   assert len(examples) == len(source)
   for i in range(len(source)):

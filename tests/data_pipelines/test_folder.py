@@ -1,14 +1,14 @@
-"""A folder of one's own: layouts, names, pairs, and the way to a vocabulary."""
+"""Your own folder: layouts, names, pairs, mask values, and the way to a vocabulary."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import folder, prepare
-from data_pipelines.folder import Folder
+from data_pipelines import prepare, records
+from data_pipelines.sources.folder import Folder
 from rpn_jax.base.errors import InputError
 from tests.data_pipelines import raw_ade_coco
-from tests.data_pipelines.raw_pascal import grey_png, jpeg
+from tests.data_pipelines.raw_pascal import gray_png, jpeg
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_more_classes_than_eight_bits(raw, tmp_path):
 def test_flat_layout_is_split_by_name(raw, tmp_path):
   painted = raw_ade_coco.folder(raw, ("",))[""]
   for i in range(10):
-    raw_ade_coco.grey_png(raw / "labels" / f"{i}.png", np.zeros((4, 5)))
+    raw_ade_coco.gray_png(raw / "labels" / f"{i}.png", np.zeros((4, 5)))
     jpeg(raw / "images" / f"{i}.jpg", 4, 5)
   splits = Folder(data_dir=tmp_path).examples(raw)
   ids = {split: [e.id for e in examples] for split, examples in splits.items()}
@@ -68,12 +68,12 @@ def test_flat_layout_is_split_by_name(raw, tmp_path):
   assert ids["val"] == ["9", "pic 6 ä"]  # of these names, for ever
 
 
-def test_pictures_of_every_kind(raw, tmp_path):
+def test_images_of_every_kind(raw, tmp_path):
   pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
   (raw / "images").mkdir()
   for name in ("a.JPG", "b.jpeg", "c.png", "d.webp"):
     Image.fromarray(pixels).save(raw / "images" / name)
-    grey_png(raw / "labels" / f"{name[0]}.png", np.zeros((8, 6)))
+    gray_png(raw / "labels" / f"{name[0]}.png", np.zeros((8, 6)))
   (raw / "images" / "readme.md").write_text("x")
   (raw / "names.txt").write_text("x\ny")
   builder = Folder(data_dir=tmp_path)
@@ -102,7 +102,7 @@ def test_bad_names(text, complaint, raw, tmp_path):
 def test_names_of_other_bytes(raw, tmp_path):
   raw_ade_coco.folder(raw)
   (raw / "names.txt").write_bytes("Straße".encode("latin-1"))
-  with pytest.raises(InputError, match=r"names.txt: expected text in UTF-8"):
+  with pytest.raises(InputError, match=r"names.txt: expected .* in UTF-8, got another encoding"):
     Folder(data_dir=tmp_path).examples(raw)
   (raw / "names.txt").unlink()
   with pytest.raises(InputError, match=r"names.txt: expected the class names, one per line"):
@@ -119,35 +119,35 @@ def test_bad_unseen(text, got, raw, tmp_path):
 
 def test_missing_partners(raw, tmp_path):
   raw_ade_coco.folder(raw)
-  mask, picture = raw / "labels/train/pic 4 ä.png", raw / "images/val/pic 5 ä.jpg"
+  mask, image = raw / "labels/train/pic 4 ä.png", raw / "images/val/pic 5 ä.jpg"
   moved = mask.rename(raw / "m")
   with pytest.raises(InputError, match=r"pic 4 ä.png: expected the mask of .*pic 4 ä.jpg"):
     Folder(data_dir=tmp_path).examples(raw)
   moved.rename(mask)
-  picture.unlink()
-  with pytest.raises(InputError, match=r"pic 5 ä.\*: expected the picture of .*pic 5 ä.png"):
+  image.unlink()
+  with pytest.raises(InputError, match=r"pic 5 ä.\*: expected the image of .*pic 5 ä.png"):
     Folder(data_dir=tmp_path).examples(raw)
 
 
-def test_ambiguous_pictures(raw, tmp_path):
+def test_ambiguous_images(raw, tmp_path):
   raw_ade_coco.folder(raw)
   jpeg(raw / "images" / "train" / "pic 4 ä.jpeg", 5, 5)
-  with pytest.raises(InputError, match=r"expected one picture of this name"):
+  with pytest.raises(InputError, match=r"expected one image of this name"):
     Folder(data_dir=tmp_path).examples(raw)
   jpeg(raw / "images" / "stray.jpg", 5, 5)
-  with pytest.raises(InputError, match=r"stray.jpg: expected pictures in images/train and"):
+  with pytest.raises(InputError, match=r"stray.jpg: expected images in images/train and"):
     Folder(data_dir=tmp_path).examples(raw)
 
 
-def test_a_picture_of_its_own_is_no_data_set(raw, tmp_path):
-  grey_png(raw / "labels" / "a.png", np.zeros((4, 5)))
+def test_a_single_image_is_no_data_set(raw, tmp_path):
+  gray_png(raw / "labels" / "a.png", np.zeros((4, 5)))
   jpeg(raw / "images" / "a.jpg", 4, 5)
   (raw / "names.txt").write_text("a")
-  with pytest.raises(InputError, match="at least two pictures"):
+  with pytest.raises(InputError, match="at least two images"):
     Folder(data_dir=tmp_path).examples(raw)
 
 
-def test_colour_masks_are_refused(raw, tmp_path):
+def test_color_masks_are_refused(raw, tmp_path):
   raw_ade_coco.folder(raw)
   builder = Folder(data_dir=tmp_path)
   first = builder.examples(raw)["train"][0]
@@ -161,14 +161,14 @@ def test_vocabulary_after_preparation(raw, tmp_path):
   raw_ade_coco.folder(raw)
   (raw / "unseen.txt").write_text("猫\nsky\n", encoding="utf-8")
   with pytest.raises(InputError, match=r"prepare folder --config='meine_bilder_übung'"):
-    folder.vocabulary(tmp_path, "meine_bilder_übung")
+    records.stored_vocabulary("folder", tmp_path, "meine_bilder_übung")
   path = prepare.prepare("folder", raw, tmp_path)
   assert path == tmp_path / "folder" / "meine_bilder_übung" / "1.0.0"
   for name in ("meine_bilder_übung", raw.name):
-    vocabulary = folder.vocabulary(tmp_path, name)
+    vocabulary = records.stored_vocabulary("folder", tmp_path, name)
     assert vocabulary.names == ("sky", "big tree, tree", "Straße", "猫")
     assert vocabulary.unseen == (0, 3) and vocabulary.seen == (1, 2)
     assert vocabulary.ids == {i: i for i in range(4)} and vocabulary.ignore == 255
   (path / "names.json").write_text("{}")
   with pytest.raises(InputError, match=r"names.json: expected the names of a prepared folder"):
-    folder.vocabulary(tmp_path, raw.name)
+    records.stored_vocabulary("folder", tmp_path, raw.name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.io
 
-from data_pipelines import matlab
+from data_pipelines.sources import matlab
 
 
 def saved(content: dict, **options) -> bytes:
@@ -45,5 +45,5 @@ def test_damage():
   for length in range(0, len(content), 7):
     with pytest.raises(ValueError):
       matlab.read(content[:length], "x")
-  with pytest.raises(ValueError, match="numbers for the shape"):
+  with pytest.raises(ValueError, match="values for the shape"):
     matlab.read(content.replace(b"\x14\0\0\0\x0f\0\0\0", b"\x15\0\0\0\x0f\0\0\0"), "x")

@@ -10,9 +10,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from data_pipelines import vocabularies
-from data_pipelines.context import Context
-from data_pipelines.context459 import Context459
-from data_pipelines.voc import Voc
+from data_pipelines.sources.context import Context
+from data_pipelines.sources.context459 import Context459
+from data_pipelines.sources.voc import Voc
 from rpn_jax.base.errors import InputError
 from tests.data_pipelines import raw_pascal
 
@@ -32,7 +32,7 @@ def _builder(cls, tmp_path):
 
 
 def _check(builder, raw, expected):
-  """Reads all of a tree; ids, order, labels and picture sizes are as expected."""
+  """Reads all of a tree; ids, order, labels and image sizes are as expected."""
   splits = builder.examples(raw)
   assert set(splits) == set(expected)
   for split, examples in splits.items():
@@ -119,7 +119,7 @@ def test_voc_validation_never_reads_the_mat_files(raw, tmp_path):
   _complaint(lambda: builder.read(builder.examples(raw)["val"][0]), missing, builder.obtain)
 
 
-def test_voc_pictures(raw, tmp_path):
+def test_voc_images(raw, tmp_path):
   """Plain files are stored as they are; CMYK and turned ones as lossless RGB."""
   raw_pascal.voc(raw)
   builder = _builder(Voc, tmp_path)
@@ -169,7 +169,7 @@ def test_voc_bad_list(content, raw, tmp_path):
   _complaint(lambda: builder.examples(raw), path, builder.obtain)
 
 
-def test_voc_missing_mat_and_picture(raw, tmp_path):
+def test_voc_missing_mat_and_image(raw, tmp_path):
   raw_pascal.voc(raw)
   builder = _builder(Voc, tmp_path)
   first, second = builder.examples(raw)["train"][2:]
@@ -207,10 +207,10 @@ def test_categories_of_the_miniature_context():
     assert vocabulary.names[vocabulary.ids[getattr(raw_pascal, name)]] == name.lower()
 
 
-def test_context_pictures_give_every_class_its_raw_id(raw, tmp_path):
+def test_context_label_images_give_every_class_its_raw_id(raw, tmp_path):
   raw_pascal.context(raw, "png")
   path = raw / "VOCdevkit/VOC2010/SegmentationClassContext/2008_000002.png"
-  raw_pascal.grey_png(path, np.arange(1000).reshape(25, 40) % 60)
+  raw_pascal.gray_png(path, np.arange(1000).reshape(25, 40) % 60)
   builder = _builder(Context, tmp_path)
   label = builder.read(builder.examples(raw)["val"][0])["label"].ravel()
   # mmsegmentation's converter numbers the raw ids, 0 among them, in ascending order.
@@ -219,7 +219,7 @@ def test_context_pictures_give_every_class_its_raw_id(raw, tmp_path):
   assert label.tolist() == [raws[i % 60] for i in range(1000)]
 
 
-def test_context_json_comes_before_pictures(raw, tmp_path):
+def test_context_json_comes_before_label_images(raw, tmp_path):
   expected = raw_pascal.context(raw)
   raw_pascal.palette_png(
     raw / "VOCdevkit/VOC2010/SegmentationClassContext/2008_000002.png", np.zeros((25, 40))
@@ -228,10 +228,10 @@ def test_context_json_comes_before_pictures(raw, tmp_path):
 
 
 @pytest.mark.parametrize("value", [60, 255])
-def test_context_picture_out_of_range(value, raw, tmp_path):
+def test_context_label_image_out_of_range(value, raw, tmp_path):
   raw_pascal.context(raw, "png")
   path = raw / "VOCdevkit/VOC2010/SegmentationClassContext/2008_000002.png"
-  raw_pascal.grey_png(path, np.full((25, 40), value))
+  raw_pascal.gray_png(path, np.full((25, 40), value))
   builder = _builder(Context, tmp_path)
   _complaint(lambda: builder.read(builder.examples(raw)["val"][0]), path, value, "59")
 
@@ -253,7 +253,7 @@ def test_context_missing_files(labels, missing, raw, tmp_path):
   _complaint(lambda: builder.examples(raw), path, builder.obtain)
 
 
-def test_context_missing_picture_of_labels(raw, tmp_path):
+def test_context_missing_label_image(raw, tmp_path):
   raw_pascal.context(raw, "png")
   builder = _builder(Context, tmp_path)
   example = builder.examples(raw)["val"][0]

@@ -11,7 +11,7 @@ from rpn_jax.base.errors import InputError
 
 
 def make_source(count=10, height=12, width=16):
-  """Pictures of one colour, which is their index, under a label that is also their index."""
+  """Images of one color, which is their index, under a label that is also their index."""
   return [
     {
       "image": np.full((height, width, 3), i, np.uint8),
@@ -20,6 +20,10 @@ def make_source(count=10, height=12, width=16):
     }
     for i in range(count)
   ]
+
+
+def identity(count, **options):
+  return transforms.LabelMap.from_ids({i: i for i in range(count)}, **options)
 
 
 def small(example, rng):
@@ -90,7 +94,7 @@ def test_worker_processes_change_nothing():
 
 
 def test_with_the_real_transform():
-  transform = transforms.train_transform(transforms.LabelMap.identity(10), crop=8, scale=(32, 8))
+  transform = transforms.train_transform(identity(10), crop=8, scale=(32, 8))
   iterator = pipeline.train_batches(make_source(), transform, batch_size=2, seed=0)
   batch = next(iterator)
   assert batch["image"].shape == (2, 8, 8, 3) and batch["label"].dtype == np.int32
@@ -126,22 +130,22 @@ def encoded(array, mode, file_format):
   return file.getvalue()
 
 
-def test_grey_and_cmyk_become_rgb():
+def test_gray_and_cmyk_become_rgb():
   label = np.zeros((4, 6), np.uint8)
-  grey = np.full((4, 6), 90, np.uint8)
+  gray = np.full((4, 6), 90, np.uint8)
   cmyk = np.zeros((4, 6, 4), np.uint8)
   cmyk[..., 0] = 255  # full cyan: no red
   images = {
-    "grey": (grey, (90, 90, 90)),
-    "grey, one channel": (grey[..., None], (90, 90, 90)),
+    "gray": (gray, (90, 90, 90)),
+    "gray, one channel": (gray[..., None], (90, 90, 90)),
     "cmyk": (cmyk, (0, 255, 255)),
-    "grey file": (encoded(grey, "L", "PNG"), (90, 90, 90)),
+    "gray file": (encoded(gray, "L", "PNG"), (90, 90, 90)),
     "rgb file": (encoded(np.full((4, 6, 3), 7, np.uint8), "RGB", "PNG"), (7, 7, 7)),
   }
-  for name, (image, colour) in images.items():
+  for name, (image, color) in images.items():
     got = pipeline.check_example({"image": image, "label": label, "id": b"x"})
     assert got["image"].shape == (4, 6, 3) and got["image"].dtype == np.uint8, name
-    assert tuple(got["image"][0, 0]) == colour, name
+    assert tuple(got["image"][0, 0]) == color, name
     assert got["id"] == "x"
 
 
@@ -170,7 +174,7 @@ IMAGE, LABEL = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8)
     (IMAGE.astype(np.float32), LABEL, r"an image uint8 \[H,W,3\].* got float32"),
     (IMAGE[..., :2], LABEL, r"got uint8 \[4, 6, 2\]"),
     (IMAGE[:0], LABEL[:0], "empty image"),
-    (b"\x89PNG no picture", LABEL, "a readable image file, got 15 bytes"),
+    (b"\x89PNG no image", LABEL, "a readable image file, got 13 bytes"),
     (encoded(IMAGE, "RGB", "PNG")[:40], LABEL, "a readable image file, got 40 bytes"),
     (IMAGE, b"", "a readable label file, got 0 bytes"),
   ],
@@ -186,7 +190,7 @@ def test_a_bad_example_is_named(image, label, message):
 
 
 def test_a_label_outside_the_classes_is_named():
-  transform = transforms.eval_transform(8, transforms.LabelMap.identity(3))
+  transform = transforms.eval_transform(8, identity(3))
   with pytest.raises(InputError, match=r"example pic_3: .* got 3 on 192 pixels"):
     list(pipeline.eval_examples(make_source(), transform))
 

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import pipeline, prepare, preview
+from data_pipelines import pipeline, prepare, preview, records, registry
+from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
+from tests import ROOT
 from tests.data_pipelines import raw_ade_coco
-from tests.data_pipelines.raw_pascal import grey_png, jpeg
+from tests.data_pipelines.raw_pascal import gray_png, jpeg
 
 # Seven training images in shards of two: the fourth shard is short.
 TRAIN, VAL, SHARD = 7, 2, 2
@@ -46,12 +48,12 @@ def _prepare(raw, data, name="ade150", **options):
 def _shards(folder):
   """Finished ones, and when they were written."""
   files = folder.glob("*.array_record-*")
-  return {p.name: p.stat().st_mtime_ns for p in files if not p.name.startswith("writing-")}
+  return {p.name: p.stat().st_mtime_ns for p in files if not p.name.startswith(".")}
 
 
 def _check(data, painted, name="ade150", config=None):
   for split, labels in painted.items():
-    source = prepare.source(name, data, split, config)
+    source = records.source(name, data, split, config)
     assert [source[i]["id"] for i in range(len(source))] == sorted(labels)
     for example in source:
       np.testing.assert_array_equal(example["label"], labels[example["id"]])
@@ -63,9 +65,9 @@ def _check(data, painted, name="ade150", config=None):
 def test_prepared_labels(name, raw, data):
   painted = getattr(raw_ade_coco, name)(raw)
   folder = _prepare(raw, data, name)
-  assert folder == data / name / "1.0.0" == prepare.prepared_folder(name, data)
+  assert folder == data / name / "1.0.0" == records.prepared_folder(name, data)
   _check(data, painted, name)
-  assert not list(folder.glob("writing-*")) and not (folder / "progress").exists()
+  assert not list(folder.glob(".*")) and not (folder / "progress").exists()
 
 
 def test_prepared_configs(raw, data):
@@ -74,11 +76,11 @@ def test_prepared_configs(raw, data):
   assert folder == data / "ade847" / "native" / "1.0.0"
   _check(data, painted, "ade847", "native")
   with pytest.raises(InputError, match=r"expected ade847 prepared in .*short512.*ade847 --manual"):
-    prepare.source("ade847", data, "val")
+    records.source("ade847", data, "val")
   with pytest.raises(InputError, match="config of ade847 'nativ' is not known; did you mean 'nat"):
-    prepare.source("ade847", data, "val", "nativ")
+    records.source("ade847", data, "val", "nativ")
   with pytest.raises(InputError, match="ade150 has no configs, got 'native'"):
-    prepare.source("ade150", data, "val", "native")
+    records.source("ade150", data, "val", "native")
 
 
 def test_prepared_folders_lie_beside_each_other(raw, data, tmp_path):
@@ -90,19 +92,19 @@ def test_prepared_folders_lie_beside_each_other(raw, data, tmp_path):
     _prepare(other, data, "folder")
   _prepare(other, data, "folder", config="The other!")
   _check(data, painted, "folder", "raw_data_übung")
-  source = prepare.source("folder", data, "train", "the_other")
+  source = records.source("folder", data, "train", "the_other")
   assert len(source) == 9
   for example in source:
     assert example["label"].dtype == np.uint16
     np.testing.assert_array_equal(example["label"], flat[example["id"]])
   with pytest.raises(InputError, match=r"got None; prepared in .*: raw_data_übung, the_other"):
-    prepare.source("folder", data, "train")
+    records.source("folder", data, "train")
 
 
 def test_source(raw, data):
   raw_ade_coco.ade150(raw)
   _prepare(raw, data)
-  source = prepare.source("ade150", data, "train")
+  source = records.source("ade150", data, "train")
   assert len(source) == TRAIN
   for index in (-1, TRAIN):
     with pytest.raises(IndexError):
@@ -111,9 +113,9 @@ def test_source(raw, data):
   assert again[3]["image"] == source[3]["image"] and again[3]["id"] == source[3]["id"]
   checked = pipeline.check_example(source[1])
   assert checked["image"].shape == (*checked["label"].shape, 3)
-  assert len(prepare.source("ade150", data, "train[:3]")) == 3
+  assert len(records.source("ade150", data, "train[:3]")) == 3
   with pytest.raises(InputError, match=r"expected one of the splits train, val or .* got 'test'"):
-    prepare.source("ade150", data, "test")
+    records.source("ade150", data, "test")
 
 
 def test_summary_and_preview(raw, data, capsys, monkeypatch):
@@ -159,10 +161,10 @@ def test_damaged_sets_are_named(raw, data):
   shard = min(folder.glob("*train.array_record*"))
   shard.rename(folder / "elsewhere")
   with pytest.raises(InputError, match=f"without .*{shard.name}; delete the folder"):
-    prepare.source("ade150", data, "train")
+    records.source("ade150", data, "train")
   (folder / "dataset_info.json").write_text("{")
   with pytest.raises(InputError, match=r"dataset_info.json; delete the folder"):
-    prepare.source("ade150", data, "train")
+    records.source("ade150", data, "train")
 
 
 # Interruptions
@@ -259,14 +261,13 @@ prepare.prepare("ade150", sys.argv[1], sys.argv[2], allow_partial=True)
 def test_resume_after_a_kill(raw, data):
   painted = raw_ade_coco.ade150(raw)
   partial = data / "ade150" / "1.0.0.partial"
-  root = pathlib.Path(prepare.__file__).parents[1]
-  process = subprocess.Popen([sys.executable, "-c", _KILLED, raw, data], cwd=root)
+  process = subprocess.Popen([sys.executable, "-c", _KILLED, raw, data], cwd=ROOT)
   try:
     until = time.time() + 60
-    while len(_shards(partial)) < 2 or not list(partial.glob("writing-*")):
+    while len(_shards(partial)) < 2 or not list(partial.glob(".*train*.tmp")):
       assert process.poll() is None and time.time() < until
       time.sleep(0.02)
-    with pytest.raises(InputError, match=f"is being prepared by process {process.pid} on "):
+    with pytest.raises(InputError, match=f"1.0.0 is in use by process {process.pid} on "):
       _prepare(raw, data)
   finally:
     process.send_signal(signal.SIGKILL)
@@ -275,21 +276,22 @@ def test_resume_after_a_kill(raw, data):
   assert len(kept) == 2
   folder = _prepare(raw, data)
   assert kept.items() <= _shards(folder).items()
+  assert not list(folder.glob(".*")), "the part that was cut off is still there"
   _check(data, painted)
 
 
 def test_a_set_finished_while_waiting_is_taken(raw, data, monkeypatch, capsys):
   raw_ade_coco.ade150(raw)
-  locked = prepare._locked
+  locked = paths.locked
   calls = []
 
-  def late(path, folder):
+  def late(path, resource):
     if not calls:  # another process is first
       calls.append(path)
       _prepare(raw, data)
-    return locked(path, folder)
+    return locked(path, resource)
 
-  monkeypatch.setattr(prepare, "_locked", late)
+  monkeypatch.setattr(prepare.paths, "locked", late)
   _prepare(raw, data)
   assert "already prepared" in capsys.readouterr().out
 
@@ -300,7 +302,7 @@ def test_lock_is_free_again(raw, data):
   lock.parent.mkdir(parents=True)
   with lock.open("w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="is being prepared by another process; wait"):
+    with pytest.raises(InputError, match="is in use by another process: wait"):
       _prepare(raw, data)
   _prepare(raw, data)
 
@@ -314,7 +316,7 @@ def _truncate(raw):
 
 
 def _resize(raw):
-  grey_png(
+  gray_png(
     raw / "ADEChallengeData2016/annotations/training/ADE_train_00000006.png", np.ones((5, 6))
   )
 
@@ -323,7 +325,7 @@ def _value(raw):
   path = raw / "ADEChallengeData2016/annotations/training/ADE_train_00000006.png"
   label = np.array(Image.open(path))
   label[0, 0] = 151
-  grey_png(path, label)
+  gray_png(path, label)
 
 
 def _unlink(raw):
@@ -333,7 +335,7 @@ def _unlink(raw):
 @pytest.mark.parametrize(
   "spoil, complaint",
   [
-    (_truncate, "expected a readable picture"),
+    (_truncate, "expected a readable image"),
     (_resize, "expected a label of its image's size, 13x21"),
     (_value, "got 151 on 1 pixels"),
     (_unlink, "got no such file"),
@@ -360,7 +362,7 @@ def test_counts(raw, data, monkeypatch, capsys):
   error = capsys.readouterr().err
   assert "expected 20,210 train images" in error and "got 7;" in error
   assert "--allow_partial" in error and not seen
-  monkeypatch.setattr(prepare._builder_class("ade150"), "counts", {"train": 7, "val": 2})
+  monkeypatch.setattr(registry.builder_class("ade150"), "counts", {"train": 7, "val": 2})
   assert prepare.main(command) == 0
   capsys.readouterr()
   assert prepare.main(command) == 0
@@ -380,7 +382,7 @@ def test_unknown_names(data):
   with pytest.raises(InputError, match="'ade15' is not known; did you mean 'ade150'"):
     prepare.prepare("ade15", None, data)
   with pytest.raises(InputError, match=r"data_pipelines\.shapes"):
-    prepare.source("shapes", data, "val")
+    records.source("shapes", data, "val")
 
 
 def test_examples_of_one_name(raw, data):
@@ -407,7 +409,7 @@ def test_data_dir_that_cannot_be_written(raw, data, tmp_path, monkeypatch):
 
 def test_full_disk(raw, data, monkeypatch):
   painted = raw_ade_coco.ade150(raw)
-  real = prepare.array_record_module.ArrayRecordWriter
+  real = records.array_record_module.ArrayRecordWriter
 
   class Full:
     """array_record tells of a full disk when a file is closed, by a RuntimeError."""
@@ -425,7 +427,7 @@ def test_full_disk(raw, data, monkeypatch):
         raise RuntimeError("write() failed: No space left on device; writing x")
 
   with monkeypatch.context() as patch:
-    patch.setattr(prepare.array_record_module, "ArrayRecordWriter", Full)
+    patch.setattr(records.array_record_module, "ArrayRecordWriter", Full)
     with pytest.raises(InputError, match=r"00001-of-00004: expected to write .*No space left") as e:
       _prepare(raw, data)
   assert "finished shards are kept" in str(e.value) and "\n" not in str(e.value)
@@ -445,11 +447,13 @@ def test_list(raw, data, capsys):
   capsys.readouterr()
   assert prepare.main(["--list", f"--data_dir={data}"]) == 0
   sets = {part.split(":")[0]: part for part in capsys.readouterr().out.split("\n\n")}
-  assert list(sets) == [*prepare.BUILDERS, "shapes"]
+  assert list(sets) == [*registry.prepared_sets()]
   assert f"prepared  {TRAIN} train, {VAL} val in {folder}" in sets["ade150"]
   for word in ("COCO-Stuff 164k", "118,287 train, 5,000 val", "20 GB", "CC BY", "prepared  no"):
     assert word in sets["coco_stuff"]
   assert "on the page 'ADE20K dataset'" in sets["ade847"]
+  assert "voc20 (20 classes, 5 unseen), voc20b (21 classes, evaluation only), voc21" in sets["voc"]
+  assert "shapes (27 classes, 6 unseen), crowds (9 classes)" in sets["shapes"]
 
 
 def test_interrupted_command(raw, data, monkeypatch, capsys):
@@ -457,7 +461,57 @@ def test_interrupted_command(raw, data, monkeypatch, capsys):
   _fail_at(monkeypatch, "ADE_train_00000001", KeyboardInterrupt())
   command = ["ade150", f"--manual_dir={raw}", f"--data_dir={data}", "--allow_partial"]
   assert prepare.main(command) == 130
-  assert "the same command goes on" in capsys.readouterr().err
+  assert "the same command continues" in capsys.readouterr().err
+
+
+def test_list_into_a_reader_that_leaves(data):
+  command = f"{sys.executable} -m data_pipelines.prepare --list --data_dir='{data}'"
+  done = subprocess.run(
+    ["bash", "-c", f"{command} | head -1; echo ${{PIPESTATUS[0]}}"],
+    cwd=ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  first, status = done.stdout.splitlines()
+  assert first == "voc: PASCAL VOC 2012 + SBD" and status in ("0", "141") and done.stderr == ""
+
+
+def test_a_tilde_is_the_home_folder(raw, tmp_path, monkeypatch, data, capsys):
+  """The shell leaves it as it is behind `=`."""
+  painted = raw_ade_coco.ade150(raw)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  place = f"~/{data.name}"
+  assert (
+    prepare.main(["ade150", f"--manual_dir=~/{raw.name}", f"--data_dir={place}", "--allow_partial"])
+    == 0
+  )
+  _check(data, painted)
+  _check(place, painted)
+  capsys.readouterr()
+  assert prepare.main(["--list", f"--data_dir={place}"]) == 0
+  assert f"{TRAIN} train, {VAL} val in {data}" in capsys.readouterr().out
+  assert prepare.prepare("ade150", f"~/{raw.name}", place) == data / "ade150/1.0.0"
+  assert not (tmp_path / "~").exists()
+  with pytest.raises(InputError, match="write the whole path"):
+    prepare.prepare("ade150", raw, "~nobody_of_this_name/data")
+
+
+def test_progress_shows_what_is_kept(raw, data, monkeypatch):
+  raw_ade_coco.ade150(raw)
+  with monkeypatch.context() as patch:
+    _fail_at(patch, "ADE_train_00000006", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+      _prepare(raw, data)
+  started = []
+  progress = prepare.progress
+  monkeypatch.setattr(
+    prepare,
+    "progress",
+    lambda total, *args, initial: (
+      started.append((total, initial)) or progress(total, *args, initial=initial)
+    ),
+  )
+  _prepare(raw, data)
+  assert started == [(TRAIN + VAL, 4)]
 
 
 def test_command_without_a_name(capsys):

@@ -1,4 +1,4 @@
-"""The drawn world: reproducible, fully labelled, truthful in its captions, exact on disk."""
+"""The drawn scenes: reproducible, fully labeled, truthful in their captions, exact on disk."""
 
 import itertools
 import pickle
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from data_pipelines import shapes
+from data_pipelines.shapes import builder, world
 from rpn_jax.base.errors import InputError
 
+SEEN = shapes.VOCABULARY.seen
 TINY = shapes.ShapesConfig(num_train=26, num_val=24, seed=3)
 
 
@@ -33,18 +35,18 @@ def _words_named(caption):
 def test_classes_are_all_combinations_then_grounds():
   assert len(set(shapes.CLASSES)) == 27
   pairs = {tuple(name.split()) for name in shapes.OBJECTS}
-  assert pairs == set(itertools.product(shapes.PATTERNS, shapes.COLOURS))
+  assert pairs == set(itertools.product(shapes.PATTERNS, shapes.COLORS))
   assert shapes.CLASSES[24:] == ("grass", "sand", "water")
 
 
 def test_unseen_are_new_combinations_of_seen_words():
-  assert sorted(shapes.SEEN + shapes.UNSEEN) == list(range(27))
+  assert sorted(SEEN + shapes.UNSEEN) == list(range(27))
   unseen = [shapes.OBJECTS[i].split() for i in shapes.UNSEEN]
-  assert sorted(colour for _, colour in unseen) == sorted(shapes.COLOURS)
+  assert sorted(color for _, color in unseen) == sorted(shapes.COLORS)
   patterns = [pattern for pattern, _ in unseen]
   assert all(1 <= patterns.count(pattern) <= 2 for pattern in shapes.PATTERNS)
-  seen_words = {word for i in shapes.SEEN for word in shapes.CLASSES[i].split()}
-  assert seen_words == {*shapes.COLOURS, *shapes.PATTERNS, *shapes.GROUNDS}
+  seen_words = {word for i in SEEN for word in shapes.CLASSES[i].split()}
+  assert seen_words == {*shapes.COLORS, *shapes.PATTERNS, *shapes.GROUNDS}
 
 
 # ---------------------------------------------------------------- scenes
@@ -78,24 +80,24 @@ def test_objects_stay_mostly_visible():
   # Each object's own area is what the label map shows of it when drawn as the last one.
   rng = np.random.default_rng(2)
   for _ in range(20):
-    _, label = shapes._compose(rng, 64, 64, [0, 5, 10], [24], (30, 30))
+    _, label = world.compose(rng, 64, 64, [0, 5, 10], [24], (30, 30))
     counts = np.bincount(label.ravel(), minlength=27)[[0, 5, 10]]
     # The smallest outline of diameter 30 is a triangle of some 290 pixels; up to a sixth of
     # it may lie outside the scene and a third be hidden. A left-out object shows nothing.
     assert counts[0] > 0 and all(count == 0 or count > 120 for count in counts)
 
 
-@pytest.mark.parametrize("colour", range(6))
-def test_plain_object_shows_its_colour_where_the_label_says(colour):
-  rng = np.random.default_rng(colour)
+@pytest.mark.parametrize("color", range(6))
+def test_plain_object_shows_its_color_where_the_label_says(color):
+  rng = np.random.default_rng(color)
   for ground in (24, 25, 26):
-    image, label = shapes._compose(rng, 64, 64, [4 * colour], [ground], (36, 36))
-    mean = image[label == 4 * colour].mean(axis=0)
-    distances = np.linalg.norm(shapes._RGB - mean, axis=1)
-    assert distances.argmin() == colour and distances.min() < 40
-    # The ground is far from every colour.
+    image, label = world.compose(rng, 64, 64, [4 * color], [ground], (36, 36))
+    mean = image[label == 4 * color].mean(axis=0)
+    distances = np.linalg.norm(world._RGB - mean, axis=1)
+    assert distances.argmin() == color and distances.min() < 40
+    # The ground is far from every color.
     mean = image[label == ground].mean(axis=0)
-    assert np.linalg.norm(shapes._RGB - mean, axis=1).min() > 60
+    assert np.linalg.norm(world._RGB - mean, axis=1).min() > 60
 
 
 # ---------------------------------------------------------------- captions
@@ -162,30 +164,30 @@ def test_round_trip(data_dir, split, count):
   assert len(source) == count
   met = set()
   for item in source:
-    image, label = shapes._scene(TINY, split, int(item["id"].split("_")[1]))
+    image, label = builder._scene(TINY, split, int(item["id"].split("_")[1]))
     np.testing.assert_array_equal(item["label"], label)
     assert item["label"].dtype == item["image"].dtype == np.uint8
     assert item["image"].shape == image.shape and min(label.shape) == 96
-    # JPEG of quality 95 without colour subsampling: a few grey levels on average.
+    # JPEG of quality 95 without color subsampling: a few gray levels on average.
     assert np.abs(item["image"].astype(int) - image).mean() < 4
     met.update(np.unique(label).tolist())
   assert met == set(range(27))
   assert len({item["id"] for item in source}) == count
 
 
-def test_the_second_world_has_other_scenes_and_names(tmp_path):
+def test_crowds_have_other_scenes_and_names(tmp_path):
   config = shapes.ShapesConfig(world="crowds", num_train=1, num_val=24)
   assert config.name == "crowds_train1_val24_seed0"
   shapes.prepare(tmp_path, config)
   crowds = [item["label"] for item in shapes.source(tmp_path, "val", config)]
   first = shapes.ShapesConfig(num_val=24)
-  scenes = [shapes._scene(first, "val", i)[1] for i in range(24)]
+  scenes = [builder._scene(first, "val", i)[1] for i in range(24)]
   kinds = [np.mean([len(np.unique(x)) for x in labels]) for labels in (crowds, scenes)]
   assert kinds[0] > kinds[1] + 2
   for drawn, name in enumerate(shapes.CLASSES):
-    assert name.endswith(shapes.COLOUR_CLASSES[shapes.COLOUR_OF_CLASS[drawn]])
-  assert sorted(shapes.COLOUR_OF_CLASS) == list(range(27))
-  assert set(shapes.COLOUR_OF_CLASS.values()) == set(range(9))
+    assert name.endswith(shapes.COLOR_CLASSES[shapes.COLOR_OF_CLASS[drawn]])
+  assert sorted(shapes.COLOR_OF_CLASS) == list(range(27))
+  assert set(shapes.COLOR_OF_CLASS.values()) == set(range(9))
 
 
 def test_source_travels_to_worker_processes(data_dir):
@@ -220,9 +222,9 @@ def test_prepare_replaces_a_half_written_folder(tmp_path, capfd):
 
 @pytest.mark.parametrize("config", [shapes.ShapesConfig(), TINY])
 def test_builder_writes_where_source_reads(tmp_path, config):
-  builder = shapes._builder(tmp_path, config)
-  assert builder.builder_config.num_train == config.num_train
-  assert str(shapes._folder(tmp_path, config)) == builder.data_dir
+  made = builder._builder(tmp_path, config)
+  assert made.builder_config.num_train == config.num_train
+  assert str(builder._folder(tmp_path, config)) == made.data_dir
 
 
 def test_errors_name_the_remedy(data_dir, tmp_path):
@@ -238,7 +240,7 @@ def test_errors_name_the_remedy(data_dir, tmp_path):
 def test_needs_neither_jax_nor_tensorflow():
   code = (
     "import sys; import data_pipelines.shapes; "
-    "print(sorted({'jax', 'tensorflow', 'rpn_jax'} & set(sys.modules)))"
+    "print(sorted({'jax', 'flax', 'tensorflow'} & set(sys.modules)))"
   )
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert out.stdout.strip() == "[]"
@@ -246,19 +248,19 @@ def test_needs_neither_jax_nor_tensorflow():
 
 def test_a_run_that_loses_the_race_uses_the_winner_s_scenes(tmp_path, monkeypatch):
   config = shapes.ShapesConfig(num_train=24, num_val=24)
-  complete = shapes._is_complete
-  # The other run finishes between our look and our writing.
+  complete = builder._is_complete
+  # The other run finishes between our check and our writing.
   looks = iter([False])
   monkeypatch.setattr(
-    shapes, "_is_complete", lambda *a: next(looks, None) is not False and complete(*a)
+    builder, "_is_complete", lambda *a: next(looks, None) is not False and complete(*a)
   )
 
   class Loser:
     def download_and_prepare(self):
-      builder(tmp_path, config).download_and_prepare()
+      make(tmp_path, config).download_and_prepare()
       raise FileExistsError("Destination already exists.")
 
-  builder = shapes._builder
-  monkeypatch.setattr(shapes, "_builder", lambda *a: Loser())
+  make = builder._builder
+  monkeypatch.setattr(builder, "_builder", lambda *a: Loser())
   assert shapes.prepare(tmp_path, config).is_dir()
   assert len(shapes.source(tmp_path, "val", config)) == 24

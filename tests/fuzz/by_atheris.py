@@ -15,7 +15,8 @@ import zlib
 import atheris
 
 with atheris.instrument_imports(include=["rpn_jax", "data_pipelines", "pickle"]):
-  from data_pipelines import matlab, pipeline
+  from data_pipelines import pipeline
+  from data_pipelines.sources import matlab
   from rpn_jax.base.errors import InputError
   from rpn_jax.weights import clip_file, torch_archive
 

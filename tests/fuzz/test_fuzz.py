@@ -31,7 +31,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import shapes as shapes_config
-from data_pipelines import builder, context, datasets, folder, matlab, pascal, pipeline, prepare
+from data_pipelines import datasets, pipeline, prepare
+from data_pipelines.sources import builder, context, folder, matlab, pascal
 from rpn_jax.analysis.runs import read_run
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
@@ -336,9 +337,9 @@ def masks() -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def folder_builder(tmp_path_factory):
-  made = prepare._builder(folder.Folder, tmp_path_factory.mktemp("data"), "x")
+  made = prepare._make_builder(folder.Folder, tmp_path_factory.mktemp("data"), "x")
   with file_of(b"a\nb\nc\nd\n", "names.txt") as path:
-    made.classes = folder._read_classes(path.parent, "")
+    made.classes = folder.read_classes(path.parent, "")
   return made
 
 
@@ -401,11 +402,11 @@ def test_matrices_and_lists(content, names):
     assert all((path.parent / f"{name}.jpg").parent == path.parent for name in found or ())
 
 
-def test_a_matrix_that_unfolds_to_gigabytes(tmp_path, monkeypatch):
+def test_a_matrix_that_decompresses_to_gigabytes(tmp_path, monkeypatch):
   monkeypatch.setattr(matlab, "MAX_MATRIX_BYTES", 1 << 20)
   path = tmp_path / "x.mat"
   scipy.io.savemat(path, {"LabelMap": np.zeros((2000, 2000), np.uint16)}, do_compression=True)
-  with pytest.raises(InputError, match="when unfolded"):
+  with pytest.raises(InputError, match="when decompressed"):
     pascal.read_matrix(path, "LabelMap", "fetch it")
 
 
@@ -413,7 +414,7 @@ def test_a_matrix_that_unfolds_to_gigabytes(tmp_path, monkeypatch):
 @given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode), st.text(max_size=300))
 def test_names(lines, words):
   with file_of(lines, "names.txt") as path:
-    answered(folder._read_classes, path.parent, "")
+    answered(folder.read_classes, path.parent, "")
   names = answered(check_names, words.split(","))
   if names:
     tokens = answered(tokenize, [f"a photo of a {name}" for name in names])

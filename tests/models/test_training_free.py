@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import training_free as config_file
-from data_pipelines import datasets
+from data_pipelines import DATA_SETS
 from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer, resize_positions
 from rpn_jax.models.training_free import METHODS, DenseCLIP, smooth, suppress
@@ -227,7 +227,7 @@ def test_bad_fields(fields, message):
 
 
 def test_config_words():
-  assert set(config_file.DATA) == set(datasets.SETS)
+  assert set(config_file.DATA) == set(DATA_SETS)
   c = config_file.get_config("sclip,denoise,smooth")
   assert c.method == "training_free" and c.data.name == "shapes"
   assert c.dense.to_dict() == {"method": "sclip", "denoise": 0.5, "key_smoothing": True}

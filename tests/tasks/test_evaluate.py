@@ -327,7 +327,7 @@ def confusion_of_scenes():
     image, label = shapes.draw_scene(rng, height, width, (2, 3))
     image = (np.float32(image) / 255 - config.data.mean) / config.data.std
     examples.append({"image": np.float32(image), "label": label, "id": f"{i}"})
-  data = Data("shapes", shapes.CLASSES, examples, shapes.SEEN, shapes.UNSEEN)
+  data = Data("shapes", shapes.CLASSES, examples, shapes.VOCABULARY.seen, shapes.UNSEEN)
   segmenter = experiment.evaluator({}, data)
   assert segmenter.flip and segmenter.scales == (1.0, 0.7)
   assert segmenter.window_batch % jax.local_device_count() == 0

@@ -1,11 +1,10 @@
-"""COCO-Stuff 164k: COCO 2017 with things and stuff labelled (Caesar et al., 2018)."""
-
-import pathlib
+"""COCO-Stuff 164k: COCO 2017 with things and stuff labeled (Caesar et al., 2018)."""
 
 import numpy as np
 
 from data_pipelines import vocabularies
-from data_pipelines.builder import RawExample, SegmentationBuilder, listed, need
+from data_pipelines.sources.builder import RawExample, SegmentationBuilder
+from data_pipelines.sources.files import list_files, require
 
 _RAW_IDS = 182  # slots of the files' numbering; 171 are in use
 
@@ -17,7 +16,6 @@ class CocoStuff(SegmentationBuilder):
   """
 
   name = "coco_stuff"
-  code_path = pathlib.Path(__file__)
   title = "COCO-Stuff 164k"
   vocabulary = "coco_stuff171"
   counts = {"train": 118287, "val": 5000}  # noqa: RUF012
@@ -25,19 +23,19 @@ class CocoStuff(SegmentationBuilder):
     "train2017.zip and val2017.zip are on the page 'COCO - Common Objects in Context', "
     "stuffthingmaps_trainval2017.zip on 'COCO-Stuff dataset'"
   )
-  licence = "images: Flickr terms of use; annotations: CC BY 4.0"
+  license = "images: Flickr terms of use; annotations: CC BY 4.0"
   raw_size = "20 GB (val alone: 1.7 GB)"
   layout = """images/{train,val}2017/*.jpg
 stuffthingmaps_trainval2017/{train,val}2017/*.png"""
 
   def examples(self, manual_dir):
-    images = need(manual_dir / "images", "a folder with train2017 and val2017", self.obtain)
+    images = require(manual_dir / "images", "a folder with train2017 and val2017", self.obtain)
     labels = manual_dir / "stuffthingmaps_trainval2017"
     present = [s for s in ("train", "val") if (images / f"{s}2017").is_dir()]
     splits = {}
-    for split in present or ["train"]:  # without any, the complaint is about the first
-      files = listed(images / f"{split}2017", (".jpg",), f"the {split} images", self.obtain)
-      here = need(labels / f"{split}2017", f"the {split} labels", self.obtain)
+    for split in present or ["train"]:  # without any, the error is about the first
+      files = list_files(images / f"{split}2017", (".jpg",), f"the {split} images", self.obtain)
+      here = require(labels / f"{split}2017", f"the {split} labels", self.obtain)
       splits[split] = [RawExample(p.stem, p, here / f"{p.stem}.png") for p in files]
     return splits
 

@@ -3,8 +3,9 @@
 import functools
 import pathlib
 
-from data_pipelines.builder import RawExample, SegmentationBuilder, need
-from data_pipelines.pascal import read_matrix, read_names
+from data_pipelines.sources.builder import RawExample, SegmentationBuilder
+from data_pipelines.sources.files import require
+from data_pipelines.sources.pascal import read_matrix, read_names
 from rpn_jax.base.errors import InputError
 
 # Where people unpack SBD: a folder with cls/*.mat, train.txt and val.txt.
@@ -19,7 +20,6 @@ class Voc(SegmentationBuilder):
   """
 
   name = "voc"
-  code_path = pathlib.Path(__file__)
   title = "PASCAL VOC 2012 + SBD"
   vocabulary = "voc20"
   counts = {"train": 10582, "val": 1449}  # noqa: RUF012
@@ -27,7 +27,7 @@ class Voc(SegmentationBuilder):
     "VOCtrainval_11-May-2012.tar is on the page 'Visual Object Classes Challenge 2012 (VOC2012)', "
     "benchmark.tgz (SBD) on 'Semantic Boundaries Dataset and Benchmark'"
   )
-  licence = "images: Flickr terms of use; annotations: research use, no licence stated"
+  license = "images: Flickr terms of use; annotations: research use, no license stated"
   raw_size = "3.5 GB"
   layout = """VOCdevkit/VOC2012/JPEGImages/*.jpg
 VOCdevkit/VOC2012/SegmentationClass/*.png
@@ -40,11 +40,11 @@ VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"""
 
   def examples(self, manual_dir):
     root = manual_dir / "VOCdevkit" / "VOC2012"
-    images = need(root / "JPEGImages", "the images of VOC 2012", self.obtain)
+    images = require(root / "JPEGImages", "the images of VOC 2012", self.obtain)
     own, converted = root / "SegmentationClass", root / "SegmentationClassAug"
     sbd = next((manual_dir / f for f in _SBD if (manual_dir / f / "cls").is_dir()), None)
     if not converted.is_dir():
-      need(own, "the labels of VOC 2012", self.obtain)
+      require(own, "the labels of VOC 2012", self.obtain)
       if sbd is None:
         raise InputError(
           f"{converted}: expected SBD's labels here as .png files or as cls/*.mat in one of "

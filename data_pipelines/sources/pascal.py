@@ -1,4 +1,4 @@
-"""What the three PASCAL sets share: lists of image names and label maps in MATLAB files."""
+"""What the three PASCAL sets share: lists of image names, and label maps in MATLAB files."""
 
 import pathlib
 import re
@@ -6,9 +6,8 @@ import zlib
 
 import numpy as np
 
-from data_pipelines import matlab
-from data_pipelines.builder import need
-from data_pipelines.limits import MAX_TEXT_BYTES
+from data_pipelines.sources import matlab
+from data_pipelines.sources.files import read_lines, require
 from rpn_jax.base.errors import InputError
 
 
@@ -18,16 +17,11 @@ def read_names(path: pathlib.Path, what: str, obtain: str) -> list[str]:
   Raises:
     InputError: no such file, or no text with names.
   """
-  need(path, what, obtain)
+  require(path, what, obtain)
   try:
-    if path.stat().st_size > MAX_TEXT_BYTES:
-      raise OSError("too long")
-    names = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()} - {""}
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(
-      f"{path}: expected {what}, one name a line, got {type(error).__name__}; fetch it again: "
-      f"{obtain}"
-    ) from error
+    names = {*read_lines(path, f"{what}, one name per line")} - {""}
+  except InputError as error:
+    raise InputError(f"{error}; {obtain}") from error
   if not names:
     raise InputError(f"{path}: expected {what}, got an empty file; fetch it again: {obtain}")
   if paths := [name for name in names if re.search(r"[/\\\0]", name)]:

@@ -1,10 +1,10 @@
 """PASCAL Context with all its 459 categories (Mottaghi et al., 2014)."""
 
 import functools
-import pathlib
 
-from data_pipelines.builder import RawExample, SegmentationBuilder, need
-from data_pipelines.pascal import read_matrix, read_names
+from data_pipelines.sources.builder import RawExample, SegmentationBuilder
+from data_pipelines.sources.files import require
+from data_pipelines.sources.pascal import read_matrix, read_names
 
 
 class Context459(SegmentationBuilder):
@@ -14,16 +14,14 @@ class Context459(SegmentationBuilder):
   """
 
   name = "context459"
-  code_path = pathlib.Path(__file__)
   title = "PASCAL Context 459"
-  vocabulary = "context459"
   counts = {"val": 5104}  # noqa: RUF012
   obtain = (
     "VOCtrainval_03-May-2010.tar is on the page 'Visual Object Classes Challenge 2010 (VOC2010)', "
     "trainval.tar.gz on 'PASCAL-Context Dataset', pascalcontext_val.txt in the data instructions "
     "of OVSeg and CAT-Seg"
   )
-  licence = "images: Flickr terms of use; annotations: research use, no licence stated"
+  license = "images: Flickr terms of use; annotations: research use, no license stated"
   raw_size = "1.5 GB"
   layout = """VOCdevkit/VOC2010/JPEGImages/*.jpg
 VOCdevkit/VOC2010/trainval/*.mat
@@ -33,11 +31,11 @@ VOCdevkit/VOC2010/ImageSets/SegmentationContext/train.txt (for a train split; ma
 
   def examples(self, manual_dir):
     root = manual_dir / "VOCdevkit" / "VOC2010"
-    images = need(root / "JPEGImages", "the images of VOC 2010", self.obtain)
-    labels = need(root / "trainval", "the labels of PASCAL Context", self.obtain)
+    images = require(root / "JPEGImages", "the images of VOC 2010", self.obtain)
+    labels = require(root / "trainval", "the labels of PASCAL Context", self.obtain)
     converted = root / "ImageSets" / "SegmentationContext"
     # The list that OVSeg, CAT-Seg and FC-CLIP test on, or that of mmsegmentation's converter.
-    # VOC's own ImageSets/Segmentation/val.txt is a shorter one of other pictures.
+    # VOC's own ImageSets/Segmentation/val.txt is a shorter one, of other images.
     val, other = root / "pascalcontext_val.txt", converted / "val.txt"
     lists = {"val": other if other.exists() and not val.exists() else val}
     if (converted / "train.txt").exists():

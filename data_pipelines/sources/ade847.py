@@ -6,17 +6,16 @@ import pathlib
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from data_pipelines.builder import RawExample, SegmentationBuilder, need
+from data_pipelines.sources.builder import RawExample, SegmentationBuilder
+from data_pipelines.sources.files import open_label, require
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.pixels import check_size
 
 _SPLITS = {"train": "training", "val": "validation"}
 _SHORT_SIDE = 512
 SHORT512, NATIVE = (
-  tfds.core.BuilderConfig(name="short512", description="larger pictures reduced, as benchmarked"),
-  tfds.core.BuilderConfig(name="native", description="every picture in its own size"),
+  tfds.core.BuilderConfig(name="short512", description="larger images reduced, as benchmarked"),
+  tfds.core.BuilderConfig(name="native", description="every image in its own size"),
 )
 
 
@@ -24,14 +23,12 @@ class Ade847(SegmentationBuilder):
   """ADE20K_2021_17_01: the label is the object id, 0 for pixels without an object."""
 
   name = "ade847"
-  code_path = pathlib.Path(__file__)
   BUILDER_CONFIGS = [SHORT512, NATIVE]  # noqa: RUF012 (a list is what TFDS asks for)
   title = "ADE20K-847"
-  vocabulary = "ade847"
   # As the README of the data set's repository states them.
   counts = {"train": 25574, "val": 2000}  # noqa: RUF012
   obtain = "ADE20K_2021_17_01.zip is sent after registering on the page 'ADE20K dataset'"
-  licence = "images: non-commercial research; annotations: BSD-3"
+  license = "images: non-commercial research; annotations: BSD-3"
   raw_size = "5 GB or more"
   layout = """ADE20K_2021_17_01/images/ADE/{training,validation}/**/*.jpg
 ADE20K_2021_17_01/images/ADE/{training,validation}/**/*_seg.png"""
@@ -41,7 +38,7 @@ ADE20K_2021_17_01/images/ADE/{training,validation}/**/*_seg.png"""
     root = manual_dir / "ADE20K_2021_17_01" / "images" / "ADE"
     splits = {}
     for split, folder in _SPLITS.items():
-      here = need(root / folder, f"the {folder} images", self.obtain)
+      here = require(root / folder, f"the {folder} images", self.obtain)
       # By name: the folders in between are kinds of scenes.
       images = sorted(here.rglob("*.jpg"), key=lambda path: path.name)
       if not images:
@@ -53,16 +50,16 @@ ADE20K_2021_17_01/images/ADE/{training,validation}/**/*_seg.png"""
 
   def adjust(self, image, label):
     # The published conversion (prepare_ade20k_full_sem_seg.py of MaskFormer, which later work
-    # shares) reduces pictures larger than 512 on both sides to a short side of 512 by OpenCV, the
+    # shares) reduces images larger than 512 on both sides to a short side of 512 by OpenCV, the
     # image bilinearly without antialiasing and the label to the nearest pixel. So does this. It
-    # then saves JPEG of quality 75; here the reduced image is kept without loss.
+    # then saves a JPEG of quality 75; here the reduced image is kept without loss.
     height, width = label.shape
     short = min(height, width)
     if self.builder_config is NATIVE or short <= _SHORT_SIDE:
       return None
     size = tuple(round(side / short * _SHORT_SIDE) for side in (width, height))
-    reduced = cv2.resize(np.asarray(image), size, interpolation=cv2.INTER_LINEAR)
-    return Image.fromarray(reduced), cv2.resize(label, size, interpolation=cv2.INTER_NEAREST)
+    reduced = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    return reduced, cv2.resize(label, size, interpolation=cv2.INTER_NEAREST)
 
 
 def _example(image: pathlib.Path) -> RawExample:
@@ -71,12 +68,11 @@ def _example(image: pathlib.Path) -> RawExample:
 
 
 def _read_objects(path: pathlib.Path) -> np.ndarray:
-  """uint16 [H,W]: object ids, of which red holds the high part in tens and green the low byte."""
-  with Image.open(path) as file:
-    check_size(path, file.size)
+  """Object ids, uint16 [H,W]: red holds the high byte in tens, green the low byte."""
+  with open_label(path) as file:
     if file.mode != "RGB":
       raise InputError(
-        f"{path}: expected object ids in the colours of an RGB picture, got mode {file.mode}; "
+        f"{path}: expected object ids in the colors of an RGB image, got mode {file.mode}; "
         "fetch the file again"
       )
     red, green, _ = np.moveaxis(np.asarray(file, np.uint16), -1, 0)

@@ -9,8 +9,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from data_pipelines import vocabularies
-from data_pipelines.builder import RawExample, SegmentationBuilder, need, read_index_image
-from data_pipelines.pascal import read_names
+from data_pipelines.sources.builder import RawExample, SegmentationBuilder
+from data_pipelines.sources.files import read_index_image, require
+from data_pipelines.sources.pascal import read_names
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.pixels import check_size
 
@@ -22,12 +23,11 @@ _KEPT |= {"annos_segmentation", "category_id", "segmentation", "size", "counts"}
 class Context(SegmentationBuilder):
   """PASCAL Context in the numbering of its 459 categories, of which 59 occur; 0 is the background.
 
-  From the annotations of PASCAL in Detail or, without them, from the pictures that
-  mmsegmentation's converter makes of them: 0 the background, k class k − 1 of the 59.
+  From the annotations of PASCAL in Detail or, without them, from the label images
+  that mmsegmentation's converter makes of them: 0 the background, k class k − 1 of the 59.
   """
 
   name = "context"
-  code_path = pathlib.Path(__file__)
   title = "PASCAL Context"
   vocabulary = "context60"
   # PASCAL in Detail has 10,100 of the paper's 10,103 images.
@@ -36,7 +36,7 @@ class Context(SegmentationBuilder):
     "VOCtrainval_03-May-2010.tar is on the page 'Visual Object Classes Challenge 2010 (VOC2010)', "
     "trainval_merged.json on 'PASCAL in Detail Challenge'"
   )
-  licence = "images: Flickr terms of use; annotations: research use, no licence stated"
+  license = "images: Flickr terms of use; annotations: research use, no license stated"
   raw_size = "2 GB"
   layout = """VOCdevkit/VOC2010/JPEGImages/*.jpg
 VOCdevkit/VOC2010/trainval_merged.json
@@ -47,14 +47,14 @@ VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt"""
 
   def examples(self, manual_dir):
     root = manual_dir / "VOCdevkit" / "VOC2010"
-    images = need(root / "JPEGImages", "the images of VOC 2010", self.obtain)
-    annotations, pictures = root / "trainval_merged.json", root / "SegmentationClassContext"
+    images = require(root / "JPEGImages", "the images of VOC 2010", self.obtain)
+    annotations, converted = root / "trainval_merged.json", root / "SegmentationClassContext"
     if annotations.exists():
       return self._from_annotations(annotations, images)
-    if not pictures.is_dir():
+    if not converted.is_dir():
       raise InputError(
         f"{annotations}: expected the labels of PASCAL Context, got neither this file nor "
-        f"{pictures}; {self.obtain}"
+        f"{converted}; {self.obtain}"
       )
     splits = {}
     for split in self.counts:
@@ -63,8 +63,8 @@ VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt"""
         RawExample(
           name,
           images / f"{name}.jpg",
-          pictures / f"{name}.png",
-          functools.partial(_read_picture, pictures / f"{name}.png"),
+          converted / f"{name}.png",
+          functools.partial(_read_converted, converted / f"{name}.png"),
         )
         for name in read_names(names, f"the {split} list of PASCAL Context", self.obtain)
       ]
@@ -83,10 +83,10 @@ VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt"""
           continue
         if re.search(r"[/\\\0]", image["file_name"]):
           raise ValueError(f"the path {image['file_name'][:60]!r}")
-        picture = images / image["file_name"]
+        file = images / image["file_name"]
         shape = int(image["height"]), int(image["width"])
-        paint = functools.partial(_paint, path, picture.stem, found[image["image_id"]], shape)
-        splits[image["phase"]].append(RawExample(picture.stem, picture, path, paint))
+        paint = functools.partial(_paint, path, file.stem, found[image["image_id"]], shape)
+        splits[image["phase"]].append(RawExample(file.stem, file, path, paint))
     except (OSError, ArithmeticError, LookupError, RecursionError, ValueError, TypeError,
             AttributeError) as error:  # fmt: skip
       raise InputError(
@@ -136,8 +136,8 @@ def _mask(segmentation: dict | list, shape: tuple[int, int]) -> np.ndarray:
   return coco_mask.decode(segmentation).astype(bool)
 
 
-def _read_picture(path: pathlib.Path) -> np.ndarray:
-  """uint16 [H,W] in the numbering of 459 of a picture with values 0…59."""
+def _read_converted(path: pathlib.Path) -> np.ndarray:
+  """uint16 [H,W] in the numbering of the 459 categories, of a label image with values 0…59."""
   label = read_index_image(path)
   if label.max(initial=0) > 59:
     raise InputError(
