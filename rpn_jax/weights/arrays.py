@@ -20,13 +20,13 @@ from rpn_jax.weights import torch_archive
 
 SAFETENSORS, SHARDS = "safetensors", "shards with an index"
 
-_SAFETENSORS_TYPES = {
-  "F16": np.float16,
-  "BF16": jnp.bfloat16,
-  "F32": np.float32,
-  "F64": np.float64,
-  "I32": np.int32,
-  "I64": np.int64,
+_SAFETENSORS_TYPES: dict[str, np.dtype] = {
+  "F16": np.dtype("float16"),
+  "BF16": jnp.dtype("bfloat16"),
+  "F32": np.dtype("float32"),
+  "F64": np.dtype("float64"),
+  "I32": np.dtype("int32"),
+  "I64": np.dtype("int64"),
 }
 # Of a JSON file beside weights; the largest index known has 100 kB.
 _MAX_JSON_BYTES = 8 << 20
@@ -131,7 +131,7 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
       )
     begin, end = (start + offset for offset in entry["data_offsets"])
     data = content[begin:end] if begin < end else np.empty(0, np.uint8)
-    dtype = np.dtype(_SAFETENSORS_TYPES[entry["dtype"]])
+    dtype = _SAFETENSORS_TYPES[entry["dtype"]]
     if begin % dtype.itemsize:  # such a header is allowed, and cannot be a view
       data = data.copy()
     state[name] = data.view(dtype).reshape(entry["shape"])
