@@ -8,9 +8,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+  from rpn_jax.config import RPNConfig
   from rpn_jax.inference.segmenter import Segmenter
   from rpn_jax.models.clip import CLIPConfig
-  from rpn_jax.models.rpn import RPN, RPNConfig
+  from rpn_jax.models.rpn import RPN
   from rpn_jax.models.tuners import Tuner, merge
   from rpn_jax.text.embeddings import class_embeddings
   from rpn_jax.training.losses import sigmoid_loss, softmax_loss
@@ -23,7 +24,7 @@ __version__ = "0.2.0"
 _PUBLIC = {
   "CLIPConfig": "models.clip",
   "RPN": "models.rpn",
-  "RPNConfig": "models.rpn",
+  "RPNConfig": "config",
   "Segmenter": "inference.segmenter",
   "TrainState": "training.step",
   "Tuner": "models.tuners",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from rpn_jax import config as declared
 from rpn_jax import devices
 from rpn_jax.analysis.arguments import parse
 from rpn_jax.base.console import table
@@ -29,13 +30,7 @@ from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, init_prompts, train_step
 from rpn_jax.weights import clip_file
 
-BACKBONES = {
-  "b16": CLIPConfig(),
-  "l14": CLIPConfig(
-    embed_dim=768, patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16,
-    text_width=768, text_heads=12,
-  ),
-}  # fmt: skip
+BACKBONES = {name: CLIPConfig(**b.architecture) for name, b in declared.BACKBONES.items()}
 
 
 def random_tower(clip_config: CLIPConfig, key) -> dict:

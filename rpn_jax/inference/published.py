@@ -9,8 +9,13 @@ repository lists it. ClearCLIP, Lan et al., ECCV 2024.
 Open-vocabulary and training-free papers give one "mIoU" and do not say over which classes.
 """
 
-# (vision width, patch size) -> backbone
-BACKBONES = {(768, 16): "ViT-B/16", (1024, 14): "ViT-L/14"}
+from rpn_jax.config import BACKBONES
+
+# (vision width, patch size) -> title of the backbone
+TITLES = {
+  (b.architecture["vision_width"], b.architecture["patch_size"]): b.title
+  for b in BACKBONES.values()
+}
 
 _ZERO_SHOT = ("pAcc", "miou_seen", "miou_unseen", "hiou")
 _SPLIT_SETS = ("voc20", "coco_stuff171", "context60")
@@ -62,7 +67,7 @@ def rows(setting: str, name: str, clip_config) -> dict[str, dict[str, float]]:
     name: of the data set.
     clip_config: architecture of the tower.
   """
-  backbone = BACKBONES.get((clip_config.vision_width, clip_config.patch_size), "")
+  backbone = TITLES.get((clip_config.vision_width, clip_config.patch_size), "")
   return {
     f"{method} {backbone}, published": dict(zip(metrics, values[sets.index(name)]))
     for method, metrics, sets, values in _TABLES.get((setting, backbone), ())

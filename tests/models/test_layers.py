@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
-from rpn_jax import devices
+from rpn_jax import config, devices
 from rpn_jax.analysis import costs
 from rpn_jax.models import layers, prompts
 from rpn_jax.models.clip import CLIPConfig
@@ -81,7 +80,7 @@ def test_what_is_computed_again_is_not_stored():
   params = costs.random_tower(tower, jax.random.key(0))
   model = RPN(tower, RPNConfig(tuner="rpn+vpt", deep_tokens=4))
   trained = init_prompts(model, params, text, jax.random.key(1), 128)
-  optimizer = optim.make_optimizer(common.optimizer(100), trained)
+  optimizer = optim.make_optimizer(config.Optimizer(steps=100), trained)
   state = TrainState(jnp.int32(0), trained, optimizer.init(trained))
   batch = costs.random_batch(2, 128, 4)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.config import Optimizer
 from rpn_jax.models import prompts, tuners
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN, RPNConfig
@@ -167,9 +168,7 @@ def test_a_tree_of_the_wrong_shape_is_refused():
 
 
 def test_default_groups_cover_every_tuner():
-  from configs import common
-
-  groups = common.optimizer(10).groups
+  groups = Optimizer().groups
   for tuner in ("rpn", "vpt", "lst", "full", *OF_SITES):
     names = assign_groups(tiny(tuner)[2], groups)
     assert set(jax.tree.leaves({k: v for k, v in names.items() if k != "h"})) == {"rest"}

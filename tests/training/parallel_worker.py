@@ -9,12 +9,11 @@ import sys
 import flax
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 
-from configs import common
+from rpn_jax import config
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
 from rpn_jax.models.rpn import RPN, RPNConfig
@@ -48,8 +47,7 @@ def main(out: pathlib.Path) -> None:
   text = jax.random.normal(jax.random.key(1), (CLASSES, TINY.embed_dim))
   text = np.asarray(text / jnp.linalg.norm(text, axis=-1, keepdims=True))
   prompts = jax.device_get(init_prompts(model, params, text, jax.random.key(2), 32))
-  settings = common.optimizer(ml_collections.FieldReference(100))
-  settings.warmup_steps, settings.base_lr = 0, 2e-5
+  settings = config.Optimizer(steps=100, warmup_steps=0, base_lr=2e-5)
   optimizer = optim.make_optimizer(settings, prompts)
   start = jax.device_get(TrainState(jnp.int32(0), prompts, optimizer.init(prompts)))
   static = {"model": model, "loss_fn": losses.sigmoid_loss}

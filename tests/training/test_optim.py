@@ -6,14 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
+from rpn_jax import config
 from rpn_jax.training import optim
 
 TREE = {"h": 0, "head": {"patch_proj": {"kernel": 0}}, "m2oe_0": {"gate": 0}}
 
 
 def test_every_parameter_has_one_group():
-  rules = common.optimizer(10).groups
+  rules = config.Optimizer().groups
   groups = optim.assign_groups(TREE, rules)
   assert groups == {
     "h": "h",
@@ -33,13 +33,11 @@ def test_a_parameter_in_two_groups_is_refused():
 
 
 def test_gradients_are_clipped_by_their_norm_over_all_groups():
-  config = common.optimizer(10)
   tree = {"h": jnp.ones(2), "head": {"kernel": jnp.ones(3)}}
   grads = {"h": jnp.full(2, 3.0), "head": {"kernel": jnp.full(3, -4.0)}}
   moments = []
   for clip_norm in (0.0, 1e9, 2.0):
-    config.clip_norm = clip_norm
-    optimizer = optim.make_optimizer(config, tree)
+    optimizer = optim.make_optimizer(config.Optimizer(clip_norm=clip_norm), tree)
     _, state = optimizer.update(grads, optimizer.init(tree), tree)
     moments.append([x for x in jax.tree.leaves(state) if x.ndim])
   for plain, loose, clipped in zip(*moments):

@@ -1,0 +1,176 @@
+"""Config fields declared once, as those of dataclasses: their ConfigDict and their checks."""
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from ml_collections import config_dict
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import expand
+from rpn_jax.base.words import check_known
+
+# Numbers beyond this are typing errors, or make a run that never ends.
+MAX_VALUE = 1 << 40
+# The default of a field that only some configs have.
+ABSENT = object()
+
+Config: TypeAlias = config_dict.ConfigDict | dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What is known about a field besides its type and default.
+
+  Attributes:
+    comment: its meaning and unit.
+    words: allowed values; () allows all.
+    at_least, above, at_most: bounds of a number, or of every number in a tuple.
+    is_path: a leading `~` is expanded.
+    free: may differ when a run is continued: it changes neither what is trained nor the order.
+    evaluation: changes scores only: a trained run may be evaluated in many ways.
+  """
+
+  comment: str
+  words: tuple[str, ...] = ()
+  at_least: float = -MAX_VALUE
+  above: float | None = None
+  at_most: float = MAX_VALUE
+  is_path: bool = False
+  free: bool = False
+  evaluation: bool = False
+
+  @property
+  def bounds(self) -> list[str]:
+    """The bounds in words, such as "at least 1"; [] without any."""
+    bounds = [f"at least {self.at_least}"] if self.at_least > -MAX_VALUE else []
+    bounds += [f"above {self.above}"] if self.above is not None else []
+    return bounds + ([f"at most {self.at_most}"] if self.at_most < MAX_VALUE else [])
+
+  def violated(self, number: float) -> str:
+    """The bound that a number is outside of, in words; "" if there is none. NaN is outside."""
+    if not number >= self.at_least:
+      return f"at least {self.at_least}"
+    if self.above is not None and not number > self.above:
+      return f"above {self.above}"
+    return "" if number <= self.at_most else f"at most {self.at_most}"
+
+
+def field(default: Any, comment: str = "", **about: Any) -> Any:
+  """A declared field, or a section of fields; see `Spec`.
+
+  Args:
+    default: the default value; a section's is an instance of the class that declares its fields.
+    comment: its meaning and unit; that of a section is the first line of its class.
+    **about: the other attributes of Spec.
+  """
+  comment = comment or default.__doc__.splitlines()[0]
+  return dataclasses.field(default=default, metadata={"spec": Spec(comment, **about)})
+
+
+def spec(declaration: dataclasses.Field) -> Spec:
+  """What `field` was told."""
+  return declaration.metadata["spec"]
+
+
+def is_section(declaration: dataclasses.Field) -> bool:
+  """Whether a field holds fields of its own: its default is a declared class."""
+  return dataclasses.is_dataclass(declaration.default)
+
+
+def declared(of: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+  """Path, such as `data.crop`, -> declaration; a section comes before its fields."""
+  found = {}
+  for f in dataclasses.fields(of):
+    found[prefix + f.name] = f
+    if is_section(f):
+      found |= declared(type(f.default), f"{prefix}{f.name}.")
+  return found
+
+
+def section(of: type, **changes: Any) -> config_dict.ConfigDict:
+  """The defaults of a declared class as a ConfigDict, with changes; not locked.
+
+  Raises:
+    TypeError: a change of a field that is not declared.
+  """
+  c = config_dict.ConfigDict()
+  for f in dataclasses.fields(of):
+    value = changes.pop(f.name, f.default)
+    if dataclasses.is_dataclass(value):
+      value = section(type(value))
+    elif value is None:  # a placeholder keeps the type
+      kind = typing.get_args(f.type)[0]
+      value = config_dict.placeholder(typing.get_origin(kind) or kind)
+    if value is not ABSENT:
+      c[f.name] = value
+  if changes:
+    raise TypeError(f"{of.__name__} has no field {', '.join(changes)}")
+  return c
+
+
+def check(config: Config, of: type) -> None:
+  """Checks the values of a config.
+
+  Fields that are missing or not declared are passed over: another version may have written them.
+
+  Raises:
+    InputError: a value of another type, out of bounds, or an unknown word.
+  """
+  for path, f in declared(of).items():
+    place, name = _place(config, path)
+    if name not in place:
+      continue
+    value, known = place[name], spec(f)
+    if not _fits(value, f.type):
+      expected = f.type.__name__ if isinstance(f.type, type) else str(f.type)
+    else:
+      violated = [known.violated(number) for number in _numbers(value)]
+      expected = next(filter(None, violated), "")
+    if expected:
+      example = "" if f.default is ABSENT or is_section(f) else f", such as {f.default!r}"
+      raise InputError(f"config.{path}: expected {expected}{example}, got {value!r}")
+    if known.words:
+      check_known(f"config.{path}=", value, known.words)
+
+
+def expand_paths(config: Config, of: type) -> None:
+  """Expands a leading `~` in the fields that are paths."""
+  for path, f in declared(of).items():
+    place, name = _place(config, path)
+    if spec(f).is_path and str(place.get(name)).startswith("~"):
+      place[name] = str(expand(place[name]))
+
+
+def _place(config: Config, path: str) -> tuple[Any, str]:
+  """The section that a field is in, {} if it is missing, and the field's name."""
+  *parts, name = path.split(".")
+  return functools.reduce(lambda place, part: place.get(part, {}), parts, config), name
+
+
+def _fits(value: Any, kind: Any) -> bool:
+  if isinstance(kind, types.UnionType):
+    return any(_fits(value, k) for k in typing.get_args(kind))
+  if typing.get_origin(kind) is tuple:
+    parts = typing.get_args(kind)
+    if not isinstance(value, (tuple, list)):  # JSON has lists only
+      return False
+    if parts[-1] is Ellipsis:
+      parts = parts[:1] * len(value)
+    return len(value) == len(parts) and all(map(_fits, value, parts))
+  if dataclasses.is_dataclass(kind):
+    return isinstance(value, (config_dict.ConfigDict, dict))
+  if kind in (int, float):
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)
+  return isinstance(value, kind)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+  if isinstance(value, (tuple, list)):
+    for part in value:
+      yield from _numbers(part)
+  elif isinstance(value, (int, float)):
+    yield value

@@ -1,0 +1,409 @@
+"""Every field of a run, declared once: default, type, allowed words or bounds, and its meaning.
+
+A run's config is an `ml_collections.ConfigDict` made by `defaults`; `configs/` holds the recipes,
+each a few changes of the defaults. `check` and docs/configs.md come from the declarations, too.
+
+Words are listed where no other will do. Networks, training-free methods, tuners, templates and data
+sets can be added (docs/extending.md); a wrong name among these is refused by whoever looks it up.
+"""
+
+# ruff: noqa: RUF009 (`field` is a dataclasses.field)
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import config_dict
+
+from rpn_jax.base import fields, pixels
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.fields import ABSENT, Config, field, section, spec
+from rpn_jax.base.words import check_known
+
+
+@dataclasses.dataclass(frozen=True)
+class RPNConfig:
+  """What RPN trains, and how it is wired. The defaults are the paper's.
+
+  Raises:
+    ValueError: an unknown word, or the same tuner twice. Networks look the tuners up.
+  """
+
+  tuner: str = field(
+    "rpn",
+    'what adapts the tower, joined by "+": rpn (relationship prompts), vpt (deep prompt tokens), '
+    "bitfit, adapter, ssf, lora, lst, full (the tower itself), lpm (only the head)",
+  )
+  deep_tokens: int = field(40, "P, prompt tokens of vpt in every layer", at_least=0)
+  adapter_width: int = field(64, "bottleneck of adapter, channels", at_least=1)
+  lora_rank: int = field(8, "rank of lora", at_least=1)
+  lst_reduction: int = field(
+    8, "how many times narrower than the tower the side network of lst is", at_least=1
+  )
+  itp: str = field(
+    "image_to_pixel",
+    "relationship map, Eq. 2, or that without the image or without the pixels",
+    words=("image_to_pixel", "no_image", "no_pixel"),
+  )
+  apg: str = field(
+    "parameter",
+    "h, Eq. 3, as a bare parameter, or as a linear layer: other initial values, and a bias",
+    words=("parameter", "linear"),
+  )
+  m2oe: str = field(
+    "gated",
+    "mixture of experts before ITP, their plain sum, or none; the official code has none",
+    words=("gated", "sum", "none"),
+  )
+  m2oe_reduced: int = field(3, "r, width of the experts", at_least=1)
+  m2oe_experts: int = field(4, "number of experts, at scales 1, 1/2, 1/4, 1/8", at_least=1)
+  m2oe_top_k: int = field(2, "experts the gate keeps; the paper gives no number", at_least=1)
+  h_shared: bool = field(
+    False, "one h for all layers, as in the official code, or one per layer (Eq. 3)"
+  )
+  h_grid: tuple[int, int] | None = field(
+    None,
+    "rows and columns of the grid h is stored on, resized to the tokens; None: the grid of CLIP's "
+    "pre-training",
+    at_least=1,
+  )
+  rpm_layers: str = field(
+    "all",
+    "layers whose output makes relationship prompts for the next: all (but the last), or the "
+    "first, last, odd or even of these, counted from 1",
+    words=("all", "first", "last", "odd", "even", "none"),
+  )
+  combine: str = field(
+    "cat",
+    "relationship prompts as further tokens (cat), or their mean m over the classes added to the "
+    "patch tokens (add) or as the factor 1 + m (mul)",
+    words=("cat", "add", "mul"),
+  )
+  head: str = field(
+    "lpm_c",
+    "LPM a, b or c, the c of the official code (released), or TFPM, which trains nothing",
+    words=("lpm_a", "lpm_b", "lpm_c", "released", "tfpm_a", "tfpm_b", "tfpm_c"),
+  )
+  class_embedding_copies: int = field(
+    1,
+    "how often the class embedding is added to the class token; the official code adds it twice",
+    at_least=0,
+  )
+  prompt_dropout: float = field(0.1, "dropout rate of projected prompts", at_least=0, at_most=1)
+
+  def __post_init__(self) -> None:
+    for f in dataclasses.fields(self):
+      if words := spec(f).words:
+        check_known(f"{f.name}=", getattr(self, f.name), words)
+    if len(set(self.tuners)) < len(self.tuners):
+      raise InputError(f'tuner: expected words joined by "+", each once, got {self.tuner!r}')
+
+  @property
+  def tuners(self) -> tuple[str, ...]:
+    return tuple(self.tuner.split("+"))
+
+  @property
+  def prompted(self) -> bool:
+    """Whether any prompt tokens pass through the tower."""
+    return "rpn" in self.tuners or "vpt" in self.tuners
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+  """Training-free segmentation."""
+
+  method: str = field("maskclip", "vanilla, maskclip, sclip or clearclip (docs/method.md)")
+  denoise: float = field(
+    0.0,
+    "classes whose best probability in a window is lower are suppressed; 0: none",
+    at_least=0,
+    at_most=1,
+  )
+  key_smoothing: bool = field(False, "average probabilities by the similarity of keys")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """The loss of training."""
+
+  name: str = field(
+    "sigmoid", "sigmoid: focal and dice loss; softmax: cross-entropy", words=("sigmoid", "softmax")
+  )
+  mask_ignored: bool = field(
+    False, "leave ignored pixels out of the focal loss; in the official code they are negatives"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfTraining:
+  """Self-training in the transductive setting."""
+
+  start: float = field(
+    0.5, "share of the steps after which unseen classes get pseudo-labels", at_least=0, at_most=1
+  )
+  pixels: str = field(
+    "unseen",
+    "pixels that may get them: those that the ground truth gives to some unseen class (the paper's "
+    "dagger rows), or also those without a label (unlabelled), which reveals no positions",
+    words=("unseen", "unlabelled"),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW with learning-rate groups and polynomial decay, as in the official code."""
+
+  steps: int = field(20_000, "length of the schedule; follows config.steps", at_least=1)
+  base_lr: float = field(2e-5, "learning rate of a group with factor 1", at_least=0)
+  min_lr: float = field(1e-6, "learning rate at the end of the schedule", at_least=0)
+  power: float = field(0.9, "exponent of the polynomial decay", at_least=0)
+  warmup_steps: int = field(1500, "steps of linear warm-up", at_least=0)
+  warmup_ratio: float = field(1e-6, "share of the rate at step 0", at_least=0)
+  weight_decay: float = field(
+    0.01, "decoupled, on every parameter, norms and biases included", at_least=0
+  )
+  clip_norm: float = field(
+    0.0, "gradients are scaled down to this norm over all parameters; 0: never", at_least=0
+  )
+  groups: tuple[tuple[str, str, float], ...] = field(
+    (("h", r"h(_bias)?", 1.0), ("rest", r"(?!h(_bias)?$).*", 10.0)),
+    "(group, regular expression for the whole path of a parameter, factor of the rate)",
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The training data set, and how its images reach the network."""
+
+  name: str = field("voc20", "training set; docs/data.md lists them")
+  variant: str = field(
+    "", "for folder the name it was prepared under, for ade847 short512 or native"
+  )
+  naming: str = field(
+    "dataset", "wording of the class names; some sets also have maskclip or spaced"
+  )
+  data_dir: str = field("data", "folder of prepared data sets", is_path=True, free=True)
+  setting: str = field(
+    "zero_shot",
+    "zero_shot: unseen classes are ignored in training; transductive: found by self-training; "
+    "supervised: all classes are trained on",
+    words=("zero_shot", "transductive", "supervised"),
+  )
+  batch_size: int = field(32, "images per step, over all devices", at_least=1)
+  crop: int = field(512, "side of training crops, pixels", at_least=1)
+  scale: tuple[int, int] = field(
+    (2048, 512), "limits of long and short side before random scaling, pixels", at_least=1
+  )
+  ratio: tuple[float, float] = field((0.5, 2.0), "range of the random scale", above=0)
+  photometric: bool = field(True, "distort brightness, contrast, saturation and hue")
+  train_images: int = field(ABSENT, "shapes only: scenes drawn for training", at_least=1)
+  short_side: int = field(
+    512, "short side of evaluated images, pixels", at_least=1, evaluation=True
+  )
+  eval_images: int = field(
+    0,
+    "evaluate on the first images only; 0: on all. Of shapes: scenes drawn for it",
+    at_least=0,
+    evaluation=True,
+  )
+  mean: tuple[float, float, float] = field(pixels.CLIP_MEAN, "subtracted per channel, in [0, 1]")
+  std: tuple[float, float, float] = field(
+    pixels.CLIP_STD, "divided by per channel, in [0, 1]", above=0
+  )
+  threads: int = field(4, "threads that read ahead", at_least=0, free=True)
+  workers: int = field(0, "extra reader processes", at_least=0, free=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """Evaluation and prediction."""
+
+  sets: tuple[str, ...] = field(
+    (), "data sets of --mode=eval, every class prompted; (): the training set, in its setting"
+  )
+  crop: int = field(512, "side of the sliding window, pixels", at_least=1)
+  stride: int = field(426, "step of the sliding window, pixels", at_least=1)
+  window_batch: int = field(4, "windows per call of the network", at_least=1)
+  scales: tuple[float, ...] = field(
+    (1.0,), "scores are averaged over these sizes, factors on data.short_side", above=0
+  )
+  flip: bool = field(False, "also average over mirrored images")
+  seen_penalty: float = field(
+    0.1, "subtracted from the scores of seen classes in the zero-shot setting"
+  )
+  palette: str = field("default", "colors of predictions.png", words=("default", "colorblind"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A segmentation run: training, evaluation, prediction."""
+
+  task: str = field("segment", "what main.py runs", words=("segment", "pretrain"))
+  seed: int = field(
+    0, "for initial prompts, data order, augmentation, dropout and gate noise",
+    at_least=0, at_most=1 << 62,
+  )  # fmt: skip
+  clip: str = field("", "CLIP weights: a file, or one in rpn_jax/assets", is_path=True)
+  prompts: str = field(
+    "",
+    "trained prompts to evaluate or predict with, a file; none: the workdir's",
+    is_path=True,
+    evaluation=True,
+  )
+  templates: str | tuple[str, ...] = field(
+    "single",
+    "sentences around a class name, averaged: a named set, or one sentence with {} for the name",
+  )
+  synonyms: str = field(
+    "mean",
+    'how names like "sea, ocean" are embedded: the first, their mean, the best of them (max; '
+    "evaluation only), or joined as one text",
+    words=("first", "mean", "max", "joined"),
+  )
+  method: str = field("rpn", "network: rpn, or training_free (CLIP as it is)")
+  dtype: str = field(
+    "float32", "compute type of the tower; prompts stay float32", words=("float32", "bfloat16")
+  )
+  remat: str = field(
+    "none",
+    "what blocks compute again in the backward pass, to save memory: none, dots (the MLP and the "
+    "norms), full",
+    words=("none", "dots", "full"),
+    free=True,
+  )
+  matmul_precision: str = field(
+    "default", "precision of float32 matrix products", words=("default", "high", "highest")
+  )
+  parallel: str = field(
+    "shard_map", "how the step is spread over devices", words=("shard_map", "pmap"), free=True
+  )
+  shard_state: bool = field(
+    False, "spread prompts and optimizer state over the devices, to save memory", free=True
+  )
+  steps: int = field(20_000, "optimizer steps", at_least=1)
+  log_every: int = field(10, "steps between logged losses", at_least=1, free=True)
+  eval_every: int = field(
+    2_000, "steps between evaluations, each with a checkpoint", at_least=1, free=True
+  )
+  save_every: int = field(
+    500, "steps between further checkpoints; 0: no others", at_least=0, free=True
+  )
+  max_skipped: int = field(
+    10,
+    "steps whose loss or gradients are NaN or infinite are skipped; so many in a row end the run",
+    at_least=1,
+    free=True,
+  )
+  model: RPNConfig = field(RPNConfig())
+  dense: Dense = field(Dense())
+  loss: Loss = field(Loss())
+  self_training: SelfTraining = field(SelfTraining())
+  optimizer: Optimizer = field(Optimizer())
+  data: Data = field(Data())
+  eval: Eval = field(Eval(), evaluation=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+  """Pre-training of the tiny CLIP on captioned shapes."""
+
+  task: str = field("pretrain", "what main.py runs", words=("pretrain",))
+  seed: int = field(0, "for initial parameters and drawn images", at_least=0)
+  steps: int = field(1500, "optimizer steps", at_least=1)
+  batch_size: int = field(128, "image-caption pairs per step", at_least=1)
+  kept_patches: float = field(
+    0.5, "share of random patches the tower sees, until the last steps", above=0, at_most=1
+  )
+  unmasked_steps: int = field(200, "last steps, which see every patch", at_least=0)
+  learning_rate: float = field(1e-3, "peak of the cosine schedule", at_least=0)
+  warmup_steps: int = field(100, "steps of linear warm-up from 0", at_least=0)
+  weight_decay: float = field(0.05, "decoupled, on matrices only", at_least=0)
+  template: str = field("a photo of a {}", "sentence of the zero-shot test")
+  mean: tuple[float, float, float] = field(pixels.CLIP_MEAN, "subtracted per channel, in [0, 1]")
+  std: tuple[float, float, float] = field(
+    pixels.CLIP_STD, "divided by per channel, in [0, 1]", above=0
+  )
+  caption_tokens: int = field(
+    32, "columns of the token batch; attention is causal, so padding only costs time", at_least=1
+  )
+  log_every: int = field(10, "steps between logged losses", at_least=1)
+  eval_every: int = field(150, "steps between zero-shot tests", at_least=1)
+  test_images: int = field(480, "single-object images of the zero-shot test", at_least=1)
+  clip: config_dict.ConfigDict = field(ABSENT, "architecture: the fields of CLIPConfig")
+
+
+TASKS: dict[str, type] = {"segment": Run, "pretrain": Pretrain}
+_ALL = fields.declared(Run).values()
+# Names of the fields that may differ between a run and its continuation or its evaluation.
+FREE = frozenset(f.name for f in _ALL if spec(f).free)
+EVALUATION = frozenset(f.name for f in _ALL if spec(f).evaluation)
+
+
+def defaults() -> config_dict.ConfigDict:
+  """A segmentation run: the recipe of the official code on VOC 2012, RPN as in the paper.
+
+  `optimizer.steps` follows `steps`. The dictionary is not locked.
+  """
+  c = section(Run)
+  c.optimizer.steps = c.get_ref("steps")
+  return c
+
+
+def declared_class(config: Config) -> type:
+  """The class that declares the fields of a config: that of its task."""
+  return TASKS.get(str(config.get("task")), Run)
+
+
+def check(config: Config) -> None:
+  """Checks the values of a config before anything is done.
+
+  What another version wrote is accepted: missing and unknown fields are passed over.
+
+  Raises:
+    InputError: a value of another type, out of bounds, or an unknown word.
+  """
+  fields.check(config, declared_class(config))
+  if config.get("shard_state") and config.get("parallel") == "pmap":
+    raise InputError(
+      'config.shard_state=True needs config.parallel="shard_map": under pmap every device has the '
+      "whole state"
+    )
+
+
+def expand_paths(config: Config) -> None:
+  """Expands a leading `~` in the fields that are paths."""
+  fields.expand_paths(config, declared_class(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+  """One of OpenAI's CLIPs.
+
+  Attributes:
+    title: as papers call it.
+    weights: where recipes look for its file.
+    crop: side of training crops and windows, pixels: whole patches.
+    stride: step of the windows, pixels.
+    architecture: fields of CLIPConfig: `vision_width`, `patch_size` and what differs from its
+      defaults.
+  """
+
+  title: str
+  weights: str
+  crop: int
+  stride: int
+  architecture: Mapping[str, Any]
+
+
+BACKBONES = {
+  "b16": Backbone(
+    "ViT-B/16", "weights/ViT-B-16.safetensors", 512, 426, {"vision_width": 768, "patch_size": 16}
+  ),
+  "l14": Backbone(  # 512 is no multiple of 14
+    "ViT-L/14", "weights/ViT-L-14.safetensors", 518, 432,
+    {
+      "embed_dim": 768, "patch_size": 14, "vision_width": 1024, "vision_layers": 24,
+      "vision_heads": 16, "text_width": 768, "text_heads": 12,
+    },
+  ),
+}  # fmt: skip
