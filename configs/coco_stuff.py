@@ -2,25 +2,25 @@
 
     python main.py --config=configs/coco_stuff.py:setting=zero_shot --workdir=runs/coco_stuff
 
-Prepare the data first: python -m data_pipelines.prepare coco_stuff --manual_dir=RAW --data_dir=data
-(docs/data.md), and CLIP: python -m rpn_jax convert ViT-B-16.pt weights/ViT-B-16.safetensors.
-Arguments: setting=zero_shot|transductive|supervised, preset=paper|released,
-backbone=b16|l14, runlocal.
-
-Meant for one accelerator with 80 GB or several that share the batch.
+Hardware: one accelerator with 80 GB, or several that share the batch. Not run: neither the weights
+nor the data could be downloaded.
 Published (ViT-B/16; pAcc / mIoU seen / unseen / hIoU in %):
   zero_shot     64.4 / 40.8 / 42.8 / 41.8
   transductive  69.3 / 40.6 / 61.2 / 48.8
   supervised    70.8 / 41.1 / 64.1 / 50.5
-Not measured here: neither the weights nor the data set could be had.
+
+Prepare the data first: python -m data_pipelines.prepare coco_stuff --manual_dir=RAW --data_dir=data
+(docs/data.md), and CLIP: python -m rpn_jax convert ViT-B-16.pt weights/ViT-B-16.safetensors.
+Arguments: setting=zero_shot|transductive|supervised, preset=paper|released, tuner=…,
+backbone=b16|l14, runlocal.
 """
 
-import ml_collections
+from ml_collections import config_dict
 
 from configs import common
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> config_dict.ConfigDict:
   c = common.benchmark(
     arg,
     "coco_stuff171",

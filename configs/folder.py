@@ -1,18 +1,21 @@
-"""RPN on your own pictures and masks.
+"""RPN on your own images and masks.
 
-    python -m data_pipelines.prepare folder --manual_dir=PICTURES --data_dir=data
-    python main.py --config=configs/folder.py --config.data.variant=PICTURES --workdir=runs/mine
+    python -m data_pipelines.prepare folder --manual_dir=IMAGES --data_dir=data
+    python main.py --config=configs/folder.py --config.data.variant=IMAGES --workdir=runs/mine
 
-docs/data.md says how the folder has to look. Arguments: setting=supervised|zero_shot|transductive
-(the last two need an unseen.txt), preset=paper|released, backbone=b16|l14, runlocal.
+Hardware: one accelerator; the smallest batch and tower fit 24 GB. Not run with OpenAI's weights.
+
+docs/data.md says what the folder has to look like. Arguments: setting=supervised|zero_shot|
+transductive (the last two need an unseen.txt), preset=paper|released, tuner=…, backbone=b16|l14,
+runlocal.
 """
 
-import ml_collections
+from ml_collections import config_dict
 
 from configs import common
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> config_dict.ConfigDict:
   c = common.benchmark(
     arg,
     "folder",

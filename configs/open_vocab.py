@@ -2,25 +2,24 @@
 
     python main.py --config=configs/open_vocab.py --workdir=runs/open_vocab
 
-Prepare the data first: python -m data_pipelines.prepare coco_stuff --manual_dir=RAW --data_dir=data
-(docs/data.md), and CLIP: python -m rpn_jax convert ViT-B-16.pt weights/ViT-B-16.safetensors.
-Arguments: preset=paper|released,
-backbone=b16|l14, runlocal.
-
-Meant for one accelerator with 80 GB or several that share the batch.
-Published mIoU in %, A-847 / PC-459 / A-150 / PC-59 / PAS-20 (which of the two averages is not
-said; both are reported here):
+Hardware: one accelerator with 80 GB, or several that share the batch. Not run: neither the weights
+nor the data could be downloaded.
+Published mIoU in % on A-847 / PC-459 / A-150 / PC-59 / PAS-20 (the paper does not say over which
+classes; both averages are reported here):
   ViT-B/16      11.4 / 17.3 / 31.5 / 57.1 / 95.2
   ViT-L/14      14.9 / 22.1 / 36.4 / 61.9 / 96.6
-Not measured here: neither the weights nor the data set could be had.
+
+Prepare the data first: python -m data_pipelines.prepare coco_stuff --manual_dir=RAW --data_dir=data
+(docs/data.md), and CLIP: python -m rpn_jax convert ViT-B-16.pt weights/ViT-B-16.safetensors.
+Arguments: preset=paper|released, tuner=…, backbone=b16|l14, runlocal.
 """
 
-import ml_collections
+from ml_collections import config_dict
 
 from configs import common
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> config_dict.ConfigDict:
   c = common.benchmark(
     arg,
     "coco_stuff171",

@@ -1,26 +1,21 @@
-"""Writes docs/configs.md from the comments of the config fields: python -m configs.reference
+"""Writes docs/configs.md from the declared fields: python -m configs.reference"""
 
-The comment of a field stands behind its assignment, or in the lines above it.
-"""
-
-import ast
-import functools
 import importlib
 import pathlib
 
-FOLDER = pathlib.Path(__file__).parent
-PAGE = FOLDER.parent / "docs" / "configs.md"
-# Functions of common.py that fill a part of the config.
-PARTS = {"segmentation": "", "model": "model.", "optimizer": "optimizer."}
-FAMILIES = ("voc", "coco_stuff", "context", "open_vocab", "folder", "shapes", "training_free")
-# The columns of values: a published recipe and the embedded world.
-SHOWN = {"voc.py": "voc", "shapes.py": "shapes"}
+from rpn_jax import config
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "configs.md"
+FAMILIES = (
+  "voc", "coco_stuff", "context", "open_vocab", "folder", "shapes", "training_free", "ablations",
+  "shapes_clip",
+)  # fmt: skip
 
 HEAD = """# Config fields
 
-Every field of a segmentation run, made by `python -m configs.reference` from the comments in
-`configs/`. Any of them can be changed: `--config.optimizer.base_lr=1e-4`. A mistyped one is
-answered with the nearest.
+Every field of a run, written by `python -m configs.reference` from `rpn_jax/config.py`. Any of them
+can be changed: `--config.optimizer.base_lr=1e-4`. Values are checked before anything is done. The
+last column shows what `configs/shapes.py` changes.
 """
 FILES = """
 ## Experiment families
@@ -30,86 +25,52 @@ FILES = """
 """
 
 
-def comments(path: pathlib.Path, prefixes) -> dict[str, str]:
-  """Field -> comment, of the assignments `c.field = …` in the functions of `prefixes`."""
-  text = path.read_text(encoding="utf-8")
-  lines, found = text.splitlines(), {}
-  for function in ast.parse(text).body:
-    if not isinstance(function, ast.FunctionDef) or function.name not in prefixes:
-      continue
-    for node in ast.walk(function):
-      if isinstance(node, ast.Assign):
-        targets = node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else node.targets
-        for target in targets:
-          dotted = ast.unparse(target)
-          if dotted.startswith("c.") and (comment := _comment(lines, node)):
-            found.setdefault(prefixes[function.name] + dotted.removeprefix("c."), comment)
-  return found
-
-
-def _comment(lines: list[str], node: ast.Assign) -> str:
-  _, _, behind = lines[node.end_lineno - 1][node.end_col_offset :].partition("# ")
-  if behind:
-    return behind.strip()
-  above = []
-  for line in reversed(lines[: node.lineno - 1]):
-    if not line.strip().startswith("# "):
-      break
-    above.append(line.strip().removeprefix("# "))
-  return " ".join(reversed(above))
-
-
-def flat(config, prefix: str = "") -> dict[str, object]:
+def flat(c, prefix: str = "") -> dict[str, object]:
   """{"data.crop": 512, …}"""
-  fields = {}
-  for name, value in config.items():
+  found = {}
+  for name, value in c.items():
     path = prefix + name
-    fields |= flat(value, path + ".") if hasattr(value, "items") else {path: value}
-  return fields
-
-
-@functools.cache
-def family(name: str):
-  return importlib.import_module(f"configs.{name}").get_config()
-
-
-def all_comments() -> dict[str, str]:
-  """Field -> comment: common.py first, then what single families add."""
-  found = comments(FOLDER / "common.py", PARTS)
-  for name in FAMILIES:
-    for field, comment in comments(FOLDER / f"{name}.py", {"get_config": ""}).items():
-      found.setdefault(field, comment)
+    found |= flat(value, path + ".") if hasattr(value, "items") else {path: value}
   return found
 
 
-def _cell(value) -> str:
-  if value is None:
+def _code(value) -> str:
+  if value is config.ABSENT:
     return ""
   if isinstance(value, float):
     value = f"{value:.6g}"
   return f"`{value}`" if str(value) else '`""`'
 
 
+def _rows(of: type, prefix: str, example: dict) -> str:
+  """The table of a declared class, and after it those of its sections."""
+  heads = ["field", "default", "allowed", "meaning", *(["shapes.py"] if example else [])]
+  lines = [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
+  tables = []
+  for name, f in config.fields.declared(of).items():
+    if "." in name:  # of a section, which has its own table
+      continue
+    path, spec = prefix + name, config.spec(f)
+    if config.fields.is_section(f):
+      tables.append(f"\n## `config.{path}`\n\n{spec.comment}\n\n")
+      tables.append(_rows(type(f.default), f"{path}.", example))
+      continue
+    cells = [f"`{path}`", _code(f.default)]
+    cells += [", ".join([*map(_code, spec.words), *spec.bounds]), spec.comment.replace("|", "\\|")]
+    if example:
+      cells.append(_code(example[path]) if example.get(path, f.default) != f.default else "")
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n" + "".join(tables)
+
+
 def markdown() -> str:
   """The page."""
-  found = all_comments()
-  values = {column: flat(family(name)) for column, name in SHOWN.items()}
-  fields = list(dict.fromkeys(field for name in FAMILIES for field in flat(family(name))))
-  heads = ["field", *SHOWN, "meaning"]
-  sections: dict[str, list[str]] = {}
-  for field in fields:
-    section = field.rpartition(".")[0]
-    cells = [f"`{field}`", *(_cell(v.get(field)) for v in values.values())]
-    meaning = found.get(field, "").replace("|", "\\|")
-    sections.setdefault(section, []).append(f"| {' | '.join([*cells, meaning])} |")
-  page = [HEAD]
-  for section, rows in sections.items():
-    title = f"`config.{section}`" if section else "The run"
-    rule = "| " + " | ".join("---" for _ in heads) + " |"
-    page.append(f"\n## {title}\n\n| {' | '.join(heads)} |\n{rule}\n" + "\n".join(rows) + "\n")
+  modules = {name: importlib.import_module(f"configs.{name}") for name in FAMILIES}
+  shapes = flat(modules["shapes"].get_config())
+  page = [HEAD, f"\n## The run\n\n{config.Run.__doc__}\n\n", _rows(config.Run, "", shapes)]
+  page += [f"\n## Pre-training\n\n{config.Pretrain.__doc__}\n\n", _rows(config.Pretrain, "", {})]
   page.append(FILES)
-  for name in (*FAMILIES, "shapes_clip"):
-    module = importlib.import_module(f"configs.{name}")
+  for name, module in modules.items():
     first = " ".join(module.__doc__.strip().split("\n\n")[0].split())
     page.append(f"| `configs/{name}.py` | {first} |\n")
   return "".join(page)

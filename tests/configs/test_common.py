@@ -1,0 +1,62 @@
+"""The words behind a config file's colon, and what the first lines of a config file say."""
+
+import importlib
+import re
+
+import pytest
+
+from configs import common, reference
+from rpn_jax.base.errors import InputError
+
+CHOICES = {"preset": ("paper", "released"), "tuner": ("", "rpn", "vpt"), "quick": False}
+
+
+@pytest.mark.parametrize(
+  "arg, changes",
+  [
+    ("", {}),
+    (" , ,", {}),
+    ("released", {"preset": "released"}),
+    ("preset=released, quick", {"preset": "released", "quick": True}),
+    ("quick,quick=False", {"quick": False}),
+    ("tuner=vpt,tuner=", {"tuner": ""}),
+  ],
+)
+def test_words(arg, changes):
+  plain = {"preset": "paper", "tuner": "", "quick": False}
+  assert common.parse_arg(arg, **CHOICES).to_dict() == {**plain, **changes}
+
+
+@pytest.mark.parametrize(
+  "arg, message",
+  [
+    ("relesed", "config argument 'relesed' is not known; did you mean 'released'? Known: preset"),
+    ("prest=paper", "config argument 'prest' is not known; did you mean 'preset'"),
+    ("preset=papre", "config argument preset='papre' is not known; did you mean 'paper'"),
+    ("preset", "config argument preset='' is not known"),
+    ("tuner=vtp", "config argument tuner='vtp' is not known; did you mean 'vpt'? Known: rpn, vpt"),
+    ("quick=maybe", "config argument quick='maybe' is not known"),
+  ],
+)
+def test_wrong_words(arg, message):
+  with pytest.raises(InputError) as error:
+    common.parse_arg(arg, **CHOICES)
+  assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", reference.FAMILIES)
+def test_a_config_file_opens_with_its_command_hardware_and_scores(name):
+  said = importlib.import_module(f"configs.{name}").__doc__
+  assert re.search(rf"^    python main\.py --config=configs/{name}\.py.* --workdir=", said, re.M)
+  hardware = said.partition("\nHardware: ")[2]
+  assert hardware and re.search(r"\bnot run\b|\d %|in %", hardware, re.I)
+
+
+def test_presets():
+  paper, released = (
+    common.segmentation(preset, "voc20", crop=512, patch=16, deep_tokens=10)
+    for preset in ("paper", "released")
+  )
+  assert paper.model.h_grid is None and released.model.h_grid == (32, 32)
+  assert (paper.model.deep_tokens, released.model.deep_tokens) == (40, 10)
+  assert paper.data.mean != released.data.mean == (0.485, 0.456, 0.406)
