@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import reference
 from data_pipelines import shapes
 from tests import ROOT, tiny
 
@@ -58,22 +57,6 @@ def test_every_page_is_in_the_index():
   index = (ROOT / "docs/index.md").read_text()
   for page in (ROOT / "docs").glob("*.md"):
     assert page.name == "index.md" or f"]({page.name})" in index, f"docs/index.md lacks {page.name}"
-
-
-# Config fields
-
-
-def test_the_page_of_config_fields_is_fresh():
-  assert reference.PAGE.read_text() == reference.markdown(), "run: python -m configs.reference"
-
-
-def test_every_config_field_has_a_comment():
-  comments = reference.all_comments()
-  for name in reference.FAMILIES:
-    bare = [field for field in reference.flat(reference.family(name)) if not comments.get(field)]
-    assert not bare, f"configs/{name}.py: no comment on {bare}"
-  assert comments["model.m2oe_reduced"] == "r, width of the experts"
-  assert comments["data.setting"].startswith("zero_shot: unseen classes")
 
 
 # Troubleshooting

@@ -1,5 +1,7 @@
 """The command line: what a person sees when something is wrong."""
 
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -7,38 +9,113 @@ import pytest
 
 from tests import ROOT, tiny
 
-GOOD = ["--config=configs/shapes.py:runlocal", "--workdir={tmp}/w"]
+FILE, WORKDIR = "--config=configs/shapes.py:runlocal", "--workdir={tmp}/w"
+GOOD = [FILE, WORKDIR]
+# Config files with a fault -> what is said.
+FAULTS = {
+  "def get_config(:": "SyntaxError: invalid syntax (fault.py, line 1)",
+  "import nowhere": "fault.py, line 1: ModuleNotFoundError: No module named 'nowhere'",
+  "def get_config():\n  return int('x')": "fault.py, line 2: ValueError: invalid literal",
+  "def get_config():\n  return {}['crop']": "fault.py, line 2: KeyError: 'crop'",
+  "x = 1": "has no attribute 'get_config'",
+}
 
 
-def run(tmp_path, *arguments):
+def run(tmp_path, *arguments, **more):
   command = [sys.executable, "main.py", *(a.format(tmp=tmp_path) for a in arguments)]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+  return subprocess.run(command, cwd=ROOT, text=True, timeout=300, **{**pipes, **more})
+
+
+def check_one_line(result, message: str) -> None:
+  assert result.returncode == 2, result.stderr
+  lines = [line for line in result.stderr.splitlines() if line.strip()]
+  assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result.stderr
 
 
 @pytest.mark.parametrize(
   "arguments, message",
   [
     ([*GOOD, "--wokdir=x"], "'wokdir'. Did you mean: workdir"),
-    ([*GOOD, "--config.stepz=5"], "unknown config field 'stepz'; did you mean 'steps'?"),
-    ([*GOOD, "--config.data.zzz=5"], "unknown config field 'zzz'; did you mean"),
-    (["--config=configs/shapes.py:papre", GOOD[1]], "'papre' is not known; did you mean 'paper'?"),
-    (["--config=configs/shape.py", GOOD[1]], "configs/shape.py"),
+    ([*GOOD, "--config.stepz=5"], 'field: \'stepz\'. Did you mean "steps" instead of "stepz"?'),
+    (["--config", "configs/shapes.py", "--config.stepz=3", WORKDIR], 'Did you mean "steps"'),
+    ([*GOOD, "--config.stepz", "3"], 'Did you mean "steps"'),
+    ([*GOOD, "--noconfig.data.photometrik"], 'Did you mean "photometric"'),
+    ([*GOOD, "--config.data.zzz=5"], "unknown config field: 'zzz' See docs/configs.md"),
+    ([*GOOD, "--config.dta.crop=5"], 'field: \'dta\'. Did you mean "data" instead of "dta"?'),
+    ([*GOOD, "--config.steps.x=5"], "steps.x"),
+    ([*GOOD, "--config.steps=abc"], "flag --config.steps=abc: invalid literal"),
+    ([*GOOD, "--config.steps"], "Missing value for flag --config.steps"),
+    ([*GOOD, "--config.data=3"], "--config.data=3"),
+    ([*GOOD, "--config.steps=0"], "config.steps: expected at least 1, such as 20000, got 0"),
+    ([*GOOD, "--config.data.scale=abc"], "config.data.scale: expected tuple[int, int]"),
+    ([*GOOD, "--config.loss.name=softmx"], "did you mean 'softmax'"),
+    ([FILE + ",papre", WORKDIR], "'papre' is not known; did you mean 'paper'?"),
+    (["--config=configs/ablations.py:table5_rnp", WORKDIR], "did you mean 'table5_rpn'"),
+    (["--config=configs/shape.py", WORKDIR], "configs/shape.py"),
+    (["--config", "configs/shape.py", "--config.steps=3", WORKDIR], "configs/shape.py"),
+    (["--config=configs", WORKDIR], "Is a directory: 'configs'"),
+    (["--config.steps=3", FILE, WORKDIR], "before a value for --config was specified"),
+    ([WORKDIR, "--config"], "Missing value for flag --config"),
+    ([WORKDIR], "--config must have a value"),
+    ([FILE], "--workdir must have a value"),
     ([*GOOD, "--mode=trian"], "train|eval|predict"),
     ([*GOOD, "--mode=predict"], "--image"),
     ([*GOOD, "typo"], "unexpected argument 'typo'"),
     ([*GOOD, "--config.clip=/none/clip.pt"], "/none/clip.pt"),
     ([*GOOD, "--config.data.name=voc2013"], "did you mean"),
+    ([FILE, "--workdir=~no_such_user/w"], "~no_such_user/w: expected a path"),
   ],
 )
 def test_one_line_and_an_exit_code(tmp_path, arguments, message):
-  result = run(tmp_path, *arguments)
-  assert result.returncode == 2
-  lines = [line for line in result.stderr.splitlines() if line.strip()]
-  assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result.stderr
+  check_one_line(run(tmp_path, *arguments), message)
   assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("code, message", FAULTS.items())
+def test_a_fault_in_a_config_file(tmp_path, code, message):
+  (tmp_path / "fault.py").write_text(code)
+  check_one_line(run(tmp_path, "--config={tmp}/fault.py", WORKDIR), message)
+
+
+@pytest.mark.parametrize("flag", ["--help", "--helpfull"])
+def test_help_ends_well(tmp_path, flag):
+  result = run(tmp_path, flag)
+  assert (result.returncode, result.stderr) == (0, "") and "--workdir" in result.stdout
+
+
 SMALL = (*tiny.FLAGS, "--config.clip={tmp}/clip.safetensors", "--config.data.data_dir={tmp}/data")
+
+FREE = ("--config=configs/training_free.py:runlocal", *SMALL)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path):
+  """In every path; the shell leaves it alone behind an equals sign."""
+  home = tmp_path / "home"
+  home.mkdir()
+  tiny.save(home / "clip.safetensors")
+  (home / "x.png").write_bytes((ROOT / "rpn_jax/assets/scene.png").read_bytes())
+  # Programs that other tests have compiled are found where the real one has them.
+  (home / ".cache").symlink_to(pathlib.Path.home() / ".cache")
+  env = {**os.environ, "HOME": str(home)}
+  before = set(ROOT.iterdir())
+  flags = (*(flag.replace("{tmp}", "~") for flag in FREE), "--workdir=~/w")
+  words = ("--mode=predict", "--image=~/x.png", "--classes=red circle, sand")
+  for more in (("--mode=eval",), words):
+    result = run(tmp_path, *flags, *more, env=env)
+    assert result.returncode == 0, result.stderr
+  assert (home / "w/metrics.json").exists() and (home / "w/predictions/x.json").exists()
+  assert {"w", "data", "clip.safetensors"} <= {path.name for path in home.iterdir()}
+  assert set(ROOT.iterdir()) == before
+
+
+def test_a_reader_that_is_gone(tmp_path):
+  tiny.save(tmp_path / "clip.safetensors")
+  read, write = os.pipe()
+  os.close(read)
+  gone = run(tmp_path, *FREE, WORKDIR, "--mode=eval", stdout=write)
+  os.close(write)
+  assert (gone.returncode, gone.stderr) == (141, "")
 
 
 def test_quiet_prints_nothing_and_verbose_what_libraries_say(tmp_path):
@@ -58,4 +135,4 @@ def test_quiet_prints_nothing_and_verbose_what_libraries_say(tmp_path):
 
 
 def test_main_is_short():
-  assert len((ROOT / "main.py").read_text().splitlines()) <= 90
+  assert len((ROOT / "main.py").read_text().splitlines()) <= 70

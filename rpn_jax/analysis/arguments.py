@@ -7,6 +7,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.flags import parse as parse_flags
+from rpn_jax.config import check, expand_paths
 
 
 def parse(
@@ -22,7 +24,7 @@ def parse(
     The other arguments, and the locked config.
 
   Raises:
-    InputError: a config file that cannot be read, an unknown field, a value of the wrong type.
+    InputError: a config file that cannot be read, an unknown field, a wrong value.
   """
   parser.add_argument(
     "--config", required=True, metavar="FILE[:WORDS]",
@@ -32,16 +34,9 @@ def parse(
   argv = [parser.prog, f"--config={args.config}", *rest]
   values = flags.FlagValues()  # of its own: others may have defined flags of these names
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-  try:
-    _, *unexpected = values(argv)
-    config = values.config
-    _ = config.task  # a config file that could not be read complains when it is looked at
-  except AttributeError as error:
-    (reason,) = error.args[0].args  # of ml_collections, its suggestion in a second line
-    raise InputError(f"unknown config field: {'. '.join(reason.splitlines())}") from None
-  except (flags.Error, OSError, ValueError, TypeError) as error:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raise InputError(lines[-1].removeprefix("ValueError: ")) from None
+  _, *unexpected = parse_flags(values, argv)
   if unexpected:
     raise InputError(f"unexpected argument {unexpected[0]!r}: see {parser.prog} --help")
-  return args, config
+  check(values.config)
+  expand_paths(values.config)
+  return args, values.config
