@@ -3,7 +3,7 @@
     python -m data_pipelines.prepare folder --manual_dir=IMAGES --data_dir=data
     python main.py --config=configs/folder.py --config.data.variant=IMAGES --workdir=runs/mine
 
-Hardware: one accelerator; the smallest batch and tower fit 24 GB. Not run with OpenAI's weights.
+Hardware: one accelerator. Not run with OpenAI's weights, which could not be downloaded.
 
 docs/data.md says what the folder has to look like. Arguments: setting=supervised|zero_shot|
 transductive (the last two need an unseen.txt), preset=paper|released, tuner=…, backbone=b16|l14,
