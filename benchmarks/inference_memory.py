@@ -17,6 +17,7 @@ from absl import app, flags, logging
 
 from rpn_jax.base.console import table
 from rpn_jax.inference.sliding import SlidingWindow
+from rpn_jax.models import kernels
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.rpn import RPN, RPNConfig
 
@@ -35,7 +36,8 @@ def stand_in(windows):
 
 def rpn():
   """The network with initial prompts and random text embeddings, as a function of windows."""
-  model = RPN(CLIPConfig(), RPNConfig())
+  device_kernels = kernels.for_platform(jax.local_devices()[0].platform)
+  model = RPN(CLIPConfig(), RPNConfig(), kernels=device_kernels)
   text = np.random.default_rng(0).normal(size=(CLASSES, 512)).astype(np.float32)
   text /= np.linalg.norm(text, axis=-1, keepdims=True)
   small = np.zeros((1, 32, 32, 3), np.float32)

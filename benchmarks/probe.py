@@ -42,7 +42,7 @@ def main(argv) -> None:
   rows = {"as trained": scores()}
   trained = experiment.model
   silent = RPN(trained.clip, dataclasses.replace(trained.config, rpm_layers="none"))
-  experiment.forward = jax.jit(lambda v, t, image: silent.apply(v, image, t))
+  experiment.forward = jax.jit(lambda _, v, t, image: silent.apply(v, image, t), static_argnums=0)
   rows["prompts left out at test"] = scores()
   print(evaluate.score_table(rows))
 

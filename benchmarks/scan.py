@@ -13,6 +13,7 @@ from absl import app, flags
 from rpn_jax import devices
 from rpn_jax.analysis import costs
 from rpn_jax.base.console import progress, table
+from rpn_jax.models import kernels
 from rpn_jax.models.clip import Block
 
 FLAGS = flags.FLAGS
@@ -28,7 +29,8 @@ def main(argv) -> None:
   tower = costs.random_tower(clip, jax.random.key(0))["visual"]
   layers = [tower[f"block_{i}"] for i in range(clip.vision_layers)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-  block = Block(clip.vision_heads, clip.activation)
+  device_kernels = kernels.for_platform(jax.local_devices()[0].platform)
+  block = Block(clip.vision_width, clip.vision_heads, clip.activation, kernels=device_kernels)
   x = jax.random.normal(jax.random.key(1), (2, TOKENS, clip.vision_width))
   apply = lambda x, params: block.apply({"params": params}, x)
 

@@ -29,6 +29,7 @@ from configs import coco_stuff, voc
 from rpn_jax import devices
 from rpn_jax.analysis import costs
 from rpn_jax.base.console import progress, table
+from rpn_jax.models import kernels
 from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, init_prompts, train_step
@@ -95,7 +96,13 @@ def child(folder: pathlib.Path, what: str, dtype: str, remat: str) -> dict:
   params, prompts = {"visual": tree.pop("tower")}, tree.pop("prompts")
   data = jax.device_put(dict(np.load(folder / "data.npz")))
   text = data.pop("text")
-  model = RPN(clip_config, RPNConfig(**config.model), jnp.dtype(dtype), remat)
+  model = RPN(
+    clip_config,
+    RPNConfig(**config.model),
+    jnp.dtype(dtype),
+    remat,
+    kernels=kernels.for_platform(jax.local_devices()[0].platform),
+  )
   if what == "forward":
     function = jax.jit(lambda v, image: model.apply(v, image, text))
     arguments, donated = [{"params": params, "prompts": prompts}, data["image"]], None

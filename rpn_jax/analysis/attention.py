@@ -22,7 +22,7 @@ from rpn_jax.base.words import parse_names
 from rpn_jax.drawing.images import save_png
 from rpn_jax.drawing.plots import figure
 from rpn_jax.inference.predictor import Experiment
-from rpn_jax.models import tuners
+from rpn_jax.models import kernels, trained
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.text.templates import expand
 
@@ -68,7 +68,7 @@ def relationship_maps(predictor, inputs_1xHxWx3, names: Sequence[str]) -> list[n
   """
   network, clip = predictor.network, predictor.clip
   # What has no map in pixels: no relationship prompts, or none that look at them.
-  if not getattr(network, "prompting", ()) or "rpn" not in network.config.tuners:
+  if not getattr(network, "prompting", ()):
     raise InputError("no relationship prompts in this config: there are no maps to draw")
   if network.config.itp == "no_pixel":
     raise InputError('config.model.itp="no_pixel" has no map of the pixels to draw')
@@ -103,7 +103,9 @@ def attention_from(predictor, inputs_1xHxWx3, place: tuple[float, float]) -> np.
 def inside_frozen(predictor, inputs_1xHxWx3) -> dict:
   """The intermediates of CLIP's vision tower as it is."""
   variables = {"params": predictor.params["visual"]}
-  return _inside(VisionTransformer(predictor.clip), variables, inputs_1xHxWx3)
+  platform = jax.local_devices()[0].platform
+  tower = VisionTransformer(predictor.clip, kernels=kernels.for_platform(platform))
+  return _inside(tower, variables, inputs_1xHxWx3)
 
 
 def inside_trained(predictor, inputs_1xHxWx3, names: Sequence[str]) -> tuple[dict, np.ndarray]:
@@ -113,7 +115,7 @@ def inside_trained(predictor, inputs_1xHxWx3, names: Sequence[str]) -> tuple[dic
   """
   rows, class_of_row = expand(names, range(len(names)), predictor.encoder.synonyms)
   text = predictor.encoder.embed(rows)
-  variables = tuners.variables(predictor.params, predictor.prompts)
+  variables = trained.join(predictor.params, predictor.prompts)
   return _inside(predictor.network, variables, inputs_1xHxWx3, text), np.array(class_of_row)
 
 

@@ -22,7 +22,7 @@ from rpn_jax.analysis.arguments import parse
 from rpn_jax.base.console import table
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
-from rpn_jax.models import tuners
+from rpn_jax.models import kernels
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
 from rpn_jax.models.rpn import RPN, RPNConfig
@@ -142,7 +142,13 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
     raise InputError(
       f"config.data.crop={side} must be a multiple of the patch size {clip_config.patch_size}"
     )
-  model = RPN(clip_config, RPNConfig(**config.model), dtype, config.remat)
+  model = RPN(
+    clip_config,
+    RPNConfig(**config.model),
+    dtype,
+    config.remat,
+    kernels=kernels.for_platform(jax.local_devices()[0].platform),
+  )
   text = np.random.default_rng(1).normal(size=(classes, clip_config.embed_dim))
   text = (text / np.linalg.norm(text, axis=-1, keepdims=True)).astype(np.float32)
   key = jax.random.key(config.seed)
@@ -151,9 +157,8 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
   data = random_batch(batch, side, classes)
 
   # As in inference: merged into the tower where that is possible.
-  lean = model.clone(config=tuners.merged_config(model.config))
-  forward = jax.jit(lambda variables, image: lean.apply(variables, image, text))
-  _, *merged = tuners.merge(model.config, tower, prompts)
+  merged_model, *merged = model.merged(tower, prompts)
+  forward = jax.jit(lambda variables, image: merged_model.apply(variables, image, text))
 
   def one_step(state, params, batch, key):
     return train_step(

@@ -14,10 +14,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json
 from rpn_jax.devices import data_mesh, put_batch
 from rpn_jax.inference.sliding import SlidingWindow
-from rpn_jax.models import tuners
-from rpn_jax.models.clip import REMAT_POLICIES
-from rpn_jax.models.rpn import RPN, RPNConfig
-from rpn_jax.models.training_free import DenseCLIP
+from rpn_jax.models import NETWORKS, kernels, trained
 from rpn_jax.text.embeddings import class_embeddings
 from rpn_jax.text.templates import expand
 from rpn_jax.training import optim
@@ -48,15 +45,6 @@ def check_numbers(config) -> None:
       raise InputError(f"config.{field} must be at least {least}, got {value}")
 
 
-def cosine(logits):
-  """The scores of a training-free method: its logits, which are cosines."""
-  return logits
-
-
-# Logits to scores, by the loss they were trained with.
-SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
-
-
 class Experiment:
   """The frozen tower, the network around it and the files of one config in one workdir.
 
@@ -67,7 +55,6 @@ class Experiment:
     clip: its parameters, both branches and the logit scale.
     params: the vision branch, as the network's `params` collection.
     model: an RPN or a DenseCLIP.
-    inference_model: the same with its tuners merged into the tower where that is possible.
     fingerprint: of the weights.
 
   Args:
@@ -90,25 +77,22 @@ class Experiment:
           f"{self.clip_config.patch_size} of {config.clip}"
         )
     self.params = jax.device_put({"visual": self.clip["visual"]})
-    if config.method == "training_free":
-      if self.clip_config.vision != "clip":
-        raise InputError(
-          f"{config.clip} has a vision tower that is no CLIP's: untrained, it knows no words"
-        )
-      self.model = DenseCLIP(self.clip_config, **config.dense, dtype=jnp.dtype(config.dtype))
-    else:
-      if config.remat not in ("none", *REMAT_POLICIES):
-        raise InputError(f'config.remat must be "none", "dots" or "full", got {config.remat!r}')
-      fields = RPNConfig(**config.model)
-      self.model = RPN(self.clip_config, fields, jnp.dtype(config.dtype), config.remat)
-    # Tuners that can be are merged into the tower for everything but training.
-    self.inference_model = self.model
-    if self.trainable:
-      self.inference_model = self.model.clone(config=tuners.merged_config(self.model.config))
+    network = NETWORKS[config.method]
+    try:
+      self.model = network.create(
+        self.clip_config,
+        config[network.section],
+        loss=config.loss.name if "loss" in config else "sigmoid",
+        dtype=jnp.dtype(config.dtype),
+        remat=config.get("remat", "none"),
+        kernels=kernels.for_platform(jax.local_devices()[0].platform),
+      )
+    except ValueError as error:
+      raise InputError(f"config.{network.section}: {error}") from None
     self.fingerprint = arrays.fingerprint(self.clip)
     # One jitted function for the life of the experiment: evaluations do not compile again.
     self.forward = jax.jit(
-      lambda variables, text, image: self.inference_model.apply(variables, image, text)
+      lambda model, variables, text, image: model.apply(variables, image, text), static_argnums=0
     )
 
   @functools.cached_property
@@ -120,7 +104,7 @@ class Experiment:
 
   @property
   def trainable(self) -> bool:
-    return isinstance(self.model, RPN)
+    return self.model.trainable
 
   def text(self, names: Sequence[str]):
     """Embeddings (C, E) of class names with the config's templates, kept on disk."""
@@ -231,16 +215,15 @@ class Experiment:
     c = self.config.eval
     mesh = data_mesh()
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = self.params
-    if self.trainable:
-      _, params, prompts = tuners.merge(self.model.config, params, prompts)
+    # Tuners that can be are merged into the tower for everything but training.
+    model, params, prompts = self.model.merged(**trained.join(self.params, prompts))
     variables = {"params": params, "prompts": prompts}
     variables, text = jax.device_put((variables, jnp.asarray(text_CxE)), whole)
 
     def logits(windows):
       # Merged on one device: that takes a small part of the network's time.
       return jax.device_put(
-        self.forward(variables, text, put_batch(windows, mesh)), mesh.devices[0]
+        self.forward(model, variables, text, put_batch(windows, mesh)), mesh.devices[0]
       )
 
     return SlidingWindow(
@@ -251,7 +234,7 @@ class Experiment:
       window_batch=-(-c.window_batch // mesh.size) * mesh.size,
       penalty=c.seen_penalty,
       penalized=penalized,
-      activation=SCORES[self.config.loss.name] if self.trainable else cosine,
+      activation=model.scores,
       scales=c.scales,
       flip=c.flip,
       class_of_row=class_of_row,

@@ -1,0 +1,119 @@
+"""The networks, and what each of them answers to.
+
+A network is a module that answers the questions of `Network`, a config section with its settings
+and an entry of NETWORKS (docs/extending.md). Nothing outside this package asks which one it has.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.models.kernels import TEXTBOOK, Kernels
+from rpn_jax.models.network import Windows
+from rpn_jax.models.rpn import RPN
+from rpn_jax.models.training_free import DenseCLIP
+
+
+class Network(Protocol):
+  """A segmentation network around CLIP: a Flax module, hashable by its attributes.
+
+  Its variables are `params`, the parameters of CLIP's towers, and `prompts`, which are trained.
+  Function-valued members are module-level functions, the same object for equal networks, since they
+  are static arguments of compiled programs.
+
+  Attributes:
+    clip: the architecture of CLIP.
+    section: the config section with the network's settings.
+    towers: which branches of CLIP's parameters `params` holds: ("visual",) or ("visual", "text").
+    trained: regular expression over whole '/'-joined paths of `params` that are trained besides
+      everything in `prompts`; "" is none. See `trained.split`.
+    trainable: whether anything is trained at all.
+    scores: logits (..., C) -> scores (..., C); classes are compared, averaged over windows and
+      penalized by scores.
+    probabilities: scores (..., C) -> values in [0, 1] for people.
+    emphasis: what an emphasis of 1 on a class adds to its scores.
+    independent: whether rows of the text input may be added or dropped without changing the scores
+      of the others.
+  """
+
+  clip: CLIPConfig
+  section: str
+  towers: tuple[str, ...]
+  trainable: bool
+  emphasis: float
+
+  @property
+  def trained(self) -> str: ...
+
+  @property
+  def scores(self) -> Callable[[jax.Array], jax.Array]: ...
+
+  @property
+  def probabilities(self) -> Callable[[jax.Array], jax.Array]: ...
+
+  @property
+  def independent(self) -> bool: ...
+
+  @classmethod
+  def create(
+    cls,
+    clip: CLIPConfig,
+    settings: Any,
+    *,
+    loss: str = "sigmoid",
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    kernels: Kernels = TEXTBOOK,
+  ) -> "Network":
+    """The network of a config.
+
+    Args:
+      clip: the architecture of CLIP.
+      settings: object or mapping with the fields of the config section, plain values.
+      loss: name of the loss that trains it, a key of `heads.SCORES`.
+      dtype: compute type.
+      remat: what the tower's blocks compute again in the backward pass, see `VisionTransformer`.
+      kernels: of the devices it runs on, see `kernels.for_platform`.
+
+    Raises:
+      ValueError: a setting that no network can have.
+    """
+    ...
+
+  @classmethod
+  def windows(cls, clip: CLIPConfig) -> Windows:
+    """The sliding windows that the network was made for."""
+    ...
+
+  def text_input(self, encoder, names: Sequence[str]) -> Any:
+    """What the network takes as text.
+
+    `encoder.embed(names)`, embeddings (C, E), or `encoder.tokens(names)` where the network encodes
+    them itself, since the text tower is trained.
+    """
+    ...
+
+  def merged(self, params: dict, prompts: dict) -> tuple["Network", dict, dict]:
+    """Network, `params` and `prompts` for inference, with tuners in the tower's weights."""
+    ...
+
+  def __call__(
+    self, image: jax.Array, text: Any, *, train: bool = False, example_offset: Any = 0
+  ) -> jax.Array:
+    """Class logits on the patch grid: (B, h, w, C) float32.
+
+    Args:
+      image: (B, H, W, 3), normalized.
+      text: of `text_input`, a row per class.
+      train: whether dropout and other noise are on.
+      example_offset: position of the first image in the global batch; the noise of an image
+        depends on its position there, not on how the batch is split over devices.
+    """
+    ...
+
+
+# Value of config.method -> network.
+NETWORKS: dict[str, type] = {"rpn": RPN, "training_free": DenseCLIP}

@@ -1,10 +1,12 @@
 """CLIP (Radford et al., 2021): both towers, purely functional, parameters in `params`.
 
 Shape letters: B batch, N tokens, P extra tokens, D tower width, E joint embedding,
-T text length, H/W pixels, h/w patch grid.
+T text length, H/W pixels, h/w patch grid; in attention H heads and d width of a head.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +15,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from rpn_jax.models.layers import ACTIVATIONS, LAYER_NORM_EPSILON, LayerNorm, attend
+from rpn_jax.models.kernels import TEXTBOOK, Kernels
+from rpn_jax.models.layers import ACTIVATIONS, LAYER_NORM_EPSILON, LayerNorm
 
-# What is stored of a block, beside its input, for the backward pass; without an entry, everything.
+# What a block stores for the backward pass beside its input; "none", not listed, stores everything.
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names("attention"), "full": None}
 
 
@@ -67,6 +70,12 @@ class CLIPConfig:
     return self.image_size // self.patch_size
 
 
+def check_remat(word: str) -> None:
+  """Raises a ValueError for a word that no policy has."""
+  if word not in ("none", *REMAT_POLICIES):
+    raise ValueError(f'remat must be "none", "dots" or "full", got {word!r}')
+
+
 def resize_grid(grid_hxwxD: jax.Array, height: int, width: int) -> jax.Array:
   """Bilinear resize of the two leading axes, align_corners=False, no antialias."""
   if grid_hxwxD.shape[:2] == (height, width):
@@ -85,97 +94,146 @@ def resize_positions(positions_NxD: jax.Array, height: int, width: int) -> jax.A
   return jnp.concatenate([positions_NxD[:1], grid])
 
 
-def untuned(site, x, y):
-  """The tune function that leaves a projection or norm as it is; see `peft.Tune`."""
+def keep_result(site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """The tune function that leaves the result y of a site as it is; see `tuners.Tune`."""
   del site, x
   return y
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention with CLIP's fused input projection."""
+  """Multi-head self-attention with CLIP's fused input projection.
 
+  Attributes:
+    width: D.
+    heads: H.
+    dtype: compute type.
+    kernels: see `Kernels`.
+  """
+
+  width: int
   heads: int
   dtype: Any = jnp.float32
+  kernels: Kernels = TEXTBOOK
 
-  @nn.compact
-  def __call__(
-    self, x_BxNxD, kind: str = "qk", causal: bool = False, tune=untuned, extra_BxPxD=None
-  ):
-    """`kind` names the softmax maps that are summed over the values: "qk", "qq" or "qq_kk"; with
-    "value" each token keeps its own, and "key" returns the keys (B, N, D) themselves.
+  def setup(self):
+    self.in_proj = nn.Dense(3 * self.width, dtype=self.dtype)
+    self.out_proj = nn.Dense(self.width, dtype=self.dtype)
 
-    Extra tokens have keys and values only: they are looked at, and nothing is returned for them.
-    """
-    width = x_BxNxD.shape[-1]
-    in_proj = nn.Dense(3 * width, dtype=self.dtype, name="in_proj")
-    project = lambda x: checkpoint_name(tune("in_proj", x, in_proj(x)), "attention")
-    split = lambda qkv: rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
-    qkv = project(x_BxNxD)
+  def project(self, x_BxNxD, tune=keep_result) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values, each (B, N, H, d)."""
+    qkv = checkpoint_name(tune("in_proj", x_BxNxD, self.in_proj(x_BxNxD)), "attention")
     self.sow("intermediates", "qkv", qkv)
-    q, k, v = split(qkv)
+    return tuple(rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads))
+
+  def __call__(self, x_BxNxD, read: Callable | None = None, tune=keep_result, extra_BxPxD=None):
+    """(B, N, D) -> (B, N, D).
+
+    Args:
+      x_BxNxD: normalized tokens.
+      read: (q, k, v) -> (B, N, H, d), how the tokens read the values; None is CLIP's own
+        softmax(q kᵀ / √d) v.
+      tune: (site, x, y) -> y, for `in_proj` and `out_proj`.
+      extra_BxPxD: normalized tokens with keys and values only: the others attend to them, and
+        nothing is returned for them.
+    """
+    q, k, v = self.project(x_BxNxD, tune)
     if extra_BxPxD is not None:
-      _, *more = split(project(extra_BxPxD))
+      _, *more = self.project(extra_BxPxD, tune)
       k, v = (jnp.concatenate(pair, axis=1) for pair in zip((k, v), more))
-    maps = {"qk": [(q, k)], "qq": [(q, q)], "qq_kk": [(q, q), (k, k)], "value": [], "key": []}
-    if kind not in maps:
-      raise ValueError(f"attention kind must be one of {sorted(maps)}, got {kind!r}")
-    if kind == "key":
-      return rearrange(k, "b n h d -> b n (h d)")
-    if maps[kind]:
-      v = sum(attend(a, b, v, causal) for a, b in maps[kind])
-    v = rearrange(v, "b n h d -> b n (h d)")
-    out = nn.Dense(width, dtype=self.dtype, name="out_proj")(v)
-    return checkpoint_name(tune("out_proj", v, out), "attention")
+    out = rearrange((read or self.kernels.attend)(q, k, v), "b n h d -> b n (h d)")
+    return checkpoint_name(tune("out_proj", out, self.out_proj(out)), "attention")
 
 
 class MLP(nn.Module):
+  """Two projections with an activation between them.
+
+  Attributes:
+    width: D; the hidden layer has 4 D.
+    activation: name of it, in `ACTIVATIONS`.
+    dtype: compute type.
+    kernels: see `Kernels`.
+  """
+
+  width: int
   activation: str
   dtype: Any = jnp.float32
+  kernels: Kernels = TEXTBOOK
 
-  @nn.compact
-  def __call__(self, x_BxNxD, tune=untuned):
-    width = x_BxNxD.shape[-1]
-    hidden = nn.Dense(4 * width, dtype=self.dtype, name="c_fc")(x_BxNxD)
-    hidden = tune("c_fc", x_BxNxD, hidden)
-    hidden = ACTIVATIONS[self.activation](hidden)
-    return tune("c_proj", hidden, nn.Dense(width, dtype=self.dtype, name="c_proj")(hidden))
+  def setup(self):
+    self.c_fc = nn.Dense(4 * self.width, dtype=self.dtype)
+    self.c_proj = nn.Dense(self.width, dtype=self.dtype)
+
+  def __call__(self, x_BxNxD, tune=keep_result):
+    hidden = tune("c_fc", x_BxNxD, self.c_fc(x_BxNxD))
+    hidden = self.kernels.activations[self.activation](hidden)
+    return tune("c_proj", hidden, self.c_proj(hidden))
 
 
 class Block(nn.Module):
-  """Pre-norm residual block."""
+  """Pre-norm residual block.
 
+  Attributes:
+    width: D.
+    heads: attention heads.
+    activation: of the MLP.
+    dtype: compute type of matrix products.
+    epsilon: of the norms.
+    kernels: see `Kernels`.
+  """
+
+  width: int
   heads: int
   activation: str
   dtype: Any = jnp.float32
   epsilon: float = LAYER_NORM_EPSILON
+  kernels: Kernels = TEXTBOOK
 
-  @nn.compact
+  def setup(self):
+    self.ln_1 = LayerNorm(self.epsilon, function=self.kernels.layer_norm)
+    self.attn = Attention(self.width, self.heads, self.dtype, self.kernels)
+    self.ln_2 = LayerNorm(self.epsilon, function=self.kernels.layer_norm)
+    self.mlp = MLP(self.width, self.activation, self.dtype, self.kernels)
+
+  def project(self, x_BxNxD) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of the block's attention, each (B, N, H, d)."""
+    return self.attn.project(self.ln_1(x_BxNxD))
+
   def __call__(
     self,
     x_BxNxD,
-    attention: str = "qk",
-    causal: bool = False,
+    read: Callable | None = None,
     residual: bool = True,
-    tune=None,
+    tune: Callable | None = None,
     extra_BxPxD=None,
   ):
-    """(B, N, D) -> (B, N, D). Extra tokens are looked at by the others, but not computed further.
+    """(B, N, D) -> (B, N, D).
 
-    Without `residual` only what the attention returns: no residual connection, no MLP.
-    `tune(site, x, y)` may change what the projection or norm `site` makes of x.
+    Args:
+      x_BxNxD: tokens.
+      read: see `Attention`.
+      residual: False returns the attention's output alone: no residual connection, no MLP.
+      tune: (site, x, y) -> y may change what the projection or norm `site` makes of x.
+      extra_BxPxD: tokens that the others attend to, and that are not computed further.
     """
-    x, tune = x_BxNxD, tune or untuned
-    ln_1 = LayerNorm(self.epsilon, name="ln_1")
-    norm = lambda x: tune("ln_1", x, ln_1(x))
+    x, tune = x_BxNxD, tune or keep_result
+    norm = lambda x: tune("ln_1", x, self.ln_1(x))
     extra = None if extra_BxPxD is None else norm(extra_BxPxD)
-    attend = Attention(self.heads, self.dtype, name="attn")
-    attended = attend(norm(x), attention, causal, tune, extra).astype(x.dtype)
+    attended = self.attn(norm(x), read, tune, extra).astype(x.dtype)
     if not residual:
       return attended
     x = x + attended
-    mlp = MLP(self.activation, self.dtype, name="mlp")
-    normed = tune("ln_2", x, LayerNorm(self.epsilon, name="ln_2")(x))
-    return x + mlp(normed, tune).astype(x.dtype)
+    return x + self.mlp(tune("ln_2", x, self.ln_2(x)), tune).astype(x.dtype)
+
+
+def run_block(block: Block, remat: str, x_BxNxD, read=None, residual=True, tune=None, extra=None):
+  """`block` on x, of which the backward pass computes again what the policy `remat` names."""
+
+  def run(block, x, tune, extra):
+    return block(x, read, residual, tune, extra)
+
+  if remat != "none":
+    run = nn.remat(run, policy=REMAT_POLICIES[remat])
+  return run(block, x_BxNxD, tune, extra)
 
 
 class VisionTransformer(nn.Module):
@@ -184,10 +242,22 @@ class VisionTransformer(nn.Module):
   Attributes:
     config: the architecture.
     dtype: compute type of matrix products and of the residual stream.
+    remat: what the blocks compute again in the backward pass instead of storing it: "none", "dots"
+      (the MLP and the norms, so that only the attention's products are stored) or "full".
+    kernels: see `Kernels`.
+
+  Raises:
+    ValueError: an unknown `remat`.
   """
 
   config: CLIPConfig
   dtype: Any = jnp.float32
+  remat: str = "none"
+  kernels: Kernels = TEXTBOOK
+
+  def __post_init__(self):
+    check_remat(self.remat)
+    super().__post_init__()
 
   def setup(self):
     c = self.config
@@ -202,14 +272,16 @@ class VisionTransformer(nn.Module):
     )
     plain = c.vision == "vit"
     epsilon = 1e-6 if plain else LAYER_NORM_EPSILON
-    self.ln_pre = None if plain else LayerNorm()
-    settings = (c.vision_heads, "gelu" if plain else c.activation, self.dtype, epsilon)
+    norm = functools.partial(LayerNorm, function=self.kernels.layer_norm)
+    self.ln_pre = None if plain else norm()
+    activation = "gelu" if plain else c.activation
+    settings = (c.vision_width, c.vision_heads, activation, self.dtype, epsilon, self.kernels)
     self.block = [Block(*settings) for _ in range(c.vision_layers)]
-    self.ln_post = LayerNorm(epsilon)
+    self.ln_post = norm(epsilon)
     if not plain:
       self.proj = self.param("proj", init, (c.vision_width, c.embed_dim))
 
-  def embed(self, image_BxHxWx3, class_embedding_copies: int = 1, tune=untuned):
+  def embed(self, image_BxHxWx3, class_embedding_copies: int = 1, tune=keep_result):
     """Tokens before the first block: (B, 1 + h*w, D), and the patch grid (h, w)."""
     size = self.config.patch_size
     _, height, width, _ = image_BxHxWx3.shape
@@ -226,13 +298,12 @@ class VisionTransformer(nn.Module):
       x = tune("ln_pre", x, self.ln_pre(x))
     return x.astype(self.dtype), (h, w)
 
-  def run_block(
-    self, i: int, x_BxNxD, attention: str = "qk", residual: bool = True, tune=None, extra_BxPxD=None
-  ):
-    """See `Block`."""
-    return self.block[i](x_BxNxD, attention, False, residual, tune, extra_BxPxD)
+  def run_block(self, i: int, x_BxNxD, read=None, residual=True, tune=None, extra_BxPxD=None):
+    """Block i on x; see `Block`."""
+    block = self.block[i]
+    return run_block(block, self.remat, x_BxNxD, read, residual, tune, extra_BxPxD)
 
-  def project(self, x_BxNxD, tune=untuned):
+  def project(self, x_BxNxD, tune=keep_result):
     """`ln_post`, then the projection into the joint space: (..., D) -> (..., E) float32.
 
     A plain transformer has none: (..., D) float32.
@@ -243,10 +314,10 @@ class VisionTransformer(nn.Module):
     return (x @ self.proj.astype(self.dtype)).astype(jnp.float32)
 
   def __call__(self, image_BxHxWx3, kept_patches_BxK=None):
-    """Embedding of the class token: (B, E), not normalised.
+    """Embedding of the class token: (B, E), not normalized.
 
-    `kept_patches_BxK` lists the patches to look at; pre-training at half the patches costs half
-    the time (FLIP, Li et al., 2023).
+    `kept_patches_BxK` lists the patches that the tower gets; pre-training with half of them takes
+    half the time (FLIP, Li et al., 2023).
     """
     x, _ = self.embed(image_BxHxWx3)
     if kept_patches_BxK is not None:
@@ -258,10 +329,26 @@ class VisionTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-  """CLIP's text tower: causal attention, the embedding is read at the end-of-text token."""
+  """CLIP's text tower: causal attention; the embedding is read at the end-of-text token.
+
+  Attributes:
+    config: the architecture.
+    dtype: compute type of matrix products and of the residual stream.
+    remat: see `VisionTransformer`.
+    kernels: see `Kernels`.
+
+  Raises:
+    ValueError: an unknown `remat`.
+  """
 
   config: CLIPConfig
   dtype: Any = jnp.float32
+  remat: str = "none"
+  kernels: Kernels = TEXTBOOK
+
+  def __post_init__(self):
+    check_remat(self.remat)
+    super().__post_init__()
 
   def setup(self):
     c = self.config
@@ -271,41 +358,62 @@ class TextTransformer(nn.Module):
     self.position_embedding = self.param(
       "position_embedding", nn.initializers.normal(0.01), (c.context_length, c.text_width)
     )
-    self.block = [Block(c.text_heads, c.activation, self.dtype) for _ in range(c.text_layers)]
-    self.ln_final = LayerNorm()
+    block = functools.partial(Block, kernels=self.kernels)
+    settings = (c.text_width, c.text_heads, c.activation, self.dtype)
+    self.block = [block(*settings) for _ in range(c.text_layers)]
+    self.ln_final = LayerNorm(function=self.kernels.layer_norm)
     self.projection = self.param(
       "projection", nn.initializers.normal(c.text_width**-0.5), (c.text_width, c.embed_dim)
     )
 
-  def project(self, x_BxTxD, tokens_BxT):
+  def project(self, x_BxTxD, tokens_BxT, tune=keep_result):
+    """The joint embedding of every text, from its end-of-text token: (B, E) float32."""
     # The end-of-text token has the largest id of the vocabulary.
     end = jnp.argmax(tokens_BxT, axis=-1)
-    x = self.ln_final(x_BxTxD[jnp.arange(x_BxTxD.shape[0]), end].astype(jnp.float32))
-    return (x.astype(self.dtype) @ self.projection.astype(self.dtype)).astype(jnp.float32)
+    x = x_BxTxD[jnp.arange(x_BxTxD.shape[0]), end].astype(jnp.float32)
+    x = tune("ln_final", x, self.ln_final(x)).astype(self.dtype)
+    return (x @ self.projection.astype(self.dtype)).astype(jnp.float32)
 
-  def __call__(self, tokens_BxT):
-    """Embeddings (B, E), not normalised. T may be shorter than the context: attention is causal,
-    so the padding after the end-of-text token changes nothing."""
+  def __call__(self, tokens_BxT, tune_part: Callable | None = None):
+    """Embeddings (B, E) float32, not normalized.
+
+    Args:
+      tokens_BxT: token ids. T may be shorter than the context: attention is causal, so the padding
+        after the end-of-text token changes nothing.
+      tune_part: part of the tower ("stem", "block_0", …) -> its tune function; see `tuners.Tuned`.
+
+    Raises:
+      ValueError: texts longer than the context.
+    """
     length = tokens_BxT.shape[1]
     if length > self.config.context_length:
       raise ValueError(f"at most {self.config.context_length} tokens, got {length}")
+    tune_part = tune_part or (lambda part: None)
+    read = functools.partial(self.kernels.attend, causal=True)
     x = self.token_embedding[tokens_BxT] + self.position_embedding[:length]
     x = x.astype(self.dtype)
-    for block in self.block:
-      x = block(x, "qk", True)
+    for i, block in enumerate(self.block):
+      x = run_block(block, self.remat, x, read, tune=tune_part(f"block_{i}"))
       self.sow("intermediates", "hidden", x)
-    return self.project(x, tokens_BxT)
+    return self.project(x, tokens_BxT, tune_part("stem") or keep_result)
 
 
 class CLIP(nn.Module):
-  """Both towers and the logit scale."""
+  """Both towers and the logit scale.
+
+  Attributes:
+    config: the architecture.
+    dtype: compute type of matrix products and of the residual streams.
+    kernels: see `Kernels`.
+  """
 
   config: CLIPConfig
   dtype: Any = jnp.float32
+  kernels: Kernels = TEXTBOOK
 
   def setup(self):
-    self.visual = VisionTransformer(self.config, self.dtype)
-    self.text = TextTransformer(self.config, self.dtype)
+    self.visual = VisionTransformer(self.config, self.dtype, kernels=self.kernels)
+    self.text = TextTransformer(self.config, self.dtype, kernels=self.kernels)
     # exp(logit_scale) starts at 1 / 0.07, as in the paper's section 2.5.
     self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
 

@@ -1,4 +1,4 @@
-"""Heads: per-pixel class logits from patches, class token and text (RPN, Eq. 7 and Tables 6, 7)."""
+"""Heads: per-patch class logits from patches, class token and text (RPN, Eq. 7, Tables 6 and 7)."""
 
 from typing import Any
 
@@ -8,17 +8,28 @@ import jax.numpy as jnp
 
 from rpn_jax.models import prompts
 from rpn_jax.models.clip import l2_normalize
+from rpn_jax.models.kernels import TEXTBOOK, Kernels
+
+
+def unchanged(scores):
+  """Where logits are scores already, or scores probabilities."""
+  return scores
+
+
+# Logits (..., C) to scores, by the loss that the logits were trained with; cosines are compared as
+# they are. Named functions, since a function is part of a compiled program's key.
+SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax, "cosine": unchanged}
 
 
 def text_branch(cls_BxE, text_CxE, letter: str) -> tuple[jax.Array, ...]:
-  """What a head looks for in the patches, each (B, C, E): t, or t * g, or both (Tables 6 and 7)."""
+  """What a head compares the patches with, each (B, C, E): t, t * g, or both (Tables 6 and 7)."""
   t = jnp.broadcast_to(text_CxE, (len(cls_BxE), *text_CxE.shape))
   tg = text_CxE * cls_BxE[:, None]
   return {"a": (t,), "b": (tg,), "c": (tg, t)}[letter]
 
 
 def tfpm(patches_BxNxE, cls_BxE, text_CxE, letter: str) -> jax.Array:
-  """The head without Linear and LayerNorm, logits (B, N, C).
+  """The head without Linear and LayerNorm: logits (B, N, C).
 
   Both branches have length 1 here and sqrt(E) after LPM's LayerNorm, so the cosine is scaled to
   logits of LPM's size; variant c adds its two texts up.
@@ -28,7 +39,7 @@ def tfpm(patches_BxNxE, cls_BxE, text_CxE, letter: str) -> jax.Array:
 
 
 class LPM(nn.Module):
-  """Linear projection module, the head: per-pixel class logits.
+  """Linear projection module, the head: per-patch class logits.
 
   LN(Linear(p)) . LN(Linear(text))^T / sqrt(E), the text being t (variant a), t * g (b) or
   [t * g, t] (c, Eq. 7). `released` is c with one more Linear: u = Linear([t * g, t]), text branch
@@ -36,10 +47,13 @@ class LPM(nn.Module):
 
   Attributes:
     variant: "lpm_a", "lpm_b", "lpm_c" or "released".
+    dtype: compute type of the Linear layers.
+    kernels: see `Kernels`.
   """
 
   variant: str = "lpm_c"
   dtype: Any = jnp.float32
+  kernels: Kernels = TEXTBOOK
 
   @nn.compact
   def __call__(self, patches_BxNxE, cls_BxE, text_CxE) -> jax.Array:
@@ -59,4 +73,4 @@ class LPM(nn.Module):
     """LN(Linear(x)), the norm in float32."""
     dense = prompts.torch_dense(features, x.shape[-1], self.dtype, kernel_init)
     x = dense.copy(name=f"{name}_proj")(x)
-    return prompts.LayerNorm(name=f"{name}_norm")(x)
+    return prompts.LayerNorm(function=self.kernels.layer_norm, name=f"{name}_norm")(x)

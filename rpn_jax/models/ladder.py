@@ -9,43 +9,50 @@ from einops import rearrange
 
 from rpn_jax.models import prompts
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.models.layers import ACTIVATIONS, attend
-from rpn_jax.models.tuners import uniform_start, zeros
+from rpn_jax.models.kernels import TEXTBOOK, Kernels
+
+zeros = nn.initializers.zeros
+
+
+def dense(features, name, dtype, kernel_init=None):
+  kernel_init = kernel_init or nn.initializers.lecun_uniform()
+  return prompts.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
 
 class SideBlock(nn.Module):
-  """A pre-norm block of the ladder, all of it in `prompts`."""
+  """A pre-norm block of the side network, all of it in `prompts`."""
 
   heads: int
   activation: str
   dtype: Any = jnp.float32
+  kernels: Kernels = TEXTBOOK
 
   @nn.compact
   def __call__(self, x_BxNxD):
-    width = x_BxNxD.shape[-1]
-    qkv = dense(3 * width, "in_proj", self.dtype)(prompts.LayerNorm(name="ln_1")(x_BxNxD))
+    width, kernels = x_BxNxD.shape[-1], self.kernels
+    norm = lambda name, x: prompts.LayerNorm(function=kernels.layer_norm, name=name)(x)
+    qkv = dense(3 * width, "in_proj", self.dtype)(norm("ln_1", x_BxNxD))
     q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
-    attended = rearrange(attend(q, k, v), "b n h d -> b n (h d)")
+    attended = rearrange(kernels.attend(q, k, v), "b n h d -> b n (h d)")
     x = x_BxNxD + dense(width, "out_proj", self.dtype)(attended)
-    hidden = dense(4 * width, "c_fc", self.dtype)(prompts.LayerNorm(name="ln_2")(x))
-    return x + dense(width, "c_proj", self.dtype)(ACTIVATIONS[self.activation](hidden))
-
-
-def dense(features, name, dtype, kernel_init=uniform_start):
-  return prompts.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+    hidden = dense(4 * width, "c_fc", self.dtype)(norm("ln_2", x))
+    return x + dense(width, "c_proj", self.dtype)(kernels.activations[self.activation](hidden))
 
 
 class LadderSide(nn.Module):
-  """Ladder side tuning: narrow blocks that read the tower's and are added to its last tokens.
+  """Ladder side tuning: narrow blocks read the tower's tokens and are added to its last ones.
 
   Attributes:
     clip: architecture of the tower.
     reduction: how many times narrower the side network is.
+    dtype: compute type.
+    kernels: see `Kernels`.
   """
 
   clip: CLIPConfig
   reduction: int = 8
   dtype: Any = jnp.float32
+  kernels: Kernels = TEXTBOOK
 
   @nn.compact
   def __call__(self, hidden: list[jax.Array]) -> jax.Array:
@@ -53,14 +60,13 @@ class LadderSide(nn.Module):
     width = self.clip.vision_width // self.reduction
     # A gate's temperature of 0.1 and its start in the middle are the paper's.
     gates = prompts.prompt(self, "gate", zeros, (self.clip.vision_layers,))
-    # The tower is frozen and its input not trained: nothing to send back through it.
+    # Tower and input are frozen: no gradient is passed back through them.
     hidden = jax.lax.stop_gradient(hidden)
+    settings = (self.clip.vision_heads, self.clip.activation, self.dtype, self.kernels)
     side = dense(width, "down_0", self.dtype)(hidden[0])
     for i, x in enumerate(hidden[1:]):
       mu = jax.nn.sigmoid(gates[i] / 0.1).astype(side.dtype)
       side = mu * side + (1 - mu) * dense(width, f"down_{i + 1}", self.dtype)(x)
-      side = SideBlock(self.clip.vision_heads, self.clip.activation, self.dtype, name=f"block_{i}")(
-        side
-      ).astype(self.dtype)
-    side = prompts.LayerNorm(name="norm")(side)
+      side = SideBlock(*settings, name=f"block_{i}")(side).astype(self.dtype)
+    side = prompts.LayerNorm(function=self.kernels.layer_norm, name="norm")(side)
     return dense(self.clip.vision_width, "up", self.dtype, zeros)(side)

@@ -21,7 +21,7 @@ def prompt(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> jax.Ar
 
   Raises:
     flax.errors.ScopeParamShapeError: the stored tensor has another shape. `self.variable` alone
-      does not look, and a wrong shape would broadcast silently.
+      does not check it, and a wrong shape would broadcast silently.
   """
   value = module.variable(
     COLLECTION, name, lambda: init(module.make_rng(COLLECTION), shape, jnp.float32)
@@ -52,7 +52,7 @@ class PromptParams:
 
   def param(self, name, init_fn, *init_args, unbox=True, **init_kwargs):
     del unbox
-    # Shape and type are the first two arguments of every initialiser that linen's layers use.
+    # Shape and type are the first two arguments of every initializer that linen's layers use.
     shape = init_args[0] if init_args else ()
     return prompt(self, name, lambda key, *_: init_fn(key, *init_args, **init_kwargs), shape)
 
@@ -82,16 +82,16 @@ def torch_dense(features: int, fan_in: int, dtype, kernel_init=None) -> Dense:
   return Dense(features, dtype=dtype, kernel_init=kernel_init or bound, bias_init=bound)
 
 
-def example_keys(key: jax.Array, first_example, batch: int) -> jax.Array:
+def example_keys(key: jax.Array, example_offset, batch: int) -> jax.Array:
   """One key per example, from its position in the global batch: (B,) keys.
 
-  A batch split over devices draws the same numbers as the whole batch on one.
+  A batch split over devices draws the same numbers as the whole batch on one device.
   """
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, first_example + jnp.arange(batch))
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, example_offset + jnp.arange(batch))
 
 
 def dropout(x_BxPxD: jax.Array, rate: float, keys_B: jax.Array) -> jax.Array:
-  """Zeroes numbers with probability `rate` and scales the others by 1 / (1 - rate)."""
+  """Zeroes scalars with probability `rate` and scales the others by 1 / (1 - rate)."""
   kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BxPxD.shape[1:]))(keys_B)
   return jnp.where(kept, x_BxPxD / (1 - rate), 0)
 

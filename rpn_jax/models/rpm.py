@@ -59,8 +59,10 @@ class M2oE(nn.Module):
   gated: bool = True
 
   @nn.compact
-  def __call__(self, patches_BxNxD, grid: tuple[int, int], first_example=None) -> jax.Array:
-    """`first_example` is the position of row 0 in the global batch; None switches noise off."""
+  def __call__(
+    self, patches_BxNxD, grid: tuple[int, int], train: bool = False, example_offset=0
+  ) -> jax.Array:
+    """(B, N, D) -> (B, N, D). `train` adds noise to the gate, see `RPN.__call__`."""
     h, w = grid
     width = patches_BxNxD.shape[-1]
     patches = patches_BxNxD.astype(jnp.float32)
@@ -69,7 +71,7 @@ class M2oE(nn.Module):
 
     gates_BxJ = jnp.ones((x.shape[2], self.experts))
     if self.gated:
-      gates_BxJ = self.gates(x.mean((0, 1)), first_example)
+      gates_BxJ = self.gates(x.mean((0, 1)), train, example_offset)
     mixed = 0.0
     for j in range(self.experts):
       small = resize_grid(x, max(1, h >> j), max(1, w >> j))
@@ -94,7 +96,7 @@ class M2oE(nn.Module):
       patches_BxNxD.dtype
     )
 
-  def gates(self, mean_BxR, first_example):
+  def gates(self, mean_BxR, train, example_offset):
     """Weights of the experts from the mean of the reduced tokens: (B, J)."""
     init = prompts.uniform(self.reduced**-0.5)
     gate, gate_noise = (
@@ -102,8 +104,8 @@ class M2oE(nn.Module):
       for name in ("gate", "gate_noise")
     )
     scores_BxJ = mean_BxR @ gate
-    if first_example is not None:
-      keys = prompts.example_keys(self.make_rng("gate"), first_example, len(scores_BxJ))
+    if train:
+      keys = prompts.example_keys(self.make_rng("gate"), example_offset, len(scores_BxJ))
       noise = jax.vmap(lambda key: jax.random.normal(key, (self.experts,)))(keys)
       scores_BxJ += noise * jax.nn.softplus(mean_BxR @ gate_noise)
     return top_k_gates(scores_BxJ, self.top_k)

@@ -6,6 +6,7 @@ serves training and inference; the text embeddings are an input, computed once.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,15 +14,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from rpn_jax.base.errors import InputError
 from rpn_jax.models import heads, ladder, prompts, rpm, tuners
-from rpn_jax.models.clip import (
-  REMAT_POLICIES,
-  CLIPConfig,
-  VisionTransformer,
-  l2_normalize,
-  resize_grid,
-)
+from rpn_jax.models.clip import CLIPConfig, VisionTransformer, l2_normalize, resize_grid
+from rpn_jax.models.kernels import TEXTBOOK, Kernels
+from rpn_jax.models.network import Defaults, Windows
 
 # Fields of words, and the words; those of `tuner` are joined by "+".
 WORDS = {
@@ -40,7 +36,7 @@ class RPNConfig:
 
   Attributes:
     tuner: what adapts the tower, words joined by "+": "rpn" relationship prompts, "vpt" deep
-      prompt tokens, the tuners of `peft`, or "lpm", nothing but the head.
+      prompt tokens, those of `tuners.TUNERS`, or "lpm", nothing but the head.
     deep_tokens: P, free prompt tokens of "vpt" in every layer.
     adapter_width: bottleneck of "adapter".
     lora_rank: rank of "lora".
@@ -65,7 +61,7 @@ class RPNConfig:
     prompt_dropout: dropout rate of projected prompts.
 
   Raises:
-    InputError: an unknown word.
+    ValueError: an unknown word.
   """
 
   tuner: str = "rpn"
@@ -90,70 +86,113 @@ class RPNConfig:
   def __post_init__(self):
     for field, allowed in WORDS.items():
       if getattr(self, field) not in allowed:
-        raise InputError(
-          f"config.model.{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}"
+        raise ValueError(
+          f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}"
         )
-    known = sorted((*tuners.OTHERS, *tuners.TUNERS))
-    unknown = [word for word in self.tuners if word not in known]
-    if unknown or len(set(self.tuners)) < len(self.tuners):
-      raise InputError(
-        f'config.model.tuner: expected words joined by "+", each once, of {", ".join(known)}, '
-        f"got {self.tuner!r}"
-      )
-
-  @property
-  def tuners(self) -> tuple[str, ...]:
-    return tuple(self.tuner.split("+"))
-
-  @property
-  def prompted(self) -> bool:
-    """Whether any prompt tokens pass through the tower."""
-    return "rpn" in self.tuners or "vpt" in self.tuners
+    tuners.parse(self.tuner)
 
 
-class RPN(nn.Module):
-  """Relationship prompt network.
+class RPN(Defaults, nn.Module):
+  """Relationship prompt network; see `Network`.
 
   Attributes:
     clip: architecture of the frozen tower.
     config: see RPNConfig.
     dtype: compute type of the tower and of the head's matrix products.
-    remat: what the tower's blocks compute again in the backward pass instead of storing it: "none",
-      "dots" (the MLP and the norms, so that only attention's products are stored) or "full".
+    remat: what the tower's blocks compute again in the backward pass, see `VisionTransformer`.
+    loss: name of the loss it is trained with, a key of `heads.SCORES`.
+    kernels: see `Kernels`.
+
+  Raises:
+    ValueError: an unknown word.
   """
 
   clip: CLIPConfig
-  config: RPNConfig
+  config: Any
   dtype: Any = jnp.float32
   remat: str = "none"
+  loss: str = "sigmoid"
+  kernels: Kernels = TEXTBOOK
+
+  section = "model"
+  trainable = True
+  independent = False  # the image's tokens attend to the prompts of all classes
+  emphasis = 0.5  # half the range of a sigmoid
+
+  def __post_init__(self):
+    tuners.parse(self.config.tuner)
+    if self.loss not in heads.SCORES:
+      raise ValueError(f"loss must be one of {', '.join(heads.SCORES)}, got {self.loss!r}")
+    super().__post_init__()
+
+  @classmethod
+  def create(
+    cls, clip, settings, *, loss="sigmoid", dtype=jnp.float32, remat="none", kernels=TEXTBOOK
+  ) -> "RPN":
+    """See `Network.create`."""
+    config = RPNConfig(**settings) if hasattr(settings, "keys") else settings
+    return cls(clip, config, dtype, remat, loss, kernels)
+
+  @classmethod
+  def windows(cls, clip: CLIPConfig) -> Windows:
+    """Short side and windows of 512, every 426 pixels, for a tower of 224."""
+    crop = round(512 / 224 * clip.image_size / clip.patch_size) * clip.patch_size
+    return Windows(short_side=crop, crop=crop, stride=round(426 / 512 * crop))
+
+  @property
+  def trained(self) -> str:
+    return "visual/.*" if "full" in self.tuner_names else ""
+
+  @property
+  def scores(self) -> Callable:
+    return heads.SCORES[self.loss]
+
+  @property
+  def probabilities(self) -> Callable:
+    return heads.unchanged
+
+  @nn.nowrap
+  def merged(self, params: dict, prompts: dict) -> tuple["RPN", dict, dict]:
+    config, params, prompts = tuners.merge(self.config, params, prompts)
+    return self.clone(config=config), params, prompts
+
+  @property
+  def tuner_names(self) -> tuple[str, ...]:
+    """What adapts the tower."""
+    return tuple(self.config.tuner.split("+"))
+
+  @property
+  def prompted(self) -> bool:
+    """Whether any prompts pass through the tower."""
+    return "rpn" in self.tuner_names or "vpt" in self.tuner_names
 
   def setup(self):
     c, width, layers = self.config, self.clip.vision_width, self.clip.vision_layers
-    self.visual = VisionTransformer(self.clip, self.dtype)
+    self.visual = VisionTransformer(self.clip, self.dtype, self.remat, self.kernels)
     if not c.head.startswith("tfpm"):
-      self.head = heads.LPM(c.head, self.dtype)
+      self.head = heads.LPM(c.head, self.dtype, self.kernels)
     if self.clip.vision == "vit":
       self.joint = prompts.torch_dense(self.clip.embed_dim, width, self.dtype)
     self.tuned = {
       name: prompts.tree(
         self, name, functools.partial(tuners.initial, tuners.TUNERS[name], self.clip, c)
       )
-      for name in c.tuners
+      for name in self.tuner_names
       if name in tuners.TUNERS
     }
-    if "lst" in c.tuners:
-      self.lst = ladder.LadderSide(self.clip, c.lst_reduction, self.dtype)
-    if not c.prompted:
+    if "lst" in self.tuner_names:
+      self.lst = ladder.LadderSide(self.clip, c.lst_reduction, self.dtype, self.kernels)
+    if not self.prompted:
       return
-    # Epsilon 1e-6 as released (the tower's own norms have 1e-5).
-    self.prompt_norm = prompts.LayerNorm(epsilon=1e-6)
+    # Epsilon 1e-6 as in the official code (the tower's own norms have 1e-5).
+    self.prompt_norm = prompts.LayerNorm(epsilon=1e-6, function=self.kernels.layer_norm)
     self.prompt_proj = prompts.torch_dense(
       width, width, self.dtype, nn.initializers.normal((2 / width) ** 0.5)
     )
     init = prompts.uniform((6 / (3 * self.clip.patch_size**2 + width)) ** 0.5)
-    if "vpt" in c.tuners:
+    if "vpt" in self.tuner_names:
       self.deep_tokens = prompts.prompt(self, "deep_tokens", init, (layers, c.deep_tokens, width))
-    if "rpn" in c.tuners and self.prompting:
+    if self.prompting:
       rows, columns = c.h_grid or (self.clip.grid, self.clip.grid)
       shape = (self.clip.embed_dim if c.itp == "no_pixel" else rows * columns, width)
       per_layer = () if c.h_shared else (len(self.prompting),)
@@ -161,7 +200,7 @@ class RPN(nn.Module):
         init = prompts.uniform(shape[0] ** -0.5)
         self.h_bias = prompts.prompt(self, "h_bias", init, (*per_layer, width))
       self.h = prompts.prompt(self, "h", init, (*per_layer, *shape))
-      # Without pixels in ITP there is nothing for the experts to see.
+      # Without pixels in ITP the experts have no input.
       if c.m2oe != "none" and c.itp != "no_pixel":
         mixture = (c.m2oe_reduced, c.m2oe_experts, c.m2oe_top_k, c.m2oe == "gated")
         self.m2oe = [rpm.M2oE(*mixture) for _ in self.prompting]
@@ -169,46 +208,47 @@ class RPN(nn.Module):
   @property
   def prompting(self) -> list[int]:
     """The layers, counted from 0, whose output makes relationship prompts."""
-    layers = list(range(self.clip.vision_layers - 1))
+    layers = list(range(self.clip.vision_layers - 1)) if "rpn" in self.tuner_names else []
     # The paper counts from 1: its odd layers are 0, 2, 4, … here.
     return {
       "all": layers, "first": layers[:1], "last": layers[-1:], "odd": layers[::2],
       "even": layers[1::2], "none": [],
     }[self.config.rpm_layers]  # fmt: skip
 
-  def __call__(self, image_BxHxWx3, text_CxE, train: bool = False, first_example=0) -> jax.Array:
-    """Class logits on the patch grid: (B, h, w, C) float32, before any sigmoid.
+  def __call__(
+    self, image_BxHxWx3, text_CxE, *, train: bool = False, example_offset=0
+  ) -> jax.Array:
+    """Class logits on the patch grid: (B, h, w, C) float32, before `scores`.
 
     Args:
-      image_BxHxWx3: normalised images; sides are multiples of the patch size.
+      image_BxHxWx3: normalized images; sides are multiples of the patch size.
       text_CxE: unit-length text embeddings, one per class to be prompted and scored.
-      train: dropout (rng `dropout`) and gate noise (rng `gate`) on.
-      first_example: position of the first image in the global batch; the noise of an image
+      train: whether dropout (rng `dropout`) and gate noise (rng `gate`) are on.
+      example_offset: position of the first image in the global batch; the noise of an image
         depends on its position there, not on how the batch is split over devices.
     """
     c = self.config
-    first_example = first_example if train else None
     x, grid = self.visual.embed(image_BxHxWx3, c.class_embedding_copies, self.tune("stem"))
     self.sow("intermediates", "embed", x)
     hidden = [x]
     relationship = None
     for i in range(self.clip.vision_layers):
-      x = self.prompted_block(i, x, relationship, first_example)
+      x = self.prompted_block(i, x, relationship, train, example_offset)
       hidden.append(x)
-      if "lst" in c.tuners and i == self.clip.vision_layers - 1:
+      if "lst" in self.tuner_names and i == self.clip.vision_layers - 1:
         x = x + self.lst(hidden)
       z = self.read_out(x)
       patches, cls = z[:, 1:], z[:, 0]
       self.sow("intermediates", "patches", patches)
       self.sow("intermediates", "cls", cls)
       relationship = None
-      if "rpn" in c.tuners and i in self.prompting:
+      if i in self.prompting:
         slot = self.prompting.index(i)
         if c.m2oe != "none" and c.itp != "no_pixel":
-          mixed = self.m2oe[slot](x[:, 1:], grid, first_example)
+          mixed = self.m2oe[slot](x[:, 1:], grid, train, example_offset)
           patches = self.read_out(mixed)
         m = rpm.itp(patches, cls, text_CxE, c.itp)
-        relationship = rpm.apg(m, self.h_of(slot, grid))
+        relationship = rpm.apg(m, self.resized_h(slot, grid))
         if c.apg == "linear":
           relationship += self.h_bias if c.h_shared else self.h_bias[slot]
         self.sow("intermediates", "m", m)
@@ -221,29 +261,29 @@ class RPN(nn.Module):
 
   def tune(self, part: str) -> tuners.Tune:
     """The tune function of the stem or of a block."""
-    return tuners.Tune({name: tree[part] for name, tree in self.tuned.items() if part in tree})
+    return tuners.tune_part(self.tuned, part)
 
-  def prompted_block(self, i, x_BxNxD, relationship_BxCxD, first_example):
-    """Block i on [CLS, patches], which look at deep and relationship prompts, too.
+  def prompted_block(self, i, x_BxNxD, relationship_BxCxD, train, example_offset):
+    """Block i on [CLS, patches], which attend to deep and relationship prompts, too.
 
     What the block would make of the prompts themselves is not used and not computed.
     """
     x, batch = x_BxNxD, x_BxNxD.shape[0]
     extra = []
-    if "vpt" in self.config.tuners:
+    if "vpt" in self.tuner_names:
       deep = self.prompt_proj(self.deep_tokens[i])
       extra.append(jnp.broadcast_to(deep, (batch, *deep.shape)))
     if relationship_BxCxD is not None:
       extra.append(self.prompt_proj(relationship_BxCxD))
     rate = self.config.prompt_dropout
-    if first_example is not None and rate:
+    if train and rate:
       # A key for each kind: deep and relationship prompts drop independently.
-      keys = [prompts.example_keys(self.make_rng("dropout"), first_example, batch) for _ in extra]
+      keys = [prompts.example_keys(self.make_rng("dropout"), example_offset, batch) for _ in extra]
       extra = [prompts.dropout(e, rate, k) for e, k in zip(extra, keys)]
     extra = [e.astype(x.dtype) for e in extra]
-    if first_example is not None:
-      # The gradients of prompts are taken from those of the tokens before these are passed on:
-      # XLA's CPU scheduler would keep the tokens' of every layer to the end.
+    if train:
+      # Gradients of prompts are computed from the tokens' before these are passed on: XLA's CPU
+      # scheduler would keep the tokens' gradients of every layer to the end.
       x, extra = jax.lax.optimization_barrier((x, extra))
     if relationship_BxCxD is not None and self.config.combine != "cat":
       mean = extra.pop().mean(1, keepdims=True)
@@ -251,15 +291,10 @@ class RPN(nn.Module):
       add = self.config.combine == "add"
       patches = x[:, 1:] + mean if add else x[:, 1:] * (1 + mean)
       x = jnp.concatenate([x[:, :1], patches], axis=1)
-    block = RPN.run_block
-    if self.remat != "none":
-      block = nn.remat(block, static_argnums=1, policy=REMAT_POLICIES[self.remat])
-    x = block(self, i, x, jnp.concatenate(extra, axis=1) if extra else None)
+    extra = jnp.concatenate(extra, axis=1) if extra else None
+    x = self.visual.run_block(i, x, tune=self.tune(f"block_{i}"), extra_BxPxD=extra)
     self.sow("intermediates", "hidden", x)
     return x
-
-  def run_block(self, i, x_BxNxD, extra_BxPxD):
-    return self.visual.run_block(i, x_BxNxD, tune=self.tune(f"block_{i}"), extra_BxPxD=extra_BxPxD)
 
   def read_out(self, x_BxNxD):
     """z = L2norm(ln_post(prompt_norm(x)) proj) of every token: (B, N, E)."""
@@ -268,14 +303,14 @@ class RPN(nn.Module):
       z = self.joint(z).astype(jnp.float32)
     return l2_normalize(z)
 
-  # In the backward pass the first norm is computed again for the second, not stored.
+  # The backward pass computes the first norm again for the second instead of storing it.
   @nn.remat
   def project(self, x_BxNxD):
-    if self.config.prompted:
+    if self.prompted:
       x_BxNxD = self.prompt_norm(x_BxNxD)
     return self.visual.project(x_BxNxD, self.tune("stem"))
 
-  def h_of(self, slot, grid):
+  def resized_h(self, slot, grid):
     """h of a layer (Eq. 3) on the token grid: (N, D)."""
     h = self.h if self.config.h_shared else self.h[slot]
     if self.config.itp == "no_pixel":

@@ -1,18 +1,18 @@
-"""Tuners of a frozen tower: the rivals of relationship prompts, under the same head (Table 10).
+"""Tuners of a frozen tower: the baselines with the same head as relationship prompts (Table 10).
 
-What a tuner computes is apart from where it is attached. The tower calls `tune(site, x, y)` after
-each of its projections and norms, with what went in and what came out; a `Tuner` is the maths at
-one site and what it trains there. All of it lives in the collection `prompts`, under the tuner's
-name. A new one is an entry of TUNERS (docs/extending.md).
+What a tuner computes is separate from where it is attached. Either tower of CLIP calls
+`tune(site, x, y)` after each of its projections and norms, with what went in and what came out; a
+`Tuner` is the maths at one site and what it trains there. Its parameters are in the collection
+`prompts`, under the tuner's name. A new tuner is an entry of TUNERS (docs/extending.md).
 
     bitfit   an offset to every bias (Ben Zaken et al., 2022)
     adapter  a bottleneck after both projections that end a branch (Houlsby et al., 2019)
     ssf      a factor and an offset for every channel of every result (Lian et al., 2022)
     lora     products of low rank added to the query and value projections (Hu et al., 2022)
     lst      a narrow network beside the tower, no gradient through it (Sung et al., 2022)
-    full     the vision tower itself: the only one for which `params` are trained
+    full     the vision tower itself: the only one that trains parameters of `params`
 
-All start as the tower they tune, to the bit.
+All start as the tower they tune, bit for bit.
 """
 
 import dataclasses
@@ -25,13 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpn_jax.models import prompts
+from rpn_jax.models import prompts, trained
 from rpn_jax.models.clip import CLIPConfig
 
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
-uniform_start = nn.initializers.lecun_uniform()
 
-# Paths of a block's projections and norms in its parameters.
+# Paths of a block's projections and norms in its parameters; those of a stem are their names.
 BLOCK_SITES = {
   "ln_1": ("ln_1",),
   "in_proj": ("attn", "in_proj"),
@@ -40,12 +39,11 @@ BLOCK_SITES = {
   "c_fc": ("mlp", "c_fc"),
   "c_proj": ("mlp", "c_proj"),
 }
-STEM_SITES = ("patch_embed", "ln_pre", "ln_post")
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """A projection or norm of the tower: its name and the channels it reads and writes."""
+  """A projection or norm of a tower: its name and the channels it reads and writes."""
 
   name: str
   inputs: int
@@ -54,10 +52,11 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Tuner:
-  """One way to tune the tower.
+  """One way to tune a tower.
 
   Attributes:
-    parameters: (site, config) -> {name: (initialiser, shape)}; {} leaves the site alone.
+    parameters: (site, config) -> {name: (initializer, shape)}; {} leaves the site alone. The
+      config has the tuners' settings, such as `lora_rank` of an RPNConfig.
     apply: (parameters of the site, x, y) -> another y.
     merge: (parameters of the site, weights of the site) -> weights that give the tuned result by
       themselves; None where there are no such weights.
@@ -127,13 +126,27 @@ TUNERS = {
   "lora": Tuner(_lora_parameters, _lora, _lora_merge),
   "ssf": Tuner(_ssf_parameters, lambda p, x, y: y * p["scale"] + p["shift"], _ssf_merge),
 }
-# What is no matter of sites: prompts (rpn.py), a side network, the tower itself, the head alone.
+# Not attached to sites: prompts (rpn.py), a side network, the tower itself, the head alone.
 OTHERS = ("rpn", "vpt", "lst", "full", "lpm")
+
+
+def parse(words: str) -> tuple[str, ...]:
+  """The tuners of a string like "rpn+lora".
+
+  Raises:
+    ValueError: an unknown or repeated word.
+  """
+  known, found = sorted((*OTHERS, *TUNERS)), tuple(words.split("+"))
+  if not set(found) <= set(known) or len(set(found)) < len(found):
+    raise ValueError(
+      f'tuner: expected words joined by "+", each once, of {", ".join(known)}, got {words!r}'
+    )
+  return found
 
 
 @flax.struct.dataclass
 class Tune:
-  """The tune function of the tower's stem or of one block; a pytree, so that it passes `remat`.
+  """The tune function of a tower's stem or of one block; a pytree, so that it passes `remat`.
 
   Attributes:
     parameters: tuner -> site -> name -> array.
@@ -150,23 +163,42 @@ class Tune:
     return y
 
 
-def sites(clip: CLIPConfig) -> dict[str, list[Site]]:
-  """The sites of the vision tower, by part: "stem", "block_0", …"""
-  d = clip.vision_width
+def tune_part(tuned: dict, part: str) -> Tune:
+  """The tune function of a part of a tower, from its tuners' parameters {tuner: see `initial`}."""
+  return Tune({name: tree[part] for name, tree in tuned.items() if part in tree})
+
+
+def sites(clip: CLIPConfig, tower: str = "visual") -> dict[str, list[Site]]:
+  """The sites of a tower, "visual" or "text", by part: "stem", "block_0", …"""
+  if tower == "visual":
+    d, layers = clip.vision_width, clip.vision_layers
+    stem = [Site("patch_embed", 3 * clip.patch_size**2, d)]
+    stem += [Site("ln_pre", d, d)] if clip.vision == "clip" else []
+    stem += [Site("ln_post", d, d)]
+  else:
+    d, layers = clip.text_width, clip.text_layers
+    stem = [Site("ln_final", d, d)]
   block = [
     Site("ln_1", d, d), Site("in_proj", d, 3 * d), Site("out_proj", d, d),
     Site("ln_2", d, d), Site("c_fc", d, 4 * d), Site("c_proj", 4 * d, d),
   ]  # fmt: skip
-  stem = [Site("patch_embed", 3 * clip.patch_size**2, d)]
-  stem += [Site("ln_pre", d, d)] if clip.vision == "clip" else []
-  parts = {f"block_{i}": block for i in range(clip.vision_layers)}
-  return {"stem": [*stem, Site("ln_post", d, d)], **parts}
+  return {"stem": stem, **{f"block_{i}": block for i in range(layers)}}
 
 
-def initial(tuner: Tuner, clip: CLIPConfig, config, key: jax.Array) -> dict:
-  """Initial parameters of a tuner: part -> site -> name -> array."""
+def initial(
+  tuner: Tuner, clip: CLIPConfig, config, key: jax.Array, tower: str = "visual"
+) -> dict[str, dict]:
+  """Initial parameters of a tuner in one tower: part -> site -> name -> array.
+
+  Args:
+    tuner: see `Tuner`.
+    clip: the architecture of the tower.
+    config: the tuners' settings.
+    key: of random initial values.
+    tower: "visual" or "text".
+  """
   tree = {}
-  for part, places in sites(clip).items():
+  for part, places in sites(clip, tower).items():
     for site in places:
       for name, (init, shape) in tuner.parameters(site, config).items():
         key, own = jax.random.split(key)
@@ -175,53 +207,46 @@ def initial(tuner: Tuner, clip: CLIPConfig, config, key: jax.Array) -> dict:
   return tree
 
 
-def variables(params: dict, tree: dict) -> dict:
-  """The collections to apply a network with, from the frozen tower and what is trained.
+def merge_tower(weights: dict, tuned: dict) -> dict:
+  """Weights of a tower, either one, that give the tuned result by themselves.
 
-  Where the tower itself is trained ("full"), its parameters are the entry `visual` of the trained
-  tree and take the place of the frozen ones.
+  Args:
+    weights: the parameters of the tower.
+    tuned: tuner -> its parameters, see `initial`; every tuner has a `merge`.
   """
-  if "visual" in tree:
-    params, tree = {"visual": tree["visual"]}, {k: v for k, v in tree.items() if k != "visual"}
-  return {"params": params, "prompts": tree}
-
-
-def merged_config(config):
-  """The config of a network whose tuners have been merged into its tower; see `merge`."""
-  at_sites = [name for name in config.tuners if name in TUNERS]
-  if any(TUNERS[name].merge is None for name in at_sites):
-    return config
-  kept = [name for name in config.tuners if name not in (*at_sites, "full")]
-  return dataclasses.replace(config, tuner="+".join(kept) or "lpm")
+  flat = flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, weights))
+  for tuner, tree in sorted(tuned.items()):
+    for part, places in tree.items():
+      for site, p in places.items():
+        path = (part, *BLOCK_SITES[site]) if part != "stem" else (site,)
+        here = {k[-1]: v for k, v in flat.items() if k[:-1] == path}
+        here = TUNERS[tuner].merge(p, here)
+        if site == "patch_embed":  # has no bias; every patch gets its position's row added
+          rows = np.array(flat["position_embedding",])
+          rows[1:] += here.pop("bias")
+          flat["position_embedding",] = rows
+        flat |= {(*path, k): np.asarray(v) for k, v in here.items()}
+  return flax.traverse_util.unflatten_dict(flat)
 
 
 def merge(config, params: dict, tree: dict) -> tuple[Any, dict, dict]:
-  """Tuners put into the tower's weights: the same outputs without their cost.
+  """An RPN's tuners put into its tower's weights: the same outputs without their cost.
 
   Args:
     config: of the network, an RPNConfig.
     params: the frozen tower.
-    tree: what is trained.
+    tree: what is trained, see `trained.join`.
 
   Returns:
-    The three as they are without the tuners. Nothing changes where a tuner of sites has no such
-    weights (the adapter).
+    Config, `params` and `prompts` without the tuners. A tuner at sites that has no such weights
+    (the adapter) keeps all of them beside the tower.
   """
-  smaller = merged_config(config)
-  if smaller == config:
-    return config, params, tree
-  collections = variables(params, tree)
-  visual, rest = collections["params"]["visual"], dict(collections["prompts"])
-  flat = flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, visual))
-  for name in sorted(set(config.tuners) & set(TUNERS)):
-    for part, places in rest.pop(name).items():
-      for site, p in places.items():
-        path = (part, *BLOCK_SITES[site]) if part != "stem" else (site,)
-        here = {k[-1]: v for k, v in flat.items() if k[:-1] == path}
-        weights = TUNERS[name].merge(p, here)
-        if site == "patch_embed":  # has no bias; every patch gets its position's row added
-          rows = np.array(flat["position_embedding",])
-          rows[1:] += weights.pop("bias")
-          flat["position_embedding",] = rows
-        flat |= {(*path, k): np.asarray(v) for k, v in weights.items()}
-  return smaller, {"visual": flax.traverse_util.unflatten_dict(flat)}, rest
+  params, rest = trained.join(params, tree).values()
+  at_sites = [name for name in parse(config.tuner) if name in TUNERS]
+  if any(TUNERS[name].merge is None for name in at_sites):
+    return config, params, rest
+  kept = [name for name in parse(config.tuner) if name not in (*at_sites, "full")]
+  tuned = {name: rest.pop(name) for name in at_sites}
+  if tuned:
+    params = {**params, "visual": merge_tower(params["visual"], tuned)}
+  return dataclasses.replace(config, tuner="+".join(kept) or "lpm"), params, rest

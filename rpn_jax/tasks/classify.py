@@ -14,6 +14,7 @@ from rpn_jax.base.paths import write_json
 from rpn_jax.base.words import check_names
 from rpn_jax.devices import devices_text
 from rpn_jax.inference.predictor import Experiment
+from rpn_jax.models import kernels
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
 
 BATCH = 16  # images per call of the tower
@@ -43,7 +44,11 @@ def find_labelled(folder: str) -> tuple[tuple[str, ...], list[tuple[pathlib.Path
 
 def probabilities(experiment: Experiment, names: Sequence[str]) -> Callable:
   """A function images (B, side, side, 3) -> softmax(scale · cosine) (B, C), as CLIP's logits."""
-  tower = VisionTransformer(experiment.clip_config, jnp.dtype(experiment.config.dtype))
+  tower = VisionTransformer(
+    experiment.clip_config,
+    jnp.dtype(experiment.config.dtype),
+    kernels=kernels.for_platform(jax.local_devices()[0].platform),
+  )
   params, text = experiment.params["visual"], experiment.text(names)
   scale = np.exp(experiment.clip["logit_scale"])
 

@@ -14,6 +14,7 @@ from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json
 from rpn_jax.devices import devices_text
+from rpn_jax.models import kernels
 from rpn_jax.models.clip import CLIP, CLIPConfig, l2_normalize
 from rpn_jax.text.embeddings import class_embeddings
 from rpn_jax.text.tokenizer import tokenize
@@ -60,7 +61,7 @@ def pretrain(
     The content of `metrics.json`.
   """
   clip_config = CLIPConfig(**config.clip)
-  model = CLIP(clip_config)
+  model = CLIP(clip_config, kernels=kernels.for_platform(jax.local_devices()[0].platform))
   mean, std = np.float32(config.mean), np.float32(config.std)
 
   def prepare(image):

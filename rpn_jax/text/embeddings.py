@@ -18,6 +18,7 @@ import numpy as np
 from rpn_jax.base import paths
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
+from rpn_jax.models import kernels
 from rpn_jax.models.clip import CLIPConfig, TextTransformer, l2_normalize
 from rpn_jax.text.templates import check_synonyms, phrases, template_sentences
 from rpn_jax.text.tokenizer import tokenize
@@ -169,7 +170,8 @@ def _embed(
   # A display for the thousands of texts of a large vocabulary, not for a few names.
   displayed = progress(starts, "embed class names", "batch") if len(starts) > 8 else starts
   device = device or jax.local_devices()[0]
-  tower, params = TextTransformer(config), jax.device_put(params["text"], device)
+  tower = TextTransformer(config, kernels=kernels.for_platform(device.platform))
+  params = jax.device_put(params["text"], device)
   rows = [np.asarray(_encode(tower, params, padded[i : i + size])) for i in displayed]
   return np.concatenate(rows)[: len(tokens)]
 

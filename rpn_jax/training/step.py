@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rpn_jax.models import tuners
-from rpn_jax.models.rpn import RPN
+from rpn_jax.models import Network, trained
 from rpn_jax.training.losses import Term
 
 
@@ -30,9 +29,9 @@ class TrainState:
   skipped_in_a_row: jax.Array = flax.struct.field(default_factory=lambda: np.int32(0))
 
 
-def init_prompts(model: RPN, params, text_CxE, key, image_size: int) -> dict:
-  """Initial values of what is trained: the `prompts` collection, and the tower itself if that is
-  trained too (`tuners.variables`)."""
+def init_prompts(model: Network, params, text_CxE, key, image_size: int) -> dict:
+  """Initial values of what is trained: the `prompts` collection, and what is trained of the towers
+  (`trained.join`)."""
   keys = dict(zip(("prompts", "dropout", "gate"), jax.random.split(key, 3)))
 
   def init(params, text):
@@ -41,10 +40,8 @@ def init_prompts(model: RPN, params, text_CxE, key, image_size: int) -> dict:
     return variables.get("prompts", {})
 
   prompts = dict(jax.jit(init)(params, text_CxE))
-  if "full" in model.config.tuners:
-    # A copy: the training step uses its state up.
-    prompts["visual"] = jax.tree.map(jnp.copy, params["visual"])
-  return prompts
+  # Copies: the training step uses its state up.
+  return prompts | jax.tree.map(jnp.copy, trained.split(params, model.trained)[0])
 
 
 def gradients(
@@ -54,7 +51,7 @@ def gradients(
   batch: dict,
   key: jax.Array,
   *,
-  model: RPN,
+  model: Network,
   loss_fn,
   relabel=None,
   axis: str | None = None,
@@ -74,17 +71,17 @@ def gradients(
     axis: name of the mapped device axis; None on a single device.
   """
   rows = batch["image"].shape[0]
-  first_example = 0 if axis is None else jax.lax.axis_index(axis) * rows
+  example_offset = 0 if axis is None else jax.lax.axis_index(axis) * rows
   over_devices = lambda x: x if axis is None else jax.lax.psum(x, axis)
   dropout, gate = jax.random.split(jax.random.fold_in(key, state.step))
 
   def loss(prompts):
     logits = model.apply(
-      tuners.variables(params, prompts),
+      trained.join(params, prompts),
       batch["image"],
       text_CxE,
       train=True,
-      first_example=first_example,
+      example_offset=example_offset,
       rngs={"dropout": dropout, "gate": gate},
     )
     label = batch["label"]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rpn_jax.analysis import costs
 from rpn_jax.models import layers
+from rpn_jax.models.kernels import cpu
 from tests import ROOT, tiny
 
 
@@ -44,7 +45,7 @@ def test_operations_of_loops_and_of_what_is_computed_again():
   """One head after another is as many products as all at once; a gradient has two for each."""
   q = jnp.ones((2, 7, 4, 8))
   count = lambda f, *a: costs.operations(jax.make_jaxpr(f)(*a).jaxpr)
-  by_head = lambda q: layers.attend_by_head(*[q.reshape(8, 7, 8)] * 3)
+  by_head = lambda q: cpu.attend_by_head(*[q.reshape(8, 7, 8)] * 3)
   products = 2 * (2 * 4) * 7 * 7 * 8
   assert count(by_head, q) == count(lambda q: layers.attend(q, q, q), q) == 2 * products
   # Forward two, and of the backward pass one that computes the map again and four.

@@ -1,4 +1,4 @@
-"""Layers with backward passes of their own, and what a training step stores."""
+"""The norm, and what a training step stores."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ import pytest
 
 from rpn_jax import config, devices
 from rpn_jax.analysis import costs
-from rpn_jax.models import layers, prompts
+from rpn_jax.models import kernels, layers, prompts
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.training import losses, optim
@@ -17,8 +17,9 @@ from rpn_jax.training.step import TrainState, init_prompts, train_step
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("platform", kernels.PLATFORMS)
 @pytest.mark.parametrize("epsilon", [1e-5, 0.1])
-def test_norm_and_its_gradients_are_linens(epsilon):
+def test_norm_and_its_gradients_are_linens(epsilon, platform):
   keys = jax.random.split(jax.random.key(0), 4)
   # Off zero, as CLIP's residual stream is: the backward pass is multiplied out.
   x = 3 + 5 * jax.random.normal(keys[0], (2, 7, 16))
@@ -32,42 +33,22 @@ def test_norm_and_its_gradients_are_linens(epsilon):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, scale, bias)
 
   want = value_and_gradients(nn.LayerNorm(epsilon=epsilon, use_fast_variance=False), "params")
-  jax.tree.map(close, value_and_gradients(layers.LayerNorm(epsilon), "params"), want)
-  jax.tree.map(close, value_and_gradients(prompts.LayerNorm(epsilon), "prompts"), want)
+  function = kernels.for_platform(platform).layer_norm
+  for norm in (layers.LayerNorm(epsilon), layers.LayerNorm(epsilon, function=function)):
+    jax.tree.map(close, value_and_gradients(norm, "params"), want)
+  trained = prompts.LayerNorm(epsilon, function=function)
+  jax.tree.map(close, value_and_gradients(trained, "prompts"), want)
 
 
-def test_norm_computes_in_float32():
+@pytest.mark.parametrize("version", [kernels.TEXTBOOK, kernels.LEAN])
+def test_norm_computes_in_float32(version):
   x = jnp.bfloat16(100 + jax.random.normal(jax.random.key(0), (3, 64)))
-  norm = layers.LayerNorm()
+  norm = layers.LayerNorm(function=version.layer_norm)
   variables = norm.init(jax.random.key(0), x)
   out, back = jax.vjp(lambda x: norm.apply(variables, x), x)
   assert out.dtype == jnp.float32
   close(out, nn.LayerNorm(epsilon=1e-5, use_fast_variance=False).apply(variables, np.float32(x)))
   assert back(out)[0].dtype == jnp.bfloat16
-
-
-def test_heads_one_by_one_are_all_heads_at_once(monkeypatch):
-  # Five of the tokens are only looked at.
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 9, 4, 8))
-  q = q[:, :4]
-  loss = lambda x: (layers.attend(*x) ** 2).sum()
-  plain = layers.attend(q, k, v), jax.grad(loss)((q, k, v))
-  monkeypatch.setattr(layers, "MAP_ELEMENTS", 0)
-  one_by_one = layers.attend(q, k, v), jax.grad(loss)((q, k, v))
-  jax.tree.map(close, plain, one_by_one)
-  half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-  out, gradients = layers.attend(*half), jax.grad(loss)(half)
-  assert {x.dtype for x in (out, *gradients)} == {jnp.dtype("bfloat16")}
-  np.testing.assert_allclose(np.float32(out), plain[0], atol=0.05)
-  for got, want in zip(gradients, plain[1]):
-    np.testing.assert_allclose(np.float32(got), want, atol=0.1)
-
-
-def test_large_scores_do_not_overflow(monkeypatch):
-  monkeypatch.setattr(layers, "MAP_ELEMENTS", 0)
-  q = 100 * jax.random.normal(jax.random.key(0), (1, 5, 1, 8))
-  gradient = jax.grad(lambda q: layers.attend(q, q, q).sum())(q)
-  assert np.isfinite(layers.attend(q, q, q)).all() and np.isfinite(gradient).all()
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="plans of XLA's CPU compiler")
@@ -78,7 +59,7 @@ def test_what_is_computed_again_is_not_stored():
   )
   text = np.eye(4, 32, dtype=np.float32)
   params = costs.random_tower(tower, jax.random.key(0))
-  model = RPN(tower, RPNConfig(tuner="rpn+vpt", deep_tokens=4))
+  model = RPN(tower, RPNConfig(tuner="rpn+vpt", deep_tokens=4), kernels=kernels.for_platform("cpu"))
   trained = init_prompts(model, params, text, jax.random.key(1), 128)
   optimizer = optim.make_optimizer(config.Optimizer(steps=100), trained)
   state = TrainState(jnp.int32(0), trained, optimizer.init(trained))

@@ -232,7 +232,7 @@ def test_text_padding_changes_nothing():
   tokens = jnp.array([[1, 7, 49, 0, 0, 0, 0, 0], [1, 5, 6, 8, 49, 0, 0, 0]])
   variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), tokens)
   encode = jax.jit(lambda t: model.apply(variables, t, method="encode_text"))
-  np.testing.assert_allclose(encode(tokens), encode(tokens[:, :5]), atol=1e-6)
+  np.testing.assert_allclose(encode(tokens), encode(tokens[:, :5]), atol=3e-6)
 
 
 def test_exact_gelu_differs_from_quick():
@@ -246,7 +246,7 @@ def test_exact_gelu_differs_from_quick():
 def test_extra_tokens_are_looked_at_only():
   """A block on x and extra tokens gives x what it gives it when they are among its tokens."""
   x, extra = jax.random.normal(jax.random.key(0), (2, 5, 16)), jnp.ones((2, 3, 16))
-  block = Block(heads=2, activation="quick_gelu")
+  block = Block(width=16, heads=2, activation="quick_gelu")
   variables = block.init(jax.random.key(1), x)
   bias = variables["params"]["attn"]["in_proj"]["bias"]
   variables["params"]["attn"]["in_proj"]["bias"] = jax.random.normal(jax.random.key(2), bias.shape)

@@ -9,7 +9,6 @@ import pytest
 
 from configs import training_free as config_file
 from data_pipelines import DATA_SETS
-from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer, resize_positions
 from rpn_jax.models.training_free import METHODS, DenseCLIP, smooth, suppress
 
@@ -218,11 +217,11 @@ def test_refinements_inside_the_network(method):
   "fields, message",
   [
     ({"method": "clear"}, "did you mean 'clearclip'"),
-    ({"denoise": 50.0}, "config.dense.denoise=50.0: expected a probability"),
+    ({"denoise": 50.0}, "denoise=50.0: expected a probability"),
   ],
 )
 def test_bad_fields(fields, message):
-  with pytest.raises(InputError, match=message):
+  with pytest.raises(ValueError, match=message):
     DenseCLIP(TINY, **fields)
 
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpn_jax.base.errors import InputError
 from rpn_jax.config import Optimizer
-from rpn_jax.models import prompts, tuners
+from rpn_jax.models import prompts, trained, tuners
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.training import step
@@ -52,7 +51,7 @@ def tiny(tuner, **changes):
 
 
 def logits(model, params, tree, image, text):
-  return jax.jit(model.apply)(tuners.variables(params, tree), image, text)
+  return jax.jit(model.apply)(trained.join(params, tree), image, text)
 
 
 def moved(tree):
@@ -145,18 +144,18 @@ def test_bfloat16_keeps_its_type(tuner):
   want = logits(model, params, moved(tree), image, text)
   half = model.clone(dtype=jnp.bfloat16)
   got, inside = jax.jit(functools.partial(half.apply, mutable=["intermediates"]))(
-    tuners.variables(params, moved(tree)), image, text
+    trained.join(params, moved(tree)), image, text
   )
   assert {x.dtype for x in inside["intermediates"]["hidden"]} == {jnp.dtype("bfloat16")}
   assert np.abs(want - got).max() < 0.1 * np.abs(want).max()
 
 
 def test_wrong_words_are_named():
-  with pytest.raises(InputError, match=r"got 'rpn\+adaptor'"):
+  with pytest.raises(ValueError, match=r"got 'rpn\+adaptor'"):
     RPNConfig(tuner="rpn+adaptor")
-  with pytest.raises(InputError, match="each once"):
+  with pytest.raises(ValueError, match="each once"):
     RPNConfig(tuner="lora+lora")
-  with pytest.raises(InputError, match=r"config.model.combine must be one of cat, add, mul"):
+  with pytest.raises(ValueError, match=r"combine must be one of cat, add, mul"):
     RPNConfig(combine="sum")
 
 
@@ -164,7 +163,7 @@ def test_a_tree_of_the_wrong_shape_is_refused():
   model, params, tree, image, text = tiny("lora")
   wider = dataclasses.replace(model.config, lora_rank=3)
   with pytest.raises(Exception, match="lora"):
-    model.clone(config=wider).apply(tuners.variables(params, tree), image, text)
+    model.clone(config=wider).apply(trained.join(params, tree), image, text)
 
 
 def test_default_groups_cover_every_tuner():

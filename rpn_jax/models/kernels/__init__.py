@@ -1,0 +1,42 @@
+"""Which version of attention, LayerNorm and activations a device runs.
+
+A version computes the values and gradients of `rpn_jax.models.layers`. It is chosen by the platform
+that a program is compiled for, which need not be the platform of the compiling process.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import flax
+
+from rpn_jax.models import layers
+from rpn_jax.models.kernels import cpu, lean
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+  """The functions that a network computes its layers with. Hashable: part of a program's key.
+
+  Attributes:
+    attend: (q (B, N, H, d), k (B, M, H, d), v (B, M, H, d), causal=False) -> (B, N, H, d).
+    layer_norm: (x (..., D), scale (D,), bias (D,), epsilon) -> (..., D) float32.
+    activations: name -> elementwise function; the names are those of `layers.ACTIVATIONS`.
+  """
+
+  attend: Callable
+  layer_norm: Callable
+  activations: Mapping[str, Callable]
+
+
+TEXTBOOK = Kernels(layers.attend, layers.layer_norm, flax.core.FrozenDict(layers.ACTIVATIONS))
+LEAN = Kernels(lean.attend, lean.layer_norm, flax.core.FrozenDict(lean.ACTIVATIONS))
+PLATFORMS = {
+  "cpu": dataclasses.replace(LEAN, attend=cpu.attend),
+  "gpu": LEAN,
+  "tpu": LEAN,
+}
+
+
+def for_platform(platform: str) -> Kernels:
+  """The kernels of a platform, as `device.platform` names it; LEAN where it has none of its own."""
+  return PLATFORMS.get(platform, LEAN)

@@ -1,0 +1,54 @@
+"""What a network trains, apart from what is frozen.
+
+The trained tree holds the `prompts` collection and, under their own names "visual" and "text", the
+trained parameters of CLIP's towers. Optimizer and checkpoints know this tree alone; the frozen rest
+of `params` is neither copied nor stored.
+"""
+
+import re
+from collections.abc import Mapping
+
+from flax import traverse_util
+
+TOWERS = ("visual", "text")
+
+
+def split(params: Mapping, pattern: str) -> tuple[dict, dict]:
+  """The trained and the frozen part of the collection `params`.
+
+  Args:
+    params: nested dictionaries.
+    pattern: regular expression over whole '/'-joined paths, such as "visual/.*"; "" matches none.
+
+  Raises:
+    ValueError: a pattern that names no parameter, or parameters outside the towers.
+  """
+  flat = traverse_util.flatten_dict(params, sep="/")
+  names = {name for name in flat if pattern and re.fullmatch(pattern, name)}
+  outside = {name.partition("/")[0] for name in names} - set(TOWERS)
+  if outside or (pattern and not names):
+    raise ValueError(
+      f"expected a pattern of parameters in {' or '.join(TOWERS)}, got {pattern!r} of "
+      f"{', '.join(sorted({name.partition('/')[0] for name in flat}))}"
+    )
+  part = lambda kept: {name: x for name, x in flat.items() if (name in names) == kept}
+  return tuple(traverse_util.unflatten_dict(part(kept), sep="/") for kept in (True, False))
+
+
+def join(params: Mapping, tree: Mapping) -> dict:
+  """The collections to apply a network with: {"params": …, "prompts": …}.
+
+  Args:
+    params: the frozen parameters; those that the tree trains may be among them or not.
+    tree: what is trained.
+  """
+  towers = {name: x for name, x in tree.items() if name in TOWERS}
+  prompts = {name: x for name, x in tree.items() if name not in TOWERS}
+  return {"params": _overlaid(params, towers), "prompts": prompts}
+
+
+def _overlaid(below, above):
+  """`below` with the leaves of `above` in it."""
+  if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+    return above
+  return {**below, **{k: _overlaid(below.get(k, {}), x) for k, x in above.items()}}

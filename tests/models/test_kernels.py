@@ -1,0 +1,91 @@
+"""Every kernel against the textbook layers, and which of them a platform's program has."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpn_jax.models import kernels, layers
+from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.models.kernels import cpu
+from rpn_jax.models.rpn import RPN, RPNConfig
+
+close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def by_head(monkeypatch):
+  """Every attention goes head by head on CPUs, however small."""
+  monkeypatch.setattr(cpu, "MAX_MAP_ELEMENTS", 0)
+
+
+def queries_keys_values():
+  # Five of the nine tokens are attended to only.
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 9, 4, 8))
+  return q[:, :4], k, v
+
+
+@pytest.mark.parametrize("platform", kernels.PLATFORMS)
+def test_attention_is_the_textbooks(platform, by_head):
+  qkv, attend = queries_keys_values(), kernels.for_platform(platform).attend
+  value_and_gradients = lambda f: (f(*qkv), jax.grad(lambda x: (f(*x) ** 2).sum())(qkv))
+  want = value_and_gradients(layers.attend)
+  jax.tree.map(close, value_and_gradients(attend), want)
+  half = [x.astype(jnp.bfloat16) for x in qkv]
+  out, gradients = attend(*half), jax.grad(lambda x: (attend(*x) ** 2).sum())(half)
+  assert {x.dtype for x in (out, *gradients)} == {jnp.dtype("bfloat16")}
+  np.testing.assert_allclose(np.float32(out), want[0], atol=0.05)
+  for got, exact in zip(gradients, want[1]):
+    np.testing.assert_allclose(np.float32(got), exact, atol=0.1)
+
+
+@pytest.mark.parametrize("platform", kernels.PLATFORMS)
+def test_causal_attention_is_the_textbooks(platform, by_head):
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 9, 4, 8))
+  attend = kernels.for_platform(platform).attend
+  close(attend(q, k, v, causal=True), layers.attend(q, k, v, causal=True))
+  first = attend(q[:, :3], k[:, :3], v[:, :3], causal=True)
+  close(attend(q, k, v, causal=True)[:, :3], first)  # later tokens are not attended to
+
+
+def test_large_scores_do_not_overflow(by_head):
+  q = 100 * jax.random.normal(jax.random.key(0), (1, 5, 1, 8))
+  for attend in (layers.attend, cpu.attend):
+    gradient = jax.grad(lambda q, attend=attend: attend(q, q, q).sum())(q)
+    assert np.isfinite(attend(q, q, q)).all() and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("platform", kernels.PLATFORMS)
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_activations_are_the_textbooks(name, platform):
+  x = jnp.linspace(-6, 6, 101)
+  functions = (kernels.for_platform(platform).activations[name], layers.ACTIVATIONS[name])
+  got, want = ((f(x), jax.grad(lambda x, f=f: f(x).sum())(x)) for f in functions)
+  jax.tree.map(close, got, want)
+
+
+def test_kernels_are_part_of_a_programs_key():
+  versions = {kernels.TEXTBOOK, *map(kernels.for_platform, ("cpu", "gpu", "tpu", "rocm"))}
+  assert versions == {kernels.TEXTBOOK, kernels.LEAN, kernels.PLATFORMS["cpu"]}
+
+
+def test_a_program_has_the_kernels_of_its_platform(by_head):
+  """Whatever the process runs on: a CPU compiles for TPUs, too."""
+  clip = CLIPConfig(
+    embed_dim=8, image_size=16, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2
+  )
+  image, text = jnp.zeros((1, 16, 16, 3)), jnp.eye(3, 8)
+  variables = jax.eval_shape(RPN(clip, RPNConfig()).init, jax.random.key(0), image, text)
+
+  def program(platform):
+    model = RPN(clip, RPNConfig(), kernels=kernels.for_platform(platform))
+    loss = lambda prompts, params: model.apply(
+      {"params": params, "prompts": prompts}, image, text, train=True,
+      rngs={"dropout": jax.random.key(0), "gate": jax.random.key(0)},
+    ).sum()  # fmt: skip
+    traced = jax.jit(jax.grad(loss)).trace(variables["prompts"], variables["params"])
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+  # Two layers forward and backward, one loop each; a random number generator may have others.
+  loops = {platform: program(platform).count("stablehlo.while") for platform in ("cpu", "tpu")}
+  assert loops["cpu"] >= loops["tpu"] + 4, loops
