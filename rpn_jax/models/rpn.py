@@ -15,7 +15,13 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from rpn_jax.models import heads, ladder, prompts, rpm, tuners
-from rpn_jax.models.clip import CLIPConfig, VisionTransformer, l2_normalize, resize_grid
+from rpn_jax.models.clip import (
+  REMAT_POLICIES,
+  CLIPConfig,
+  VisionTransformer,
+  l2_normalize,
+  resize_grid,
+)
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.network import Defaults, Windows
 
@@ -121,8 +127,9 @@ class RPN(Defaults, nn.Module):
 
   def __post_init__(self):
     tuners.parse(self.config.tuner)
-    if self.loss not in heads.SCORES:
-      raise ValueError(f"loss must be one of {', '.join(heads.SCORES)}, got {self.loss!r}")
+    for name, known in (("loss", heads.SCORES), ("remat", REMAT_POLICIES)):
+      if getattr(self, name) not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
     super().__post_init__()
 
   @classmethod

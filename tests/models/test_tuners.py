@@ -10,7 +10,7 @@ import pytest
 
 from rpn_jax.config import Optimizer
 from rpn_jax.models import prompts, trained, tuners
-from rpn_jax.models.clip import CLIPConfig, VisionTransformer, l2_normalize
+from rpn_jax.models.clip import CLIPConfig, TextTransformer, VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.training import step
 from rpn_jax.training.losses import sigmoid_loss
@@ -127,6 +127,54 @@ def test_the_whole_tower_is_within_reach():
       assert found == {tuners.BLOCK_SITES[site.name] for site in sites[part]}
     elif isinstance(tree, dict):
       assert part in {site.name for site in sites["stem"]}
+
+
+@functools.cache
+def text_tower():
+  tokens = jnp.array([[48, 7, 49, 0, 0], [48, 5, 6, 8, 49]])
+  return tokens, jax.jit(TextTransformer(TINY).init)(jax.random.key(0), tokens)["params"]
+
+
+def test_the_whole_text_tower_is_within_reach():
+  """Every projection and norm of it is a site, with the channels of its weights."""
+  params, places = text_tower()[1], tuners.sites(TINY, "text")
+  shapes = {}
+  for part, sites in places.items():
+    for site in sites:
+      tree = params[site.name] if part == "stem" else params[part]
+      for key in () if part == "stem" else tuners.BLOCK_SITES[site.name]:
+        tree = tree[key]
+      want = (site.inputs, site.outputs) if "kernel" in tree else (site.outputs,)
+      assert tree.get("kernel", tree.get("scale")).shape == want
+      shapes[part, site.name] = want
+  norms_and_projections = [p for p in jax.tree.leaves(params, is_leaf=lambda x: "bias" in x)
+                           if isinstance(p, dict)]  # fmt: skip
+  assert len(shapes) == len(norms_and_projections) == 1 + 6 * TINY.text_layers
+
+
+@pytest.mark.parametrize("words", [("lora",), ("ssf",), ("lora", "ssf")])
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_the_text_tower_is_tuned_at_the_same_sites(words, remat):
+  tokens, params = text_tower()
+  tower, config = TextTransformer(TINY, remat=remat), RPNConfig(**SMALL)
+  initial = {
+    word: tuners.initial(tuners.TUNERS[word], TINY, config, jax.random.key(i), "text")
+    for i, word in enumerate(words)
+  }
+
+  @jax.jit
+  def embed(params, tuned):
+    return tower.apply({"params": params}, tokens, functools.partial(tuners.tune_part, tuned))
+
+  plain = jax.jit(tower.apply)({"params": params}, tokens)
+  np.testing.assert_array_equal(embed(params, initial), plain)
+  tuned = moved(initial)
+  want = embed(params, tuned)
+  assert np.abs(want - plain).max() > 1e-3
+  merged = tuners.merge_tower(params, tuned)
+  np.testing.assert_allclose(jax.jit(tower.apply)({"params": merged}, tokens), want, atol=2e-5)
+  for grad in jax.tree.leaves(jax.jit(jax.grad(lambda t: (embed(params, t) ** 2).sum()))(tuned)):
+    assert np.abs(grad).max() > 0
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

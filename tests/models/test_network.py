@@ -1,0 +1,154 @@
+"""What every network of the registry answers; trained and frozen parameters kept apart."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpn_jax.models import NETWORKS, Network, heads, kernels, trained
+from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.models.rpn import RPNConfig
+
+CLIP = CLIPConfig(
+  embed_dim=12, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2
+)
+SETTINGS = {
+  "rpn": [RPNConfig(), RPNConfig(tuner="full"), RPNConfig(tuner="lora+ssf", head="tfpm_c")],
+  "training_free": [{"method": "sclip", "denoise": 0.0, "key_smoothing": False}],
+}
+CASES = [(name, settings) for name in NETWORKS for settings in SETTINGS[name]]
+MEMBERS = [name for name in vars(Network) if not name.startswith("_")] + [*Network.__annotations__]
+
+
+class Encoder:
+  def embed(self, names):
+    return np.eye(len(names), CLIP.embed_dim, dtype=np.float32)
+
+
+def variables_of(network, text):
+  image = jnp.zeros((1, 32, 32, 3))
+  variables = jax.jit(network.init)(jax.random.key(0), image, text)
+  return variables["params"], variables.get("prompts", {})
+
+
+@pytest.mark.parametrize("name, settings", CASES)
+def test_every_network_answers(name, settings):
+  network = NETWORKS[name].create(CLIP, settings)
+  for member in MEMBERS:
+    getattr(network, member)
+  signature = lambda c, f: list(inspect.signature(getattr(c, f)).parameters.values())[1:]
+  want = [(p.kind, p.default) for p in signature(Network, "__call__")]
+  assert [(p.kind, p.default) for p in signature(NETWORKS[name], "__call__")] == want
+
+  text = network.text_input(Encoder(), ("a", "b", "c"))
+  params, prompts = variables_of(network, text)
+  assert set(params) == set(network.towers)
+  image = jax.random.normal(jax.random.key(1), (2, 32, 48, 3))
+  logits = network.apply({"params": params, "prompts": prompts}, image, text)
+  assert logits.shape == (2, 4, 6, 3) and logits.dtype == jnp.float32
+  values = network.probabilities(network.scores(logits))
+  assert values.shape == logits.shape and values.min() >= 0 and values.max() <= 1
+  found, frozen = trained.split(params, network.trained)
+  assert network.trainable == bool(found or prompts)
+  assert jax.tree.structure(trained.join(frozen, found)["params"]) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("name, settings", CASES)
+def test_equal_networks_share_programs(name, settings):
+  first, second = (NETWORKS[name].create(CLIP, settings) for _ in range(2))
+  assert first == second and hash(first) == hash(second)
+  assert first.scores is second.scores and first.probabilities is second.probabilities
+  cpu = NETWORKS[name].create(CLIP, settings, kernels=kernels.for_platform("cpu"))
+  assert first != cpu
+
+
+@pytest.mark.parametrize("name, settings", CASES)
+def test_the_merged_network_gives_the_same_logits(name, settings):
+  network = NETWORKS[name].create(CLIP, settings)
+  text = Encoder().embed("abc")
+  params, prompts = variables_of(network, text)
+  prompts = jax.tree.map(lambda x: x + 0.01, prompts)
+  image = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
+  want = network.apply({"params": params, "prompts": prompts}, image, text)
+  merged, params, prompts = network.merged(params, prompts)
+  got = merged.apply({"params": params, "prompts": prompts}, image, text)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  assert merged.trained == ""
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_scores_are_those_of_the_loss(loss):
+  network = NETWORKS["rpn"].create(CLIP, RPNConfig(), loss=loss)
+  assert network.scores is heads.SCORES[loss]
+  logits = jnp.array([[1.0, -2.0]])
+  e = np.exp(np.array([1.0, -2.0]))
+  want = {"sigmoid": e / (1 + e), "softmax": e / e.sum()}[loss]
+  np.testing.assert_allclose(network.scores(logits)[0], want, rtol=1e-6)
+  assert network.emphasis == 0.5 and NETWORKS["training_free"].emphasis == 0.05
+
+
+def test_rows_are_independent_where_no_class_sees_the_others():
+  free = lambda **fields: NETWORKS["training_free"].create(
+    CLIP, {"method": "sclip", "denoise": 0.0, "key_smoothing": False, **fields}
+  )
+  assert free().independent
+  assert not free(denoise=0.5).independent and not free(key_smoothing=True).independent
+  assert not NETWORKS["rpn"].create(CLIP, RPNConfig()).independent
+
+
+def test_windows_are_those_of_the_papers():
+  b16, l14 = CLIPConfig(), CLIPConfig(patch_size=14)
+  assert NETWORKS["rpn"].windows(b16) == (512, 512, 426)
+  assert NETWORKS["rpn"].windows(l14)[:2] == (518, 518)
+  assert NETWORKS["training_free"].windows(b16) == (336, 224, 112)
+  for network in NETWORKS.values():
+    windows = network.windows(CLIP)
+    assert windows.crop % CLIP.patch_size == 0 and 0 < windows.stride <= windows.crop
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"loss": "hinge"}, "loss must be one of sigmoid, softmax, cosine, got 'hinge'"),
+    ({"remat": "half"}, "remat must be one of none, dots, full, got 'half'"),
+  ],
+)
+def test_bad_words_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    NETWORKS["rpn"].create(CLIP, RPNConfig(), **fields)
+
+
+def test_a_plain_tower_knows_no_words():
+  plain = CLIPConfig(vision="vit")
+  with pytest.raises(ValueError, match='needs the vision tower of a CLIP, got vision="vit"'):
+    NETWORKS["training_free"].create(plain, SETTINGS["training_free"][0])
+
+
+PARAMS = {
+  "visual": {"proj": 1, "block_0": {"q": 2, "v": 3}},
+  "text": {"block_0": {"q": 4, "v": 5}},
+}
+
+
+def test_what_is_trained_is_split_off_and_joined_again():
+  found, frozen = trained.split(PARAMS, r"(visual|text)/block_\d+/q")
+  assert found == {"visual": {"block_0": {"q": 2}}, "text": {"block_0": {"q": 4}}}
+  assert frozen == {"visual": {"proj": 1, "block_0": {"v": 3}}, "text": {"block_0": {"v": 5}}}
+  tree = {"h": 6, "visual": {"block_0": {"q": 20}}, "text": {"block_0": {"q": 40}}}
+  want = {
+    "visual": {"proj": 1, "block_0": {"q": 20, "v": 3}},
+    "text": {"block_0": {"q": 40, "v": 5}},
+  }
+  # Whether the frozen parameters still hold the initial values of what is trained or not.
+  for params in (frozen, PARAMS):
+    assert trained.join(params, tree) == {"params": want, "prompts": {"h": 6}}
+  assert trained.split(PARAMS, "") == ({}, PARAMS)
+  assert trained.split(PARAMS, "visual/.*") == (
+    {"visual": PARAMS["visual"]}, {"text": PARAMS["text"]},
+  )  # fmt: skip
+  # Whole paths: "proj" alone names nothing.
+  for pattern in ("proj", "visual/block"):
+    with pytest.raises(ValueError, match="expected a pattern"):
+      trained.split(PARAMS, pattern)
