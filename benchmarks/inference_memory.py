@@ -16,10 +16,11 @@ import numpy as np
 from absl import app, flags, logging
 
 from rpn_jax.base.console import table
+from rpn_jax.config import RPNConfig
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.models import kernels
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.rpn import RPN
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("network", "rpn", ("rpn", "stand_in"), "What gives the logits")

@@ -29,8 +29,9 @@ from configs import coco_stuff, voc
 from rpn_jax import devices
 from rpn_jax.analysis import costs
 from rpn_jax.base.console import progress, table
+from rpn_jax.config import RPNConfig
 from rpn_jax.models import kernels
-from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.rpn import RPN
 from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, init_prompts, train_step
 

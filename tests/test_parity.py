@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rpn_jax.config import RPNConfig
 from rpn_jax.inference import metrics, sliding
 from rpn_jax.models import clip, rpm
 from rpn_jax.models.clip import CLIP, CLIPConfig, VisionTransformer
-from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.rpn import RPN
 from rpn_jax.text.tokenizer import tokenize
 from rpn_jax.training import losses, optim, pseudo_labels
 from rpn_jax.training.step import TrainState, train_step

@@ -1,5 +1,7 @@
 """What networks have in common; `rpn_jax.models.Network` is the whole contract."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +32,14 @@ class Defaults:
     return self, params, prompts
 
 
-def read_fields(settings, names: Sequence[str]) -> dict[str, Any]:
-  """Fields of an object or of a mapping."""
-  if hasattr(settings, "keys"):
-    return {name: settings[name] for name in names}
-  return {name: getattr(settings, name) for name in names}
+def as_record(settings: Any) -> Any:
+  """Settings as an object that a module can have as an attribute: hashable, equal by its fields."""
+  if not hasattr(settings, "keys"):
+    return settings
+  fields = {k: tuple(x) if isinstance(x, list) else x for k, x in sorted(settings.items())}
+  return _record_class(tuple(fields))(**fields)
+
+
+@functools.cache  # one class for equal names, so that records are comparable
+def _record_class(names: tuple[str, ...]) -> type:
+  return dataclasses.make_dataclass("Settings", names, frozen=True)

@@ -4,7 +4,6 @@ Everything trained is in the collection `prompts`; the tower is in `params`. One
 serves training and inference; the text embeddings are an input, computed once.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,79 +22,7 @@ from rpn_jax.models.clip import (
   resize_grid,
 )
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
-from rpn_jax.models.network import Defaults, Windows
-
-# Fields of words, and the words; those of `tuner` are joined by "+".
-WORDS = {
-  "itp": ("image_to_pixel", "no_image", "no_pixel"),
-  "apg": ("parameter", "linear"),
-  "m2oe": ("gated", "sum", "none"),
-  "rpm_layers": ("all", "first", "last", "odd", "even", "none"),
-  "combine": ("cat", "add", "mul"),
-  "head": ("lpm_a", "lpm_b", "lpm_c", "released", "tfpm_a", "tfpm_b", "tfpm_c"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class RPNConfig:
-  """What is trained, and how it is wired. The defaults are the paper's.
-
-  Attributes:
-    tuner: what adapts the tower, words joined by "+": "rpn" relationship prompts, "vpt" deep
-      prompt tokens, those of `tuners.TUNERS`, or "lpm", nothing but the head.
-    deep_tokens: P, free prompt tokens of "vpt" in every layer.
-    adapter_width: bottleneck of "adapter".
-    lora_rank: rank of "lora".
-    lst_reduction: how many times narrower than the tower the side network of "lst" is.
-    itp: "image_to_pixel" (Eq. 2), or without the image ("no_image") or the pixels ("no_pixel").
-    apg: h as a bare "parameter" (Eq. 3), or as a "linear" layer: another start, and a bias.
-    m2oe: before ITP the "gated" mixture of experts, their plain "sum", or "none".
-    m2oe_reduced: R, the width of the experts.
-    m2oe_experts: number of scales.
-    m2oe_top_k: experts the gate keeps.
-    h_shared: one h for all layers (release) or one per layer (paper, Eq. 3).
-    h_grid: (rows, columns) of the grid h is stored on; it is resized to the token grid. None is
-      the grid of CLIP's pre-training.
-    rpm_layers: layers whose output makes relationship prompts for the next: "all" (but the last
-      of the tower), the "first" or "last" of these, the "odd" or "even" ones, counted from 1, or
-      "none".
-    combine: relationship prompts as further tokens ("cat"), or their mean over the classes added
-      to every patch token ("add") or multiplying it as 1 + mean ("mul").
-    head: LPM variant a, b or c, the release's c, or TFPM, which trains nothing.
-    class_embedding_copies: how often the class embedding is added to the class token; the
-      released code adds it twice.
-    prompt_dropout: dropout rate of projected prompts.
-
-  Raises:
-    ValueError: an unknown word.
-  """
-
-  tuner: str = "rpn"
-  deep_tokens: int = 40
-  adapter_width: int = 64
-  lora_rank: int = 8
-  lst_reduction: int = 8
-  itp: str = "image_to_pixel"
-  apg: str = "parameter"
-  m2oe: str = "gated"
-  m2oe_reduced: int = 3
-  m2oe_experts: int = 4
-  m2oe_top_k: int = 2
-  h_shared: bool = False
-  h_grid: tuple[int, int] | None = None
-  rpm_layers: str = "all"
-  combine: str = "cat"
-  head: str = "lpm_c"
-  class_embedding_copies: int = 1
-  prompt_dropout: float = 0.1
-
-  def __post_init__(self):
-    for field, allowed in WORDS.items():
-      if getattr(self, field) not in allowed:
-        raise ValueError(
-          f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}"
-        )
-    tuners.parse(self.tuner)
+from rpn_jax.models.network import Defaults, Windows, as_record
 
 
 class RPN(Defaults, nn.Module):
@@ -103,14 +30,15 @@ class RPN(Defaults, nn.Module):
 
   Attributes:
     clip: architecture of the frozen tower.
-    config: see RPNConfig.
+    config: what is trained, and how it is wired: hashable, with the fields of
+      `rpn_jax.config.RPNConfig`.
     dtype: compute type of the tower and of the head's matrix products.
     remat: what the tower's blocks compute again in the backward pass, see `VisionTransformer`.
     loss: name of the loss it is trained with, a key of `heads.SCORES`.
     kernels: see `Kernels`.
 
   Raises:
-    ValueError: an unknown word.
+    ValueError: an unknown loss, remat policy or tuner.
   """
 
   clip: CLIPConfig
@@ -137,8 +65,7 @@ class RPN(Defaults, nn.Module):
     cls, clip, settings, *, loss="sigmoid", dtype=jnp.float32, remat="none", kernels=TEXTBOOK
   ) -> "RPN":
     """See `Network.create`."""
-    config = RPNConfig(**settings) if hasattr(settings, "keys") else settings
-    return cls(clip, config, dtype, remat, loss, kernels)
+    return cls(clip, as_record(settings), dtype, remat, loss, kernels)
 
   @classmethod
   def windows(cls, clip: CLIPConfig) -> Windows:

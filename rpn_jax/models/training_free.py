@@ -37,7 +37,7 @@ from einops import rearrange
 from rpn_jax.models import heads
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer, l2_normalize
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
-from rpn_jax.models.network import Defaults, Windows, read_fields
+from rpn_jax.models.network import Defaults, Windows, as_record
 
 # Probabilities are softmax(100 · cosine); 100 is where CLIP's own scale ends.
 SCALE = 100.0
@@ -138,8 +138,8 @@ class DenseCLIP(Defaults, nn.Module):
   ) -> "DenseCLIP":
     """See `Network.create`; nothing is trained, so that loss and remat change nothing."""
     del loss, remat
-    fields = read_fields(settings, ("method", "denoise", "key_smoothing"))
-    return cls(clip, **fields, dtype=dtype, kernels=kernels)
+    s = as_record(settings)
+    return cls(clip, s.method, s.denoise, s.key_smoothing, dtype, kernels)
 
   @property
   def scores(self) -> Callable:

@@ -9,8 +9,9 @@ import pytest
 
 from configs import ablations
 from rpn_jax.analysis.runs import flatten
+from rpn_jax.config import RPNConfig
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
-from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.rpn import RPN
 from rpn_jax.models.training_free import DenseCLIP
 from rpn_jax.tasks import train
 from rpn_jax.training import optim, step

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rpn_jax.config import RPNConfig
 from rpn_jax.models import kernels, layers
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.kernels import cpu
-from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.rpn import RPN
 
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 

@@ -8,9 +8,10 @@ import pytest
 
 from rpn_jax import config, devices
 from rpn_jax.analysis import costs
+from rpn_jax.config import RPNConfig
 from rpn_jax.models import kernels, layers, prompts
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.rpn import RPN
 from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, init_prompts, train_step
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rpn_jax.config import RPNConfig
 from rpn_jax.models import NETWORKS, Network, heads, kernels, trained
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.models.rpn import RPNConfig
 
 CLIP = CLIPConfig(
   embed_dim=12, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2

@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from configs import common
+from rpn_jax.config import RPNConfig
 from rpn_jax.models import prompts, rpm
 from rpn_jax.models.clip import CLIP, Block, CLIPConfig, VisionTransformer, l2_normalize
-from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.rpn import RPN
 from rpn_jax.training import losses
 from rpn_jax.training.step import init_prompts
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpn_jax.config import Optimizer
+from rpn_jax.config import Optimizer, RPNConfig
 from rpn_jax.models import prompts, trained, tuners
 from rpn_jax.models.clip import CLIPConfig, TextTransformer, VisionTransformer, l2_normalize
-from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.rpn import RPN
 from rpn_jax.training import step
 from rpn_jax.training.losses import sigmoid_loss
 from rpn_jax.training.optim import assign_groups
@@ -147,9 +147,9 @@ def test_the_whole_text_tower_is_within_reach():
       want = (site.inputs, site.outputs) if "kernel" in tree else (site.outputs,)
       assert tree.get("kernel", tree.get("scale")).shape == want
       shapes[part, site.name] = want
-  norms_and_projections = [p for p in jax.tree.leaves(params, is_leaf=lambda x: "bias" in x)
-                           if isinstance(p, dict)]  # fmt: skip
-  assert len(shapes) == len(norms_and_projections) == 1 + 6 * TINY.text_layers
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  parents = {path[:-1] for path, _ in leaves if len(path) > 1}
+  assert len(shapes) == len(parents) == 1 + 6 * TINY.text_layers
 
 
 @pytest.mark.parametrize("words", [("lora",), ("ssf",), ("lora", "ssf")])
@@ -200,10 +200,10 @@ def test_bfloat16_keeps_its_type(tuner):
 
 def test_wrong_words_are_named():
   with pytest.raises(ValueError, match=r"got 'rpn\+adaptor'"):
-    RPNConfig(tuner="rpn+adaptor")
+    RPN(TINY, RPNConfig(tuner="rpn+adaptor"))
   with pytest.raises(ValueError, match="each once"):
     RPNConfig(tuner="lora+lora")
-  with pytest.raises(ValueError, match=r"combine must be one of cat, add, mul"):
+  with pytest.raises(ValueError, match=r"combine='sum' is not known.* Known: cat, add, mul"):
     RPNConfig(combine="sum")
 
 

@@ -14,9 +14,10 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 
 from rpn_jax import config
+from rpn_jax.config import RPNConfig
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
-from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.rpn import RPN
 from rpn_jax.training import losses, optim, sharding
 from rpn_jax.training.step import TrainState, init_prompts, train_step
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.config import RPNConfig
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
-from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.rpn import RPN
 from rpn_jax.training import step
 from rpn_jax.weights import clip_file, plain_vit
 from tests import tiny
