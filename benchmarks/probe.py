@@ -8,7 +8,6 @@ and per layer the length of the prompt tokens beside that of the patch tokens th
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
@@ -17,8 +16,7 @@ from ml_collections import config_flags
 from data_pipelines import datasets
 from rpn_jax.base.console import table
 from rpn_jax.inference import evaluation
-from rpn_jax.inference.predictor import Experiment
-from rpn_jax.models.rpn import RPN
+from rpn_jax.inference.predictor import open_run
 from rpn_jax.tasks import evaluate
 
 FLAGS = flags.FLAGS
@@ -30,25 +28,28 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
-  experiment = Experiment(FLAGS.config, FLAGS.workdir)
+  predictor, run = open_run(FLAGS.config, FLAGS.workdir)
   data = datasets.load(FLAGS.config)
-  _, prompts = experiment.restored_prompts()
-  text = experiment.text(data.names)
+  _, prompts = predictor.read_prompts(run)["last"]
+  predictor = predictor.with_prompts(prompts)
+  text = predictor.encoder.embed(data.names)
   examples = data.eval_examples()
+  trained = predictor.network
 
-  def scores():
-    return evaluation.evaluate(experiment.evaluator(prompts, data), examples, data).scores
+  def scores(network):
+    predictor.network = network
+    return evaluation.evaluate(predictor.for_data(data), examples, data).scores
 
-  rows = {"as trained": scores()}
-  trained = experiment.model
-  silent = RPN(trained.clip, dataclasses.replace(trained.config, rpm_layers="none"))
-  experiment.forward = jax.jit(lambda _, v, t, image: silent.apply(v, image, t), static_argnums=0)
-  rows["prompts left out at test"] = scores()
+  without = dataclasses.replace(trained.config, rpm_layers="none")
+  rows = {
+    "as trained": scores(trained),
+    "prompts left out at test": scores(trained.clone(config=without)),
+  }
   print(evaluate.score_table(rows))
 
   crop = FLAGS.config.eval.crop
   image = jnp.asarray(examples[0]["image"][None, :crop, :crop])
-  variables = {"params": experiment.params, "prompts": prompts}
+  variables = {"params": predictor.params, "prompts": prompts}
   _, inside = trained.apply(variables, image, jnp.asarray(text), mutable=["intermediates"])
   inside = inside["intermediates"]
   project = lambda r: r @ prompts["prompt_proj"]["kernel"] + prompts["prompt_proj"]["bias"]

@@ -4,26 +4,28 @@ import contextlib
 import ctypes
 import functools
 import glob
+import hashlib
 import importlib.util
 import os
-import pathlib
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 
 import jax
+import jaxlib
 import numpy as np
 
 from rpn_jax.base import console
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import cache_dir
 
 AXIS = "data"
-# A process that is silent for so long is taken for dead, and the others end.
+# A process that has been silent for this long is taken for dead, and the others end.
 HEARTBEAT_SECONDS = 30
-PRECISIONS = ("default", "high", "highest")
 
 
 def configure_cpu() -> None:
-  """A fraction of the memory on CPUs; call it before JAX first looks for devices.
+  """Makes JAX use a fraction of the memory on CPUs; call it before JAX first looks for devices.
 
   By default XLA schedules operations there as early as they can run and keeps their results, which
   was measured to make nothing faster (docs/benchmarks.md).
@@ -32,17 +34,17 @@ def configure_cpu() -> None:
   if flag not in given:
     os.environ["XLA_FLAGS"] = f"{given} {flag}=false".strip()
   if sys.platform == "linux":
-    _lean_malloc()
+    _trim_malloc()
 
 
 @functools.cache
-def _lean_malloc() -> None:
-  """Keeps glibc from holding what is free: 0.2 GB after a step was compiled, and in each of eight
-  arenas per core what a thread once used."""
+def _trim_malloc() -> None:
+  """Keeps glibc from holding freed memory: 0.2 GB after a step is compiled, and whatever a thread
+  once used in each of eight arenas per core. Measured in docs/benchmarks.md."""
   libc, arena_max = ctypes.CDLL(None), -8
   if not hasattr(libc, "mallopt"):
     return
-  libc.mallopt(arena_max, max(1, os.cpu_count() // 2))
+  libc.mallopt(arena_max, max(1, (os.cpu_count() or 1) // 2))
 
   def trim(event, seconds, **_):
     if seconds > 1 and event == "/jax/core/compile/backend_compile_duration":
@@ -51,39 +53,60 @@ def _lean_malloc() -> None:
   jax.monitoring.register_event_duration_secs_listener(trim)
 
 
-def compiler_options() -> dict[str, str] | None:
-  """For the training step: XLA keeps optimization barriers on CPUs, too, until it has scheduled.
+def configure_compilation_cache() -> None:
+  """Reuses programs that an earlier command compiled, unless the user has chosen a place for them.
 
-  By default it takes them out before, and then computes again at once what `remat` would have
-  computed late, and adds up late what should be added up at once (docs/benchmarks.md).
+  Programs for CPUs are made for one processor and one compiler: a home folder that several
+  machines share would otherwise give them programs that crash.
   """
-  if jax.default_backend() != "cpu":
+  if jax.config.jax_compilation_cache_dir is None and (folder := cache_dir()):
+    jax.config.update("jax_compilation_cache_dir", str(folder / f"xla-{machine_id()}"))
+  # In a short command small programs are most of the time, too.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+@functools.cache
+def machine_id() -> str:
+  """The compiler's version and a hash of what the processor can do: "0.10.2-1f3a5b7c"."""
+  features = platform.processor()
+  with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+    features = next((line for line in file if line.startswith(("flags", "Features"))), features)
+  words = " ".join([platform.system(), platform.machine(), *sorted(features.split())])
+  return f"{jaxlib.__version__}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
+  """Options for compiling the training step for the devices of a mesh.
+
+  On CPUs XLA keeps optimization barriers until it has scheduled. By default it removes them before,
+  and then recomputes at once what `remat` would have recomputed late, and adds up late what should
+  be added up at once (docs/benchmarks.md).
+  """
+  if platform_of(mesh) != "cpu":
     return None
   return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
+def platform_of(mesh: jax.sharding.Mesh) -> str:
+  """The kind of devices in a mesh: "cpu", "gpu" or "tpu"."""
+  return mesh.devices.flat[0].platform
+
+
 @contextlib.contextmanager
-def runtime(place: Sequence[str] = (), matmul_precision: str = "default"):
-  """What a command runs in: its processes joined, JAX set up, failures of the runtime in one line.
+def runtime(coordinator: Sequence[str] = (), matmul_precision: str = "default"):
+  """What a command runs in: its processes joined, JAX set up, runtime errors in one line.
 
   Args:
-    place: see `initialize`.
+    coordinator: see `initialize`.
     matmul_precision: of float32 matrix products: default, high or highest.
 
   Raises:
-    InputError: also when memory is out or another process is gone.
+    InputError: the processes do not find each other; later also when memory runs out.
   """
-  if matmul_precision not in PRECISIONS:
-    raise InputError(
-      f"config.matmul_precision must be one of {PRECISIONS}, got {matmul_precision!r}"
-    )
   configure_cpu()
   jax.config.update("jax_default_matmul_precision", matmul_precision)
-  # Programs compiled by an earlier run are reused.
-  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache/rpn_jax/xla"))
-  # Of a short command, small programs are most of the time too.
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-  initialize(place)
+  configure_compilation_cache()
+  initialize(coordinator)
   if jax.process_index():
     console.silence()  # the first process speaks for all
   with one_line_runtime_errors():
@@ -92,10 +115,13 @@ def runtime(place: Sequence[str] = (), matmul_precision: str = "default"):
 
 @contextlib.contextmanager
 def one_line_runtime_errors():
-  """What the runtime raises when memory is out or another process is gone, in one line.
+  """Turns what the runtime raises when memory runs out or another process is gone into one line.
 
-  In the second case this process ends here and now: whatever would be cleaned up waits for the
-  other one. Where nothing is raised, JAX ends the process when heartbeats have been missing.
+  In the second case this process ends at once: any cleaning up would wait for the other one. Where
+  nothing is raised, JAX ends the process when heartbeats stay away.
+
+  Raises:
+    InputError: memory has run out.
   """
   try:
     yield
@@ -110,28 +136,27 @@ def one_line_runtime_errors():
       raise
     print(
       f"error: process {jax.process_index()} of {jax.process_count()} lost another one ({reason}): "
-      "start all of them again, the run continues at its last checkpoint",
+      "start all of them again; the run resumes from its last checkpoint",
       file=sys.stderr,
       flush=True,
     )
     os._exit(2)
 
 
-def initialize(place: Sequence[str] = ()) -> None:
+def initialize(coordinator: Sequence[str] = ()) -> None:
   """Joins the processes of a run; call it before anything else uses JAX.
 
   Args:
-    place: of this process: (address of process 0 as host:port, number of processes, number of this
-      one). Without it, Slurm, Open MPI and Cloud TPU tell by themselves; elsewhere the process is
-      alone.
+    coordinator: (address of process 0 as host:port, number of processes, index of this one).
+      Without it Slurm, Open MPI and Cloud TPU are recognized; elsewhere the process is alone.
 
   Raises:
-    InputError: a place that is none, or processes that do not find each other.
+    InputError: another form, or processes that do not find each other.
   """
   arguments = {}
-  if place:
+  if coordinator:
     try:
-      address, count, index = place
+      address, count, index = coordinator
       arguments = {"num_processes": int(count), "process_id": int(index)}
       if ":" not in address or not 0 <= int(index) < int(count):
         raise ValueError
@@ -139,7 +164,7 @@ def initialize(place: Sequence[str] = ()) -> None:
     except ValueError:
       raise InputError(
         "--distributed: expected HOST:PORT,PROCESSES,PROCESS, the address of process 0, how many "
-        f"there are and which this is (from 0), got {','.join(place)}"
+        f"there are and which this is (from 0), got {','.join(coordinator)}"
       ) from None
   elif not _in_cluster(os.environ):
     return
@@ -166,7 +191,7 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def process() -> tuple[int, int]:
-  """The number of this process, and how many there are."""
+  """The index of this process, and how many there are."""
   return jax.process_index(), jax.process_count()
 
 

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
+from rpn_jax.inference.predictor import open_run
 from rpn_jax.models.clip import CLIP, CLIPConfig
 from rpn_jax.weights import clip_file
 
@@ -30,3 +31,9 @@ def _params(seed: int):
 
 def save(path: pathlib.Path, seed: int = 0) -> None:
   clip_file.save(path, TINY, _params(seed))
+
+
+def restored(config, workdir) -> dict:
+  """Step and prompts of a run's newest and best checkpoints."""
+  predictor, run = open_run(config, workdir)
+  return predictor.read_prompts(run)

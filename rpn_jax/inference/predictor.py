@@ -1,241 +1,260 @@
-"""What training, evaluation and prediction share: the model of a config, ready to run."""
+"""A network ready for images: its weights, its text encoder, how images are prepared and cut."""
 
-import contextlib
+import dataclasses
 import functools
-import json
-import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import ml_collections
+import numpy as np
 
+from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import write_json
-from rpn_jax.devices import data_mesh, put_batch
+from rpn_jax.devices import data_mesh, platform_of, put_batch
 from rpn_jax.inference.sliding import SlidingWindow
-from rpn_jax.models import NETWORKS, kernels, trained
-from rpn_jax.text.embeddings import class_embeddings
+from rpn_jax.models import NETWORKS, Network, kernels
+from rpn_jax.models.prompts import count
+from rpn_jax.models.trained import init_prompts, join, split
+from rpn_jax.text.embeddings import TextEncoder
 from rpn_jax.text.templates import expand
-from rpn_jax.training import optim
-from rpn_jax.training.step import TrainState, init_prompts
+from rpn_jax.training.run import Run
 from rpn_jax.weights import arrays, clip_file, prompts_file
 
-# The best scores so far, for an evaluation of the run while it goes on or after it.
-BEST = "best.json"
 
-# Least values of numbers in a config; less would fail far from the field's name, or never end.
-LEAST = {
-  "steps": 1, "log_every": 1, "eval_every": 1, "save_every": 0, "max_skipped": 1,
-  "optimizer.clip_norm": 0, "data.batch_size": 1, "data.crop": 1, "data.short_side": 1,
-  "data.threads": 0, "data.workers": 0, "data.eval_images": 0, "eval.crop": 1, "eval.stride": 1,
-  "eval.window_batch": 1,
-}  # fmt: skip
-MOST = 1 << 40
-
-
-def check_numbers(config) -> None:
-  """Raises an InputError for a number that no run can have."""
-  for field, least in LEAST.items():
-    section, _, name = field.rpartition(".")
-    value = (config.get(section, {}) if section else config).get(name)
-    if value is None:  # weights alone are used without a recipe of training
-      continue
-    if not least <= value <= MOST:  # also NaN
-      raise InputError(f"config.{field} must be at least {least}, got {value}")
-
-
-class Experiment:
-  """The frozen tower, the network around it and the files of one config in one workdir.
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """How images are prepared, cut into windows, and merged again.
 
   Attributes:
-    config: the locked config.
-    workdir: of the run.
-    clip_config: architecture of the tower.
-    clip: its parameters, both branches and the logit scale.
-    params: the vision branch, as the network's `params` collection.
-    model: an RPN or a DenseCLIP.
-    fingerprint: of the weights.
-
-  Args:
-    config: see there.
-    workdir: see there.
-    weights: what `clip_file.load` gave for config.clip, if that is known already.
+    short_side: images are resized to it, pixels.
+    crop: side of the square windows, pixels.
+    stride: between windows, pixels.
+    mean, std: per channel, of values in [0, 1].
+    window_batch: windows per call of the network.
+    scales: sizes that scores are averaged over, as factors on `short_side`.
+    flip: also average over mirrored images.
+    seen_penalty: subtracted from the scores of penalized classes.
   """
 
-  def __init__(self, config, workdir, weights: tuple | None = None):
-    check_numbers(config)
-    self.config = config
-    self.workdir = pathlib.Path(workdir)
-    self.clip_config, self.clip = weights or clip_file.load_clip(config.clip)
-    for field in ("data.crop", "eval.crop"):
-      section, name = field.split(".")
-      side = config[section][name]
-      if side % self.clip_config.patch_size:
-        raise InputError(
-          f"config.{field}={side} must be a multiple of the patch size "
-          f"{self.clip_config.patch_size} of {config.clip}"
-        )
-    self.params = jax.device_put({"visual": self.clip["visual"]})
-    network = NETWORKS[config.method]
-    try:
-      self.model = network.create(
-        self.clip_config,
-        config[network.section],
-        loss=config.loss.name if "loss" in config else "sigmoid",
-        dtype=jnp.dtype(config.dtype),
-        remat=config.get("remat", "none"),
-        kernels=kernels.for_platform(jax.local_devices()[0].platform),
+  short_side: int
+  crop: int
+  stride: int
+  mean: tuple[float, ...] = pixels.CLIP_MEAN
+  std: tuple[float, ...] = pixels.CLIP_STD
+  window_batch: int = 4
+  scales: tuple[float, ...] = (1.0,)
+  flip: bool = False
+  seen_penalty: float = 0.0
+
+
+@functools.cache
+def forward(network: Network):
+  """The jitted network (variables, text, image) -> logits: equal networks share one program."""
+  return jax.jit(lambda variables, text, image: network.apply(variables, image, text))
+
+
+class Predictor:
+  """Segments images with a network and the weights around it.
+
+  Attributes:
+    network: as it is trained.
+    params: the towers it uses, on the devices.
+    prompts: what was trained; {} for a network that trains nothing.
+    clip: architecture of the towers.
+    encoder: class names to embeddings.
+    protocol: see Protocol.
+
+  Raises:
+    InputError: windows that are no multiple of the patch size.
+  """
+
+  def __init__(
+    self, network: Network, params: Mapping, prompts: Mapping, encoder: TextEncoder,
+    protocol: Protocol,
+  ):  # fmt: skip
+    self.network, self.params, self.prompts = network, params, prompts
+    self.encoder, self.protocol = encoder, protocol
+    self.clip = encoder.config
+    if protocol.crop % self.clip.patch_size:
+      raise InputError(
+        f"config.eval.crop={protocol.crop}: expected a multiple of the patch size of the CLIP "
+        f"weights, {self.clip.patch_size}"
       )
-    except ValueError as error:
-      raise InputError(f"config.{network.section}: {error}") from None
-    self.fingerprint = arrays.fingerprint(self.clip)
-    # One jitted function for the life of the experiment: evaluations do not compile again.
-    self.forward = jax.jit(
-      lambda model, variables, text, image: model.apply(variables, image, text), static_argnums=0
-    )
 
-  @functools.cached_property
-  def identity(self) -> dict:
-    """What a checkpoint has to have in common with this experiment."""
-    from rpn_jax.training import identity
+  @classmethod
+  def from_config(cls, config, weights: tuple | None = None) -> "Predictor":
+    """The predictor of a run's config, without prompts yet; see `with_prompts` and `restore`.
 
-    return identity.identity(self.config, self.fingerprint)
-
-  @property
-  def trainable(self) -> bool:
-    return self.model.trainable
-
-  def text(self, names: Sequence[str]):
-    """Embeddings (C, E) of class names with the config's templates, kept on disk."""
-    c = self.config
-    return class_embeddings(
-      self.clip_config,
-      self.clip,
-      names,
-      c.templates,
-      synonyms=c.synonyms,
-      fingerprint=self.fingerprint,
-    )
-
-  def initial_prompts(self, text_CxE) -> dict:
-    key = jax.random.key(self.config.seed)
-    return init_prompts(self.model, self.params, text_CxE, key, self.config.data.crop)
-
-  def optimizer(self, prompts):
-    return optim.make_optimizer(self.config.optimizer, prompts)
-
-  def initial_state(self, text_CxE) -> TrainState:
-    prompts = self.initial_prompts(text_CxE)
-    return TrainState(jnp.int32(0), prompts, self.optimizer(prompts).init(prompts))
-
-  def checkpoints(self, *, read_only: bool = False):
-    """The `checkpoint.Checkpoints` of the workdir."""
-    from rpn_jax.training import checkpoint
-
-    return checkpoint.Checkpoints(self.workdir, self.identity, read_only=read_only)
-
-  def claim_workdir(self) -> None:
-    """Writes `config.json`, or checks that the one there is of this run.
+    Args:
+      config: of a segmentation run.
+      weights: what `load_clip` gives for config.clip, if that is known already.
 
     Raises:
-      InputError: the workdir belongs to another run.
+      InputError: weights that cannot be read or do not fit the config.
     """
-    from rpn_jax.training import identity
+    clip, params = weights or clip_file.load_clip(config.clip)
+    network = make_network(config, clip)
+    encoder = TextEncoder(
+      clip, params, config.templates, config.synonyms, arrays.fingerprint(params)
+    )
+    protocol = Protocol(
+      short_side=config.data.short_side,
+      mean=tuple(config.data.mean),
+      std=tuple(config.data.std),
+      **{name: config.eval[name] for name in ("crop", "stride", "window_batch", "flip")},
+      scales=tuple(config.eval.scales),
+      seen_penalty=config.eval.seen_penalty,
+    )
+    towers = jax.device_put({name: params[name] for name in network.towers})
+    return cls(network, towers, {}, encoder, protocol)
 
-    path = self.workdir / "config.json"
-    if path.exists():
-      try:
-        stored = json.loads(path.read_text())
-        config = ml_collections.ConfigDict(dict(stored["config"].items()))
-        stored = identity.identity(config, stored["clip"])
-      except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(
-          f"expected the settings of a run in {path}, got something else: delete that file if the "
-          "workdir is of this run"
-        ) from None
-      identity.check_identity(self.workdir, stored, self.identity)
-      return
-    self.workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"clip": self.fingerprint, "config": self.config.to_dict()})
+  @classmethod
+  def from_weights(
+    cls, path, *, method: str = "sclip", templates: str | Sequence[str] = "imagenet80",
+    synonyms: str = "mean",
+  ) -> "Predictor":  # fmt: skip
+    """CLIP as it is, read by a training-free method with the protocol that it was made for.
 
-  def restored(self) -> dict[str, tuple[int, dict]]:
-    """Step and prompts of the workdir's newest checkpoint, "last", and of the "best" one.
-
-    There is no "best" where it is the newest, nor in a file of prompts. A training-free method
-    has step 0 and no prompts.
+    Args:
+      path: weights, or the name of shipped ones.
+      method: of `models.training_free.METHODS`.
+      templates: see `text.templates`.
+      synonyms: see `text.templates`.
     """
-    if not self.trainable:
+    clip, params = clip_file.load_clip(path)
+    settings = {"method": method, "denoise": 0.0, "key_smoothing": False}
+    network = _create("training_free", clip, settings, str(path))
+    encoder = TextEncoder(clip, params, templates, synonyms, arrays.fingerprint(params))
+    protocol = Protocol(**dataclasses.asdict(network.windows(clip)))
+    towers = jax.device_put({name: params[name] for name in network.towers})
+    return cls(network, towers, {}, encoder, protocol)
+
+  def with_prompts(self, prompts: Mapping) -> "Predictor":
+    """The same with what a step of training made."""
+    return Predictor(self.network, self.params, prompts, self.encoder, self.protocol)
+
+  def read_prompts(self, run: Run) -> dict[str, tuple[int, dict]]:
+    """Step and prompts of a run's newest checkpoint, "last", and of the "best" one.
+
+    There is no "best" where it is the newest, nor in a file of prompts (config.prompts). A network
+    that trains nothing has step 0 and no prompts.
+
+    Raises:
+      InputError: there is none, or it is of another run.
+    """
+    if not self.network.trainable:
       return {"last": (0, {})}
-    # No shape depends on the number of classes.
-    like = jax.eval_shape(self.initial_prompts, jnp.zeros((1, self.clip_config.embed_dim)))
-    if path := self.config.get("prompts"):
+    like = self.prompt_shapes(run.config.data.crop)
+    if path := run.config.get("prompts"):
       content = prompts_file.load(path)
-      prompts_file.check(content, path, self.config.to_dict(), self.identity["clip"], like)
+      prompts_file.check(content, path, run.config.to_dict(), run.fingerprint, like)
       return {"last": (content.step, content.prompts)}
-    if not (self.workdir / "checkpoints").is_dir():
-      raise InputError(f"no checkpoints in {self.workdir}: train first, with the same --workdir")
-    with contextlib.closing(self.checkpoints(read_only=True)) as checkpoints:
-      return checkpoints.read(like, self._best_step())
+    return run.read(like)
 
-  def _best_step(self) -> int | None:
-    """Of the best evaluation that training has written down."""
-    try:
-      return json.loads((self.workdir / BEST).read_text())["best"]["step"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-      return None
+  @property
+  def frozen(self) -> dict:
+    """The part of the towers that training leaves as it is."""
+    return split(self.params, self.network.trained)[1]
 
-  def restored_prompts(self) -> tuple[int, dict]:
-    """Step and prompts of the workdir's newest checkpoint (0 and {} for a training-free method)."""
-    return self.restored()["last"]
+  @property
+  def clip_parameters(self) -> int:
+    """How many scalars the CLIP around the network has, in both branches."""
+    return count(self.encoder.params)
 
-  def evaluator(self, prompts: dict, data) -> SlidingWindow:
-    """Inference with the class names of `data`, as everything that is scored is made.
+  def init_prompts(self, text, key: jax.Array, crop: int) -> dict:
+    """Initial values of what is trained; see `models.trained.init_prompts`."""
+    return init_prompts(self.network, self.params, text, key, crop)
 
-    Where config.synonyms is "max", every synonym competes by itself. The scores of
-    `data.penalized` are lowered, except by a training-free method, to which no class is seen.
+  def prompt_shapes(self, crop: int) -> dict:
+    """Shapes and types of what is trained, for training crops of a side in pixels."""
+    # No shape depends on the number of classes.
+    text = self.network.text_input(self.encoder, ("a",))
+    return jax.eval_shape(lambda text: self.init_prompts(text, jax.random.key(0), crop), text)
+
+  def prepare(self, image_HxWx3: np.ndarray) -> np.ndarray:
+    """An RGB image (uint8) as the network takes it: resized and normalized, float32."""
+    p = self.protocol
+    return pixels.to_network(image_HxWx3, p.short_side, p.mean, p.std)
+
+  def for_data(self, data) -> SlidingWindow:
+    """Sliding-window inference with the class names of a data set, for scores.
+
+    Where the encoder's synonyms are "max", every synonym competes by itself. The scores of
+    `data.penalized` are lowered, except with a network that trains nothing, to which no class is
+    seen.
     """
-    rows, class_of_row = expand(data.names, range(len(data.names)), self.config.synonyms)
-    penalized = set(data.penalized) if self.trainable else set()
-    return self.segmenter(
-      prompts,
-      self.text(rows),
+    rows, class_of_row = expand(data.names, range(len(data.names)), self.encoder.synonyms)
+    penalized = set(data.penalized) if self.network.trainable else set()
+    return self.sliding_window(
+      self.network.text_input(self.encoder, rows),
       [row for row, name in enumerate(class_of_row) if name in penalized],
       class_of_row,
     )
 
-  def segmenter(
-    self,
-    prompts: dict,
-    text_CxE,
-    penalized: Sequence[int] = (),
-    class_of_row: Sequence[int] | None = None,
+  def sliding_window(
+    self, text, penalized: Sequence[int] = (), class_of_row: Sequence[int] | None = None
   ) -> SlidingWindow:
-    """Sliding-window inference with these prompts and classes, on all local devices."""
-    c = self.config.eval
+    """Sliding-window inference on all local devices.
+
+    Args:
+      text: `network.text_input` of C names.
+      penalized: rows of `text` whose scores are lowered.
+      class_of_row: class id of every row, where several stand for one class.
+    """
     mesh = data_mesh()
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    # Tuners that can be are merged into the tower for everything but training.
-    model, params, prompts = self.model.merged(**trained.join(self.params, prompts))
-    variables = {"params": params, "prompts": prompts}
-    variables, text = jax.device_put((variables, jnp.asarray(text_CxE)), whole)
+    network, params, prompts = self.network.merged(self.params, self.prompts)
+    variables, text = jax.device_put((join(params, prompts), jnp.asarray(text)), whole)
+    apply = forward(network)
 
     def logits(windows):
       # Merged on one device: that takes a small part of the network's time.
-      return jax.device_put(
-        self.forward(model, variables, text, put_batch(windows, mesh)), mesh.devices[0]
-      )
+      return jax.device_put(apply(variables, text, put_batch(windows, mesh)), mesh.devices[0])
 
+    p = self.protocol
     return SlidingWindow(
       logits,
-      len(text_CxE),
-      crop=c.crop,
-      stride=c.stride,
-      window_batch=-(-c.window_batch // mesh.size) * mesh.size,
-      penalty=c.seen_penalty,
+      len(text),
+      crop=p.crop,
+      stride=p.stride,
+      window_batch=-(-p.window_batch // mesh.size) * mesh.size,
+      penalty=p.seen_penalty,
       penalized=penalized,
-      activation=model.scores,
-      scales=c.scales,
-      flip=c.flip,
+      activation=network.scores,
+      scales=p.scales,
+      flip=p.flip,
       class_of_row=class_of_row,
     )
+
+
+def open_run(config, workdir) -> tuple[Predictor, Run]:
+  """The predictor of a config, without prompts yet, and the run in a workdir."""
+  predictor = Predictor.from_config(config)
+  return predictor, Run(config, workdir, predictor.encoder.fingerprint)
+
+
+def make_network(config, clip) -> Network:
+  """The network of a config around a CLIP architecture, with the kernels of the local devices.
+
+  Raises:
+    InputError: settings or weights that the network refuses.
+  """
+  cls = NETWORKS[config.method]
+  return _create(
+    config.method,
+    clip,
+    config[cls.section].to_dict(),
+    config.clip,
+    loss=config.get("loss", {}).get("name", "sigmoid"),
+    dtype=jnp.dtype(config.dtype),
+    remat=config.get("remat", "none"),
+  )
+
+
+def _create(method: str, clip, settings: Mapping, where: str, **options) -> Network:
+  cls = NETWORKS[method]
+  platform = platform_of(data_mesh())
+  try:
+    return cls.create(clip, settings, kernels=kernels.for_platform(platform), **options)
+  except ValueError as error:
+    raise InputError(f"config.{cls.section} with {where}: {error}") from None

@@ -1,96 +1,120 @@
 """The result for one image: labels, scores, overlay, files."""
 
+import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import numpy as np
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json
 from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_prediction
 from rpn_jax.drawing.palette import class_colors
-from rpn_jax.models.training_free import SCALE
+from rpn_jax.inference.sliding import WindowLogits
+from rpn_jax.models import Network
 
-# Lowers the scores of rows that only fill a program's shape below all others.
-NEVER = -1e4
-# What an emphasis of 1 adds: half the range of a sigmoid, and as much as cosines usually differ.
-EMPHASIS = {True: 0.5, False: 0.05}
-
-
-# Each one object for all calls, since it is part of a program's key.
+# Added to the scores of rows that only fill a program's shape: no other score is as low.
+FILLER_SCORE = -1e4
 
 
-def _sigmoid_probabilities(scores):
-  return scores
+@functools.cache  # one function object for equal networks: it is part of a program's key
+def _best_row(probabilities: Callable) -> Callable:
+  """Scores -> index of the best row and its probability."""
+  return lambda scores: (scores.argmax(-1), probabilities(scores).max(-1))
 
 
-def _cosine_probabilities(scores):
-  return jax.nn.softmax(SCALE * scores, axis=-1)
+@dataclasses.dataclass(frozen=True)
+class ClassScores:
+  """What the network computed for an image: every map of its classes can be merged from it.
 
+  Attributes:
+    network: gives the meaning of logits and scores.
+    logits: of the windows.
+    size: (height, width) that the network worked at, pixels.
+    class_of_row: class id of every row of the logits, -1 for background words.
+    fillers: further rows that only fill the program's shape.
+  """
 
-def _sigmoid_best(scores):
-  return scores.argmax(-1), scores.max(-1)
+  network: Network
+  logits: WindowLogits
+  size: tuple[int, int]
+  class_of_row: np.ndarray
+  fillers: int
 
+  def best(self, size: tuple[int, int], bias: Mapping[int, float]) -> tuple:
+    """Class ids (height, width) and probabilities of the best rows; `bias`: see `rows`."""
+    row, probability = self.logits.merge(
+      _best_row(self.network.probabilities), size, self._bias_of_rows(bias)
+    )
+    return self.class_of_row[row].astype(np.int32), np.clip(probability, 0, 1)
 
-def _cosine_best(scores):
-  return scores.argmax(-1), _cosine_probabilities(scores).max(-1)
+  def rows(self, bias: Mapping[int, float]) -> np.ndarray:
+    """Probabilities (height, width, rows) at the network's resolution.
+
+    Args:
+      bias: class id -> emphasis, -1 to 1, that raises or lowers its scores.
+    """
+    merged = self.logits.merge(self.network.probabilities, self.size, self._bias_of_rows(bias))
+    return np.clip(merged, 0, 1)
+
+  def _bias_of_rows(self, bias: Mapping[int, float]) -> np.ndarray:
+    rows = np.zeros(len(self.class_of_row) + self.fillers, np.float32)
+    rows[len(self.class_of_row) :] = FILLER_SCORE
+    for class_id, emphasis in bias.items():
+      rows[np.flatnonzero(self.class_of_row == class_id)] = self.network.emphasis * emphasis
+    return rows
 
 
 class Segmentation:
-  """One segmented picture. Maps are computed when they are first asked for.
+  """One segmented image. Maps are computed when they are first asked for.
 
   Attributes:
     image: (H, W, 3) uint8.
     names: C class names.
-    method: what made it, in words.
-    file: path of the picture, or "".
+    method: what segmented it, in words.
+    class_scores: what the network computed.
+    file: path of the image, or "".
     other: pixels whose best score is lower belong to no class.
     emphasis: {name: -1 … 1}, what was added to scores.
   """
 
   def __init__(
-    self, image, names, method, *, file="", other=0.0, emphasis=None, trainable, reading, size,
-    class_of_row, filled,
-  ):  # fmt: skip
+    self,
+    image: np.ndarray,
+    names: Sequence[str],
+    method: str,
+    class_scores: ClassScores,
+    *,
+    file="",
+    other: float = 0.0,
+    emphasis: Mapping[str, float] | None = None,
+  ):
     self.image, self.names, self.method, self.file = image, names, method, file
+    self.class_scores = class_scores
     self.other, self.emphasis = float(other), dict(emphasis or {})
-    self._trainable, self._reading, self._size = trainable, reading, size
-    self._class_of_row, self._filled = class_of_row, filled
     check_adjustment(names, self.other, self.emphasis)
 
   def adjusted(self, *, other: float | None = None, emphasis: Mapping | None = None):
-    """The same picture with another threshold or emphasis; the network does not run again."""
+    """The same image with another threshold or emphasis; the network does not run again."""
     return Segmentation(
       self.image,
       self.names,
       self.method,
+      self.class_scores,
       file=self.file,
       other=self.other if other is None else other,
       emphasis=self.emphasis if emphasis is None else emphasis,
-      trainable=self._trainable,
-      reading=self._reading,
-      size=self._size,
-      class_of_row=self._class_of_row,
-      filled=self._filled,
     )
 
   @property
-  def _bias(self) -> np.ndarray:
-    bias = np.zeros(len(self._class_of_row) + self._filled, np.float32)
-    bias[len(self._class_of_row) :] = NEVER
-    for name, value in self.emphasis.items():
-      rows = np.flatnonzero(self._class_of_row == self.names.index(name))
-      bias[rows] = EMPHASIS[self._trainable] * value
-    return bias
+  def _bias(self) -> dict[int, float]:
+    return {self.names.index(name): value for name, value in self.emphasis.items()}
 
   @functools.cached_property
   def _best(self) -> tuple[np.ndarray, np.ndarray]:
-    output = _sigmoid_best if self._trainable else _cosine_best
-    row, score = self._reading.merge(output, self.image.shape[:2], self._bias)
-    label = self._class_of_row[row].astype(np.int32)
-    return np.where(score < self.other, -1, label), np.clip(score, 0, 1)
+    label, probability = self.class_scores.best(self.image.shape[:2], self._bias)
+    return np.where(probability < self.other, -1, label), probability
 
   @property
   def labels(self) -> np.ndarray:
@@ -106,11 +130,10 @@ class Segmentation:
   def scores(self) -> np.ndarray:
     """Scores (h, w, C) float32 in [0, 1] at the resolution that the network worked at.
 
-    Of RPN independent sigmoids; of training-free methods a softmax over all words.
+    With RPN independent sigmoids, with training-free methods a softmax over all words.
     """
-    output = _sigmoid_probabilities if self._trainable else _cosine_probabilities
-    rows = np.clip(self._reading.merge(output, self._size, self._bias), 0, 1)
-    own = [np.flatnonzero(self._class_of_row == i) for i in range(len(self.names))]
+    rows = self.class_scores.rows(self._bias)
+    own = [np.flatnonzero(self.class_scores.class_of_row == i) for i in range(len(self.names))]
     return np.stack([rows[..., i].max(-1) for i in own], -1)
 
   def shares(self) -> dict[str, float]:
@@ -121,15 +144,15 @@ class Segmentation:
 
   @functools.cached_property
   def _mean_scores(self) -> dict[int, float]:
-    """Id -> best score, the mean over the class's pixels: a pass over the picture for each."""
+    """Id -> best score, the mean over the class's pixels: one pass over the image each."""
     ids = np.unique(self.labels[self.labels >= 0]).tolist()
     return {i: float(self.confidence[self.labels == i].mean()) for i in ids}
 
   def overlay(self, alpha: float = 0.55, palette: str = "default"):
-    """A PIL image of the picture under the colours of its classes, with a legend by area.
+    """A PIL image under the colors of its classes, with a legend by area.
 
     Args:
-      alpha: weight of the colours, 0 to 1.
+      alpha: weight of the colors, 0 to 1.
       palette: "default" or "colorblind".
     """
     return overlay_with_legend(self.image, self.labels, self.names, alpha=alpha, palette=palette)
@@ -174,7 +197,7 @@ class Segmentation:
 
     Args:
       directory: made if it is missing.
-      stem: beginning of the file names; None takes that of the picture's file.
+      stem: beginning of the file names; None takes that of the image's file.
       **options: of `overlay`.
 
     Returns:
@@ -202,6 +225,7 @@ class Segmentation:
 
 
 def check_adjustment(names: Sequence[str], other: float, emphasis: Mapping) -> None:
+  """Raises an InputError for an emphasis on an unknown name or a threshold outside [0, 1]."""
   unknown = [name for name in emphasis if name not in names]
   if unknown:
     raise InputError(f"emphasis on {unknown[0]!r}: expected one of {', '.join(names)}")

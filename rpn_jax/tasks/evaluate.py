@@ -1,5 +1,6 @@
-"""Evaluation at label resolution, and the files that tell about it."""
+"""Evaluation at label resolution, and the files it leaves: main.py --mode=eval."""
 
+import contextlib
 import importlib.metadata
 import pathlib
 import platform
@@ -14,12 +15,13 @@ from rpn_jax.drawing.images import prediction_grid
 from rpn_jax.drawing.plots import plot_confusion
 from rpn_jax.inference import published
 from rpn_jax.inference.evaluation import Evaluation, Partial, evaluate, several
-from rpn_jax.inference.predictor import Experiment
+from rpn_jax.inference.predictor import Predictor, open_run
+from rpn_jax.training.run import Run
 
 # Examples shown in predictions.png.
-PICTURES = 6
-# Classes named in the terminal, at each end of the table in eval.md.
-EXTREMES = 4
+SHOWN_EXAMPLES = 6
+# Best and worst classes named in the terminal, this many of each; eval.md has all.
+EXTREME_CLASSES = 4
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 COLUMNS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
@@ -38,13 +40,15 @@ def last_and_best(last: dict, best: dict | None, selected_on: str = SELECTED) ->
 
 
 def origin(config) -> dict:
-  """The config and the versions that a result is of."""
-  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-  versions["python"] = platform.python_version()
+  """The config and the package versions behind a result."""
+  versions = {"python": platform.python_version()}
+  for name in PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # no need of all everywhere
+      versions[name] = importlib.metadata.version(name)
   return {"config": config.to_dict(), "versions": versions}
 
 
-def pictures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: str = "") -> None:
+def draw_figures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: str = "") -> None:
   """`predictions.png`, image beside truth and prediction, and `confusion.png`."""
   mean, std = np.float32(config.data.mean), np.float32(config.data.std)
   kept = evaluation.kept
@@ -80,7 +84,7 @@ def published_cells(values: dict[str, float]) -> list[str]:
   return ["-" if known.get(c) is None else f"{known[c]:.1f}" for c in COLUMNS]
 
 
-def run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, dict]]:
+def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, dict]]:
   """`--mode=eval`: scores of a run's newest and best checkpoint, or of a training-free method.
 
   Writes `eval.json`, `eval.md`, and per data set `predictions.png` and `confusion.png`, with the
@@ -95,67 +99,66 @@ def run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, dict]]:
   Returns:
     Scores {set: {"last": …, "best": …}}, without "best" where that is the last.
   """
-  experiment = Experiment(config, workdir)
-  experiment.claim_workdir()
-  workdir = experiment.workdir
+  predictor, run = open_run(config, workdir)
+  run.claim()
   one = len(evaluations) == 1
   results, partials = {}, []
-  restored = experiment.restored()
+  restored = predictor.read_prompts(run)
   for data in evaluations:
     results[data.name] = {}
     for which, (step, prompts) in restored.items():
       examples = data.eval_examples()
-      partial = make_partial(experiment, data, which, step, len(examples))
+      partial = make_partial(run, data, which, step, len(examples))
       partials.append(partial.path)
       if not one or which == "best":
         print(f"{data.name}, {which} checkpoint", flush=True)
       evaluation = evaluate(
-        experiment.evaluator(prompts, data),
+        predictor.with_prompts(prompts).for_data(data),
         examples,
         data,
-        keep=PICTURES if which == "last" else 0,
+        keep=SHOWN_EXAMPLES if which == "last" else 0,
         partial=partial,
       )
       results[data.name][which] = {"step": step, **evaluation.scores}
       if which == "last" and not jax.process_index():
-        pictures(workdir, evaluation, config, "" if one else f"_{data.name}")
+        draw_figures(run.workdir, evaluation, config, "" if one else f"_{data.name}")
   if not jax.process_index():
-    report(experiment, evaluations, results)
+    report(predictor, run, evaluations, results)
   for path in partials:  # only now: the sets before an interrupted one are not evaluated again
     path.unlink(missing_ok=True)
   return results
 
 
-def make_partial(experiment: Experiment, data, which: str, step: int, count: int) -> Partial:
-  """The file for one set and checkpoint, which holds for this config and these processes only."""
+def make_partial(run: Run, data, which: str, step: int, count: int) -> Partial:
+  """The file for one set and checkpoint, valid for this config and these processes only."""
   process = [jax.process_index(), jax.process_count()]
   fields = ("crop", "stride", "seen_penalty", "scales", "flip")
   identity = {
-    **experiment.identity,
-    "eval": {field: experiment.config.eval[field] for field in fields},
+    **run.identity,
+    "eval": {field: run.config.eval[field] for field in fields},
     "step": step,
-    "short_side": experiment.config.data.short_side,
+    "short_side": run.config.data.short_side,
     "names": data.names,
     "penalized": data.penalized,
     "count": count,
     "process": process,
   }
   rank = f".{process[0]}" if several() else ""
-  return Partial(experiment.workdir / f"eval_{data.name}_{which}{rank}.partial.npz", identity)
+  return Partial(run.workdir / f"eval_{data.name}_{which}{rank}.partial.npz", identity)
 
 
-def report(experiment: Experiment, evaluations, results: dict) -> None:
+def report(predictor: Predictor, run: Run, evaluations, results: dict) -> None:
   """`eval.json` (or `metrics.json`), `eval.md` and the closing lines."""
-  config, workdir, one = experiment.config, experiment.workdir, len(results) == 1
+  config, workdir, one = run.config, run.workdir, len(results) == 1
   content = {}
   for name, result in results.items():
     of = f" of {config.data.name}" if name != config.data.name else ""
     content[name] = last_and_best(result["last"], result.get("best"), SELECTED + of)
   content = next(iter(content.values())) if one else {"sets": content}
-  path = workdir / ("eval.json" if experiment.trainable or not one else "metrics.json")
+  path = workdir / ("eval.json" if predictor.network.trainable or not one else "metrics.json")
   write_json(path, {**content, **origin(config)})
 
-  rows, notes = summary(experiment, results)
+  rows, notes = summary(predictor, config, results)
   heads = ["set", "%", *COLUMNS]
   sections = [class_table(data, results[data.name]) for data in evaluations]
   sections = ["# Evaluation", table(rows, heads, markdown=True), *notes, *sections]
@@ -170,19 +173,18 @@ def report(experiment: Experiment, evaluations, results: dict) -> None:
   )
 
 
-def summary(experiment: Experiment, results: dict) -> tuple[list[list[str]], list[str]]:
-  """Rows of set, method and scores with the published ones among them, and notes to them."""
-  config = experiment.config
+def summary(predictor: Predictor, config, results: dict) -> tuple[list[list[str]], list[str]]:
+  """Rows of set, method and scores, with published ones among them, and notes on them."""
   setting = "open_vocabulary" if config.eval.sets else config.data.setting
-  own = config.model.tuner
-  if not experiment.trainable:
-    setting, own = "training_free", config.dense.method
+  own = predictor.network.title
+  if not predictor.network.trainable:
+    setting = "training_free"
   rows, notes = [], []
   for name, result in results.items():
     for which, scores in result.items():
       mark = "*" if which == "best" else ""
       rows.append([name, f"{own}, {which}{mark}, step {scores['step']}", *cells(scores)])
-    for method, values in published.rows(setting, name, experiment.clip_config).items():
+    for method, values in published.rows(setting, name, predictor.clip).items():
       rows.append([name, method, *published_cells(values)])
   if any("best" in result for result in results.values()):
     notes.append(f"* selected on {SELECTED} of {config.data.name}: report the last.")
@@ -211,9 +213,9 @@ def extremes(name: str, per_class: dict[str, float | None]) -> str:
   """A line with the best and the worst classes."""
   order = sorted((v, k) for k, v in per_class.items() if v is not None)
   listed = lambda pairs: "; ".join(f"{k} {percent(v)}" for v, k in pairs)
-  if len(order) <= 2 * EXTREMES:
+  if len(order) <= 2 * EXTREME_CLASSES:
     return f"{name}, IoU %: {listed(order[::-1])}"
-  best, worst = order[: -EXTREMES - 1 : -1], order[:EXTREMES]
+  best, worst = order[: -EXTREME_CLASSES - 1 : -1], order[:EXTREME_CLASSES]
   return f"{name}, IoU %, best: {listed(best)}. Worst: {listed(worst)}"
 
 

@@ -1,19 +1,20 @@
-"""Segmentation of a person's pictures with the model of a config: main.py --mode=predict."""
+"""Segmentation of a person's images with the model of a config: main.py --mode=predict."""
 
 import collections
 import pathlib
+from collections.abc import Sequence
 
 from rpn_jax.base import pixels
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import parse_names
 from rpn_jax.devices import devices_text
-from rpn_jax.inference.predictor import Experiment
+from rpn_jax.inference.predictor import open_run
 from rpn_jax.inference.segmenter import Segmenter
 
 
 def predict(config, workdir, image: str | None, classes: str | None) -> list[pathlib.Path]:
-  """Writes overlay, labels and JSON of every picture to `workdir/predictions`.
+  """Writes overlay, labels and JSON of every image to `workdir/predictions`.
 
   Args:
     config: of the run.
@@ -27,20 +28,27 @@ def predict(config, workdir, image: str | None, classes: str | None) -> list[pat
   if not (image and classes):
     raise InputError('--mode=predict needs --image=FILE_OR_FOLDER and --classes="a, b"')
   names, files = parse_names(classes), pixels.find(image)
-  experiment = Experiment(config, workdir)
-  segmenter = Segmenter(experiment, *experiment.restored_prompts())
-  return save_all(segmenter, files, names, experiment.workdir / "predictions")
+  predictor, run = open_run(config, workdir)
+  return save_all(Segmenter.of_run(predictor, run), files, names, run.workdir / "predictions")
 
 
-def save_all(segmenter: Segmenter, files, names, directory, *, palette="default", **options):
-  """Segments picture files and saves each, with a progress display and a closing line.
+def save_all(
+  segmenter: Segmenter,
+  files: Sequence[pathlib.Path],
+  names,
+  directory,
+  *,
+  palette: str = "default",
+  **options,
+) -> list[pathlib.Path]:
+  """Segments image files and saves each, with a progress display and a closing line.
 
   Args:
     segmenter: the model.
     files: paths.
     names: see `parse_names`.
     directory: to write to.
-    palette: of the colours.
+    palette: of the colors.
     **options: of a call of the segmenter.
 
   Returns:
@@ -51,20 +59,20 @@ def save_all(segmenter: Segmenter, files, names, directory, *, palette="default"
   """
   # Two files of one name but another suffix must not overwrite each other.
   repeated = len({f.stem for f in files}) < len(files)
-  written, unreadable, waiting = [], [], collections.deque()
+  written, unreadable, pending = [], [], collections.deque()
 
-  def pictures():
+  def images():
     for file in progress(files, f"segment on {devices_text()}", "image"):
       try:
-        picture = pixels.read(file)
+        image = pixels.read(file)
       except InputError as error:
         unreadable.append(error)
         continue
-      waiting.append(file)
-      yield picture
+      pending.append(file)
+      yield image
 
-  for result in segmenter.stream(pictures(), names, **options):
-    file = result.file = waiting.popleft()
+  for result in segmenter.stream(images(), names, **options):
+    file = result.file = pending.popleft()
     stem = file.name.replace(".", "_") if repeated else file.stem
     written += result.save(directory, stem, palette=palette)
   if unreadable and not written:
@@ -72,6 +80,6 @@ def save_all(segmenter: Segmenter, files, names, directory, *, palette="default"
   print(f"{segmenter.method}\n" + "\n".join(map(str, written)))
   if unreadable:
     raise InputError(
-      f"{len(unreadable)} of {len(files)} pictures left out, such as {unreadable[0]}"
+      f"{len(unreadable)} of {len(files)} images were left out, such as {unreadable[0]}"
     )
   return written

@@ -18,7 +18,6 @@ import warnings
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -27,15 +26,14 @@ from rpn_jax.base.words import differences
 from rpn_jax.training.identity import check_identity
 from rpn_jax.training.step import TrainState
 
-# Of the meta item. 1 had no checksums and did not say its version.
-VERSION = 2
+# Format of the meta item. Format 1 had no checksums and did not state its version.
+FORMAT_VERSION = 2
 
-# Complete checkpoints that are kept beside the best: should a disk damage the newest, the one
-# before it is there.
-KEPT = 2
+# Complete checkpoints kept besides the best: should a disk damage the newest, the one before it is
+# there.
+KEPT_CHECKPOINTS = 2
 
-# Seconds to try to remove what a failed save left.
-CLEANING = 5
+CLEANUP_SECONDS = 5  # to try to remove what a failed save left
 
 
 def digest(tree) -> str:
@@ -68,12 +66,12 @@ def upgraded(meta: dict, where) -> dict:
     InputError: a later version of this project wrote it.
   """
   meta = {"version": 1, **meta}
-  if meta["version"] > VERSION:
+  if meta["version"] > FORMAT_VERSION:
     raise InputError(
       f"{where} has checkpoints of format {meta['version']}, this version of rpn_jax reads up to "
-      f"{VERSION}: update rpn_jax"
+      f"{FORMAT_VERSION}: update rpn_jax"
     )
-  while meta["version"] < VERSION:
+  while meta["version"] < FORMAT_VERSION:
     meta = UPGRADES[meta["version"]](meta)
   return meta
 
@@ -89,7 +87,7 @@ class _LatestAndBest:
 
   def should_preserve(self, checkpoints, *, context):
     del context
-    newest = {info.step for info in checkpoints[-KEPT:]}
+    newest = {info.step for info in checkpoints[-KEPT_CHECKPOINTS:]}
     return [info.step in newest or info.step == self.best_step for info in checkpoints]
 
 
@@ -108,18 +106,20 @@ class Checkpoints:
     self.directory = (pathlib.Path(workdir) / "checkpoints").absolute()
     self.read_only = read_only
     self._policy = _LatestAndBest()
-    self.manager = ocp.CheckpointManager(
-      self.directory,
-      item_names=("prompts", "opt_state", "meta"),
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._policy,
-        # A save takes a fraction of a second (docs/reliability.md), and where it fails is known.
-        enable_async_checkpointing=False,
-        lightweight_initialize=True,
-        create=not read_only,
-        read_only=read_only,
-      ),
+    import orbax.checkpoint as ocp  # takes a second, which commands without checkpoints save
+
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=self._policy,
+      # A save takes a fraction of a second (docs/reliability.md); its failure is noticed at once.
+      enable_async_checkpointing=False,
+      lightweight_initialize=True,
+      create=not read_only,
+      read_only=read_only,
     )
+    with _quiet():
+      self.manager = ocp.CheckpointManager(
+        self.directory, item_names=("prompts", "opt_state", "meta"), options=options
+      )
 
   def steps(self) -> list[int]:
     """Of all checkpoints, the newest first, as the disk has them now."""
@@ -145,17 +145,19 @@ class Checkpoints:
     step = int(state.step)
     self._policy.best_step = best and best["step"]
     meta = {
-      "version": VERSION,
+      "version": FORMAT_VERSION,
       "step": step,
       "identity": self.identity,
       "best": best,
-      "skipped": [int(state.skipped), int(state.skipped_in_a_row)],
+      "skipped": [int(state.skipped), int(state.consecutive_skips)],
       "checksums": {"prompts": digest(state.prompts), "opt_state": digest(state.opt_state)},
     }
     # Through JSON, as it will be read.
     meta["seal"] = _seal(json.loads(json.dumps(meta)))
     reason = self._without_room(state)
     if reason is None:
+      import orbax.checkpoint as ocp
+
       args = ocp.args.Composite(
         prompts=ocp.args.StandardSave(state.prompts),
         opt_state=ocp.args.StandardSave(state.opt_state),
@@ -197,7 +199,7 @@ class Checkpoints:
   def _clean(self) -> None:
     """Removes what a failed save left, which would take the room of the next."""
     if jax.process_index() == 0:
-      until = time.monotonic() + CLEANING
+      until = time.monotonic() + CLEANUP_SECONDS
       pattern = "*.orbax-checkpoint-tmp*"
       while (leftovers := list(self.directory.glob(pattern))) and time.monotonic() < until:
         for leftover in leftovers:
@@ -223,8 +225,8 @@ class Checkpoints:
         continue
       self.manager.reload()
       meta, items = intact
-      total, in_a_row = map(np.int32, meta["skipped"])
-      state = TrainState(np.int32(step), items["prompts"], items["opt_state"], total, in_a_row)
+      skipped, consecutive = map(np.int32, meta["skipped"])
+      state = TrainState(np.int32(step), items["prompts"], items["opt_state"], skipped, consecutive)
       return state, meta["best"]
     if steps:
       raise InputError(
@@ -284,6 +286,8 @@ class Checkpoints:
 
   def _meta(self, step: int) -> dict:
     """The JSON item of a checkpoint, checked to be intact and of this run."""
+    import orbax.checkpoint as ocp
+
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
     meta = self._restore(step, args)["meta"]
     if not isinstance(meta, dict) or meta.get("seal", _seal(meta)) != _seal(meta):
@@ -301,6 +305,8 @@ class Checkpoints:
 
   def _items(self, step: int, meta: dict, like: dict) -> dict:
     """The named items with the shapes and types of `like`, checked against their checksums."""
+    import orbax.checkpoint as ocp
+
     args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
     items = self._restore(step, ocp.args.Composite(**args))
     for name, tree in like.items():

@@ -1,4 +1,4 @@
-"""What a run is: the settings that its checkpoints and its workdir must agree in."""
+"""The identity of a run: the settings in which its checkpoints and its workdir must agree."""
 
 import copy
 import json
@@ -9,18 +9,18 @@ from rpn_jax.base.words import differences
 # Fields that the config of an older checkpoint lacks, with the value it was trained under.
 ADDED_FIELDS = {"optimizer.clip_norm": 0.0}
 
-# Config fields that may differ between a run and its continuation: they change neither what is
-# trained nor in which order.
+# Config fields that may differ when a run is resumed: they change neither what is trained nor in
+# which order.
 FREE_FIELDS = (
   "log_every", "eval_every", "save_every", "max_skipped", "data_dir", "workers", "threads",
   "parallel", "shard_state", "remat",
 )  # fmt: skip
-# Nor do these, although they change scores: a trained run may be evaluated in many ways.
+# These change scores but not the training: a trained run may be evaluated in many ways.
 EVALUATION_FIELDS = ("eval", "short_side", "eval_images", "prompts")
 
 
 def identity(config, fingerprint: str) -> dict:
-  """What has to be equal for a checkpoint to belong to a run: tower and config."""
+  """What must be equal for a checkpoint to belong to a run: CLIP's fingerprint and the config."""
   free = (*FREE_FIELDS, *EVALUATION_FIELDS)
 
   def strip(tree):
@@ -33,7 +33,7 @@ def identity(config, fingerprint: str) -> dict:
 
 
 def completed(identity: dict) -> dict:
-  """An identity that an earlier version of this project wrote, with the fields it did not have."""
+  """An identity, also one that an earlier version wrote, with the fields added since."""
   identity = copy.deepcopy(identity)
   for path, value in ADDED_FIELDS.items():
     *sections, name = path.split(".")
@@ -44,17 +44,21 @@ def completed(identity: dict) -> dict:
   return identity
 
 
-def other_run(path, changed: list[str]) -> InputError:
-  """The error for files of another run, with what differs."""
+def mismatch(path, changed: list[str]) -> InputError:
+  """The error for files that were created with another config, with what differs."""
   shown = "; ".join(changed[:3]) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
   return InputError(
-    f"{path} belongs to another run (there -> asked for: {shown}): "
-    "use another --workdir, or the old settings"
+    f"{path} was created with a different config (workdir -> requested): {shown}. Use a new "
+    "--workdir or the original settings"
   )
 
 
 def check_identity(path, stored: dict, wanted: dict) -> None:
-  """Raises an InputError with both values of what differs."""
+  """Compares two identities, also one that an earlier version wrote.
+
+  Raises:
+    InputError: with both values of what differs.
+  """
   changed = differences(completed(stored), completed(wanted))
   if changed:
-    raise other_run(path, changed)
+    raise mismatch(path, changed)

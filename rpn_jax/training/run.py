@@ -1,35 +1,131 @@
-"""The workdir of a run: held by one process at a time."""
+"""A training run on disk: its workdir, the config it was created with, its checkpoints."""
 
 import contextlib
+import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
+import ml_collections
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import locked
+from rpn_jax.base.paths import locked, write_json
+from rpn_jax.training.checkpoint import Checkpoints
+from rpn_jax.training.identity import check_identity, identity
 
+CONFIG = "config.json"
+# The best scores so far, for an evaluation during the run or after it.
+BEST = "best.json"
 LOCK = ".lock"
 
 
-@contextlib.contextmanager
-def held_workdir(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds the workdir for this run's first process, on behalf of all of them.
+class Run:
+  """One run in its workdir.
+
+  Attributes:
+    workdir: of the run; made when it is claimed.
+    config: the locked config.
+    fingerprint: of the CLIP weights.
+    identity: see `identity.identity`.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, workdir, fingerprint: str):
+    self.workdir = pathlib.Path(workdir)
+    self.config = config
+    self.fingerprint = fingerprint
+    self.identity = identity(config, fingerprint)
+
+  @contextlib.contextmanager
+  def held(self) -> Iterator[None]:
+    """Holds the workdir for this run's first process, on behalf of all of them.
+
+    Raises:
+      InputError: another run holds it, with the name of its process; or it cannot be written to.
+    """
+    if jax.process_index():
+      yield
+      return
+    path = self.workdir / LOCK
+    with contextlib.ExitStack() as stack:
+      try:
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(path, str(self.workdir), "use another --workdir"))
+      except OSError as error:
+        raise InputError(
+          f"expected a workdir to write to, {path} cannot be opened ({error.strerror}): use "
+          "another --workdir"
+        ) from error
+      yield
+
+  def claim(self) -> None:
+    """Writes `config.json`, or checks that the one in the workdir is of this run.
+
+    Raises:
+      InputError: the workdir was created with a different config.
+    """
+    path = self.workdir / CONFIG
+    if not path.exists():
+      self.workdir.mkdir(parents=True, exist_ok=True)
+      write_json(path, {"clip": self.fingerprint, "config": self.config.to_dict()})
+      return
+    try:
+      stored = json.loads(path.read_text())
+      config = ml_collections.ConfigDict(dict(stored["config"].items()))
+      stored = identity(config, stored["clip"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+      raise InputError(
+        f"expected the settings of a run in {path}, got something else: delete that file if the "
+        "workdir is of this run"
+      ) from None
+    check_identity(self.workdir, stored, self.identity)
+
+  def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
+    """The checkpoints of the workdir."""
+    return Checkpoints(self.workdir, self.identity, read_only=read_only)
+
+  def read(self, like: dict) -> dict[str, tuple[int, dict]]:
+    """Step and prompts of the newest checkpoint, "last", and of the "best" one; see `Checkpoints`.
+
+    Args:
+      like: shapes and types of the prompts.
+
+    Raises:
+      InputError: there is none, or they belong to another run.
+    """
+    if not (self.workdir / "checkpoints").is_dir():
+      raise InputError(f"no checkpoints in {self.workdir}: train first, with the same --workdir")
+    with contextlib.closing(self.checkpoints(read_only=True)) as checkpoints:
+      return checkpoints.read(like, self._best_step())
+
+  def _best_step(self) -> int | None:
+    """The step of the best evaluation that training has written down."""
+    try:
+      return json.loads((self.workdir / BEST).read_text())["best"]["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+      return None
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+  """The config that a run wrote to its workdir, unlocked.
 
   Raises:
-    InputError: another run holds it, with the name of its process.
+    InputError: no run is there, or it has no whole config.
   """
-  if jax.process_index():
-    yield
-    return
-  path = workdir / LOCK
-  with contextlib.ExitStack() as stack:
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-      stack.enter_context(locked(path, str(workdir), "use another --workdir"))
-    except OSError as error:
-      raise InputError(
-        f"expected a workdir to write to, {path} cannot be opened ({error.strerror}): use another "
-        "--workdir"
-      ) from error
-    yield
+  path = workdir / CONFIG
+  if not path.exists():
+    raise InputError(f"{workdir}: expected the workdir of a run, with a {CONFIG}; train first")
+  try:
+    config = json.loads(path.read_text())["config"]
+    _ = config["eval"]["crop"], config["data"]["short_side"], config["method"]
+  except (ValueError, KeyError, TypeError):
+    raise InputError(
+      f"{path}: expected the whole config of a segmentation run; repeat the run with this version"
+    ) from None
+  return ml_collections.ConfigDict(_with_tuples(config))
+
+
+def _with_tuples(value):
+  """JSON has lists only; modules hash their fields."""
+  if isinstance(value, Mapping):
+    return {k: _with_tuples(v) for k, v in value.items()}
+  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

@@ -47,8 +47,8 @@ class ShardMap:
       check_vma=False,
     )
 
-    def train_step(state, params, text_CxE, batch, key):
-      grads, terms = gradients(state, params, text_CxE, batch, key)
+    def train_step(state, params, text, batch, key):
+      grads, terms = gradients(state, params, text, batch, key)
       return step.update(state, grads, terms, optimizer)
 
     def placed(x):
@@ -61,7 +61,7 @@ class ShardMap:
       in_shardings=(self.state_sharding, self.whole, self.whole, self.split, self.whole),
       out_shardings=(self.state_sharding, self.whole),
       donate_argnums=0,
-      compiler_options=compiler_options(),
+      compiler_options=compiler_options(mesh),
     )
     self._gather = jax.jit(lambda tree: tree, out_shardings=self.whole)
 

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rpn_jax.models import Network, trained
+from rpn_jax.models import Network
+from rpn_jax.models.prompts import count
+from rpn_jax.models.trained import join
 from rpn_jax.training.losses import Term
 
 
@@ -16,38 +18,29 @@ class TrainState:
 
   Attributes:
     step: int32, steps done.
-    prompts: the trained collection.
+    prompts: what is trained: the `prompts` collection, and beside it the trained part of `params`
+      under its own names (see `models.trained`).
     opt_state: of the optimizer, for `prompts` only.
-    skipped: int32, of these steps, the ones not applied: a loss or gradient was NaN or infinite.
-    skipped_in_a_row: int32, the last ones of them without another between.
+    skipped: int32, steps that were not applied, since a loss or gradient was NaN or infinite.
+    consecutive_skips: int32, the most recent of them without another step in between.
   """
 
   step: jax.Array
   prompts: dict
   opt_state: optax.OptState
   skipped: jax.Array = flax.struct.field(default_factory=lambda: np.int32(0))
-  skipped_in_a_row: jax.Array = flax.struct.field(default_factory=lambda: np.int32(0))
+  consecutive_skips: jax.Array = flax.struct.field(default_factory=lambda: np.int32(0))
 
-
-def init_prompts(model: Network, params, text_CxE, key, image_size: int) -> dict:
-  """Initial values of what is trained: the `prompts` collection, and what is trained of the towers
-  (`trained.join`)."""
-  keys = dict(zip(("prompts", "dropout", "gate"), jax.random.split(key, 3)))
-
-  def init(params, text):
-    image = jnp.zeros((1, image_size, image_size, 3))
-    _, variables = model.apply({"params": params}, image, text, rngs=keys, mutable=["prompts"])
-    return variables.get("prompts", {})
-
-  prompts = dict(jax.jit(init)(params, text_CxE))
-  # Copies: the training step uses its state up.
-  return prompts | jax.tree.map(jnp.copy, trained.split(params, model.trained)[0])
+  @property
+  def trained_parameters(self) -> int:
+    """How many scalars are trained."""
+    return count(self.prompts)
 
 
 def gradients(
   state: TrainState,
   params: dict,
-  text_CxE: jax.Array,
+  text: jax.Array,
   batch: dict,
   key: jax.Array,
   *,
@@ -56,13 +49,13 @@ def gradients(
   relabel=None,
   axis: str | None = None,
 ) -> tuple[dict, dict[str, Term]]:
-  """Gradients of the prompts and the loss terms, summed over devices.
+  """Gradients of what is trained and the loss terms, summed over devices.
 
   Args:
     state: before the step.
-    params: the frozen tower, read only.
-    text_CxE: embeddings of the classes trained on; labels index its rows.
-    batch: `image` (B, H, W, 3) float32 normalised, `label` (B, H, W) int32; this device's part.
+    params: the frozen part of the towers, read only.
+    text: `model.text_input` of the classes trained on; labels index its rows.
+    batch: `image` (B, H, W, 3) float32 normalized, `label` (B, H, W) int32; this device's part.
     key: of the run. Dropout and gate noise of an image depend on it, on the step number and on the
       image's position in the global batch, so that any number of devices draws the same.
     model: the network.
@@ -71,17 +64,17 @@ def gradients(
     axis: name of the mapped device axis; None on a single device.
   """
   rows = batch["image"].shape[0]
-  example_offset = 0 if axis is None else jax.lax.axis_index(axis) * rows
+  offset = 0 if axis is None else jax.lax.axis_index(axis) * rows
   over_devices = lambda x: x if axis is None else jax.lax.psum(x, axis)
   dropout, gate = jax.random.split(jax.random.fold_in(key, state.step))
 
   def loss(prompts):
     logits = model.apply(
-      trained.join(params, prompts),
+      join(params, prompts),
       batch["image"],
-      text_CxE,
+      text,
       train=True,
-      example_offset=example_offset,
+      example_offset=offset,
       rngs={"dropout": dropout, "gate": gate},
     )
     label = batch["label"]
@@ -106,10 +99,10 @@ def gradients(
 def update(
   state: TrainState, grads: dict, terms: dict[str, Term], optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """The state after the step, and its loss terms, their sum and the gradients' norm.
+  """The state after the step; its loss terms, their sum and the norm of the gradients.
 
-  Where one of these is not finite, prompts and optimizer stay as they were, on every device:
-  gradients and terms are those summed over all.
+  Where one of these is not finite, prompts and optimizer state stay as they were on every device,
+  since gradients and terms have been summed over all devices before.
   """
   values = {name: term.value for name, term in terms.items()}
   loss, norm = sum(values.values()), optax.tree.norm(grads)
@@ -120,14 +113,14 @@ def update(
     lambda new, old: jnp.where(finite, new, old), applied, (state.prompts, state.opt_state)
   )
   skipped = state.skipped + jnp.where(finite, 0, 1)
-  in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-  metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped, "skipped_in_a_row": in_a_row}
-  return TrainState(state.step + 1, prompts, opt_state, skipped, in_a_row), {**values, **metrics}
+  consecutive = jnp.where(finite, 0, state.consecutive_skips + 1)
+  metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped, "consecutive_skips": consecutive}
+  return TrainState(state.step + 1, prompts, opt_state, skipped, consecutive), {**values, **metrics}
 
 
 def train_step(
-  state: TrainState, params, text_CxE, batch, key, *, optimizer, **settings
+  state: TrainState, params, text, batch, key, *, optimizer, **settings
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update of the prompts; see `gradients` for the arguments and `update` for the result."""
-  grads, terms = gradients(state, params, text_CxE, batch, key, **settings)
+  grads, terms = gradients(state, params, text, batch, key, **settings)
   return update(state, grads, terms, optimizer)

@@ -38,11 +38,16 @@ from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_names
 from rpn_jax.inference import evaluation
-from rpn_jax.inference.predictor import Experiment
+from rpn_jax.inference.predictor import Predictor
 from rpn_jax.text import embeddings
 from rpn_jax.text.tokenizer import tokenize
 from rpn_jax.training.metric_log import read_history
+<<<<<<< HEAD
 from rpn_jax.weights import architecture, clip_file, names, prompts_file, torch_archive
+=======
+from rpn_jax.training.run import Run
+from rpn_jax.weights import clip_file, names, prompts_file, torch_archive
+>>>>>>> e2bccdd (core: Predictor and Run in place of Experiment; a loop that knows neither data sets nor figures)
 from tests import tiny
 from tests.weights.files import (
   HEADS,
@@ -470,11 +475,10 @@ def test_values_in_a_config(clip, data):
       str: st.text(max_size=8),
     }[kind]
     (config[section] if section else config)[name] = data.draw(values)
-  with tempfile.TemporaryDirectory() as place:
-    experiment = answered(Experiment, config, place)
-    if experiment is not None:
-      answered(experiment.text, ["a", "b"])
-      answered(datasets.load, config)
+  predictor = answered(Predictor.from_config, config)
+  if predictor is not None:
+    answered(predictor.encoder.embed, ["a", "b"])
+    answered(datasets.load, config)
 
 
 # What runs leave
@@ -503,8 +507,8 @@ def test_metrics(metrics, lines):
     (path.parent / "config.json").write_bytes(metrics)
     (path.parent / "best.json").write_bytes(metrics)
     run = types.SimpleNamespace(workdir=path.parent, identity={"clip": "0", "config": {}})
-    answered(Experiment.claim_workdir, run)
-    Experiment._best_step(run)
+    answered(Run.claim, run)
+    Run._best_step(run)
 
 
 def caches() -> list[bytes]:

@@ -16,6 +16,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import parse_names, without_articles
 from rpn_jax.drawing.palette import class_colors
 from rpn_jax.inference import segmenter, sliding
+from rpn_jax.inference.predictor import forward
 
 NAMES = ["striped red", "plain blue", "dotted green", "sand", "grass", "water"]
 
@@ -162,7 +163,8 @@ def test_many_pictures_and_words_share_programs(scene):
     return model(image, names, **options).labels
 
   run(128, 96, NAMES[:4])
-  programs = lambda: (model.experiment.forward._cache_size(), sliding.strip._cache_size())
+  network = forward(model.predictor.network)
+  programs = lambda: (network._cache_size(), sliding.strip._cache_size())
   before = programs()
   run(128, 96, ["other words", "of the same", "number", "here"])  # another person's words
   run(120, 96, ["w1", "w2", "w3", "w4"])  # another size of the same bucket
@@ -182,7 +184,7 @@ def test_fillers_change_nothing(scene):
   with monkey.context() as patch:
     patch.setattr(segmenter, "round_up", lambda size: size)
     exact = model(scene[0], NAMES[:5])
-  assert (plain._filled, exact._filled) == (1, 0)
+  assert (plain.class_scores.fillers, exact.class_scores.fillers) == (1, 0)
   np.testing.assert_array_equal(plain.labels, exact.labels)
   np.testing.assert_allclose(plain.scores, exact.scores, atol=1e-5)
 

@@ -18,10 +18,11 @@ from data_pipelines import shapes
 from rpn_jax.base.errors import InputError
 from rpn_jax.drawing.plots import plot_confusion
 from rpn_jax.inference import evaluation, metrics, published
-from rpn_jax.inference.predictor import Experiment
+from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.tasks import evaluate
-from rpn_jax.training import checkpoint
+from rpn_jax.training import checkpoint, optim
+from rpn_jax.training.step import TrainState
 from tests import ROOT, tiny
 
 
@@ -96,14 +97,21 @@ def home(tmp_path_factory):
   return path
 
 
+def initial_prompts(predictor):
+  text = np.eye(8, dtype=np.float32)
+  return predictor.init_prompts(text, jax.random.key(0), crop=32)
+
+
 @pytest.fixture
 def trained(home, tmp_path):
   """A workdir with checkpoints at steps 4, the best, and 8, whose logits are the negatives."""
   config = make_config(home)
-  experiment = Experiment(config, tmp_path / "run")
-  experiment.claim_workdir()
-  state = experiment.initial_state(np.eye(8, dtype=np.float32))
-  checkpoints = experiment.checkpoints()
+  predictor, run = open_run(config, tmp_path / "run")
+  run.claim()
+  prompts = initial_prompts(predictor)
+  optimizer = optim.make_optimizer(config.optimizer, prompts)
+  state = TrainState(jnp.int32(0), prompts, optimizer.init(prompts))
+  checkpoints = run.checkpoints()
   for step in (4, 8):
     norm = jax.tree.map(jnp.negative, state.prompts["head"]["patch_norm"])
     prompts = {**state.prompts, "head": {**state.prompts["head"], "patch_norm": norm}}
@@ -146,9 +154,8 @@ def test_a_label_of_another_vocabulary_is_refused():
 
 def test_every_synonym_competes_for_its_class(home, tmp_path):
   data = random_data(penalized=(1,))
-  experiment = Experiment(make_config(home, synonyms="max"), tmp_path)
-  prompts = experiment.initial_prompts(np.eye(8, dtype=np.float32))
-  maximum = experiment.evaluator(prompts, data)
+  predictor = Predictor.from_config(make_config(home, synonyms="max"))
+  maximum = predictor.with_prompts(initial_prompts(predictor)).for_data(data)
   np.testing.assert_array_equal(maximum.class_of_row, [0, 1, 1, 2])
   np.testing.assert_allclose(maximum.penalty_C, [0, 0.1, 0.1, 0])
   scores = maximum.scores(data.examples[0]["image"])
@@ -156,8 +163,8 @@ def test_every_synonym_competes_for_its_class(home, tmp_path):
   merged = np.stack([scores[..., 0], scores[..., 1:3].max(-1), scores[..., 3]], -1)
   got = maximum(data.examples[0]["image"])
   np.testing.assert_array_equal(got, merged.argmax(-1))
-  free = Experiment(make_config(home, "runlocal,training_free"), tmp_path)
-  assert not free.evaluator({}, data).penalty_C.any()
+  free = Predictor.from_config(make_config(home, "runlocal,training_free"))
+  assert not free.for_data(data).penalty_C.any()
 
 
 # The evaluation of a run
@@ -166,15 +173,17 @@ def test_every_synonym_competes_for_its_class(home, tmp_path):
 def test_one_set(trained):
   config, workdir = trained
   data = random_data()
-  results = evaluate.run(config, workdir, [data])
+  results = evaluate.evaluate_run(config, workdir, [data])
   assert set(results) == {"shapes"} and set(results["shapes"]) == {"last", "best"}
   last, best = results["shapes"]["last"], results["shapes"]["best"]
   assert (last["step"], best["step"]) == (8, 4)
   # Each is what its checkpoint gives by itself.
-  experiment = Experiment(config, workdir)
-  assert experiment.restored_prompts()[0] == 8
-  for scores, (_, prompts) in zip((last, best), experiment.restored().values()):
-    alone = evaluation.evaluate(experiment.evaluator(prompts, data), data.examples, data).scores
+  predictor, run = open_run(config, workdir)
+  restored = predictor.read_prompts(run)
+  assert restored["last"][0] == 8
+  for scores, (_, prompts) in zip((last, best), restored.values()):
+    window = predictor.with_prompts(prompts).for_data(data)
+    alone = evaluation.evaluate(window, data.examples, data).scores
     assert scores == {"step": scores["step"], **alone}
   assert last["per_class"] != best["per_class"]
   content = json.loads((workdir / "eval.json").read_text())
@@ -190,7 +199,7 @@ def test_one_set(trained):
 def test_several_sets(trained, capsys):
   config, workdir = trained
   sets = [random_data("ade150"), random_data("voc20", count=2, seen=(0, 1, 2), unseen=())]
-  results = evaluate.run(config, workdir, sets)
+  results = evaluate.evaluate_run(config, workdir, sets)
   assert list(results) == ["ade150", "voc20"]
   assert results["voc20"]["last"]["hiou"] is None
   content = json.loads((workdir / "eval.json").read_text())
@@ -235,10 +244,10 @@ def test_a_checkpoint_of_another_run_is_closed_again(trained, monkeypatch):
   closed = []
   close = checkpoint.Checkpoints.close
   monkeypatch.setattr(checkpoint.Checkpoints, "close", lambda self: (closed.append(1), close(self)))
-  other = Experiment(config, workdir)
-  other.identity = {**other.identity, "clip": "another"}
-  with pytest.raises(InputError, match="another run"):
-    other.restored_prompts()
+  predictor, run = open_run(config, workdir)
+  run.identity = {**run.identity, "clip": "another"}
+  with pytest.raises(InputError, match="created with a different config"):
+    predictor.read_prompts(run)
   assert closed
 
 
@@ -281,22 +290,22 @@ def test_an_interrupted_evaluation_continues(tmp_path, monkeypatch, capsys):
 def test_the_sets_before_an_interruption_are_not_repeated(trained, monkeypatch, capsys):
   config, workdir = trained
   sets = [random_data("ade150"), random_data("voc20")]
-  want = evaluate.run(config, workdir, sets)
-  evaluator = Experiment.evaluator
+  want = evaluate.evaluate_run(config, workdir, sets)
+  for_data = Predictor.for_data
 
-  def failing(self, prompts, data):
+  def failing(self, data):
     if data.name == "voc20":
       raise KeyboardInterrupt
-    return evaluator(self, prompts, data)
+    return for_data(self, data)
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(Experiment, "evaluator", failing)
-    evaluate.run(config, workdir, sets)
+    patch.setattr(Predictor, "for_data", failing)
+    evaluate.evaluate_run(config, workdir, sets)
   assert {p.name for p in workdir.glob("*.partial*")} == {
     "eval_ade150_last.partial.npz", "eval_ade150_best.partial.npz",
   }  # fmt: skip
   capsys.readouterr()
-  assert evaluate.run(config, workdir, sets) == want
+  assert evaluate.evaluate_run(config, workdir, sets) == want
   assert capsys.readouterr().out.count("continuing at image 5 of 5") == 2
   assert not list(workdir.glob("*.partial*"))
 
@@ -306,11 +315,11 @@ def test_the_sets_before_an_interruption_are_not_repeated(trained, monkeypatch, 
 SCRIPT = """
 import sys
 import jax, numpy as np
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+sys.path.insert(0, {root!r})
 process, processes, address, out = sys.argv[1:]
 if int(processes) > 1:
   jax.distributed.initialize(address, int(processes), int(process))
-import test_evaluate
+from tests.tasks import test_evaluate
 np.save(out, test_evaluate.confusion_of_scenes())
 """
 
@@ -320,7 +329,7 @@ def confusion_of_scenes():
   config = shapes_config.get_config("training_free,runlocal")
   with config.unlocked():
     config.eval.update(scales=(1.0, 0.7), flip=True, window_batch=3)
-  experiment = Experiment(config, "unused")
+  predictor = Predictor.from_config(config)
   rng = np.random.default_rng(0)
   examples = []
   for i, (height, width) in enumerate([(64, 96), (64, 64), (80, 70)]):
@@ -328,7 +337,7 @@ def confusion_of_scenes():
     image = (np.float32(image) / 255 - config.data.mean) / config.data.std
     examples.append({"image": np.float32(image), "label": label, "id": f"{i}"})
   data = Data("shapes", shapes.CLASSES, examples, shapes.VOCABULARY.seen, shapes.UNSEEN)
-  segmenter = experiment.evaluator({}, data)
+  segmenter = predictor.for_data(data)
   assert segmenter.flip and segmenter.scales == (1.0, 0.7)
   assert segmenter.window_batch % jax.local_device_count() == 0
   return evaluation.evaluate(segmenter, examples, data).confusion_CxC
@@ -368,16 +377,15 @@ def test_billions_of_pixels_keep_their_digits(monkeypatch):
   counts = np.array([[2**40 + 3, 7], [0, 2**33 - 1]])
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   gathered = lambda x: np.asarray(jnp.stack([x, x]))  # JAX arrays, as the real one makes
-  monkeypatch.setattr(evaluate.multihost_utils, "process_allgather", gathered)
+  monkeypatch.setattr(evaluation.multihost_utils, "process_allgather", gathered)
   np.testing.assert_array_equal(evaluation.over_processes(counts), 2 * counts)
 
 
 def test_window_covering_the_image_is_the_plain_forward(home, tmp_path):
-  experiment = Experiment(make_config(home, **{"eval.window_batch": 1}), tmp_path)
-  prompts = experiment.initial_prompts(np.eye(8, dtype=np.float32))
+  predictor = Predictor.from_config(make_config(home, **{"eval.window_batch": 1}))
   data = random_data()
   image = data.examples[1]["image"]
-  segmenter = experiment.evaluator(prompts, data)
+  segmenter = predictor.with_prompts(initial_prompts(predictor)).for_data(data)
   (logits,) = segmenter.logits_fn(image[None])
   want = jax.nn.sigmoid(jax.image.resize(logits, (32, 32, 3), "bilinear", antialias=False))
   np.testing.assert_allclose(segmenter.scores(image), want, atol=1e-5)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,11 +14,12 @@ from data_pipelines import datasets
 from rpn_jax import Segmenter
 from rpn_jax.base.errors import InputError
 from rpn_jax.devices import data_mesh
-from rpn_jax.inference.predictor import Experiment
+from rpn_jax.inference.predictor import Predictor
 from rpn_jax.tasks import evaluate, export, predict, train
-from rpn_jax.training import checkpoint, losses
+from rpn_jax.training import checkpoint, losses, optim
 from rpn_jax.training.metric_log import read_history
 from rpn_jax.training.sharding import ShardMap
+from rpn_jax.training.step import TrainState
 from rpn_jax.weights import prompts_file
 from tests import tiny
 from tests.training.test_checkpoint import small_files
@@ -89,7 +91,7 @@ def test_a_killed_run_continues_exactly(home, finished):
   assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4"]
   again = train.train(config, workdir, data)
   assert again == result
-  prompts = [Experiment(config, w).restored_prompts()[1] for w in (workdir, home / "run")]
+  prompts = [tiny.restored(config, w)["last"][1] for w in (workdir, home / "run")]
   jax.tree.map(np.testing.assert_array_equal, *prompts)
 
 
@@ -154,7 +156,7 @@ def test_a_full_disk_does_not_end_a_run(home, monkeypatch, capsys):
   result = train.train(config, workdir, datasets.load(config))
   assert tries == [*range(1, 8), 8, 8, 8] and result["last"]["step"] == 8
   assert capsys.readouterr().out.count("no checkpoint written") == 9
-  assert Experiment(config, workdir).restored_prompts()[0] == 8
+  assert tiny.restored(config, workdir)["last"][0] == 8
 
 
 def test_a_finished_run_is_only_evaluated_again(finished):
@@ -167,7 +169,7 @@ def test_a_finished_run_is_only_evaluated_again(finished):
 def test_eval_mode_gives_the_scores_of_training(finished):
   config, workdir, result = finished
   before = (workdir / "metrics.json").read_text()
-  scores = evaluate.run(config, workdir, datasets.load_evaluations(config))
+  scores = evaluate.evaluate_run(config, workdir, datasets.load_evaluations(config))
   assert scores["shapes"]["last"] == result["last"]
   assert (workdir / "metrics.json").read_text() == before
   assert json.loads((workdir / "eval.json").read_text())["last"] == result["last"]
@@ -179,7 +181,7 @@ def test_a_run_is_evaluated_on_two_worlds_by_their_own_names(home):
   train.train(config, workdir, datasets.load(config))
   shapes_data, crowds = datasets.load_evaluations(config)
   assert (len(shapes_data.names), len(crowds.names)) == (27, 9)
-  results = evaluate.run(config, workdir, [shapes_data, crowds])
+  results = evaluate.evaluate_run(config, workdir, [shapes_data, crowds])
   assert list(results) == ["shapes", "crowds"]
   assert list(results["crowds"]["last"]["per_class"]) == list(crowds.names)
   assert not shapes_data.penalized and results["shapes"]["last"]["step"] == 8
@@ -191,14 +193,16 @@ def test_how_a_run_is_evaluated_may_change(finished):
   other = config.copy_and_resolve_references()
   with other.unlocked():
     other.eval.flip, other.eval.stride = True, 32
-  scores = evaluate.run(other, workdir, [data])["shapes"]["last"]
+  scores = evaluate.evaluate_run(other, workdir, [data])["shapes"]["last"]
   assert scores["step"] == 8 and scores["pAcc"] != result["last"]["pAcc"]
 
 
 def test_training_free(home):
   config = make_config(home, "runlocal,training_free")
   workdir = home / "free"
-  result = evaluate.run(config, workdir, datasets.load_evaluations(config))["shapes"]["last"]
+  result = evaluate.evaluate_run(config, workdir, datasets.load_evaluations(config))["shapes"][
+    "last"
+  ]
   assert json.loads((workdir / "metrics.json").read_text())["last"] == result
   with pytest.raises(InputError, match="nothing to train"):
     train.train(config, home / "free2", datasets.load(config))
@@ -243,21 +247,22 @@ def test_a_transductive_run_learns_from_pseudo_labels(home):
 def test_the_tower_is_bitwise_unchanged(home, preset):
   changes = {"model.h_grid": (4, 4)} if preset == "released" else {}
   config = make_config(home, f"runlocal,{preset}", **changes)
-  experiment = Experiment(config, home / "frozen")
-  before = jax.tree.map(np.array, experiment.params)
+  predictor = Predictor.from_config(config)
+  before = jax.tree.map(np.array, predictor.params)
   data = datasets.load(config)
-  text = experiment.text([data.names[i] for i in data.trained])
-  state = experiment.initial_state(text)
-  prompts = jax.tree.map(np.array, state.prompts)
+  text = predictor.encoder.embed([data.names[i] for i in data.trained])
+  prompts = jax.device_get(predictor.init_prompts(text, jax.random.key(0), config.data.crop))
+  optimizer = optim.make_optimizer(config.optimizer, prompts)
+  state = TrainState(jnp.int32(0), jax.tree.map(jnp.array, prompts), optimizer.init(prompts))
   devices = ShardMap(
     data_mesh(),
     state,
-    experiment.optimizer(state.prompts),
-    model=experiment.model,
+    optimizer,
+    model=predictor.network,
     loss_fn=losses.sigmoid_loss,
   )
   batch = devices.place_batch(next(data.train_batches(0)))
-  constants = devices.place_constant((experiment.params, text, jax.random.key(0)))
+  constants = devices.place_constant((predictor.params, text, jax.random.key(0)))
   for _ in range(5):
     state, metrics = devices.step(state, *constants[:2], batch, constants[2])
     assert np.isfinite(metrics["loss"])
@@ -270,14 +275,14 @@ def test_the_tower_is_bitwise_unchanged(home, preset):
 def test_another_run_in_the_workdir_is_refused(home, finished):
   _, workdir, _ = finished
   config = make_config(home, seed=7)
-  with pytest.raises(InputError, match=r"another run .*config\.seed: 0 -> 7.*--workdir"):
+  with pytest.raises(InputError, match=r"different config .*config\.seed: 0 -> 7.*--workdir"):
     train.train(config, workdir, datasets.load(config))
 
 
 def test_evaluating_an_empty_workdir_is_refused(home):
   config = make_config(home)
   with pytest.raises(InputError, match=r"no checkpoints .* train first"):
-    evaluate.run(config, home / "nothing", datasets.load_evaluations(config))
+    evaluate.evaluate_run(config, home / "nothing", datasets.load_evaluations(config))
 
 
 def test_predict_any_image_and_words(home, finished, tmp_path):
@@ -309,7 +314,7 @@ def test_exported_prompts_need_only_clip(home, finished, tmp_path):
   jax.tree.map(
     np.testing.assert_array_equal,
     content.prompts,
-    Experiment(config, workdir).restored_prompts()[1],
+    tiny.restored(config, workdir)["last"][1],
   )
   moved = tmp_path / "mine.safetensors"
   moved.write_bytes(path.read_bytes())
@@ -321,7 +326,7 @@ def test_exported_prompts_need_only_clip(home, finished, tmp_path):
     predict.predict(settings, place, str(tmp_path / "x.png"), "red circle, sand")
     labels.append((place / "predictions/x_labels.png").read_bytes())
   assert labels[0] == labels[1]
-  scores = evaluate.run(other, tmp_path / "eval", datasets.load_evaluations(other))
+  scores = evaluate.evaluate_run(other, tmp_path / "eval", datasets.load_evaluations(other))
   assert scores["shapes"]["last"] == result["last"]
 
   # What does not fit is refused with both values.
@@ -337,7 +342,7 @@ def test_exported_prompts_need_only_clip(home, finished, tmp_path):
     wrong = other.copy_and_resolve_references()
     wrong.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=message):
-      Experiment(wrong, tmp_path / "w").restored_prompts()
+      tiny.restored(wrong, tmp_path / "w")
 
 
 def test_a_run_is_loaded_by_its_folder(finished):
@@ -397,14 +402,14 @@ def test_weights_of_the_wrong_kind(home, tmp_path):
   wrong = tmp_path / "photo.safetensors"
   Image.new("RGB", (8, 8)).save(wrong, "JPEG")
   with pytest.raises(InputError, match="photo"):
-    Experiment(make_config(home, clip=str(wrong)), tmp_path / "w")
+    Predictor.from_config(make_config(home, clip=str(wrong)))
   assert not (tmp_path / "w").exists()
 
 
 def test_a_crop_that_is_no_multiple_of_the_patch(home, tmp_path):
   config = make_config(home, **{"eval.crop": 36})
   with pytest.raises(InputError, match=r"config\.eval\.crop=36 .* patch size 8"):
-    Experiment(config, tmp_path / "w")
+    Predictor.from_config(config)
 
 
 def test_unknown_names_are_refused_with_the_nearest(home):
@@ -416,8 +421,8 @@ def test_unknown_names_are_refused_with_the_nearest(home):
 
 def test_softmax_loss_trains(home):
   config = make_config(home, **{"loss.name": "softmax"})
-  experiment = Experiment(config, home / "softmax")
   logits = np.zeros((1, 4, 4, 3), np.float32)
   terms = train.make_loss(config.loss)(logits, np.zeros((1, 8, 8), np.int32))
   np.testing.assert_allclose(terms["loss_ce"].value, np.log(3), rtol=1e-6)
-  assert experiment.trainable
+  scores = Predictor.from_config(config).network.scores(logits)
+  np.testing.assert_allclose(scores, 1 / 3, rtol=1e-6)

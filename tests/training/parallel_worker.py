@@ -15,6 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 
 from rpn_jax import config
 from rpn_jax.config import RPNConfig
+from rpn_jax.devices import data_mesh
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
 from rpn_jax.models.rpn import RPN
@@ -71,8 +72,8 @@ def main(out: pathlib.Path) -> None:
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
   )
-  for mode, devices in CASES:
-    mesh = devices.data_mesh(jax.devices()[:devices])
+  for mode, used in CASES:
+    mesh = data_mesh(jax.devices()[:used])
     maker = sharding.MODES["pmap" if mode == "pmap" else "shard_map"]
     run = maker(mesh, start, optimizer, shard_state=mode == "sharded", **static)
     state = run.place_state(start)
@@ -80,10 +81,10 @@ def main(out: pathlib.Path) -> None:
     metrics, compilations = [], []
     for batch in batches():
       arguments = (*fixed[:2], run.place_batch(batch), fixed[2])
-      if mode != "pmap" and devices == 8:
+      if mode != "pmap" and used == 8:
         size = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
         facts["sharded_bytes" if mode == "sharded" else "replicated_bytes"] = size
-      if mode == "shard_map" and devices == 8 and not metrics:
+      if mode == "shard_map" and used == 8 and not metrics:
         program = run.step.lower(state, *arguments).compile().as_text()
         found = re.findall(r"= (.*) (all-reduce|all-gather|all-to-all|reduce-scatter|"
                            r"collective-permute)(?:-start)?\(", program)  # fmt: skip
@@ -94,7 +95,7 @@ def main(out: pathlib.Path) -> None:
       metrics.append(run.fetch_metrics(values))
     facts.setdefault("compiled_later", []).append(sum(compilations[1:]))
     before = run.fetch_state(state)
-    record(f"{mode}_{devices}", before, metrics)
+    record(f"{mode}_{used}", before, metrics)
     # A NaN that only one device sees, twice, and then a step that is good again.
     poisoned = [next(batches()), next(batches())]
     poisoned[0]["image"][5] = np.nan
@@ -110,10 +111,10 @@ def main(out: pathlib.Path) -> None:
           np.isfinite(shard.data).all()
           for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards
         ),
-        "skipped": [values["skipped"], values["skipped_in_a_row"]],
+        "skipped": [values["skipped"], values["consecutive_skips"]],
         "step": int(after.step),
       })  # fmt: skip
-    facts.setdefault("poisoned", {})[f"{mode}_{devices}"] = told
+    facts.setdefault("poisoned", {})[f"{mode}_{used}"] = told
   (out / "facts.json").write_text(json.dumps(facts))
   np.savez(out / "prompts.npz", **arrays)
 

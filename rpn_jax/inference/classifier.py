@@ -1,0 +1,38 @@
+"""Zero-shot classification of whole images with CLIP (Radford et al., 2021, section 3.1)."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from rpn_jax.inference.predictor import Predictor
+from rpn_jax.models.clip import VisionTransformer, l2_normalize
+from rpn_jax.text.templates import expand
+
+
+def class_probabilities(predictor: Predictor, names: Sequence[str]) -> Callable:
+  """A function from images to probabilities, with the frozen CLIP alone.
+
+  Args:
+    predictor: whose CLIP is used, without any prompts.
+    names: C class names. Where the encoder's synonyms are "max", the best synonym counts.
+
+  Returns:
+    (B, side, side, 3) normalized images -> softmax(scale * cosine) (B, C), as numpy.
+  """
+  encoder, network = predictor.encoder, predictor.network
+  rows, class_of_row = expand(names, range(len(names)), encoder.synonyms)
+  text, class_of_row = encoder.embed(rows), np.asarray(class_of_row)
+  scale = np.exp(encoder.params["logit_scale"])
+  tower = VisionTransformer(predictor.clip, network.dtype, kernels=network.kernels)
+
+  @jax.jit
+  def apply(params, image):
+    image_BxE = l2_normalize(tower.apply({"params": params}, image))
+    return jax.nn.softmax(scale * image_BxE @ text.T)
+
+  def probabilities(image):
+    by_row = np.asarray(apply(predictor.params["visual"], image))
+    return np.stack([by_row[:, class_of_row == i].max(1) for i in range(len(names))], 1)
+
+  return probabilities

@@ -1,0 +1,199 @@
+"""The training loop: batches in; checkpoints, metrics and evaluations out."""
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import jax
+
+from rpn_jax import devices
+from rpn_jax.base.console import progress
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import write_json
+from rpn_jax.training import optim
+from rpn_jax.training.checkpoint import Checkpoints
+from rpn_jax.training.metric_log import MetricWriter
+from rpn_jax.training.preemption import PreemptionGuard
+from rpn_jax.training.run import BEST, Run
+from rpn_jax.training.sharding import Pmap, ShardMap
+from rpn_jax.training.step import TrainState
+
+# After the last step there is no later one at which to try again.
+FINAL_SAVE_TRIES, FINAL_SAVE_PAUSE_SECONDS = 3, 20.0
+RERUN = "free some disk space and rerun the command; it resumes from the last checkpoint"
+
+
+class Loop:
+  """Takes a state to the last step of its run's config.
+
+  Args:
+    run: whose workdir gets the files.
+    stepper: the training step over all devices.
+    data: `train_batches(start_step)` and `train_indices(step)`.
+    checkpoints: of the run.
+    guard: tells of SIGTERM.
+    evaluate: (prompts as numpy, step) -> scores; called by every process.
+    writer: of metrics, in the first process; None in the others.
+    best: the best scores so far, of a resumed run.
+
+  Attributes:
+    last: scores of the newest evaluation, with their `step`; None before the first.
+    best: the best of them.
+  """
+
+  def __init__(
+    self,
+    run: Run,
+    stepper: ShardMap | Pmap,
+    data,
+    *,
+    checkpoints: Checkpoints,
+    guard: PreemptionGuard,
+    evaluate: Callable[[dict, int], dict],
+    writer: MetricWriter | None,
+    best: dict | None,
+  ):
+    self.run, self.config, self.stepper, self.data = run, run.config, stepper, data
+    self.checkpoints, self.guard, self.writer = checkpoints, guard, writer
+    self._evaluate = evaluate
+    self.best, self.last = best, None
+    self._rates = optim.schedules(run.config.optimizer)
+    # Metrics of the latest steps: fetched one step late, so that the device never waits.
+    self._pending: list[tuple[int, dict]] = []
+
+  def fit(self, state: TrainState, params: dict, text, key: jax.Array) -> None:
+    """Trains from a state to the end.
+
+    Args:
+      state: as numpy, in every process; new, or resumed from a checkpoint.
+      params: the frozen part of the towers.
+      text: `text_input` of the classes trained on.
+      key: of dropout and gate noise.
+
+    Raises:
+      InputError: too many steps in a row had to be skipped, or the last one could not be saved.
+    """
+    start, steps = int(state.step), self.config.steps
+    if self._evaluation_due(start) and (start or not steps):  # saved, but perhaps not evaluated
+      self.evaluate(state)
+    state = self.stepper.place_state(state)
+    params, text, key = self.stepper.place_constant((params, text, key))
+    batches = self.data.train_batches(start)
+    bar = progress(range(start, steps), f"train on {devices.devices_text()}", "step")
+    saved, retry_at = True, None
+    with self.guard.deferred():
+      for step in bar:
+        batch = self.stepper.place_batch(next(batches))
+        state, metrics = self.stepper.step(state, params, text, batch, key)
+        done = step + 1
+        self._pending.append((done, metrics))
+        self._flush_metrics(bar, keep=1)
+        stopping = self.guard.reached(done)
+        evaluating = self._evaluation_due(done)
+        saving = evaluating or stopping or done == retry_at
+        if not saving and not _is_due(done, self.config.save_every):
+          continue
+        self._flush_metrics(bar, keep=0)  # a resumed run has the curves up to its checkpoint
+        fetched = self.stepper.fetch_state(state)
+        saved = self._save(fetched)
+        wait = max(1, (self.config.save_every or self.config.eval_every) // 10)
+        retry_at = None if saved else done + wait
+        if stopping:
+          self._stop(done, saved)
+        if evaluating:
+          with self.guard.deferred(False):
+            self.evaluate(fetched)
+    if not saved:
+      raise InputError(
+        f"trained to the end, but the last step could not be saved to {self.checkpoints.directory}:"
+        f" {RERUN}"
+      )
+
+  def evaluate(self, state: TrainState) -> None:
+    """Scores a state that has been saved, so that an interrupted evaluation can be resumed."""
+    step = int(state.step)
+    self.last = {"step": step, **self._evaluate(state.prompts, step)}
+    if self.best is None or rank(self.last) >= rank(self.best):
+      self.best = self.last
+    if self.writer:
+      scalars = {f"eval/{k}": v for k, v in self.last.items() if isinstance(v, float)}
+      self.writer.write(step, scalars)
+      with warn_on_oserror(BEST):
+        write_json(self.run.workdir / BEST, {"best": self.best})
+
+  def _evaluation_due(self, step: int) -> bool:
+    return _is_due(step, self.config.eval_every) or step == self.config.steps
+
+  def _stop(self, step: int, saved: bool) -> None:
+    """Ends the process after SIGTERM."""
+    if not saved:
+      raise InputError(f"SIGTERM at step {step}, which could not be saved: {RERUN}")
+    print(f"SIGTERM: saved at step {step}", flush=True)
+    self.guard.end()
+
+  def _save(self, state: TrainState) -> bool:
+    """Whether the state was saved; after the last step it is tried several times."""
+    tries = FINAL_SAVE_TRIES if state.step == self.config.steps else 1
+    for left in reversed(range(tries)):
+      if self.checkpoints.save(state, self.best):
+        return True
+      if left:
+        time.sleep(FINAL_SAVE_PAUSE_SECONDS)
+    return False
+
+  def _flush_metrics(self, bar, *, keep: int) -> None:
+    """Fetches and logs the pending metrics of all steps but the latest `keep`."""
+    while len(self._pending) > keep:
+      done, metrics = self._pending.pop(0)
+      if done % self.config.log_every == 0 or done == self.config.steps:
+        self._log(bar, done, self.stepper.fetch_metrics(metrics))
+      skips = {"skips": metrics["consecutive_skips"]}
+      self._check_skipped(int(self.stepper.fetch_metrics(skips)["skips"]), done)
+
+  def _log(self, bar, step: int, metrics: dict) -> None:
+    # A skipped step has not moved the schedule on.
+    applied = step - 1 - int(metrics["skipped"])
+    rates = {f"{k}/learning_rate": float(rate(applied)) for k, rate in self._rates.items()}
+    metrics = {k: v for k, v in metrics.items() if k != "consecutive_skips"}
+    if self.writer:
+      self.writer.write(step, {f"train/{k}": v for k, v in metrics.items()} | rates)
+    skipped = {"skipped": int(metrics["skipped"])} if metrics["skipped"] else {}
+    bar.set_postfix(loss=f"{metrics['loss']:.3f}", **skipped)
+
+  def _check_skipped(self, consecutive: int, done: int) -> None:
+    """Reports a step that was not applied; too many in a row end the run."""
+    if not consecutive:
+      return
+    if consecutive == 1:
+      print(f"step {done}: loss or gradients are NaN or infinite: not applied", flush=True)
+    if consecutive < self.config.max_skipped:
+      return
+    since = done - consecutive
+    indices = ", ".join(map(str, self.data.train_indices(since)))
+    newest = self.checkpoints.steps()
+    place = f"{self.checkpoints.directory}/{newest[0]}" if newest else "none yet"
+    raise InputError(
+      f"loss or gradients were NaN or infinite in {consecutive} steps in a row, {since + 1} to "
+      f"{done}, and none was applied (config.max_skipped={self.config.max_skipped}); step "
+      f"{since + 1} had the training examples {indices}; last good checkpoint: {place}. Lower "
+      "config.optimizer.base_lr, set config.optimizer.clip_norm, or look at these examples"
+    )
+
+
+def _is_due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+def rank(scores: dict) -> float:
+  """What checkpoints are compared by: hIoU, or the plain mean where no class is unseen."""
+  value = scores["hiou"] if scores["hiou"] is not None else scores["miou_gt"]
+  return float(value or 0.0)
+
+
+@contextlib.contextmanager
+def warn_on_oserror(what: str):
+  """For a file that a run can do without for now: a full disk gets one line."""
+  try:
+    yield
+  except OSError as error:
+    print(f"{what} not written ({error.strerror}): continuing", flush=True)
