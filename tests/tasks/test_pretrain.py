@@ -8,6 +8,7 @@ import numpy as np
 from configs import shapes_clip
 from data_pipelines import datasets
 from rpn_jax.tasks import pretrain
+from rpn_jax.training.contrastive import contrastive_loss
 from rpn_jax.weights import arrays, clip_file
 
 
@@ -22,7 +23,7 @@ def test_equal_captions_share_the_target():
   log_q = logits.T - np.log(np.exp(logits.T).sum(-1, keepdims=True))
   target = np.array([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]])
   want = -((target * log_p).sum(-1).mean() + (target * log_q).sum(-1).mean()) / 2
-  got = pretrain.contrastive_loss(image, text, tokens, jnp.log(scale))
+  got = contrastive_loss(image, text, tokens, jnp.log(scale))
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
