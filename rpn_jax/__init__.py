@@ -12,10 +12,11 @@ if TYPE_CHECKING:
   from rpn_jax.inference.segmenter import Segmenter
   from rpn_jax.models.clip import CLIPConfig
   from rpn_jax.models.rpn import RPN
+  from rpn_jax.models.trained import init_prompts
   from rpn_jax.models.tuners import Tuner, merge
   from rpn_jax.text.embeddings import class_embeddings
   from rpn_jax.training.losses import sigmoid_loss, softmax_loss
-  from rpn_jax.training.step import TrainState, init_prompts, train_step
+  from rpn_jax.training.step import TrainState, train_step
   from rpn_jax.weights.clip_file import load_clip
 
 __version__ = "0.2.0"
@@ -29,7 +30,7 @@ _PUBLIC = {
   "TrainState": "training.step",
   "Tuner": "models.tuners",
   "class_embeddings": "text.embeddings",
-  "init_prompts": "training.step",
+  "init_prompts": "models.trained",
   "load_clip": "weights.clip_file",
   "merge": "models.tuners",
   "sigmoid_loss": "training.losses",

@@ -20,8 +20,8 @@ from rpn_jax.devices import devices_text
 from rpn_jax.inference import metrics
 from rpn_jax.inference.sliding import SlidingWindow
 
-# Seconds between the files that an interrupted evaluation continues from.
-SAVE_EVERY = 5.0
+# Between the files that an interrupted evaluation resumes from.
+SAVE_SECONDS = 5.0
 
 
 @dataclasses.dataclass
@@ -78,8 +78,8 @@ class Partial:
     return None
 
   def save(self, done: int, confusion_CxC: np.ndarray, *, now: bool = False) -> None:
-    """Writes the file if the last time was SAVE_EVERY seconds ago, and if the disk allows it."""
-    if not now and time.monotonic() - self.saved < SAVE_EVERY:
+    """Writes the file if the last time was SAVE_SECONDS seconds ago, and if the disk allows it."""
+    if not now and time.monotonic() - self.saved < SAVE_SECONDS:
       return
     self.saved = time.monotonic()
     # Only an interruption would need it: a full disk does not matter.

@@ -125,7 +125,7 @@ class Predictor:
     settings = {"method": method, "denoise": 0.0, "key_smoothing": False}
     network = _create("training_free", clip, settings, str(path))
     encoder = TextEncoder(clip, params, templates, synonyms, arrays.fingerprint(params))
-    protocol = Protocol(**dataclasses.asdict(network.windows(clip)))
+    protocol = Protocol(**network.windows(clip)._asdict())
     towers = jax.device_put({name: params[name] for name in network.towers})
     return cls(network, towers, {}, encoder, protocol)
 

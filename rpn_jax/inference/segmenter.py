@@ -37,10 +37,11 @@ class Segmenter:
   Attributes:
     predictor: the network and all that an image needs.
     method: what it is, in words.
+    step: of the checkpoint, 0 of a training-free method.
   """
 
-  def __init__(self, predictor: Predictor, method: str):
-    self.predictor, self.method = predictor, method
+  def __init__(self, predictor: Predictor, method: str, step: int = 0):
+    self.predictor, self.method, self.step = predictor, method, step
     encode = functools.partial(predictor.network.text_input, predictor.encoder)
     self._text = functools.lru_cache(64)(encode)
 
@@ -124,7 +125,7 @@ class Segmenter:
       method = f"{type(predictor.network).__name__}, step {step} of {run.workdir}"
     else:
       method = _training_free(predictor, pathlib.Path(run.config.clip).stem)
-    return cls(predictor.with_prompts(prompts), method)
+    return cls(predictor.with_prompts(prompts), method, step)
 
   def __call__(self, images, names, *, other: float = 0.0, background=(), emphasis=None):
     """Segments one image, or a list of them.

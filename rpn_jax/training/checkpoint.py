@@ -108,15 +108,15 @@ class Checkpoints:
     self._policy = _LatestAndBest()
     import orbax.checkpoint as ocp  # takes a second, which commands without checkpoints save
 
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=self._policy,
-      # A save takes a fraction of a second (docs/reliability.md); its failure is noticed at once.
-      enable_async_checkpointing=False,
-      lightweight_initialize=True,
-      create=not read_only,
-      read_only=read_only,
-    )
     with _quiet():
+      options = ocp.CheckpointManagerOptions(
+        preservation_policy=self._policy,
+        # A save takes a fraction of a second (docs/reliability.md); its failure is noticed at once.
+        enable_async_checkpointing=False,
+        lightweight_initialize=True,
+        create=not read_only,
+        read_only=read_only,
+      )
       self.manager = ocp.CheckpointManager(
         self.directory, item_names=("prompts", "opt_state", "meta"), options=options
       )

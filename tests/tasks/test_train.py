@@ -152,7 +152,7 @@ def test_a_full_disk_does_not_end_a_run(home, monkeypatch, capsys):
       return save(self, state, best)
 
   monkeypatch.setattr(checkpoint.Checkpoints, "save", full)
-  monkeypatch.setattr(train, "LAST_PAUSE", 0.0)
+  monkeypatch.setattr(loop, "FINAL_SAVE_PAUSE_SECONDS", 0.0)
   result = train.train(config, workdir, datasets.load(config))
   assert tries == [*range(1, 8), 8, 8, 8] and result["last"]["step"] == 8
   assert capsys.readouterr().out.count("no checkpoint written") == 9
@@ -374,7 +374,7 @@ def test_a_run_without_its_whole_config_is_refused(finished, tmp_path):
 
 @pytest.mark.parametrize(
   "classes, message",
-  [("cat, dog, cat", "'cat' is given twice"), ("cat,,dog", "2 of 3 is empty"), (" ", "is empty")],
+  [("cat, dog, cat", "duplicate class name 'cat'"), ("cat,,dog", "2 of 3 is empty"), (" ", "is empty")],
 )
 def test_bad_class_lists(home, finished, tmp_path, classes, message):
   config, workdir, _ = finished
@@ -408,7 +408,7 @@ def test_weights_of_the_wrong_kind(home, tmp_path):
 
 def test_a_crop_that_is_no_multiple_of_the_patch(home, tmp_path):
   config = make_config(home, **{"eval.crop": 36})
-  with pytest.raises(InputError, match=r"config\.eval\.crop=36 .* patch size 8"):
+  with pytest.raises(InputError, match=r"config\.eval\.crop=36: .* patch size .* 8"):
     Predictor.from_config(config)
 
 
@@ -416,7 +416,7 @@ def test_unknown_names_are_refused_with_the_nearest(home):
   with pytest.raises(InputError, match="did you mean 'shapes'"):
     datasets.load(make_config(home, **{"data.name": "shape"}))
   with pytest.raises(InputError, match=r"sigmoid.*softmax"):
-    train.make_loss(make_config(home, **{"loss.name": "sigmoids"}).loss)
+    Predictor.from_config(make_config(home, **{"loss.name": "sigmoids"}))
 
 
 def test_softmax_loss_trains(home):
