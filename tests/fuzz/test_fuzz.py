@@ -42,12 +42,8 @@ from rpn_jax.inference.predictor import Predictor
 from rpn_jax.text import embeddings
 from rpn_jax.text.tokenizer import tokenize
 from rpn_jax.training.metric_log import read_history
-<<<<<<< HEAD
-from rpn_jax.weights import architecture, clip_file, names, prompts_file, torch_archive
-=======
 from rpn_jax.training.run import Run
-from rpn_jax.weights import clip_file, names, prompts_file, torch_archive
->>>>>>> e2bccdd (core: Predictor and Run in place of Experiment; a loop that knows neither data sets nor figures)
+from rpn_jax.weights import architecture, clip_file, names, prompts_file, torch_archive
 from tests import tiny
 from tests.weights.files import (
   HEADS,
