@@ -7,7 +7,6 @@ Drawn for an image, or for each in a folder.
 
 import argparse
 import pathlib
-import types
 from collections.abc import Callable, Sequence
 
 import jax
@@ -21,10 +20,8 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import parse_names
 from rpn_jax.drawing.images import save_png
 from rpn_jax.drawing.plots import figure
-from rpn_jax.inference.predictor import Experiment
-from rpn_jax.models import kernels, trained
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
-from rpn_jax.text.templates import expand
+from rpn_jax.models.trained import join
 
 # Classes of one figure: more would be too small to see.
 MAX_CLASSES = 12
@@ -52,7 +49,9 @@ def read_image(path, protocol, patch_size: int) -> tuple[np.ndarray, np.ndarray]
   return image, pixels.normalize(resized, protocol.mean, protocol.std)[None]
 
 
-def relationship_maps(predictor, inputs_1xHxWx3, names: Sequence[str]) -> list[np.ndarray]:
+def relationship_maps(
+  predictor: Predictor, inputs_1xHxWx3, names: Sequence[str]
+) -> list[np.ndarray]:
   """m of every layer that makes relationship prompts, each (h, w, C); see `rpm.itp`.
 
   Where synonyms compete ("max"), a class's map is at each pixel that of its best synonym, as its
@@ -68,7 +67,7 @@ def relationship_maps(predictor, inputs_1xHxWx3, names: Sequence[str]) -> list[n
   """
   network, clip = predictor.network, predictor.clip
   # What has no map in pixels: no relationship prompts, or none that look at them.
-  if not getattr(network, "prompting", ()):
+  if not getattr(network, "prompting", ()) or "rpn" not in network.config.tuners:
     raise InputError("no relationship prompts in this config: there are no maps to draw")
   if network.config.itp == "no_pixel":
     raise InputError('config.model.itp="no_pixel" has no map of the pixels to draw')
@@ -79,7 +78,7 @@ def relationship_maps(predictor, inputs_1xHxWx3, names: Sequence[str]) -> list[n
   return [np.stack([m[..., row].max(-1) for row in rows], -1) for m in maps]
 
 
-def attention_from(predictor, inputs_1xHxWx3, place: tuple[float, float]) -> np.ndarray:
+def attention_from(predictor: Predictor, inputs_1xHxWx3, place: tuple[float, float]) -> np.ndarray:
   """What one patch of CLIP as it is looks at, the mean over the heads: (layers, h, w).
 
   The weights over the patches, without the class token; a layer's sum is 1.
@@ -100,23 +99,22 @@ def attention_from(predictor, inputs_1xHxWx3, place: tuple[float, float]) -> np.
   return np.stack(maps)
 
 
-def inside_frozen(predictor, inputs_1xHxWx3) -> dict:
+def inside_frozen(predictor: Predictor, inputs_1xHxWx3) -> dict:
   """The intermediates of CLIP's vision tower as it is."""
   variables = {"params": predictor.params["visual"]}
-  platform = jax.local_devices()[0].platform
-  tower = VisionTransformer(predictor.clip, kernels=kernels.for_platform(platform))
-  return _inside(tower, variables, inputs_1xHxWx3)
+  return _inside(VisionTransformer(predictor.clip), variables, inputs_1xHxWx3)
 
 
-def inside_trained(predictor, inputs_1xHxWx3, names: Sequence[str]) -> tuple[dict, np.ndarray]:
+def inside_trained(
+  predictor: Predictor, inputs_1xHxWx3, names: Sequence[str]
+) -> tuple[dict, np.ndarray]:
   """The intermediates of the trained network, and which class each of its text rows stands for.
 
   Where synonyms compete ("max"), each of them is a row.
   """
-  rows, class_of_row = expand(names, range(len(names)), predictor.encoder.synonyms)
-  text = predictor.encoder.embed(rows)
-  variables = trained.join(predictor.params, predictor.prompts)
-  return _inside(predictor.network, variables, inputs_1xHxWx3, text), np.array(class_of_row)
+  text, class_of_row = predictor.text_rows(names)
+  variables = join(predictor.params, predictor.prompts)
+  return _inside(predictor.network, variables, inputs_1xHxWx3, text), class_of_row
 
 
 def _inside(model, variables, inputs, *text) -> dict:
@@ -175,7 +173,9 @@ def draw_maps(path, image, maps: Sequence[np.ndarray], names, layers: Sequence[i
   save_png(path, fig)
 
 
-def attention(predictor, files: Sequence[pathlib.Path], names, out) -> list[pathlib.Path]:
+def attention(
+  predictor: Predictor, files: Sequence[pathlib.Path], names, out
+) -> list[pathlib.Path]:
   """Draws the relationship maps of each image file; returns the files written.
 
   Raises:
@@ -210,20 +210,11 @@ def run_command(command: Callable, description: str, arguments: list[str]) -> in
   with devices.runtime(matmul_precision=config.get("matmul_precision", "default")):
     out = paths.expand(args.out or workdir)
     out.mkdir(parents=True, exist_ok=True)
-    for path in command(_predictor(config, workdir), files, names, out):
+    predictor, run = open_run(config, workdir)
+    _, prompts = predictor.read_prompts(run)["last"]
+    for path in command(predictor.with_prompts(prompts), files, names, out):
       print(path)
   return 0
-
-
-def _predictor(config, workdir: pathlib.Path):
-  """The trained network of a run, and what it needs of text and images."""
-  experiment = Experiment(config, workdir)
-  _, prompts = experiment.restored_prompts()
-  encoder = types.SimpleNamespace(embed=experiment.text, synonyms=config.synonyms)
-  return types.SimpleNamespace(
-    network=experiment.model, params=experiment.params, prompts=prompts,
-    clip=experiment.clip_config, encoder=encoder, protocol=config.data,
-  )  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

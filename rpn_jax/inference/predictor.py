@@ -179,17 +179,26 @@ class Predictor:
   def for_data(self, data) -> SlidingWindow:
     """Sliding-window inference with the class names of a data set, for scores.
 
-    Where the encoder's synonyms are "max", every synonym competes by itself. The scores of
-    `data.penalized` are lowered, except with a network that trains nothing, to which no class is
-    seen.
+    The scores of `data.penalized` are lowered, except with a network that trains nothing, to which
+    no class is seen.
     """
-    rows, class_of_row = expand(data.names, range(len(data.names)), self.encoder.synonyms)
+    text, class_of_row = self.text_rows(data.names)
     penalized = set(data.penalized) if self.network.trainable else set()
-    return self.sliding_window(
-      self.network.text_input(self.encoder, rows),
-      [row for row, name in enumerate(class_of_row) if name in penalized],
-      class_of_row,
-    )
+    rows = [row for row, class_id in enumerate(class_of_row) if class_id in penalized]
+    return self.sliding_window(text, rows, class_of_row)
+
+  def text_rows(self, names: Sequence[str], class_ids: Sequence[int] | None = None):
+    """What the network takes as text for class names, and the class id of each of its rows.
+
+    Where the encoder's synonyms are "max", a class has a row for every synonym.
+
+    Args:
+      names: C class names, synonyms joined by `words.SEPARATOR`.
+      class_ids: of the names; None counts from 0.
+    """
+    ids = range(len(names)) if class_ids is None else class_ids
+    rows, class_of_row = expand(names, ids, self.encoder.synonyms)
+    return self.network.text_input(self.encoder, rows), np.array(class_of_row)
 
   def sliding_window(
     self, text, penalized: Sequence[int] = (), class_of_row: Sequence[int] | None = None

@@ -10,17 +10,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import expand as expand_home
+from rpn_jax.base.paths import expand
 from rpn_jax.base.words import check_known, check_names, parse_names, without_articles
 from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
 from rpn_jax.inference.sliding import round_up
 from rpn_jax.models.training_free import METHODS
-from rpn_jax.text.templates import expand
 from rpn_jax.training.run import Run, read_config
 
 # Weights in rpn_jax/assets, with the templates that they were trained on.
@@ -42,8 +40,7 @@ class Segmenter:
 
   def __init__(self, predictor: Predictor, method: str, step: int = 0):
     self.predictor, self.method, self.step = predictor, method, step
-    encode = functools.partial(predictor.network.text_input, predictor.encoder)
-    self._text = functools.lru_cache(64)(encode)
+    self._text_rows = functools.lru_cache(64)(predictor.text_rows)
 
   @classmethod
   def load(
@@ -76,7 +73,7 @@ class Segmenter:
       check_known("method=", method, ("rpn", *METHODS))
     if checkpoint not in ("last", "best"):
       raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
-    path = expand_home(model)
+    path = expand(model)
     if path.is_dir():
       choices = {"templates": templates, "synonyms": synonyms, "clip": clip}
       return cls._of_run(path, method, checkpoint, choices)
@@ -178,11 +175,11 @@ class Segmenter:
     check_names([*names, *background])
     prompts = [without_articles(name) for name in (*names, *background)]
     ids = [*range(len(names)), *[-1] * len(background)]
-    rows, class_of_row = expand(prompts, ids, self.predictor.encoder.synonyms)
-    text = jnp.asarray(self._text(rows))
-    fillers = round_up(len(rows)) - len(rows) if self.predictor.network.independent else 0
-    text = jnp.concatenate([text, *[text[:1]] * fillers])
-    return self.predictor.sliding_window(text), np.array(class_of_row), fillers
+    text, class_of_row = self._text_rows(tuple(prompts), tuple(ids))
+    count = len(class_of_row)
+    fillers = round_up(count) - count if self.predictor.network.independent else 0
+    text = jnp.concatenate([jnp.asarray(text), *[text[:1]] * fillers])
+    return self.predictor.sliding_window(text), class_of_row, fillers
 
   def __repr__(self) -> str:
     return f"Segmenter({self.method})"

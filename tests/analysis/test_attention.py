@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from rpn_jax.models.trained import init_prompts
 
 from rpn_jax.analysis import attention, distance
 from rpn_jax.base import pixels
@@ -18,22 +19,22 @@ from rpn_jax.config import RPNConfig
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
 from rpn_jax.training.step import init_prompts
+from rpn_jax.inference.predictor import Predictor, Protocol
+from rpn_jax.models.rpn import RPN, RPNConfig
 from tests.tiny import TINY
 
 NAMES = ["a cat", "grass", "sky"]
 
 
 def predictor(**changes):
-  """What the commands use of a Predictor, with random weights and a text encoder of noise."""
+  """A Predictor with random weights and a text encoder of noise."""
   network = RPN(TINY, RPNConfig(m2oe="none", **changes))
   image = jnp.zeros((1, 32, 32, 3))
   params = {"visual": jax.jit(VisionTransformer(TINY).init)(jax.random.key(0), image)["params"]}
-  protocol = types.SimpleNamespace(short_side=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-  return types.SimpleNamespace(
-    network=network, params=params, clip=TINY, protocol=protocol,
-    prompts=init_prompts(network, params, embed(NAMES), jax.random.key(2), 32),
-    encoder=types.SimpleNamespace(embed=embed, synonyms="mean"),
-  )  # fmt: skip
+  protocol = Protocol(32, crop=32, stride=24, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+  prompts = init_prompts(network, params, embed(NAMES), jax.random.key(2), 32)
+  encoder = types.SimpleNamespace(config=TINY, embed=embed, synonyms="mean")
+  return Predictor(network, params, prompts, encoder, protocol)
 
 
 def embed(names):
