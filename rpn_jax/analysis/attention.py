@@ -20,6 +20,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import parse_names
 from rpn_jax.drawing.images import save_png
 from rpn_jax.drawing.plots import figure
+from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.trained import join
 
