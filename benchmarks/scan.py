@@ -45,7 +45,7 @@ def main(argv) -> None:
           x = one(x, p)
       return (x**2).mean()
 
-    return jax.jit(jax.grad(loss), compiler_options=devices.compiler_options())
+    return jax.jit(jax.grad(loss), compiler_options=devices.compiler_options(devices.data_mesh()))
 
   rows = []
   cases = [(kind, remat) for remat in ("none", "full") for kind in ("unrolled", "scan")]

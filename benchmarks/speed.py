@@ -32,8 +32,10 @@ from rpn_jax.base.console import progress, table
 from rpn_jax.config import RPNConfig
 from rpn_jax.models import kernels
 from rpn_jax.models.rpn import RPN
+from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.trained import init_prompts
 from rpn_jax.training import losses, optim
-from rpn_jax.training.step import TrainState, init_prompts, train_step
+from rpn_jax.training.step import TrainState, train_step
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("cases", ["voc"], "Of voc, coco and voc_l14")
@@ -116,7 +118,7 @@ def child(folder: pathlib.Path, what: str, dtype: str, remat: str) -> dict:
         model=model, optimizer=optimizer, loss_fn=losses.sigmoid_loss,
       )  # fmt: skip
 
-    options = devices.compiler_options()
+    options = devices.compiler_options(devices.data_mesh())
     function = jax.jit(function, donate_argnums=0, compiler_options=options)
     state = TrainState(jnp.int32(0), prompts, jax.jit(optimizer.init)(prompts))
     arguments, donated = [state, params, data, jax.random.key(0)], 0

@@ -10,6 +10,8 @@ import argparse
 import importlib.metadata
 import math
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +29,10 @@ from rpn_jax.models import kernels
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
 from rpn_jax.models.rpn import RPN
+from rpn_jax.inference.predictor import make_network
+from rpn_jax.models.trained import init_prompts
 from rpn_jax.training import losses, optim
-from rpn_jax.training.step import TrainState, init_prompts, train_step
+from rpn_jax.training.step import TrainState, train_step
 from rpn_jax.weights import clip_file
 
 BACKBONES = {name: CLIPConfig(**b.architecture) for name, b in declared.BACKBONES.items()}
@@ -123,6 +127,16 @@ def measure(
   }
 
 
+class RandomEncoder(NamedTuple):
+  """Unit-length embeddings of any names: what they are does not change what a network costs."""
+
+  embed_dim: int
+
+  def embed(self, names: Sequence[str]) -> np.ndarray:
+    text = np.random.default_rng(1).normal(size=(len(names), self.embed_dim))
+    return np.float32(text / np.linalg.norm(text, axis=-1, keepdims=True))
+
+
 def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int) -> dict:
   """Everything the command prints.
 
@@ -136,22 +150,14 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
   Raises:
     InputError: a training-free method, or a crop that is no multiple of the patch size.
   """
-  if config.method == "training_free":
-    raise InputError("method 'training_free' has no parameters to count: inspect another config")
-  dtype, side = jnp.dtype(config.dtype), config.data.crop
+  model, side, mesh = make_network(config, clip_config), config.data.crop, devices.data_mesh()
+  if not model.trainable:
+    raise InputError(f"method {config.method!r} has no parameters to count: inspect another config")
   if side % clip_config.patch_size:
     raise InputError(
       f"config.data.crop={side} must be a multiple of the patch size {clip_config.patch_size}"
     )
-  model = RPN(
-    clip_config,
-    RPNConfig(**config.model),
-    dtype,
-    config.remat,
-    kernels=kernels.for_platform(jax.local_devices()[0].platform),
-  )
-  text = np.random.default_rng(1).normal(size=(classes, clip_config.embed_dim))
-  text = (text / np.linalg.norm(text, axis=-1, keepdims=True)).astype(np.float32)
+  text = model.text_input(RandomEncoder(clip_config.embed_dim), [""] * classes)
   key = jax.random.key(config.seed)
   prompts = init_prompts(model, tower, text, key, side)
   optimizer = optim.make_optimizer(config.optimizer, prompts)
@@ -173,7 +179,7 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
     "forward": measure(forward, dict(zip(("params", "prompts"), merged)), data["image"]),
   }
   state = TrainState(jnp.int32(0), prompts, jax.jit(optimizer.init)(prompts))
-  jitted = jax.jit(one_step, donate_argnums=0, compiler_options=devices.compiler_options())
+  jitted = jax.jit(one_step, donate_argnums=0, compiler_options=devices.compiler_options(mesh))
   result["train_step"] = measure(jitted, state, params, data, key, donated=0)
   for part in ("forward", "train_step"):
     result[part]["images_per_second"] = batch / result[part]["seconds"]

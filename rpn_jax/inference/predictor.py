@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,18 @@ class Protocol:
 def forward(network: Network):
   """The jitted network (variables, text, image) -> logits: equal networks share one program."""
   return jax.jit(lambda variables, text, image: network.apply(variables, image, text))
+
+
+class _Blank(NamedTuple):
+  """A text encoder for shapes alone."""
+
+  embed_dim: int
+
+  def embed(self, names: Sequence[str]) -> np.ndarray:
+    return np.zeros((len(names), self.embed_dim), np.float32)
+
+  def tokens(self, names: Sequence[str]) -> np.ndarray:
+    return np.zeros((len(names), 1, 8), np.int32)
 
 
 class Predictor:
@@ -167,8 +180,8 @@ class Predictor:
 
   def prompt_shapes(self, crop: int) -> dict:
     """Shapes and types of what is trained, for training crops of a side in pixels."""
-    # No shape depends on the number of classes.
-    text = self.network.text_input(self.encoder, ("a",))
+    # No shape depends on the number of classes, nor on what they are called.
+    text = self.network.text_input(_Blank(self.clip.embed_dim), ("",))
     return jax.eval_shape(lambda text: self.init_prompts(text, jax.random.key(0), crop), text)
 
   def prepare(self, image_HxWx3: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ class Network(Protocol):
     trained: regular expression over whole '/'-joined paths of `params` that are trained besides
       everything in `prompts`; "" is none. See `trained.split`.
     trainable: whether anything is trained at all.
+    title: what stands for the network in a table of scores.
     scores: logits (..., C) -> scores (..., C); classes are compared, averaged over windows and
       penalized by scores.
     probabilities: scores (..., C) -> values in [0, 1] for people.
@@ -44,6 +45,9 @@ class Network(Protocol):
   towers: tuple[str, ...]
   trainable: bool
   emphasis: float
+
+  @property
+  def title(self) -> str: ...
 
   @property
   def trained(self) -> str: ...

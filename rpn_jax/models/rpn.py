@@ -74,6 +74,10 @@ class RPN(Defaults, nn.Module):
     return Windows(short_side=crop, crop=crop, stride=round(426 / 512 * crop))
 
   @property
+  def title(self) -> str:
+    return self.config.tuner
+
+  @property
   def trained(self) -> str:
     return "visual/.*" if "full" in self.tuner_names else ""
 

@@ -8,6 +8,8 @@ of `params` is neither copied nor stored.
 import re
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
 TOWERS = ("visual", "text")
@@ -52,3 +54,25 @@ def _overlaid(below, above):
   if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
     return above
   return {**below, **{k: _overlaid(below.get(k, {}), x) for k, x in above.items()}}
+
+
+def init_prompts(network, params, text, key, image_size: int) -> dict:
+  """Initial values of what is trained: the `prompts` collection and the trained part of `params`.
+
+  Args:
+    network: a `Network`.
+    params: the towers it uses.
+    text: what `network.text_input` gives for some class names; no shape depends on how many.
+    key: random key.
+    image_size: side of a training crop, pixels.
+  """
+  keys = dict(zip(("prompts", "dropout", "gate"), jax.random.split(key, 3)))
+
+  def init(params, text):
+    image = jnp.zeros((1, image_size, image_size, 3))
+    _, variables = network.apply({"params": params}, image, text, rngs=keys, mutable=["prompts"])
+    return variables.get("prompts", {})
+
+  trained, _ = split(params, network.trained)
+  # A copy: the training step donates its state.
+  return {**jax.jit(init)(params, text), **jax.tree.map(jnp.copy, trained)}

@@ -142,6 +142,10 @@ class DenseCLIP(Defaults, nn.Module):
     return cls(clip, s.method, s.denoise, s.key_smoothing, dtype, kernels)
 
   @property
+  def title(self) -> str:
+    return self.method
+
+  @property
   def scores(self) -> Callable:
     return heads.SCORES["cosine"]
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from rpn_jax.models.trained import init_prompts
 
 from rpn_jax.analysis import attention, distance
 from rpn_jax.base import pixels
@@ -21,6 +20,7 @@ from rpn_jax.models.rpn import RPN
 from rpn_jax.training.step import init_prompts
 from rpn_jax.inference.predictor import Predictor, Protocol
 from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.trained import init_prompts
 from tests.tiny import TINY
 
 NAMES = ["a cat", "grass", "sky"]

@@ -12,8 +12,10 @@ from rpn_jax.config import RPNConfig
 from rpn_jax.models import kernels, layers, prompts
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.rpn import RPN
+from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.trained import init_prompts
 from rpn_jax.training import losses, optim
-from rpn_jax.training.step import TrainState, init_prompts, train_step
+from rpn_jax.training.step import TrainState, train_step
 
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -73,7 +75,9 @@ def test_what_is_computed_again_is_not_stored():
         model=model.clone(remat=remat), optimizer=optimizer, loss_fn=losses.sigmoid_loss,
       )  # fmt: skip
 
-    jitted = jax.jit(step, donate_argnums=0, compiler_options=devices.compiler_options())
+    jitted = jax.jit(
+      step, donate_argnums=0, compiler_options=devices.compiler_options(devices.data_mesh())
+    )
     compiled = jitted.lower(state, batch, jax.random.key(0)).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 1e6
 

@@ -13,8 +13,9 @@ from rpn_jax.config import RPNConfig
 from rpn_jax.models import prompts, rpm
 from rpn_jax.models.clip import CLIP, Block, CLIPConfig, VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
+from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.trained import init_prompts
 from rpn_jax.training import losses
-from rpn_jax.training.step import init_prompts
 
 TINY = CLIPConfig(
   embed_dim=12, image_size=32, patch_size=8, vision_width=16, vision_layers=3, vision_heads=2,

@@ -19,8 +19,10 @@ from rpn_jax.devices import data_mesh
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
 from rpn_jax.models.rpn import RPN
+from rpn_jax.models.rpn import RPN, RPNConfig
+from rpn_jax.models.trained import init_prompts
 from rpn_jax.training import losses, optim, sharding
-from rpn_jax.training.step import TrainState, init_prompts, train_step
+from rpn_jax.training.step import TrainState, train_step
 
 TINY = CLIPConfig(
   embed_dim=16, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2
