@@ -31,7 +31,7 @@ def run(config, workdir) -> None:
     elif FLAGS.mode == "train":
       train.train(config, workdir, datasets.load(config, devices.process()))
     elif FLAGS.mode == "eval":
-      evaluate.run(config, workdir, datasets.load_evaluations(config))
+      evaluate.evaluate_run(config, workdir, datasets.load_evaluations(config))
     elif FLAGS.mode == "export":
       export.export(config, workdir, datasets.load(config).names)
     else:

@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.training.identity import FREE_FIELDS
+from rpn_jax.config import FREE
 from rpn_jax.training.metric_log import read_history
 
 METRICS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
@@ -185,14 +185,14 @@ def flatten(config: Mapping, prefix: str = "") -> dict:
 def differing(configs: Sequence[Mapping]) -> dict[str, list[str]]:
   """Field -> its value in each config, as text, for the fields in which they differ.
 
-  The seed and fields that do not change a result (`checkpoint.FREE_FIELDS`) are left out.
+  The seed and fields that do not change a result (`config.FREE`) are left out.
   """
   flat = [flatten(config) for config in configs]
   fields = list(dict.fromkeys(name for config in flat for name in config))
   texts = {
     name: [_text(config[name]) if name in config else "absent" for config in flat]
     for name in fields
-    if name != "seed" and name.rpartition(".")[2] not in FREE_FIELDS
+    if name != "seed" and name.rpartition(".")[2] not in FREE
   }
   return {name: values for name, values in texts.items() if len(set(values)) > 1}
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.words import check_known
+from rpn_jax.config import check
 from rpn_jax.devices import data_mesh, platform_of, put_batch
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.models import NETWORKS, Network, kernels
@@ -103,8 +105,9 @@ class Predictor:
       weights: what `load_clip` gives for config.clip, if that is known already.
 
     Raises:
-      InputError: weights that cannot be read or do not fit the config.
+      InputError: a value that no run can have, or weights that cannot be read or do not fit.
     """
+    check(config)
     clip, params = weights or clip_file.load_clip(config.clip)
     network = make_network(config, clip)
     encoder = TextEncoder(
@@ -261,6 +264,7 @@ def make_network(config, clip) -> Network:
   Raises:
     InputError: settings or weights that the network refuses.
   """
+  check_known("config.method=", config.method, NETWORKS)
   cls = NETWORKS[config.method]
   return _create(
     config.method,

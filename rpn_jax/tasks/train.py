@@ -24,7 +24,7 @@ from rpn_jax.training.loop import Loop
 from rpn_jax.training.losses import LOSSES
 from rpn_jax.training.metric_log import MetricWriter
 from rpn_jax.training.preemption import PreemptionGuard
-from rpn_jax.training.run import Run
+from rpn_jax.training.run import Run, held_workdir
 from rpn_jax.training.step import TrainState
 
 
@@ -53,7 +53,7 @@ def train(config, workdir, data) -> dict:
     )
   mesh = devices.global_mesh()
   sharding.check_batch_size(config.data.batch_size, mesh)
-  with run.held(), PreemptionGuard() as guard:
+  with held_workdir(run.workdir), PreemptionGuard() as guard:
     run.claim()
     return _train(run, predictor, data, mesh, guard)
 

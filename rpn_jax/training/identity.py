@@ -5,23 +5,16 @@ import json
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import differences
+from rpn_jax.config import EVALUATION, FREE
 
 # Fields that the config of an older checkpoint lacks, with the value it was trained under.
 ADDED_FIELDS = {"optimizer.clip_norm": 0.0}
 
-# Config fields that may differ when a run is resumed: they change neither what is trained nor in
-# which order.
-FREE_FIELDS = (
-  "log_every", "eval_every", "save_every", "max_skipped", "data_dir", "workers", "threads",
-  "parallel", "shard_state", "remat",
-)  # fmt: skip
-# These change scores but not the training: a trained run may be evaluated in many ways.
-EVALUATION_FIELDS = ("eval", "short_side", "eval_images", "prompts")
-
 
 def identity(config, fingerprint: str) -> dict:
   """What must be equal for a checkpoint to belong to a run: CLIP's fingerprint and the config."""
-  free = (*FREE_FIELDS, *EVALUATION_FIELDS)
+  # A run may be resumed with others of the first, and be evaluated in many ways.
+  free = FREE | EVALUATION
 
   def strip(tree):
     if isinstance(tree, dict):

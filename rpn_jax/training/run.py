@@ -19,6 +19,29 @@ BEST = "best.json"
 LOCK = ".lock"
 
 
+@contextlib.contextmanager
+def held_workdir(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds a workdir for its run's first process, on behalf of all of them.
+
+  Raises:
+    InputError: another run holds it, with the name of its process; or it cannot be written to.
+  """
+  if jax.process_index():
+    yield
+    return
+  path = workdir / LOCK
+  with contextlib.ExitStack() as stack:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(locked(path, str(workdir), "use another --workdir"))
+    except OSError as error:
+      raise InputError(
+        f"expected a workdir to write to, {path} cannot be opened ({error.strerror}): use another "
+        "--workdir"
+      ) from error
+    yield
+
+
 class Run:
   """One run in its workdir.
 
@@ -34,28 +57,6 @@ class Run:
     self.config = config
     self.fingerprint = fingerprint
     self.identity = identity(config, fingerprint)
-
-  @contextlib.contextmanager
-  def held(self) -> Iterator[None]:
-    """Holds the workdir for this run's first process, on behalf of all of them.
-
-    Raises:
-      InputError: another run holds it, with the name of its process; or it cannot be written to.
-    """
-    if jax.process_index():
-      yield
-      return
-    path = self.workdir / LOCK
-    with contextlib.ExitStack() as stack:
-      try:
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(path, str(self.workdir), "use another --workdir"))
-      except OSError as error:
-        raise InputError(
-          f"expected a workdir to write to, {path} cannot be opened ({error.strerror}): use "
-          "another --workdir"
-        ) from error
-      yield
 
   def claim(self) -> None:
     """Writes `config.json`, or checks that the one in the workdir is of this run.

@@ -93,7 +93,11 @@ def test_names_are_free_text():
   assert parse(["a cat", ["grass", "lawn"]]) == ("a cat", "grass, lawn")
   assert without_articles("a cat, The kitten") == "cat, kitten"
   assert [without_articles(x) for x in ("an", "a", "theatre")] == ["an", "a", "theatre"]
-  for wrong, message in [("cat,,dog", "2 of 3 is empty"), ("cat, cat", "twice"), ([], "no class")]:
+  for wrong, message in [
+    ("cat,,dog", "2 of 3 is empty"),
+    ("a, a", "duplicate"),
+    ([], "no class"),
+  ]:
     with pytest.raises(InputError, match=message):
       parse(wrong)
 
@@ -118,7 +122,7 @@ def test_background_words_and_a_threshold_leave_pixels_out(model, scene, result)
   np.testing.assert_array_equal(unsure.labels < 0, result.confidence < threshold)
   assert unsure.summary()["other"]["share"] == pytest.approx(0.5, abs=0.05)
   assert "other" in repr(unsure)
-  with pytest.raises(InputError, match="twice"):
+  with pytest.raises(InputError, match="duplicate"):
     model(scene[0], ["sand"], background=["sand"])
 
 

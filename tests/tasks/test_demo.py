@@ -14,6 +14,7 @@ from rpn_jax import cli
 from rpn_jax.base.errors import InputError
 from rpn_jax.drawing.palette import class_colors
 from rpn_jax.inference import segmenter, sliding
+from rpn_jax.inference.predictor import forward
 from rpn_jax.tasks import demo
 
 CHROMIUM = next(
@@ -82,7 +83,8 @@ def test_bad_pictures_are_refused_without_the_servers_paths(models, tmp_path, mo
 def test_users_share_one_model_and_its_programs(models, monkeypatch):
   segment(models)
   loaded = models.get("shapes_clip")
-  programs = lambda: (loaded.experiment.forward._cache_size(), sliding.strip._cache_size())
+  network = forward(loaded.predictor.network)
+  programs = lambda: (network._cache_size(), sliding.strip._cache_size())
   before, results = programs(), {}
   monkeypatch.setattr(segmenter.Segmenter, "load", None)
 
