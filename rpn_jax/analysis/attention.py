@@ -68,7 +68,7 @@ def relationship_maps(
   """
   network, clip = predictor.network, predictor.clip
   # What has no map in pixels: no relationship prompts, or none that look at them.
-  if not getattr(network, "prompting", ()) or "rpn" not in network.config.tuners:
+  if not getattr(network, "prompting", ()) or "rpn" not in network.tuner_names:
     raise InputError("no relationship prompts in this config: there are no maps to draw")
   if network.config.itp == "no_pixel":
     raise InputError('config.model.itp="no_pixel" has no map of the pixels to draw')

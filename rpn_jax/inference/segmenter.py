@@ -18,9 +18,11 @@ from rpn_jax.base.words import check_known, check_names, parse_names, without_ar
 from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
 from rpn_jax.inference.sliding import round_up
-from rpn_jax.models.training_free import METHODS
+from rpn_jax.models import training_free
 from rpn_jax.training.run import Run, read_config
 
+# What a CLIP as it is can be read by.
+METHODS = tuple(training_free.METHODS)
 # Weights in rpn_jax/assets, with the templates that they were trained on.
 SHIPPED = {"shapes_clip": ("shapes_clip.safetensors", "single")}
 NOTE = {"shapes_clip": "it was trained on the shapes data set, not on photographs"}
@@ -58,7 +60,7 @@ class Segmenter:
     Args:
       model: a folder, a file, or one of SHIPPED.
       method: None takes a run's trained network, and "sclip" where there are weights only; one of
-        `training_free.METHODS` reads a CLIP as it is, that of a run too.
+        METHODS reads a CLIP as it is, that of a run too.
       checkpoint: of a run: "last", or "best", the one with the highest score in its evaluations.
       templates: sentences around a name, see `text.templates.template_sentences`; None takes the
         run's, or the 80 of ImageNet for weights.

@@ -23,8 +23,7 @@ from rpn_jax.base.paths import write_json
 from rpn_jax.base.words import parse_names
 from rpn_jax.drawing.images import save_png
 from rpn_jax.inference.segmentation import Segmentation
-from rpn_jax.inference.segmenter import SHIPPED, Segmenter
-from rpn_jax.models.training_free import METHODS
+from rpn_jax.inference.segmenter import METHODS, SHIPPED, Segmenter
 
 # Limits of what a stranger may ask for.
 MAX_MEGABYTES = 20

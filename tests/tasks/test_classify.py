@@ -38,12 +38,12 @@ def test_probabilities_are_those_of_clip(folder, tmp_path):
   """Through `CLIP.__call__`, an image that is not square, and more images than one batch."""
   names = ["striped red", "plain blue", "sand"]
   rng = np.random.default_rng(0)
-  for i in range(classify.BATCH + 1):
-    pixels = rng.integers(0, 255, (9, 12, 3), np.uint8)
-    Image.fromarray(pixels).resize((120, 90)).save(tmp_path / f"{i:02}.png")
+  for i in range(classify.BATCH_IMAGES + 1):
+    noise = rng.integers(0, 255, (9, 12, 3), np.uint8)
+    Image.fromarray(noise).resize((120, 90)).save(tmp_path / f"{i:02}.png")
   content = run(tmp_path / "run", tmp_path, "striped red, plain blue, sand")
   assert json.loads((tmp_path / "run/classify.json").read_text()) == content
-  assert "top1" not in content and len(content["images"]) == classify.BATCH + 1
+  assert "top1" not in content and len(content["images"]) == classify.BATCH_IMAGES + 1
 
   config, params = clip_file.load_clip("shapes_clip.safetensors")
   inputs = np.stack([pixels.for_classification(file, 64) for file in content["images"]])
