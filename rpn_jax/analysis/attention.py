@@ -8,6 +8,7 @@ Drawn for an image, or for each in a folder.
 import argparse
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,8 @@ def relationship_maps(
   Raises:
     InputError: a network without relationship maps.
   """
-  network, clip = predictor.network, predictor.clip
+  network: Any = predictor.network  # only RPN has what is asked for here
+  clip = predictor.clip
   # What has no map in pixels: no relationship prompts, or none that look at them.
   if not getattr(network, "prompting", ()) or "rpn" not in network.tuner_names:
     raise InputError("no relationship prompts in this config: there are no maps to draw")
@@ -188,7 +190,8 @@ def attention(
   for file in map(pathlib.Path, files):
     image, inputs = read_image(file, predictor.protocol, predictor.clip.patch_size)
     maps = relationship_maps(predictor, inputs, names)
-    layers = [i + 1 for i in predictor.network.prompting]
+    network: Any = predictor.network
+    layers = [i + 1 for i in network.prompting]
     path = pathlib.Path(out) / f"attention_{file.stem}.png"
     draw_maps(path, image, maps, names, layers)
     written.append(path)

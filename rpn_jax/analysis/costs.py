@@ -134,7 +134,7 @@ class RandomEncoder(NamedTuple):
 
   def embed(self, names: Sequence[str]) -> np.ndarray:
     text = np.random.default_rng(1).normal(size=(len(names), self.embed_dim))
-    return np.float32(text / np.linalg.norm(text, axis=-1, keepdims=True))
+    return (text / np.linalg.norm(text, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int) -> dict:

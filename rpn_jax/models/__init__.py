@@ -25,6 +25,7 @@ class Network(Protocol):
   are static arguments of compiled programs.
 
   Attributes:
+    apply: of the Flax module.
     clip: the architecture of CLIP.
     section: the config section with the network's settings.
     towers: which branches of CLIP's parameters `params` holds: ("visual",) or ("visual", "text").
@@ -40,6 +41,7 @@ class Network(Protocol):
       of the others.
   """
 
+  apply: Callable[..., Any]
   clip: CLIPConfig
   section: str
   towers: tuple[str, ...]
