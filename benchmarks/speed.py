@@ -32,7 +32,6 @@ from rpn_jax.base.console import progress, table
 from rpn_jax.config import RPNConfig
 from rpn_jax.models import kernels
 from rpn_jax.models.rpn import RPN
-from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.models.trained import init_prompts
 from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, train_step

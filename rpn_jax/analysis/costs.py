@@ -24,12 +24,9 @@ from rpn_jax.analysis.arguments import parse
 from rpn_jax.base.console import table
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
-from rpn_jax.config import RPNConfig
-from rpn_jax.models import kernels
+from rpn_jax.inference.predictor import make_network
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
-from rpn_jax.models.rpn import RPN
-from rpn_jax.inference.predictor import make_network
 from rpn_jax.models.trained import init_prompts
 from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, train_step

@@ -15,11 +15,9 @@ from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import parse_names
 from rpn_jax.config import RPNConfig
+from rpn_jax.inference.predictor import Predictor, Protocol
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
-from rpn_jax.training.step import init_prompts
-from rpn_jax.inference.predictor import Predictor, Protocol
-from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.models.trained import init_prompts
 from tests.tiny import TINY
 

@@ -12,7 +12,6 @@ from rpn_jax.config import RPNConfig
 from rpn_jax.models import kernels, layers, prompts
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.rpn import RPN
-from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.models.trained import init_prompts
 from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, train_step

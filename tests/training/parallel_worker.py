@@ -19,7 +19,6 @@ from rpn_jax.devices import data_mesh
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
 from rpn_jax.models.rpn import RPN
-from rpn_jax.models.rpn import RPN, RPNConfig
 from rpn_jax.models.trained import init_prompts
 from rpn_jax.training import losses, optim, sharding
 from rpn_jax.training.step import TrainState, train_step
