@@ -7,6 +7,7 @@ Drawn for an image, or for each in a folder.
 
 import argparse
 import pathlib
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -151,14 +152,15 @@ def draw_maps(path, image, maps: Sequence[np.ndarray], names, layers: Sequence[i
   standard = [(m - m.mean()) / max(m.std(), 1e-12) for m in maps]
   limit = max(np.abs(m).max() for m in standard)
   height, width = image.shape[:2]
-  wide = min(1.5, 1.5 * width / height)  # inches
-  size = (wide * (1 + len(maps)) + 1.6, wide * height / width * len(names) + 0.9)
+  wide = max(0.7, min(1.5, 1.5 * width / height))  # inches; less has no room for a title
+  tall = min(3.0, wide * height / width)
+  size = (wide * (1 + len(maps)) + 1.6, tall * len(names) + 0.9)
   fig, axes = figure((max(size[0], 6), size[1]), len(names), 1 + len(maps))
-  # Panels without ticks need little room between them.
-  fig.set_layout_engine("constrained", w_pad=1 / 24, h_pad=1 / 24, wspace=0.02, hspace=0.02)
+  # "compressed" knows that images keep their shape, and leaves room for the names beside them.
+  fig.set_layout_engine("compressed", w_pad=1 / 24, h_pad=1 / 24, wspace=0.02, hspace=0.02)
   for i, name in enumerate(names):
     axes[i, 0].imshow(image)
-    axes[i, 0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+    axes[i, 0].set_ylabel(textwrap.fill(name, 20), fontsize=9, rotation=0, ha="right", va="center")
     for ax, m in zip(axes[i, 1:], standard):
       drawn = ax.imshow(
         m[..., i], cmap="RdBu_r", vmin=-limit, vmax=limit,

@@ -1,6 +1,7 @@
 """Looking inside: the numbers behind the figures, and the figures."""
 
 import csv
+import itertools
 import types
 import zlib
 
@@ -125,6 +126,23 @@ def test_maps_are_drawn(picture, tmp_path):
   _, image = attention.read_image(picture, trained.protocol, 8)
   (m,) = attention.relationship_maps(trained, image, NAMES)  # one of two layers
   assert m.shape == (4, 8, 3)
+
+
+@pytest.mark.parametrize("size", [(60, 90), (90, 30)])
+def test_names_and_titles_lie_inside_the_figure(tmp_path, monkeypatch, size):
+  figures = []
+  monkeypatch.setattr(attention, "save_png", lambda path, fig: figures.append(fig))
+  names, layers = ["a name, its synonym, and another", "grass"], range(1, 12)
+  maps = [np.random.default_rng(i).normal(size=(4, 6, 2)) for i in layers]
+  attention.draw_maps(tmp_path / "m.png", np.zeros((*size, 3), np.uint8), maps, names, layers)
+  (fig,) = figures
+  fig.canvas.draw()
+  axes = fig.axes[:-1]  # the last is the color bar
+  titles = [ax.title.get_window_extent() for ax in axes[: len(maps) + 1]]
+  labels = [ax.yaxis.label.get_window_extent() for ax in axes[:: len(maps) + 1]]
+  for box in (*titles, *labels):
+    assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1
+  assert not any(a.overlaps(b) for a, b in itertools.pairwise(titles))
 
 
 def test_before_and_after_are_compared(picture, tmp_path):
