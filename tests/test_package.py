@@ -21,7 +21,7 @@ from packaging.version import Version
 
 import rpn_jax
 from rpn_jax import cli
-from tests import ROOT
+from tests import FIXTURES, ROOT
 
 SCENE = ROOT / "rpn_jax/assets/scene.png"
 
@@ -194,7 +194,7 @@ def test_one_damaged_picture_does_not_stop_a_folder(tmp_path, capsys):
   (tmp_path / "in/b.jpg").write_text("not a picture")
   command = ["segment", str(tmp_path / "in"), "sand, water", "--out", str(tmp_path / "out")]
   assert cli.main(command) == 2
-  assert "error: 1 of 3 pictures left out, such as" in capsys.readouterr().err
+  assert "error: 1 of 3 images were left out, such as" in capsys.readouterr().err
   assert {p.name for p in (tmp_path / "out").iterdir()} == {
     f"{stem}{end}" for stem in "ac" for end in ("_overlay.png", "_labels.png", ".json")
   }
@@ -231,6 +231,16 @@ def test_what_needs_a_clone_says_so(command, tmp_path):
   assert result.returncode == 2 and not result.stdout
   assert "need a clone of the project" in result.stderr
   assert f"-m rpn_jax {command} x" in result.stderr
+
+
+def test_a_run_segments_without_warnings(tmp_path):
+  """What libraries have to say about reading a checkpoint means nothing to who segments."""
+  run = FIXTURES / "run_0_2_0/workdir"  # its weights are named relative to the clone
+  command = [sys.executable, "-m", "rpn_jax", "segment", str(SCENE), "sand, water"]
+  command += [f"--model={run}", f"--out={tmp_path}/out"]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+  assert (result.returncode, result.stderr) == (0, "")
+  assert result.stdout.startswith("RPN, step ")
 
 
 def test_quiet_prints_nothing(tmp_path):

@@ -27,7 +27,7 @@ from rpn_jax.base.paths import expand, write_json
 from rpn_jax.inference.predictor import make_network
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
-from rpn_jax.models.trained import init_prompts
+from rpn_jax.models.trained import TOWERS, init_prompts, join, split
 from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, train_step
 from rpn_jax.weights import clip_file
@@ -52,15 +52,18 @@ def random_batch(batch: int, side: int, classes: int) -> dict:
   return {"image": image, "label": np.int32(label)}
 
 
-def parameters(prompts: dict, tower: dict) -> dict[str, int]:
-  """Parameters by component: the parts of the prompts, then the frozen tower."""
-  parts = {f"prompts/{name}": count(tree) for name, tree in prompts.items()}
+def parameters(prompts: dict, frozen: dict) -> dict[str, int]:
+  """Parameters by component: the parts of what is trained, then the frozen part of the tower."""
+  parts = {
+    f"{'params' if name in TOWERS else 'prompts'}/{name}": count(tree)
+    for name, tree in prompts.items()
+  }
   # One row for the experts of all layers.
   experts = sum(parts.pop(name) for name in list(parts) if "m2oe" in name)
   if experts:
     parts["prompts/m2oe"] = experts
   parts = dict(sorted(parts.items()))
-  return {**parts, "trained": count(prompts), "frozen vision tower": count(tower)}
+  return {**parts, "trained": count(prompts), "frozen vision tower": count(frozen)}
 
 
 def operations(jaxpr) -> float:
@@ -163,6 +166,7 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
   # As in inference: merged into the tower where that is possible.
   merged_model, *merged = model.merged(tower, prompts)
   forward = jax.jit(lambda variables, image: merged_model.apply(variables, image, text))
+  _, frozen = split(tower, model.trained)
 
   def one_step(state, params, batch, key):
     return train_step(
@@ -170,10 +174,10 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
       model=model, optimizer=optimizer, loss_fn=losses.sigmoid_loss,
     )  # fmt: skip
 
-  params = jax.device_put(tower)
+  params = jax.device_put(frozen)
   result: dict[str, dict] = {
-    "parameters": parameters(prompts, tower),
-    "forward": measure(forward, dict(zip(("params", "prompts"), merged)), data["image"]),
+    "parameters": parameters(prompts, frozen),
+    "forward": measure(forward, join(*merged), data["image"]),
   }
   state = TrainState(jnp.int32(0), prompts, jax.jit(optimizer.init)(prompts))
   jitted = jax.jit(one_step, donate_argnums=0, compiler_options=devices.compiler_options(mesh))

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from configs import shapes as shapes_config
 from rpn_jax.analysis import costs
 from rpn_jax.models import layers
 from rpn_jax.models.kernels import cpu
@@ -39,6 +40,17 @@ def test_a_small_network(tmp_path):
   for cost in (forward, step):
     assert cost["images_per_second"] > 0 and cost["temporary_bytes"] > 0
   assert (result["classes"], result["batch"], result["side"]) == (5, 2, 32)
+
+
+def test_a_tower_that_is_trained_is_counted_once():
+  config = shapes_config.get_config("tuner=full").unlock()
+  config.data.crop = config.eval.crop = 32
+  tower = costs.random_tower(tiny.TINY, jax.random.key(0))
+  result = costs.costs(config, tiny.TINY, tower, 3, 1)
+  parts = result["parameters"]
+  assert parts["params/visual"] == sum(x.size for x in jax.tree.leaves(tower))
+  assert parts["frozen vision tower"] == 0
+  assert parts["trained"] == sum(n for name, n in parts.items() if "/" in name)
 
 
 def test_operations_of_loops_and_of_what_is_computed_again():
