@@ -15,7 +15,9 @@ from tests import ROOT, tiny
 BLOCKS = re.findall(
   r"As `(\w+\.py)`.*?```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL
 )
-LINES = {"my_loop.py": 40, "my_tuner.py": 40, "my_set.py": 60}
+LINES = {
+  "my_loop.py": 45, "my_tuner.py": 40, "my_network.py": 60, "my_method.py": 20, "my_set.py": 60,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def folder(tmp_path):
 
 def run(folder, *command):
   # As beside main.py, without writing there; a config for the tiny CLIP in place of the real one.
-  (folder / "configs").mkdir()
+  (folder / "configs").mkdir(exist_ok=True)
   shutil.copy(ROOT / "configs/common.py", folder / "configs")
   shapes = (ROOT / "configs/shapes.py").read_text()
   shapes = shapes.replace("SIDE = 96", "SIDE = 32").replace("CROP = 64", "CROP = 32")
@@ -43,9 +45,9 @@ def run(folder, *command):
 
 
 def test_the_page_keeps_its_word():
-  assert {name: len(code.splitlines()) < LINES[name] for name, code in BLOCKS} == {
-    "my_loop.py": True, "my_tuner.py": True, "my_set.py": True,
-  }  # fmt: skip
+  assert {name: len(code.splitlines()) < LINES[name] for name, code in BLOCKS} == dict.fromkeys(
+    LINES, True
+  )
 
 
 def test_a_loop_of_ones_own(folder):
@@ -67,6 +69,27 @@ def test_a_tuner_of_ones_own(folder):
   head = 16 * 8 + 8 + 8 * 8 + 8 + 4 * 8
   assert f"{2 * 2 * 16 + head:,} trained parameters" in said
   assert (folder / "runs/ia3/metrics.json").exists()
+
+
+def test_a_network_of_ones_own(folder):
+  """Its trained text tower is saved, and read again by what evaluates the run."""
+  said = run(folder, "my_network.py")
+  # Queries, keys and values of the one layer, 8 channels wide, and the bias of the logits.
+  assert f"{8 * 3 * 8 + 3 * 8 + 1:,} trained parameters" in said
+  metrics = (folder / "runs/text_tuned/metrics.json").read_text()
+  code = (
+    "import my_network, numpy as np; from rpn_jax import Segmenter;"
+    "model = Segmenter.load('runs/text_tuned');"
+    "print(model, model(np.zeros((40, 50, 3), np.uint8), 'sand | beach, sky').labels.shape)"
+  )
+  assert "TextTuned, step 8" in (said := run(folder, "-c", code)) and "(40, 50)" in said
+  assert '"step": 8' in metrics
+
+
+def test_a_method_of_ones_own(folder):
+  Image.new("RGB", (60, 40), (200, 30, 30)).save(folder / "photo.png")
+  said = run(folder, "my_method.py", "photo.png", "a red circle, sand")
+  assert "60 x 40" in said and "training-free key_key on shapes_clip" in said
 
 
 def test_a_data_set_of_ones_own(folder):

@@ -22,7 +22,7 @@ from rpn_jax.models import training_free
 from rpn_jax.training.run import Run, read_config
 
 # What a CLIP as it is can be read by.
-METHODS = tuple(training_free.METHODS)
+METHODS = training_free.METHODS
 # Weights in rpn_jax/assets, with the templates that they were trained on.
 SHIPPED = {"shapes_clip": ("shapes_clip.safetensors", "single")}
 NOTE = {"shapes_clip": "it was trained on the shapes data set, not on photographs"}

@@ -5,6 +5,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from rpn_jax.models.clip import CLIPConfig
+
 
 class Windows(NamedTuple):
   """The inference protocol of sliding windows, in pixels.
@@ -27,6 +29,12 @@ class Defaults:
 
   def text_input(self, encoder, names: Sequence[str]) -> Any:
     return encoder.embed(names)
+
+  @classmethod
+  def windows(cls, clip: CLIPConfig) -> Windows:
+    """SCLIP's protocol in proportion to the tower's own input: 336, 224 and 112 pixels at 224."""
+    side = clip.image_size
+    return Windows(short_side=side * 3 // 2, crop=side, stride=side // 2)
 
   def merged(self, params: dict, prompts: dict) -> tuple:
     return self, params, prompts

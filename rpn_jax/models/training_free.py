@@ -37,7 +37,7 @@ from einops import rearrange
 from rpn_jax.models import heads
 from rpn_jax.models.clip import CLIPConfig, VisionTransformer, l2_normalize
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
-from rpn_jax.models.network import Defaults, Windows, as_record
+from rpn_jax.models.network import Defaults, as_record
 
 # Probabilities are softmax(100 · cosine); 100 is where CLIP's own scale ends.
 SCALE = 100.0
@@ -157,12 +157,6 @@ class DenseCLIP(Defaults, nn.Module):
   def independent(self) -> bool:
     # Denoising compares the classes, smoothing averages what a softmax over them gives.
     return not (self.denoise or self.key_smoothing)
-
-  @classmethod
-  def windows(cls, clip: CLIPConfig) -> Windows:
-    """SCLIP's: at 224 pixels short side 336, windows of 224 every 112."""
-    side = clip.image_size
-    return Windows(short_side=side * 3 // 2, crop=side, stride=side // 2)
 
   def __call__(
     self, image_BxHxWx3, text_CxE, *, train: bool = False, example_offset=0
