@@ -1,6 +1,6 @@
 """The console command `rpn`, in a clone also `python -m rpn_jax`. Training stays with main.py.
 
-Nothing heavy is imported before the command is known.
+Nothing heavy is imported before the command is known, nor, for `segment`, before its arguments are.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from rpn_jax import __version__
 from rpn_jax.base import console
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
+from rpn_jax.drawing.palette import PALETTES
 
 # Command -> module with a `main(arguments) -> exit status`, and what it does.
 COMMANDS = {
@@ -50,7 +51,44 @@ def _run(arguments: list[str]) -> int:
         f"then: .venv/bin/python -m rpn_jax {shlex.join(arguments)}"
       )
     sys.path.append(str(root))  # an installed clone finds rpn_jax, but not what stands beside it
+  if command == "segment":
+    return _segment(rest)
   return importlib.import_module(COMMANDS[command][0]).main(rest)
+
+
+def _segment(arguments: list[str]) -> int:
+  parser = argparse.ArgumentParser(
+    prog="rpn segment",
+    description="Segments images into the classes you name; writes an overlay with a legend, an "
+    "index PNG and a JSON file per image.",
+  )
+  add = parser.add_argument
+  add("image", help="a jpg, png or webp file, or a folder of them")
+  add("words", help='class names, e.g. "cat | kitten, grass": | joins synonyms')
+  add(
+    "--model", default="shapes_clip",
+    help="workdir of a training run, file of CLIP weights, or shapes_clip (%(default)s), the tiny "
+    "CLIP of the shapes data set",
+  )  # fmt: skip
+  add("--method", help="rpn, vanilla, maskclip, sclip, clearclip; else what the model has")
+  add("--checkpoint", default="last", choices=("last", "best"), help="of a run")
+  add("--out", default="predictions", help="folder to write to (%(default)s)")
+  add(
+    "--other",
+    type=float,
+    default=0.0,
+    help="pixels with a best score below it, 0 to 1, get no class",
+  )
+  add("--background", default="", help="words whose pixels get no class")
+  add("--templates", help="sentences around a name, e.g. single or imagenet80")
+  add("--synonyms", help="how synonyms are joined: first, mean, max or joined")
+  add("--palette", default="default", choices=tuple(PALETTES), help="(%(default)s)")
+  add("--quiet", action="store_true", help="print nothing but errors")
+  args = parser.parse_args(arguments)
+
+  from rpn_jax.tasks.segment import segment  # loads JAX
+
+  return segment(args)
 
 
 def _parser() -> argparse.ArgumentParser:

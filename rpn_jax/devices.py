@@ -5,6 +5,7 @@ import ctypes
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -12,7 +13,6 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import jax
-import jaxlib
 import numpy as np
 
 from rpn_jax.base import console
@@ -72,7 +72,8 @@ def machine_id() -> str:
   with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
     features = next((line for line in file if line.startswith(("flags", "Features"))), features)
   words = " ".join([platform.system(), platform.machine(), *sorted(features.split())])
-  return f"{jaxlib.__version__}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+  version = importlib.metadata.version("jaxlib")
+  return f"{version}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
