@@ -114,8 +114,8 @@ def test_saved_labels_are_the_ids(tmp_path, size):
   np.testing.assert_array_equal(np.asarray(saved), label)
   palette = np.array(saved.getpalette()).reshape(-1, 3)
   np.testing.assert_array_equal(palette[:3], class_colors(SHAPES))
-  overlay = Image.open(shown)
-  assert 300 < overlay.width <= MAX_OVERLAY_SIDE + 80
+  with Image.open(shown) as overlay:
+    assert 300 < overlay.width <= MAX_OVERLAY_SIDE + 80
 
 
 def test_saved_labels_of_many_classes_have_16_bits(tmp_path):

@@ -50,7 +50,8 @@ def test_curves_group_by_kind(tmp_path, drawn):
     "speed": [(1000, 3.0)],
   }
   path = plot_curves(tmp_path / "c.png", history, title="a title " * 20)
-  assert Image.open(path).width > 1000
+  with Image.open(path) as image:
+    assert image.width > 1000
   (fig,) = drawn
   axes = fig.axes
   assert [ax.get_ylabel() for ax in axes] == [
