@@ -11,7 +11,7 @@ demo: $(VENV)/.run
 	$(RUN) main.py --config=configs/shapes.py --workdir=runs/shapes
 
 test: $(VENV)/.dev lint
-	$(RUN) -m pytest -n 2 --dist loadscope
+	$(RUN) -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow

@@ -36,11 +36,22 @@ def pytest_configure(config):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+# Minutes each: two workers take a file at a time, and the last to end should be a short one.
+LONGEST = (
+  "training/test_processes.py",
+  "training/test_kills.py",
+  "test_parity.py",
+  "models/test_tuners.py",
+  "tasks/test_train.py",
+  "models/test_layers.py",
+  "models/test_rpn.py",
+  "test_docs.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-  # The longest files first: two workers take a file each, and the last should be a short one.
-  longest = ("test_processes", "test_kills", "test_train", "test_parallel", "test_models",
-             "test_parity")  # fmt: skip
-  items.sort(key=lambda item: item.path.stem not in longest)
+  order = {HERE / name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="session")
