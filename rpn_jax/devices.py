@@ -10,7 +10,8 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,8 +47,8 @@ def _trim_malloc() -> None:
     return
   libc.mallopt(arena_max, max(1, (os.cpu_count() or 1) // 2))
 
-  def trim(event, seconds, **_):
-    if seconds > 1 and event == "/jax/core/compile/backend_compile_duration":
+  def trim(event: str, duration_secs: float, **_: str | int) -> None:
+    if duration_secs > 1 and event == "/jax/core/compile/backend_compile_duration":
       libc.malloc_trim(0)
 
   jax.monitoring.register_event_duration_secs_listener(trim)
@@ -59,7 +60,8 @@ def configure_compilation_cache() -> None:
   Programs for CPUs are made for one processor and one compiler: a home folder that several
   machines share would otherwise give them programs that crash.
   """
-  if jax.config.jax_compilation_cache_dir is None and (folder := cache_dir()):
+  chosen = jax.config.values["jax_compilation_cache_dir"]
+  if chosen is None and (folder := cache_dir()):
     jax.config.update("jax_compilation_cache_dir", str(folder / f"xla-{machine_id()}"))
   # In a short command small programs are most of the time, too.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
@@ -94,7 +96,7 @@ def platform_of(mesh: jax.sharding.Mesh) -> str:
 
 
 @contextlib.contextmanager
-def runtime(coordinator: Sequence[str] = (), matmul_precision: str = "default"):
+def runtime(coordinator: Sequence[str] = (), matmul_precision: str = "default") -> Iterator[None]:
   """What a command runs in: its processes joined, JAX set up, runtime errors in one line.
 
   Args:
@@ -115,7 +117,7 @@ def runtime(coordinator: Sequence[str] = (), matmul_precision: str = "default"):
 
 
 @contextlib.contextmanager
-def one_line_runtime_errors():
+def one_line_runtime_errors() -> Iterator[None]:
   """Turns what the runtime raises when memory runs out or another process is gone into one line.
 
   In the second case this process ends at once: any cleaning up would wait for the other one. Where
@@ -154,7 +156,7 @@ def initialize(coordinator: Sequence[str] = ()) -> None:
   Raises:
     InputError: another form, or processes that do not find each other.
   """
-  arguments = {}
+  arguments: dict[str, Any] = {}
   if coordinator:
     try:
       address, count, index = coordinator
@@ -202,7 +204,7 @@ def devices_text() -> str:
   return kind if count == 1 else f"{count} x {kind}"
 
 
-def data_mesh(devices=None) -> jax.sharding.Mesh:
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """Devices along one axis, `data`; by default this process's own."""
   return jax.sharding.Mesh(np.array(devices or jax.local_devices()), (AXIS,))
 
@@ -215,7 +217,7 @@ def global_mesh() -> jax.sharding.Mesh:
   return data_mesh(sorted(jax.devices(), key=lambda d: (d.process_index, d.id)))
 
 
-def put_batch(batch, mesh: jax.sharding.Mesh):
+def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
   """Host arrays (B, ...) on this process's devices, split along the batch."""
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
   return jax.device_put(batch, split)

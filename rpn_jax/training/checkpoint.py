@@ -15,6 +15,8 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +38,7 @@ KEPT_CHECKPOINTS = 2
 CLEANUP_SECONDS = 5  # to try to remove what a failed save left
 
 
-def digest(tree) -> str:
+def digest(tree: Any) -> str:
   """SHA-256 over names, types, shapes and bytes of a tree of arrays."""
   total = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -59,7 +61,7 @@ def _from_1(meta: dict) -> dict:
 UPGRADES = {1: _from_1}
 
 
-def upgraded(meta: dict, where) -> dict:
+def upgraded(meta: dict, where: object) -> dict:
   """The meta item as this version writes it.
 
   Raises:
@@ -85,7 +87,7 @@ class _LatestAndBest:
 
   best_step: int | None = None
 
-  def should_preserve(self, checkpoints, *, context):
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
     newest = {info.step for info in checkpoints[-KEPT_CHECKPOINTS:]}
     return [info.step in newest or info.step == self.best_step for info in checkpoints]
@@ -143,7 +145,7 @@ class Checkpoints:
       checkpoints that are there stay as they are.
     """
     step = int(state.step)
-    self._policy.best_step = best and best["step"]
+    self._policy.best_step = best["step"] if best else None
     meta = {
       "version": FORMAT_VERSION,
       "step": step,
@@ -256,7 +258,7 @@ class Checkpoints:
       InputError: the checkpoints belong to another run, or there is none intact.
     """
     wanted = {"prompts": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)}
-    seen = []
+    seen: list[int] = []
     # Again, should a run that goes on have replaced all of them in the meantime.
     while (steps := self.steps()) != seen:
       seen = steps
@@ -316,7 +318,7 @@ class Checkpoints:
         raise Damaged(f"its {name} do not have the checksum they were saved with")
     return {name: items[name] for name in like}
 
-  def _restore(self, step: int, args):
+  def _restore(self, step: int, args: Any) -> Any:
     with _quiet():
       try:
         return self.manager.restore(step, args=args)
@@ -328,7 +330,7 @@ class Checkpoints:
     self.manager.close()
 
 
-def _same_shapes(want, got, where) -> None:
+def _same_shapes(want: Any, got: Any, where: object) -> None:
   """Orbax takes another shape than it was asked for without a word."""
   shapes = lambda tree: {
     jax.tree_util.keystr(path): np.shape(leaf)
@@ -342,7 +344,7 @@ def _same_shapes(want, got, where) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
   """What is damaged is told in one line, not in orbax's pages and its coroutines' last words."""
   verbosity, hook = logging.get_verbosity(), sys.unraisablehook
   logging.set_verbosity(logging.FATAL)

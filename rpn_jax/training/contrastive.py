@@ -1,9 +1,11 @@
 """Contrastive training of a CLIP model on image-caption pairs (Radford et al., 2021)."""
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
@@ -14,7 +16,9 @@ from rpn_jax.models.clip import CLIP, CLIPConfig, l2_normalize
 MAX_LOGIT_SCALE = float(np.log(100.0))
 
 
-def contrastive_loss(image_BxE, text_BxE, tokens_BxT, logit_scale):
+def contrastive_loss(
+  image_BxE: jax.Array, text_BxE: jax.Array, tokens_BxT: jax.Array, logit_scale: jax.Array
+) -> jax.Array:
   """Symmetric cross-entropy of images against captions.
 
   A small data set repeats captions within a batch; equal captions share the target evenly, since
@@ -39,7 +43,7 @@ class ContrastiveTrainer:
     schedule: step -> learning rate.
   """
 
-  def __init__(self, config):
+  def __init__(self, config: ml_collections.ConfigDict):
     self.clip = CLIPConfig(**config.clip)
     self._seed, self._side = config.seed, self.clip.image_size
     self._mean, self._std = np.float32(config.mean), np.float32(config.std)
@@ -65,7 +69,15 @@ class ContrastiveTrainer:
   @functools.partial(
     jax.jit, static_argnums=0, donate_argnums=(1, 2), static_argnames="kept_patches"
   )
-  def step(self, params, opt_state, image, tokens, step, kept_patches: int):
+  def step(
+    self,
+    params: dict,
+    opt_state: optax.OptState,
+    image: jax.Array,
+    tokens: jax.Array,
+    step: int,
+    kept_patches: int,
+  ) -> tuple[dict, optax.OptState, jax.Array]:
     """One update: new parameters, new optimizer state, the loss.
 
     Args:
@@ -81,10 +93,10 @@ class ContrastiveTrainer:
       noise = jax.random.uniform(key, (len(image), self.clip.grid**2))
       kept = jnp.argsort(noise, axis=-1)[:, :kept_patches]
 
-    def loss_fn(params):
+    def loss_fn(params: dict) -> jax.Array:
       apply = functools.partial(self._model.apply, {"params": params})
-      image_BxE = apply(self._normalized(image), kept, method="encode_image")
-      text_BxE = apply(tokens, method="encode_text")
+      image_BxE: Any = apply(self._normalized(image), kept, method="encode_image")
+      text_BxE: Any = apply(tokens, method="encode_text")
       return contrastive_loss(image_BxE, text_BxE, tokens, params["logit_scale"])
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
@@ -94,12 +106,12 @@ class ContrastiveTrainer:
     return params, opt_state, loss
 
   @functools.partial(jax.jit, static_argnums=0)
-  def embed_images(self, params, image):
+  def embed_images(self, params: dict, image: jax.Array) -> jax.Array:
     """Unit-length embeddings (B, E) of uint8 images."""
     embedding = self._model.apply(
       {"params": params}, self._normalized(image), method="encode_image"
     )
-    return l2_normalize(embedding)
+    return l2_normalize(cast(jax.Array, embedding))
 
-  def _normalized(self, image):
+  def _normalized(self, image: jax.Array) -> jax.Array:
     return (image.astype(jnp.float32) / 255 - self._mean) / self._std

@@ -3,6 +3,8 @@
 import copy
 import json
 
+import ml_collections
+
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import differences
 from rpn_jax.config import EVALUATION, FREE
@@ -11,12 +13,12 @@ from rpn_jax.config import EVALUATION, FREE
 ADDED_FIELDS = {"optimizer.clip_norm": 0.0}
 
 
-def identity(config, fingerprint: str) -> dict:
+def identity(config: ml_collections.ConfigDict, fingerprint: str) -> dict:
   """What must be equal for a checkpoint to belong to a run: CLIP's fingerprint and the config."""
   # A run may be resumed with others of the first, and be evaluated in many ways.
   free = FREE | EVALUATION
 
-  def strip(tree):
+  def strip(tree: object) -> object:
     if isinstance(tree, dict):
       return {k: strip(v) for k, v in sorted(tree.items()) if k not in free}
     return tree
@@ -37,7 +39,7 @@ def completed(identity: dict) -> dict:
   return identity
 
 
-def mismatch(path, changed: list[str]) -> InputError:
+def mismatch(path: object, changed: list[str]) -> InputError:
   """The error for files that were created with another config, with what differs."""
   shown = "; ".join(changed[:3]) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
   return InputError(
@@ -46,7 +48,7 @@ def mismatch(path, changed: list[str]) -> InputError:
   )
 
 
-def check_identity(path, stored: dict, wanted: dict) -> None:
+def check_identity(path: object, stored: dict, wanted: dict) -> None:
   """Compares two identities, also one that an earlier version wrote.
 
   Raises:

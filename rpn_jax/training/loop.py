@@ -2,12 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import numpy as np
 
 from rpn_jax import devices
-from rpn_jax.base.console import progress
+from rpn_jax.base.console import Progress, progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json
 from rpn_jax.training import optim
@@ -45,7 +47,7 @@ class Loop:
     self,
     run: Run,
     stepper: ShardMap | Pmap,
-    data,
+    data: Any,
     *,
     checkpoints: Checkpoints,
     guard: PreemptionGuard,
@@ -56,12 +58,15 @@ class Loop:
     self.run, self.config, self.stepper, self.data = run, run.config, stepper, data
     self.checkpoints, self.guard, self.writer = checkpoints, guard, writer
     self._evaluate = evaluate
-    self.best, self.last = best, None
+    self.best = best
+    self.last: dict | None = None
     self._rates = optim.schedules(run.config.optimizer)
     # Metrics of the latest steps: fetched one step late, so that the device never waits.
     self._pending: list[tuple[int, dict]] = []
 
-  def fit(self, state: TrainState, params: dict, text, key: jax.Array) -> None:
+  def fit(
+    self, state: TrainState, params: dict, text: jax.Array | np.ndarray, key: jax.Array
+  ) -> None:
     """Trains from a state to the end.
 
     Args:
@@ -112,11 +117,11 @@ class Loop:
   def evaluate(self, state: TrainState) -> None:
     """Scores a state that has been saved, so that an interrupted evaluation can be resumed."""
     step = int(state.step)
-    self.last = {"step": step, **self._evaluate(state.prompts, step)}
-    if self.best is None or rank(self.last) >= rank(self.best):
-      self.best = self.last
+    self.last = scores = {"step": step, **self._evaluate(state.prompts, step)}
+    if self.best is None or rank(scores) >= rank(self.best):
+      self.best = scores
     if self.writer:
-      scalars = {f"eval/{k}": v for k, v in self.last.items() if isinstance(v, float)}
+      scalars = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, float)}
       self.writer.write(step, scalars)
       with warn_on_oserror(BEST):
         write_json(self.run.workdir / BEST, {"best": self.best})
@@ -141,7 +146,7 @@ class Loop:
         time.sleep(FINAL_SAVE_PAUSE_SECONDS)
     return False
 
-  def _flush_metrics(self, bar, *, keep: int) -> None:
+  def _flush_metrics(self, bar: Progress, *, keep: int) -> None:
     """Fetches and logs the pending metrics of all steps but the latest `keep`."""
     while len(self._pending) > keep:
       done, metrics = self._pending.pop(0)
@@ -150,7 +155,7 @@ class Loop:
       skips = {"skips": metrics["consecutive_skips"]}
       self._check_skipped(int(self.stepper.fetch_metrics(skips)["skips"]), done)
 
-  def _log(self, bar, step: int, metrics: dict) -> None:
+  def _log(self, bar: Progress, step: int, metrics: dict) -> None:
     # A skipped step has not moved the schedule on.
     applied = step - 1 - int(metrics["skipped"])
     rates = {f"{k}/learning_rate": float(rate(applied)) for k, rate in self._rates.items()}
@@ -191,7 +196,7 @@ def rank(scores: dict) -> float:
 
 
 @contextlib.contextmanager
-def warn_on_oserror(what: str):
+def warn_on_oserror(what: str) -> Iterator[None]:
   """For a file that a run can do without for now: a full disk gets one line."""
   try:
     yield

@@ -7,6 +7,9 @@ rows at a time, adds them to the sums, and recomputes them in the backward pass.
 Shape letters: B batch, h/w logit grid, H/W label pixels, C classes, Y rows of one chunk.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -49,7 +52,9 @@ def rows_per_chunk(batch: int, height: int, width: int, classes: int, logit_rows
   return max(d for d in range(1, height + 1) if height % d == 0 and d <= limit)
 
 
-def sum_over_chunks(function, logits_BxhxwxC, label_BxHxW):
+def sum_over_chunks(
+  function: Callable[[jax.Array, jax.Array], Any], logits_BxhxwxC: jax.Array, label_BxHxW: jax.Array
+) -> Any:
   """Sum over row chunks of `function(logits_BxYxWxC, label_BxYxW)`, a tree of arrays."""
   batch, height, width = label_BxHxW.shape
   _, h, w, classes = logits_BxhxwxC.shape
@@ -61,7 +66,7 @@ def sum_over_chunks(function, logits_BxhxwxC, label_BxHxW):
   labels = jnp.moveaxis(label_BxHxW.reshape(batch, -1, rows, width), 1, 0)
 
   @jax.checkpoint
-  def body(total, chunk):
+  def body(total: Any, chunk: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
     weights_Yxh, label = chunk
     part = function(einsum("Yh,bhWc->bYWc", weights_Yxh, wide), label)
     return jax.tree.map(jnp.add, total, part), None
@@ -72,7 +77,11 @@ def sum_over_chunks(function, logits_BxhxwxC, label_BxHxW):
 
 
 def sigmoid_loss(
-  logits_BxhxwxC, label_BxHxW, *, ignore_label: int = 255, mask_ignored: bool = False
+  logits_BxhxwxC: jax.Array,
+  label_BxHxW: jax.Array,
+  *,
+  ignore_label: int = 255,
+  mask_ignored: bool = False,
 ) -> dict[str, Term]:
   """Focal and dice loss of the release, each already weighted (100 and 1).
 
@@ -89,7 +98,7 @@ def sigmoid_loss(
   _, height, width = label_BxHxW.shape
   classes = logits_BxhxwxC.shape[-1]
 
-  def sums(logits, label):
+  def sums(logits: jax.Array, label: jax.Array) -> dict[str, jax.Array]:
     y = label[..., None] == jnp.arange(classes)
     valid = (label != ignore_label)[..., None]
     against = jnp.where(y, -logits, logits)
@@ -120,10 +129,12 @@ def sigmoid_loss(
   }
 
 
-def softmax_loss(logits_BxhxwxC, label_BxHxW, *, ignore_label: int = 255) -> dict[str, Term]:
+def softmax_loss(
+  logits_BxhxwxC: jax.Array, label_BxHxW: jax.Array, *, ignore_label: int = 255
+) -> dict[str, Term]:
   """Cross-entropy of a softmax over classes, mean over pixels that are not ignored."""
 
-  def sums(logits, label):
+  def sums(logits: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
     valid = label != ignore_label
     log_p = jax.nn.log_softmax(logits)
     picked = jnp.take_along_axis(log_p, jnp.where(valid, label, 0)[..., None], axis=-1)[..., 0]

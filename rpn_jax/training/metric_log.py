@@ -7,7 +7,8 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class MetricWriter:
       was cut off, as by a killed run, is dropped.
   """
 
-  def __init__(self, workdir, resume_step: int | None = None):
+  def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._path = workdir / "metrics.jsonl"
@@ -66,7 +67,7 @@ class MetricWriter:
       if np.size(value) != 1:
         raise ValueError(f"metric {name}: expected one number, got shape {np.shape(value)}")
       numbers[name] = float(np.asarray(value, np.float64).reshape(()))
-    entry = {"step": int(step), "time": round(time.time(), 3)}
+    entry: dict[str, float | str] = {"step": int(step), "time": round(time.time(), 3)}
     entry |= {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
     self._unwritten += (json.dumps(entry) + "\n").encode()
     with self._telling():
@@ -80,7 +81,7 @@ class MetricWriter:
       self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
   @contextlib.contextmanager
-  def _telling(self):
+  def _telling(self) -> Iterator[None]:
     """A full disk does not end a run: lines wait in memory, and one is printed about it."""
     try:
       yield
@@ -124,7 +125,7 @@ class MetricWriter:
   def __enter__(self) -> "MetricWriter":
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self.close()
 
 
@@ -141,7 +142,7 @@ class _Events:
 
   def __init__(self, directory: pathlib.Path, purge_step: int | None):
     self._directory, self._purge_step = directory, purge_step
-    self._writer = None
+    self._writer: Any = None  # of tensorboardX
     self._files = 0
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -188,7 +189,7 @@ class _Events:
       self._writer = None
 
 
-def read_history(path) -> dict[str, list[tuple[int, float]]]:
+def read_history(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
   """Name -> [(step, value)] of a `metrics.jsonl`, as `MetricWriter.history`; {} if it is missing.
 
   Raises:

@@ -4,7 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 
 import flax
+import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 
 
@@ -17,7 +19,7 @@ def poly_schedule(
   1 - (1 - t/warmup_steps)(1 - warmup_ratio), as mmcv's poly policy does.
   """
 
-  def schedule(step):
+  def schedule(step: jax.typing.ArrayLike) -> jax.Array:
     t = jnp.asarray(step, jnp.float32)
     rate = (base - minimum) * jnp.maximum(1 - t / steps, 0.0) ** power + minimum
     # Written as u + r(1 - u), which float32 can hold where 1 - (1 - u)(1 - r) is all rounding.
@@ -27,7 +29,7 @@ def poly_schedule(
   return schedule
 
 
-def assign_groups(tree, rules: Sequence[tuple[str, str, float]]):
+def assign_groups(tree: dict, rules: Sequence[tuple[str, str, float]]) -> dict:
   """The group name of every leaf, as a tree of the same form.
 
   Args:
@@ -48,7 +50,7 @@ def assign_groups(tree, rules: Sequence[tuple[str, str, float]]):
   return flax.traverse_util.unflatten_dict(groups, sep="/")
 
 
-def schedules(config) -> dict[str, Callable]:
+def schedules(config: ml_collections.ConfigDict) -> dict[str, Callable]:
   """Group name -> learning rate by step.
 
   Args:
@@ -67,7 +69,9 @@ def schedules(config) -> dict[str, Callable]:
   }
 
 
-def make_optimizer(config, prompts) -> optax.GradientTransformation:
+def make_optimizer(
+  config: ml_collections.ConfigDict, prompts: dict
+) -> optax.GradientTransformation:
   """AdamW over the groups of `config.groups`.
 
   Args:

@@ -29,11 +29,11 @@ class PreemptionGuard:
         self._old = signal.signal(signal.SIGTERM, self._handle)
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     if self._old is not None:
       signal.signal(signal.SIGTERM, self._old)
 
-  def _handle(self, *_) -> None:
+  def _handle(self, *_: object) -> None:
     if self._came:
       return
     self._came = True

@@ -1,12 +1,21 @@
 """Self-training on unseen classes (transductive setting)."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rpn_jax.training.losses import interpolation_matrix
 
 
-def pseudo_labels(logits_BxhxwxC, label_BxHxW, unseen, *, unlabelled: int = -1) -> jax.Array:
+def pseudo_labels(
+  logits_BxhxwxC: jax.Array,
+  label_BxHxW: jax.Array,
+  unseen: Sequence[int] | np.ndarray,
+  *,
+  unlabelled: int = -1,
+) -> jax.Array:
   """Labels with the unlabelled pixels filled by the model's best unseen class.
 
   The arg-max over unseen classes of the detached sigmoid scores of the same forward pass, without
@@ -18,28 +27,28 @@ def pseudo_labels(logits_BxhxwxC, label_BxHxW, unseen, *, unlabelled: int = -1) 
     unseen: ids of the unseen classes.
     unlabelled: that mark.
   """
-  unseen = jnp.asarray(unseen)
+  unseen_U = jnp.asarray(unseen)
   _, height, width = label_BxHxW.shape
   _, h, w, _ = logits_BxhxwxC.shape
   # A sigmoid is monotonic: the arg-max of logits is the arg-max of scores.
-  scores = jax.lax.stop_gradient(logits_BxhxwxC[..., unseen]).astype(jnp.float32)
+  scores = jax.lax.stop_gradient(logits_BxhxwxC[..., unseen_U]).astype(jnp.float32)
 
-  def best(scores_hxwxU):
+  def best(scores_hxwxU: jax.Array) -> jax.Array:
     rows, columns = interpolation_matrix(h, height), interpolation_matrix(w, width)
     highest = jax.lax.Precision.HIGHEST
     return jnp.einsum("Hh,hwu,Ww->HWu", rows, scores_hxwxU, columns, precision=highest).argmax(-1)
 
   # Image by image: upsampled scores of a whole batch would be the largest array of the step.
   best_BxHxW = jax.lax.map(best, scores)
-  return jnp.where(label_BxHxW == unlabelled, unseen[best_BxHxW], label_BxHxW)
+  return jnp.where(label_BxHxW == unlabelled, unseen_U[best_BxHxW], label_BxHxW)
 
 
 def relabel(
-  logits_BxhxwxC,
-  label_BxHxW,
-  step,
+  logits_BxhxwxC: jax.Array,
+  label_BxHxW: jax.Array,
+  step: jax.Array | np.int32,
   *,
-  unseen,
+  unseen: Sequence[int] | np.ndarray,
   unlabelled: int,
   ignore: int,
   start: int,

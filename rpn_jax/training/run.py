@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import ml_collections
@@ -52,7 +54,9 @@ class Run:
     identity: see `identity.identity`.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, workdir, fingerprint: str):
+  def __init__(
+    self, config: ml_collections.ConfigDict, workdir: str | os.PathLike, fingerprint: str
+  ):
     self.workdir = pathlib.Path(workdir)
     self.config = config
     self.fingerprint = fingerprint
@@ -125,7 +129,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(_with_tuples(config))
 
 
-def _with_tuples(value):
+def _with_tuples(value: Any) -> Any:
   """JSON has lists only; modules hash their fields."""
   if isinstance(value, Mapping):
     return {k: _with_tuples(v) for k, v in value.items()}

@@ -5,13 +5,17 @@ on the devices, runs the step, and brings state and metrics back as plain numpy.
 """
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.devices import AXIS, compiler_options, data_mesh
 from rpn_jax.training import step
+from rpn_jax.training.losses import Term
+from rpn_jax.training.step import TrainState
 
 
 def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
@@ -34,24 +38,39 @@ class ShardMap:
     **settings: of `step.gradients`.
   """
 
-  def __init__(self, mesh, state, optimizer, *, shard_state: bool = False, **settings):
+  def __init__(
+    self,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    *,
+    shard_state: bool = False,
+    **settings: Any,
+  ):
     spec, named = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
     whole, split = spec(), spec(AXIS)
     self.whole, self.split = named(mesh, whole), named(mesh, split)
+
     # Without replication tracking the sums over devices are just the ones the step writes down.
-    gradients = jax.shard_map(
-      functools.partial(step.gradients, axis=AXIS, **settings),
+    @functools.partial(
+      jax.shard_map,
       mesh=mesh,
       in_specs=(whole, whole, whole, split, whole),
       out_specs=whole,
       check_vma=False,
     )
+    def gradients(
+      state: TrainState, params: dict, text: jax.Array, batch: dict, key: jax.Array
+    ) -> tuple[dict, dict[str, Term]]:
+      return step.gradients(state, params, text, batch, key, axis=AXIS, **settings)
 
-    def train_step(state, params, text, batch, key):
+    def train_step(
+      state: TrainState, params: dict, text: jax.Array, batch: dict, key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
       grads, terms = gradients(state, params, text, batch, key)
       return step.update(state, grads, terms, optimizer)
 
-    def placed(x):
+    def placed(x: jax.Array) -> jax.sharding.NamedSharding:
       axes = [i for i, size in enumerate(x.shape) if size and size % mesh.size == 0]
       return named(mesh, spec(*[None] * axes[0], AXIS)) if shard_state and axes else self.whole
 
@@ -65,11 +84,11 @@ class ShardMap:
     )
     self._gather = jax.jit(lambda tree: tree, out_shardings=self.whole)
 
-  def place_state(self, state):
+  def place_state(self, state: TrainState) -> TrainState:
     """The state, which every process has in full, on the devices."""
     return jax.tree.map(_put, state, self.state_sharding)
 
-  def place_constant(self, tree):
+  def place_constant(self, tree: Any) -> Any:
     """What every device needs in full: tower, text, key."""
     return jax.tree.map(lambda x: _put(x, self.whole), tree)
 
@@ -79,7 +98,7 @@ class ShardMap:
       functools.partial(jax.make_array_from_process_local_data, self.split), batch
     )
 
-  def fetch_state(self, state):
+  def fetch_state(self, state: TrainState) -> TrainState:
     """The whole state as numpy, in every process."""
     return jax.device_get(self._gather(state))
 
@@ -88,7 +107,7 @@ class ShardMap:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _put(x, sharding):
+def _put(x: Any, sharding: jax.sharding.NamedSharding) -> jax.Array:
   if sharding.is_fully_addressable:
     return jax.device_put(x, sharding)
   if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -104,7 +123,15 @@ class Pmap:
   Takes what `ShardMap` takes, except that the state is never spread.
   """
 
-  def __init__(self, mesh, state, optimizer, *, shard_state: bool = False, **settings):
+  def __init__(
+    self,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    *,
+    shard_state: bool = False,
+    **settings: Any,
+  ):
     del state
     if shard_state:
       raise InputError(
@@ -122,12 +149,13 @@ class Pmap:
       donate_argnums=0,
     )
 
-  def place_state(self, state):
+  def place_state(self, state: TrainState) -> TrainState:
     return jax.tree.map(self._on_each, state)
 
-  place_constant = place_state
+  def place_constant(self, tree: Any) -> Any:
+    return jax.tree.map(self._on_each, tree)
 
-  def _on_each(self, x):
+  def _on_each(self, x: Any) -> jax.Array:
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
       return jax.random.wrap_key_data(self._on_each(jax.random.key_data(x)))
     row = np.asarray(x)[None]
@@ -137,7 +165,7 @@ class Pmap:
   def place_batch(self, batch: dict) -> dict:
     return jax.tree.map(lambda x: x.reshape(len(self.local), -1, *x.shape[1:]), batch)
 
-  def fetch_state(self, state):
+  def fetch_state(self, state: Any) -> Any:
     # Every device has the same: the first one's is taken.
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], state)
 

@@ -1,15 +1,23 @@
 """One training step: pure, the same for one device and for many."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from rpn_jax.models import Network
 from rpn_jax.models.prompts import count
 from rpn_jax.models.trained import join
 from rpn_jax.training.losses import Term
+
+# (logits, label) -> {name: Term}, and (logits, label, step) -> label.
+LossFunction = Callable[[jax.Array, jax.Array], dict[str, Term]]
+Relabel = Callable[[jax.Array, jax.Array, jax.Array | np.int32], jax.Array]
 
 
 @flax.struct.dataclass
@@ -25,11 +33,11 @@ class TrainState:
     consecutive_skips: int32, the most recent of them without another step in between.
   """
 
-  step: jax.Array
+  step: jax.Array | np.int32
   prompts: dict
   opt_state: optax.OptState
-  skipped: jax.Array = flax.struct.field(default_factory=lambda: np.int32(0))
-  consecutive_skips: jax.Array = flax.struct.field(default_factory=lambda: np.int32(0))
+  skipped: jax.Array | np.int32 = flax.struct.field(default_factory=lambda: np.int32(0))
+  consecutive_skips: jax.Array | np.int32 = flax.struct.field(default_factory=lambda: np.int32(0))
 
   @property
   def trained_parameters(self) -> int:
@@ -45,8 +53,8 @@ def gradients(
   key: jax.Array,
   *,
   model: Network,
-  loss_fn,
-  relabel=None,
+  loss_fn: LossFunction,
+  relabel: Relabel | None = None,
   axis: str | None = None,
 ) -> tuple[dict, dict[str, Term]]:
   """Gradients of what is trained and the loss terms, summed over devices.
@@ -65,10 +73,13 @@ def gradients(
   """
   rows = batch["image"].shape[0]
   offset = 0 if axis is None else jax.lax.axis_index(axis) * rows
-  over_devices = lambda x: x if axis is None else jax.lax.psum(x, axis)
+
+  def over_devices(tree: Any) -> Any:
+    return tree if axis is None else jax.lax.psum(tree, axis)
+
   dropout, gate = jax.random.split(jax.random.fold_in(key, state.step))
 
-  def loss(prompts):
+  def loss(prompts: dict) -> tuple[jax.Array, dict[str, Term]]:
     logits = model.apply(
       join(params, prompts),
       batch["image"],
@@ -84,13 +95,13 @@ def gradients(
     # Devices have different numbers of masks: the mean is over all of them, not a mean of means.
     normalizers = over_devices({name: term.normalizer for name, term in terms.items()})
     terms = {name: Term(term.total, normalizers[name]) for name, term in terms.items()}
-    return sum(term.value for term in terms.values()), terms
+    return sum((term.value for term in terms.values()), jnp.float32(0)), terms
 
   (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.prompts)
   if axis is not None:
     # One vector, one all-reduce: XLA does not join them on every backend.
     totals = {name: term.total for name, term in terms.items()}
-    vector, restore = jax.flatten_util.ravel_pytree((grads, totals))
+    vector, restore = ravel_pytree((grads, totals))
     grads, totals = restore(over_devices(vector))
     terms = {name: Term(totals[name], term.normalizer) for name, term in terms.items()}
   return grads, terms
@@ -119,7 +130,14 @@ def update(
 
 
 def train_step(
-  state: TrainState, params, text, batch, key, *, optimizer, **settings
+  state: TrainState,
+  params: dict,
+  text: jax.Array,
+  batch: dict,
+  key: jax.Array,
+  *,
+  optimizer: optax.GradientTransformation,
+  **settings: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update of the prompts; see `gradients` for the arguments and `update` for the result."""
   grads, terms = gradients(state, params, text, batch, key, **settings)
