@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rpn_jax.base.errors import InputError
 
+# What `parse_names` takes.
+Names = str | Sequence[str | Sequence[str]]
 # Between the synonyms of a class, as vocabularies write them: "sea, ocean".
 SEPARATOR = ", "
 
@@ -35,7 +37,7 @@ def check_known(what: str, word: object, known: Iterable[str]) -> None:
     )
 
 
-def parse_names(names: str | Sequence[str | Sequence[str]]) -> tuple[str, ...]:
+def parse_names(names: Names) -> tuple[str, ...]:
   """Class names, each with its synonyms joined by SEPARATOR, as the vocabularies write them.
 
   Args:

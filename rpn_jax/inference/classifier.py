@@ -1,6 +1,7 @@
 """Zero-shot classification of whole images with CLIP (Radford et al., 2021, section 3.1)."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import numpy as np
@@ -22,17 +23,17 @@ def class_probabilities(predictor: Predictor, names: Sequence[str]) -> Callable:
   """
   encoder, network = predictor.encoder, predictor.network
   rows, class_of_row = expand(names, range(len(names)), encoder.synonyms)
-  text, class_of_row = encoder.embed(rows), np.asarray(class_of_row)
+  text, ids = encoder.embed(rows), np.asarray(class_of_row)
   scale = np.exp(encoder.params["logit_scale"])
   tower = VisionTransformer(predictor.clip, network.dtype, kernels=network.kernels)
 
   @jax.jit
-  def apply(params, image):
-    image_BxE = l2_normalize(tower.apply({"params": params}, image))
+  def apply(params: dict, image: jax.Array) -> jax.Array:
+    image_BxE = l2_normalize(cast(jax.Array, tower.apply({"params": params}, image)))
     return jax.nn.softmax(scale * image_BxE @ text.T)
 
-  def probabilities(image):
+  def probabilities(image: np.ndarray) -> np.ndarray:
     by_row = np.asarray(apply(predictor.params["visual"], image))
-    return np.stack([by_row[:, class_of_row == i].max(1) for i in range(len(names))], 1)
+    return np.stack([by_row[:, ids == i].max(1) for i in range(len(names))], 1)
 
   return probabilities

@@ -7,7 +7,8 @@ import json
 import pathlib
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,7 +101,12 @@ def scored_names(names: Sequence[str], scored_as: Sequence[int]) -> tuple[str, .
 
 
 def evaluate(
-  segmenter: SlidingWindow, examples, data, *, keep: int = 0, partial: Partial | None = None
+  segmenter: SlidingWindow,
+  examples: Sequence[dict],
+  data: Any,
+  *,
+  keep: int = 0,
+  partial: Partial | None = None,
 ) -> Evaluation:
   """Scores of one pass over `examples`, shared out among the processes.
 
@@ -116,7 +122,7 @@ def evaluate(
     InputError: a label that is no scored class.
   """
   scored_as = np.arange(len(data.names)) if data.scored_as is None else np.asarray(data.scored_as)
-  names = scored_names(data.names, scored_as)
+  names = scored_names(data.names, scored_as.tolist())
   examples = examples[jax.process_index() :: jax.process_count()] if several() else examples
   done, confusion = 0, np.zeros((len(names), len(names)), np.int64)
   if partial and (loaded := partial.load(len(names), len(examples))):
@@ -151,7 +157,9 @@ def evaluate(
   return Evaluation(scores, names, untrained, confusion, kept)
 
 
-def segmented(segmenter: SlidingWindow, examples):
+def segmented(
+  segmenter: SlidingWindow, examples: Iterable[dict]
+) -> Iterator[tuple[dict, np.ndarray]]:
   """(example, prediction) of each, where the segmenter may take several at a time."""
   examples, again = itertools.tee(examples)
   return zip(examples, segmenter.stream((e["image"], e["label"].shape) for e in again))

@@ -6,9 +6,12 @@ Everything is divided once, after the matrix of the whole evaluation is complete
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def confusion_matrix(label, prediction, classes: int, ignore_label: int = 255) -> np.ndarray:
+def confusion_matrix(
+  label: ArrayLike, prediction: ArrayLike, classes: int, ignore_label: int = 255
+) -> np.ndarray:
   """Pixel counts (C, C) int64: rows truth, columns prediction; ignored pixels left out.
 
   Args:
@@ -58,7 +61,7 @@ def scores(confusion_CxC: np.ndarray, seen: Sequence[int] = (), unseen: Sequence
   union = truth + predicted - correct
   iou = np.divide(correct, union, out=np.full_like(correct, np.nan), where=union > 0)
 
-  def mean(ids):
+  def mean(ids: Sequence[int] | np.ndarray) -> float | None:
     values = iou[np.asarray(ids, np.int64)]
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else None

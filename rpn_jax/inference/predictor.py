@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from rpn_jax.base import pixels
@@ -16,6 +18,7 @@ from rpn_jax.config import check
 from rpn_jax.devices import data_mesh, platform_of, put_batch
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.models import NETWORKS, Network, kernels
+from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.prompts import count
 from rpn_jax.models.trained import init_prompts, join, split
 from rpn_jax.text.embeddings import TextEncoder
@@ -51,7 +54,7 @@ class Protocol:
 
 
 @functools.cache
-def forward(network: Network):
+def forward(network: Network) -> Callable[[dict, Any, jax.Array], jax.Array]:
   """The jitted network (variables, text, image) -> logits: equal networks share one program."""
   return jax.jit(lambda variables, text, image: network.apply(variables, image, text))
 
@@ -84,7 +87,7 @@ class Predictor:
   """
 
   def __init__(
-    self, network: Network, params: Mapping, prompts: Mapping, encoder: TextEncoder,
+    self, network: Network, params: dict, prompts: dict, encoder: TextEncoder,
     protocol: Protocol,
   ):  # fmt: skip
     self.network, self.params, self.prompts = network, params, prompts
@@ -97,7 +100,9 @@ class Predictor:
       )
 
   @classmethod
-  def from_config(cls, config, weights: tuple | None = None) -> "Predictor":
+  def from_config(
+    cls, config: ml_collections.ConfigDict, weights: tuple | None = None
+  ) -> "Predictor":
     """The predictor of a run's config, without prompts yet; see `with_prompts` and `restore`.
 
     Args:
@@ -126,9 +131,13 @@ class Predictor:
 
   @classmethod
   def from_weights(
-    cls, path, *, method: str = "sclip", templates: str | Sequence[str] = "imagenet80",
+    cls,
+    path: str | os.PathLike,
+    *,
+    method: str = "sclip",
+    templates: str | Sequence[str] = "imagenet80",
     synonyms: str = "mean",
-  ) -> "Predictor":  # fmt: skip
+  ) -> "Predictor":
     """CLIP as it is, read by a training-free method with the protocol that it was made for.
 
     Args:
@@ -145,7 +154,7 @@ class Predictor:
     towers = jax.device_put({name: params[name] for name in network.towers})
     return cls(network, towers, {}, encoder, protocol)
 
-  def with_prompts(self, prompts: Mapping) -> "Predictor":
+  def with_prompts(self, prompts: dict) -> "Predictor":
     """The same with what a step of training made."""
     return Predictor(self.network, self.params, prompts, self.encoder, self.protocol)
 
@@ -177,7 +186,7 @@ class Predictor:
     """How many scalars the CLIP around the network has, in both branches."""
     return count(self.encoder.params)
 
-  def init_prompts(self, text, key: jax.Array, crop: int) -> dict:
+  def init_prompts(self, text: Any, key: jax.Array, crop: int) -> dict:
     """Initial values of what is trained; see `models.trained.init_prompts`."""
     return init_prompts(self.network, self.params, text, key, crop)
 
@@ -192,7 +201,7 @@ class Predictor:
     p = self.protocol
     return pixels.to_network(image_HxWx3, p.short_side, p.mean, p.std)
 
-  def for_data(self, data) -> SlidingWindow:
+  def for_data(self, data: Any) -> SlidingWindow:
     """Sliding-window inference with the class names of a data set, for scores.
 
     The scores of `data.penalized` are lowered, except with a network that trains nothing, to which
@@ -203,7 +212,9 @@ class Predictor:
     rows = [row for row, class_id in enumerate(class_of_row) if class_id in penalized]
     return self.sliding_window(text, rows, class_of_row)
 
-  def text_rows(self, names: Sequence[str], class_ids: Sequence[int] | None = None):
+  def text_rows(
+    self, names: Sequence[str], class_ids: Sequence[int] | None = None
+  ) -> tuple[Any, np.ndarray]:
     """What the network takes as text for class names, and the class id of each of its rows.
 
     Where the encoder's synonyms are "max", a class has a row for every synonym.
@@ -217,7 +228,10 @@ class Predictor:
     return self.network.text_input(self.encoder, rows), np.array(class_of_row)
 
   def sliding_window(
-    self, text, penalized: Sequence[int] = (), class_of_row: Sequence[int] | None = None
+    self,
+    text: Any,
+    penalized: Sequence[int] = (),
+    class_of_row: Sequence[int] | np.ndarray | None = None,
   ) -> SlidingWindow:
     """Sliding-window inference on all local devices.
 
@@ -232,7 +246,7 @@ class Predictor:
     variables, text = jax.device_put((join(params, prompts), jnp.asarray(text)), whole)
     apply = forward(network)
 
-    def logits(windows):
+    def logits(windows: np.ndarray) -> jax.Array:
       # Merged on one device: that takes a small part of the network's time.
       return jax.device_put(apply(variables, text, put_batch(windows, mesh)), mesh.devices[0])
 
@@ -252,13 +266,15 @@ class Predictor:
     )
 
 
-def open_run(config, workdir) -> tuple[Predictor, Run]:
+def open_run(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> tuple[Predictor, Run]:
   """The predictor of a config, without prompts yet, and the run in a workdir."""
   predictor = Predictor.from_config(config)
   return predictor, Run(config, workdir, predictor.encoder.fingerprint)
 
 
-def make_network(config, clip) -> Network:
+def make_network(config: ml_collections.ConfigDict, clip: CLIPConfig) -> Network:
   """The network of a config around a CLIP architecture, with the kernels of the local devices.
 
   Raises:
@@ -277,7 +293,9 @@ def make_network(config, clip) -> Network:
   )
 
 
-def _create(method: str, clip, settings: Mapping, where: str, **options) -> Network:
+def _create(
+  method: str, clip: CLIPConfig, settings: Mapping, where: str, **options: Any
+) -> Network:
   cls = NETWORKS[method]
   platform = platform_of(data_mesh())
   try:

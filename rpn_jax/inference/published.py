@@ -10,6 +10,7 @@ Open-vocabulary and training-free papers give one "mIoU" and do not say over whi
 """
 
 from rpn_jax.config import BACKBONES
+from rpn_jax.models.clip import CLIPConfig
 
 # (vision width, patch size) -> title of the backbone
 TITLES = {
@@ -23,7 +24,7 @@ _OPEN_SETS = ("ade847", "context459", "ade150", "context59", "voc20")
 _FREE_SETS = ("voc20", "context59", "coco_stuff171")
 
 # (setting, backbone) -> [(method, metrics, sets, values of each set)]
-_TABLES = {
+_TABLES: dict[tuple[str, str], list[tuple[str, tuple, tuple, tuple]]] = {
   ("zero_shot", "ViT-B/16"): [
     ("RPN", _ZERO_SHOT, _SPLIT_SETS,
      ((95.8, 93.1, 84.6, 88.6), (64.4, 40.8, 42.8, 41.8), (76.4, 47.7, 58.7, 52.6))),
@@ -59,7 +60,7 @@ TUNERS = {
 }  # fmt: skip
 
 
-def rows(setting: str, name: str, clip_config) -> dict[str, dict[str, float]]:
+def rows(setting: str, name: str, clip_config: CLIPConfig) -> dict[str, dict[str, float]]:
   """Method -> metric -> percent, for a set in a setting with a backbone; {} where there is none.
 
   Args:

@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json
@@ -86,7 +89,7 @@ class Segmentation:
     method: str,
     class_scores: ClassScores,
     *,
-    file="",
+    file: str | pathlib.Path = "",
     other: float = 0.0,
     emphasis: Mapping[str, float] | None = None,
   ):
@@ -95,7 +98,9 @@ class Segmentation:
     self.other, self.emphasis = float(other), dict(emphasis or {})
     check_adjustment(names, self.other, self.emphasis)
 
-  def adjusted(self, *, other: float | None = None, emphasis: Mapping | None = None):
+  def adjusted(
+    self, *, other: float | None = None, emphasis: Mapping | None = None
+  ) -> "Segmentation":
     """The same image with another threshold or emphasis; the network does not run again."""
     return Segmentation(
       self.image,
@@ -148,7 +153,7 @@ class Segmentation:
     ids = np.unique(self.labels[self.labels >= 0]).tolist()
     return {i: float(self.confidence[self.labels == i].mean()) for i in ids}
 
-  def overlay(self, alpha: float = 0.55, palette: str = "default"):
+  def overlay(self, alpha: float = 0.55, palette: str = "default") -> Image.Image:
     """A PIL image under the colors of its classes, with a legend by area.
 
     Args:
@@ -188,11 +193,13 @@ class Segmentation:
     """The labels as files have them: `no_class_id` where there is none."""
     return np.where(self.labels < 0, no_class_id(len(self.names)), self.labels)
 
-  def mask(self, palette: str = "default"):
+  def mask(self, palette: str = "default") -> Image.Image:
     """A PIL image of the class ids; `no_class_id` where there is none."""
     return index_image(self._index, self.names, palette)
 
-  def save(self, directory, stem: str | None = None, **options) -> list[pathlib.Path]:
+  def save(
+    self, directory: str | os.PathLike, stem: str | None = None, **options: Any
+  ) -> list[pathlib.Path]:
     """Writes `<stem>_overlay.png`, `<stem>_labels.png` and `<stem>.json`.
 
     Args:

@@ -5,19 +5,23 @@ weights or the name of shipped ones, which a training-free method reads.
 """
 
 import functools
+import os
 import pathlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import jax.numpy as jnp
+import numpy as np
 
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
-from rpn_jax.base.words import check_known, check_names, parse_names, without_articles
+from rpn_jax.base.pixels import ImageSource
+from rpn_jax.base.words import Names, check_known, check_names, parse_names, without_articles
 from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
-from rpn_jax.inference.sliding import round_up
+from rpn_jax.inference.sliding import SlidingWindow, round_up
 from rpn_jax.models import training_free
 from rpn_jax.training.run import Run, read_config
 
@@ -47,7 +51,7 @@ class Segmenter:
   @classmethod
   def load(
     cls,
-    model="shapes_clip",
+    model: str | os.PathLike = "shapes_clip",
     *,
     method: str | None = None,
     checkpoint: str = "last",
@@ -80,6 +84,7 @@ class Segmenter:
       choices = {"templates": templates, "synonyms": synonyms, "clip": clip}
       return cls._of_run(path, method, checkpoint, choices)
     name = str(model)
+    file: str | pathlib.Path
     if name in SHIPPED and not path.exists():
       file, own_templates = SHIPPED[name]
     elif path.is_file():
@@ -100,7 +105,9 @@ class Segmenter:
     return cls(predictor, _training_free(predictor, name))
 
   @classmethod
-  def _of_run(cls, workdir: pathlib.Path, method, checkpoint: str, choices: dict) -> "Segmenter":
+  def _of_run(
+    cls, workdir: pathlib.Path, method: str | None, checkpoint: str, choices: dict
+  ) -> "Segmenter":
     config = read_config(workdir)
     if method in METHODS:
       config.method, config.dense.method = "training_free", method
@@ -126,7 +133,22 @@ class Segmenter:
       method = _training_free(predictor, pathlib.Path(run.config.clip).stem)
     return cls(predictor.with_prompts(prompts), method, step)
 
-  def __call__(self, images, names, *, other: float = 0.0, background=(), emphasis=None):
+  @overload
+  def __call__(
+    self, images: ImageSource, names: Names, *, other: float = ..., background: Names = ...,
+    emphasis: Mapping[str, float] | None = ...,
+  ) -> Segmentation: ...  # fmt: skip
+
+  @overload
+  def __call__(
+    self, images: list | tuple, names: Names, *, other: float = ..., background: Names = ...,
+    emphasis: Mapping[str, float] | None = ...,
+  ) -> list[Segmentation]: ...  # fmt: skip
+
+  def __call__(
+    self, images: ImageSource | list | tuple, names: Names, *, other: float = 0.0,
+    background: Names = (), emphasis: Mapping[str, float] | None = None,
+  ) -> Segmentation | list[Segmentation]:  # fmt: skip
     """Segments one image, or a list of them.
 
     Args:
@@ -142,22 +164,23 @@ class Segmenter:
     Raises:
       InputError: not an image, or not a name.
     """
-    several = isinstance(images, (list, tuple))
-    options = {"other": other, "background": background, "emphasis": emphasis}
-    results = list(self.stream(images if several else [images], names, **options))
-    return results if several else results[0]
+    options: dict[str, Any] = {"other": other, "background": background, "emphasis": emphasis}
+    if isinstance(images, (list, tuple)):
+      return list(self.stream(images, names, **options))
+    return next(self.stream([images], names, **options))
 
   def stream(
-    self, images: Iterable, names, *, other: float = 0.0, background=(), emphasis=None
-  ) -> Iterator[Segmentation]:
+    self, images: Iterable[ImageSource], names: Names, *, other: float = 0.0,
+    background: Names = (), emphasis: Mapping[str, float] | None = None,
+  ) -> Iterator[Segmentation]:  # fmt: skip
     """Like a call with many images, one after another; windows of several share a pass."""
     names = parse_names(names)
     words = parse_names(background) if background else ()
     check_adjustment(names, other, emphasis or {})  # before the network has run
     window, class_of_row, fillers = self._window(names, words)
-    pending = deque()
+    pending: deque[tuple[np.ndarray, str | pathlib.Path, tuple[int, int]]] = deque()
 
-    def read():
+    def read() -> Iterator[np.ndarray]:
       for source in images:
         image = pixels.read(source)
         inputs = self.predictor.prepare(image)
@@ -172,7 +195,9 @@ class Segmenter:
         image, names, self.method, scores, file=file, other=other, emphasis=emphasis
       )
 
-  def _window(self, names: tuple[str, ...], background: tuple[str, ...]):
+  def _window(
+    self, names: tuple[str, ...], background: tuple[str, ...]
+  ) -> tuple[SlidingWindow, np.ndarray, int]:
     """Sliding-window inference, the class of each of its rows, and how many rows are fillers."""
     check_names([*names, *background])
     prompts = [without_articles(name) for name in (*names, *background)]
@@ -188,5 +213,5 @@ class Segmenter:
 
 
 def _training_free(predictor: Predictor, name: str) -> str:
-  method = f"training-free {predictor.network.method} on {name}, no trained prompts"
+  method = f"training-free {predictor.network.title} on {name}, no trained prompts"
   return f"{method}; {NOTE[name]}" if name in NOTE else method

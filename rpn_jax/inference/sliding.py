@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def window_corners(height: int, width: int, crop: int, stride: int) -> list[tupl
   than the crop there is one window, which reaches beyond it.
   """
 
-  def starts(size):
+  def starts(size: int) -> list[int]:
     count = max(size - crop + stride - 1, 0) // stride + 1
     return [max(min(i * stride, size - crop), 0) for i in range(count)]
 
@@ -53,10 +54,10 @@ def neighbours(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
   """
   at = np.clip((np.arange(outputs) + 0.5) * inputs / outputs - 0.5, 0, inputs - 1)
   left = np.minimum(at.astype(np.int32), max(inputs - 2, 0))
-  return left, np.float32(at - left)
+  return left, (at - left).astype(np.float32)
 
 
-def interpolate(x, left, weight, axis: int):
+def interpolate(x: jax.Array, left: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
   """`x` with one axis resized as `neighbours` says."""
   take = functools.partial(jnp.take, x, axis=axis, mode="clip")
   return take(left) + (take(left + 1) - take(left)) * weight.reshape(-1, *[1] * (x.ndim - axis - 1))
@@ -88,7 +89,9 @@ class View:
   corners: tuple[tuple[int, int], ...]
   mirrored: bool
 
-  def strip(self, logits_NxhxwxC, top: int, rows: int, size: tuple[int, int], crop: int) -> tuple:
+  def strip(
+    self, logits_NxhxwxC: jax.Array, top: int, rows: int, size: tuple[int, int], crop: int
+  ) -> tuple:
     """What `strip_scores` needs for `rows` rows of a result of `size`, from row `top` on."""
     height, width = size
     left, weight = (x[top : top + rows] for x in neighbours(self.height, height))
@@ -97,17 +100,18 @@ class View:
     reach = [i for i, (y, _) in enumerate(self.corners) if y <= last and y + crop > first]
     pad = ((0, rows - len(left)),)
     row_pair = np.pad(left - first, pad, "edge"), np.pad(weight, pad, "edge")
-    pair = neighbours(self.width, width)
-    if self.mirrored:
-      pair = tuple(x[::-1] for x in pair)
+    turn = -1 if self.mirrored else 1
+    pair = (x[::turn] for x in neighbours(self.width, width))
     column_pair = tuple(np.pad(x, ((0, round_up(width) - width),), "edge") for x in pair)
     corners_Nx2 = np.zeros((len(logits_NxhxwxC), 2), np.int32)
     corners_Nx2[: len(self.corners)] = self.corners
-    position = np.int32([first, reach[0], reach[-1] + 1])
+    position = np.array([first, reach[0], reach[-1] + 1], np.int32)
     return logits_NxhxwxC, corners_Nx2, position, row_pair, column_pair
 
 
-def strip_scores(part: tuple, *, merged: tuple[int, int], crop: int, activation: Callable):
+def strip_scores(
+  part: tuple, *, merged: tuple[int, int], crop: int, activation: Callable
+) -> jax.Array:
   """Mean over windows of the upsampled scores, resized to a strip of the result: (R, W, C).
 
   Args:
@@ -121,7 +125,7 @@ def strip_scores(part: tuple, *, merged: tuple[int, int], crop: int, activation:
   (left_h, weight_h), (left_w, weight_w) = (map(jnp.asarray, neighbours(n, crop)) for n in (h, w))
   rows = first + jnp.arange(merged[0])
 
-  def add(i, carry):
+  def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     y, x = corners_Nx2[i]
     inside = ((rows >= y) & (rows < y + crop)).astype(jnp.float32)[:, None, None]
     row = jnp.clip(rows - y, 0, crop - 1)
@@ -136,19 +140,28 @@ def strip_scores(part: tuple, *, merged: tuple[int, int], crop: int, activation:
   zeros = jnp.zeros((*merged, classes)), jnp.zeros((*merged, 1))
   total, count = jax.lax.fori_loop(begin, end, add, zeros)
   scores = total / jnp.maximum(count, 1)  # rows and columns beyond the image are in no window
-  return interpolate(interpolate(scores, *column_pair, 1), *row_pair, 0)
+  (left_W, weight_W), (left_R, weight_R) = column_pair, row_pair
+  return interpolate(interpolate(scores, left_W, weight_W, 1), left_R, weight_R, 0)
 
 
-def class_ids(scores_RxWxC):
+def class_ids(scores_RxWxC: jax.Array) -> jax.Array:
   return scores_RxWxC.argmax(-1)
 
 
-def all_scores(scores_RxWxC):
+def all_scores(scores_RxWxC: jax.Array) -> jax.Array:
   return scores_RxWxC
 
 
 @functools.partial(jax.jit, static_argnames=("merged", "crop", "activation", "output"))
-def strip(parts, penalty_C, *, merged, crop, activation, output):
+def strip(
+  parts: tuple[tuple, ...],
+  penalty_C: np.ndarray,
+  *,
+  merged: tuple[tuple[int, int], ...],
+  crop: int,
+  activation: Callable,
+  output: Callable,
+) -> Any:
   """`output` of the mean over views of `strip_scores` less a per-class penalty."""
   scores = [
     strip_scores(part, merged=m, crop=crop, activation=activation) for part, m in zip(parts, merged)
@@ -157,8 +170,15 @@ def strip(parts, penalty_C, *, merged, crop, activation, output):
 
 
 def merge_views(
-  views: Sequence[View], logits, penalty_C, size: tuple[int, int], *, crop, activation, output
-):
+  views: Sequence[View],
+  logits: Sequence[jax.Array],
+  penalty_C: np.ndarray,
+  size: tuple[int, int],
+  *,
+  crop: int,
+  activation: Callable,
+  output: Callable,
+) -> Any:
   """`output` of the scores (height, width, C) of the averaged views, as numpy.
 
   Args:
@@ -210,12 +230,14 @@ class WindowLogits:
   views: list[View]
   logits: list[jax.Array]
 
-  def merge(self, output: Callable, size: tuple[int, int], bias_C=0.0):
+  def merge(self, output: Callable, size: tuple[int, int], bias_C: np.ndarray | float = 0.0) -> Any:
     """`output` of the scores (height, width, C) at `size`, with `bias_C` added to them."""
     w = self.window
-    penalty_C = np.float32(w.penalty_C - bias_C)
-    options = {"crop": w.crop, "activation": w.activation, "output": output}
-    return merge_views(self.views, self.logits, penalty_C, size, **options)
+    penalty_C = np.asarray(w.penalty_C - bias_C, np.float32)
+    return merge_views(
+      self.views, self.logits, penalty_C, size,
+      crop=w.crop, activation=w.activation, output=output,
+    )  # fmt: skip
 
 
 class SlidingWindow:
@@ -253,7 +275,7 @@ class SlidingWindow:
     activation: Callable = jax.nn.sigmoid,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
-    class_of_row: Sequence[int] | None = None,
+    class_of_row: Sequence[int] | np.ndarray | None = None,
   ):
     self.logits_fn = logits_fn
     self.crop, self.stride, self.window_batch = crop, stride, window_batch
@@ -276,9 +298,9 @@ class SlidingWindow:
 
   def stream(self, pairs: Iterable[tuple[np.ndarray, tuple[int, int]]]) -> Iterator[np.ndarray]:
     """Class ids of many (image, size), in order; windows of several images share a call."""
-    sizes = collections.deque()
+    sizes: collections.deque[tuple[int, int]] = collections.deque()
 
-    def images():
+    def images() -> Iterator[np.ndarray]:
       for image, size in pairs:
         sizes.append(size)
         yield image
@@ -289,7 +311,8 @@ class SlidingWindow:
 
   def read(self, images_hxwx3: Iterable[np.ndarray]) -> Iterator[WindowLogits]:
     """What the network says of each image, in order; windows of several images share a call."""
-    waiting = collections.deque()  # views of images not all of whose windows were read
+    # Views of images not all of whose windows were read.
+    waiting: collections.deque[list[View]] = collections.deque()
     windows, logits = [], []
     for image in images_hxwx3:
       views, new = self._views(np.asarray(image))
@@ -329,7 +352,9 @@ class SlidingWindow:
     return [out[i] for i in range(len(windows))]
 
 
-def _split(logits: list[jax.Array], views: Sequence[View]):
+def _split(
+  logits: list[jax.Array], views: Sequence[View]
+) -> tuple[list[jax.Array], list[jax.Array]]:
   """The first logits stacked for each view, to a number that few images differ in; the rest."""
   parts = []
   for view in views:

@@ -4,7 +4,7 @@ A network is a module that answers the questions of `Network`, a config section 
 and an entry of NETWORKS (docs/extending.md). Nothing outside this package asks which one it has.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,7 +17,7 @@ from rpn_jax.models.rpn import RPN
 from rpn_jax.models.training_free import DenseCLIP
 
 
-class Network(Protocol):
+class Network(Hashable, Protocol):
   """A segmentation network around CLIP: a Flax module, hashable by its attributes.
 
   Its variables are `params`, the parameters of CLIP's towers, and `prompts`, which are trained.
@@ -28,6 +28,8 @@ class Network(Protocol):
     apply: of the Flax module.
     clip: the architecture of CLIP.
     section: the config section with the network's settings.
+    dtype: compute type.
+    kernels: the versions of its heavy parts, see `Kernels`.
     towers: which branches of CLIP's parameters `params` holds: ("visual",) or ("visual", "text").
     trained: regular expression over whole '/'-joined paths of `params` that are trained besides
       everything in `prompts`; "" is none. See `trained.split`.
@@ -43,6 +45,8 @@ class Network(Protocol):
 
   apply: Callable[..., Any]
   clip: CLIPConfig
+  dtype: Any
+  kernels: Kernels
   section: str
   towers: tuple[str, ...]
   trainable: bool
@@ -122,4 +126,4 @@ class Network(Protocol):
 
 
 # Value of config.method -> network.
-NETWORKS: dict[str, type] = {"rpn": RPN, "training_free": DenseCLIP}
+NETWORKS: dict[str, type[Network]] = {"rpn": RPN, "training_free": DenseCLIP}

@@ -62,7 +62,7 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
     files, labels = pixels.find(image), None
   else:
     names, pairs = find_labeled(image)
-    files, labels = zip(*pairs)
+    files, labels = [file for file, _ in pairs], [label for _, label in pairs]
   predictor = Predictor.from_config(config)
   apply = class_probabilities(predictor, names)
   side, workdir = predictor.clip.image_size, pathlib.Path(workdir)
@@ -100,7 +100,7 @@ def report(content: dict, path: pathlib.Path) -> None:
     for k, (name, p) in enumerate(list(scores.items())[:TABLE_CLASSES]):
       rows.append(["" if k else pathlib.Path(file).name, name, f"{100 * p:.1f}"])
   print("\n" + table(rows, ["image", "class", "%"]))
-  for k in ("top1", "top5"):
-    if k in content:
-      print(f"\n{k} of {len(content['images'])} images: {100 * content[k]:.1f} %", end="")
+  for top in ("top1", "top5"):
+    if top in content:
+      print(f"\n{top} of {len(content['images'])} images: {100 * content[top]:.1f} %", end="")
   print(f"\nEvery image is in {path}.")

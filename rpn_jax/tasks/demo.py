@@ -63,8 +63,8 @@ class Models:
       raise InputError(f"model {name!r} is not on offer here; choose {' or '.join(self.names)}")
     with self._lock:  # two users at once must not load it twice
       model, checkpoint = self._choices[name]
-      method = None if method == OWN_METHOD else method
-      return self._load(model, method=method, checkpoint=checkpoint)
+      chosen = None if method == OWN_METHOD else method
+      return self._load(model, method=chosen, checkpoint=checkpoint)
 
 
 def segment(
@@ -188,7 +188,8 @@ def build(models: Models, root: pathlib.Path):
           label="Picture", sources=["upload", "clipboard"], type="filepath", height=320
         )
         # The upload as it is: Gradio would open it itself and not say what is wrong with it.
-        picture.preprocess = lambda payload: payload.path if payload else None
+        upload = lambda payload: payload.path if payload else None
+        picture.preprocess = upload  # type: ignore[method-assign]
         words = gr.Textbox(
           label="Words", placeholder="cat | kitten, grass", lines=2,
           info="Classes to look for, with commas between them; | joins synonyms.",

@@ -54,7 +54,7 @@ def draw_figures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: 
   kept = evaluation.kept
   prediction_grid(
     workdir / f"predictions{suffix}.png",
-    [np.uint8(np.clip((e["image"] * std + mean) * 255, 0, 255)) for e in kept],
+    [np.clip((e["image"] * std + mean) * 255, 0, 255).astype(np.uint8) for e in kept],
     [e["label"] for e in kept],
     [e["prediction"] for e in kept],
     evaluation.names,
@@ -102,7 +102,8 @@ def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, 
   predictor, run = open_run(config, workdir)
   run.claim()
   one = len(evaluations) == 1
-  results, partials = {}, []
+  results: dict[str, dict[str, dict]] = {}
+  partials = []
   restored = predictor.read_prompts(run)
   for data in evaluations:
     results[data.name] = {}

@@ -59,7 +59,8 @@ def save_all(
   """
   # Two files of one name but another suffix must not overwrite each other.
   repeated = len({f.stem for f in files}) < len(files)
-  written, unreadable, pending = [], [], collections.deque()
+  written, unreadable = [], []
+  pending: collections.deque[pathlib.Path] = collections.deque()
 
   def images():
     for file in progress(files, f"segment on {devices_text()}", "image"):

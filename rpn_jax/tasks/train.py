@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rpn_jax import devices
 from rpn_jax.base.errors import InputError
 from rpn_jax.drawing.plots import plot_curves
-from rpn_jax.inference.evaluation import evaluate
+from rpn_jax.inference.evaluation import Evaluation, evaluate
 from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.tasks.evaluate import (
   SHOWN_EXAMPLES,
@@ -78,7 +78,7 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
   )
   first = devices.process()[0] == 0
   examples = data.eval_examples()
-  latest = None
+  latest: Evaluation | None = None
 
   def evaluate_prompts(prompts, step: int) -> dict:
     nonlocal latest
@@ -105,6 +105,7 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
       + (f"; continuing at step {start} of {config.steps}" if start else ""),
       flush=True,
     )
+    writer = MetricWriter(run.workdir, resume_step=start) if first else None
     loop = Loop(
       run,
       stepper,
@@ -112,13 +113,13 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
       checkpoints=checkpoints,
       guard=guard,
       evaluate=evaluate_prompts,
-      writer=MetricWriter(run.workdir, resume_step=start) if first else None,
+      writer=writer,
       best=best,
     )
     began = time.time()
     loop.fit(state, predictor.frozen, text, jax.random.key(config.seed + 1))
-  if first:
-    report(run, loop, latest, time.time() - began, state.trained_parameters)
+  if writer and latest:
+    report(run, loop, writer, latest, time.time() - began, state.trained_parameters)
   make_partial(run, data, "train", 0, 0).path.unlink(missing_ok=True)
   return {"last": loop.last, "best": loop.best}
 
@@ -143,13 +144,15 @@ def make_relabel(config, data):
   )
 
 
-def report(run: Run, loop: Loop, latest, seconds: float, parameters: int) -> None:
+def report(
+  run: Run, loop: Loop, writer: MetricWriter, latest: Evaluation, seconds: float, parameters: int
+) -> None:
   """`metrics.json`, the figures, and the closing lines."""
   workdir, last, best = run.workdir, loop.last, loop.best
   write_metrics(workdir / "metrics.json", last, best, run.config, parameters)
   draw_figures(workdir, latest, run.config)
-  plot_curves(workdir / "curves.png", loop.writer.history())
-  loop.writer.close()
+  plot_curves(workdir / "curves.png", writer.history())
+  writer.close()
   rows = {f"last, step {last['step']}": last, f"best, step {best['step']}": best}
   print(f"\nTrained to step {run.config.steps} ({seconds:.0f} s in this call). Scores in %:")
   print(score_table(rows))

@@ -38,14 +38,15 @@ class TextEncoder:
     params: CLIP parameters with a `text` branch.
     templates: see `template_sentences`.
     synonyms: one of `templates.SYNONYMS`.
-    fingerprint: of the parameters, `arrays.fingerprint(params)`, for the embeddings on disk.
+    fingerprint: of the parameters, `arrays.fingerprint(params)`, for the embeddings on disk;
+      "" keeps none there.
   """
 
   config: CLIPConfig
   params: Mapping
   templates: str | Sequence[str] = "single"
   synonyms: str = "mean"
-  fingerprint: str | None = None
+  fingerprint: str = ""
 
   def embed(self, names: Sequence[str]) -> np.ndarray:
     """Unit-length embeddings (C, E) float32 by these parameters; see `class_embeddings`."""

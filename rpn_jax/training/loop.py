@@ -39,7 +39,7 @@ class Loop:
     best: the best scores so far, of a resumed run.
 
   Attributes:
-    last: scores of the newest evaluation, with their `step`; None before the first.
+    last: scores of the newest evaluation, with their `step`; {} before the first.
     best: the best of them.
   """
 
@@ -58,8 +58,8 @@ class Loop:
     self.run, self.config, self.stepper, self.data = run, run.config, stepper, data
     self.checkpoints, self.guard, self.writer = checkpoints, guard, writer
     self._evaluate = evaluate
-    self.best = best
-    self.last: dict | None = None
+    self.best = best or {}
+    self.last: dict = {}
     self._rates = optim.schedules(run.config.optimizer)
     # Metrics of the latest steps: fetched one step late, so that the device never waits.
     self._pending: list[tuple[int, dict]] = []
@@ -118,7 +118,7 @@ class Loop:
     """Scores a state that has been saved, so that an interrupted evaluation can be resumed."""
     step = int(state.step)
     self.last = scores = {"step": step, **self._evaluate(state.prompts, step)}
-    if self.best is None or rank(scores) >= rank(self.best):
+    if not self.best or rank(scores) >= rank(self.best):
       self.best = scores
     if self.writer:
       scalars = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, float)}
@@ -140,7 +140,7 @@ class Loop:
     """Whether the state was saved; after the last step it is tried several times."""
     tries = FINAL_SAVE_TRIES if state.step == self.config.steps else 1
     for left in reversed(range(tries)):
-      if self.checkpoints.save(state, self.best):
+      if self.checkpoints.save(state, self.best or None):
         return True
       if left:
         time.sleep(FINAL_SAVE_PAUSE_SECONDS)

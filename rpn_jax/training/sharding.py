@@ -173,4 +173,4 @@ class Pmap:
     return {name: float(value) for name, value in self.fetch_state(metrics).items()}
 
 
-MODES = {"shard_map": ShardMap, "pmap": Pmap}
+MODES: dict[str, type[ShardMap] | type[Pmap]] = {"shard_map": ShardMap, "pmap": Pmap}
