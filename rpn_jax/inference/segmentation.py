@@ -144,7 +144,7 @@ class Segmentation:
   def shares(self) -> dict[str, float]:
     """Name -> share of the pixels, the largest first; classes without pixels are left out."""
     counts = np.bincount(self.labels[self.labels >= 0], minlength=len(self.names))
-    order = np.argsort(-counts, kind="stable")
+    order = np.argsort(-counts, kind="stable").tolist()
     return {self.names[i]: float(counts[i] / self.labels.size) for i in order if counts[i]}
 
   @functools.cached_property

@@ -4,8 +4,8 @@ A network is a module that answers the questions of `Network`, a config section 
 and an entry of NETWORKS (docs/extending.md). Nothing outside this package asks which one it has.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ class Network(Hashable, Protocol):
   are static arguments of compiled programs.
 
   Attributes:
-    apply: of the Flax module.
     clip: the architecture of CLIP.
     section: the config section with the network's settings.
     dtype: compute type.
@@ -43,7 +42,6 @@ class Network(Hashable, Protocol):
       of the others.
   """
 
-  apply: Callable[..., Any]
   clip: CLIPConfig
   dtype: Any
   kernels: Kernels
@@ -51,6 +49,10 @@ class Network(Hashable, Protocol):
   towers: tuple[str, ...]
   trainable: bool
   emphasis: float
+
+  def apply(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
+    """Of the Flax module: a call, or another method, with its variables."""
+    ...
 
   @property
   def title(self) -> str: ...
@@ -77,7 +79,7 @@ class Network(Hashable, Protocol):
     dtype: Any = jnp.float32,
     remat: str = "none",
     kernels: Kernels = TEXTBOOK,
-  ) -> "Network":
+  ) -> Self:
     """The network of a config.
 
     Args:
@@ -98,7 +100,7 @@ class Network(Hashable, Protocol):
     """The sliding windows that the network was made for."""
     ...
 
-  def text_input(self, encoder, names: Sequence[str]) -> Any:
+  def text_input(self, encoder: Any, names: Sequence[str]) -> Any:
     """What the network takes as text.
 
     `encoder.embed(names)`, embeddings (C, E), or `encoder.tokens(names)` where the network encodes
@@ -106,12 +108,12 @@ class Network(Hashable, Protocol):
     """
     ...
 
-  def merged(self, params: dict, prompts: dict) -> tuple["Network", dict, dict]:
+  def merged(self, params: dict, prompts: dict) -> tuple[Self, dict, dict]:
     """Network, `params` and `prompts` for inference, with tuners in the tower's weights."""
     ...
 
   def __call__(
-    self, image: jax.Array, text: Any, *, train: bool = False, example_offset: Any = 0
+    self, image: jax.Array, text: Any, /, *, train: bool = False, example_offset: Any = 0
   ) -> jax.Array:
     """Class logits on the patch grid: (B, h, w, C) float32.
 

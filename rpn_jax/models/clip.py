@@ -62,7 +62,7 @@ class CLIPConfig:
   activation: str = "quick_gelu"
   vision: str = "clip"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.vision not in ("clip", "vit"):
       raise ValueError(f'vision must be "clip" or "vit", got {self.vision!r}')
     if self.activation not in ACTIVATIONS:
@@ -106,17 +106,25 @@ class Attention(nn.Module):
   dtype: Any = jnp.float32
   kernels: Kernels = TEXTBOOK
 
-  def setup(self):
+  def setup(self) -> None:
     self.in_proj = nn.Dense(3 * self.width, dtype=self.dtype)
     self.out_proj = nn.Dense(self.width, dtype=self.dtype)
 
-  def project(self, x_BxNxD, tune=keep_result) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def project(
+    self, x_BxNxD: jax.Array, tune: Callable = keep_result
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values, each (B, N, H, d)."""
     qkv = checkpoint_name(tune("in_proj", x_BxNxD, self.in_proj(x_BxNxD)), "attention")
     self.sow("intermediates", "qkv", qkv)
     return tuple(rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads))
 
-  def __call__(self, x_BxNxD, read: Callable | None = None, tune=keep_result, extra_BxPxD=None):
+  def __call__(
+    self,
+    x_BxNxD: jax.Array,
+    read: Callable | None = None,
+    tune: Callable = keep_result,
+    extra_BxPxD: jax.Array | None = None,
+  ) -> jax.Array:
     """(B, N, D) -> (B, N, D).
 
     Args:
@@ -143,11 +151,11 @@ class MLP(nn.Module):
   dtype: Any = jnp.float32
   kernels: Kernels = TEXTBOOK
 
-  def setup(self):
+  def setup(self) -> None:
     self.c_fc = nn.Dense(4 * self.width, dtype=self.dtype)
     self.c_proj = nn.Dense(self.width, dtype=self.dtype)
 
-  def __call__(self, x_BxNxD, tune=keep_result):
+  def __call__(self, x_BxNxD: jax.Array, tune: Callable = keep_result) -> jax.Array:
     hidden = tune("c_fc", x_BxNxD, self.c_fc(x_BxNxD))
     hidden = self.kernels.activations[self.activation](hidden)
     return tune("c_proj", hidden, self.c_proj(hidden))
@@ -163,24 +171,24 @@ class Block(nn.Module):
   epsilon: float = LAYER_NORM_EPSILON
   kernels: Kernels = TEXTBOOK
 
-  def setup(self):
+  def setup(self) -> None:
     self.ln_1 = LayerNorm(self.epsilon, function=self.kernels.layer_norm)
     self.attn = Attention(self.width, self.heads, self.dtype, self.kernels)
     self.ln_2 = LayerNorm(self.epsilon, function=self.kernels.layer_norm)
     self.mlp = MLP(self.width, self.activation, self.dtype, self.kernels)
 
-  def project(self, x_BxNxD) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def project(self, x_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values of the block's attention, each (B, N, H, d)."""
     return self.attn.project(self.ln_1(x_BxNxD))
 
   def __call__(
     self,
-    x_BxNxD,
+    x_BxNxD: jax.Array,
     read: Callable | None = None,
     residual: bool = True,
     tune: Callable | None = None,
-    extra_BxPxD=None,
-  ):
+    extra_BxPxD: jax.Array | None = None,
+  ) -> jax.Array:
     """(B, N, D) -> (B, N, D).
 
     Args:
@@ -200,15 +208,23 @@ class Block(nn.Module):
     return x + self.mlp(tune("ln_2", x, self.ln_2(x)), tune).astype(x.dtype)
 
 
-def run_block(block: Block, remat: str, x_BxNxD, read=None, residual=True, tune=None, extra=None):
+def run_block(
+  block: Block,
+  remat: str,
+  x_BxNxD: jax.Array,
+  read: Callable | None = None,
+  residual: bool = True,
+  tune: Callable | None = None,
+  extra_BxPxD: jax.Array | None = None,
+) -> jax.Array:
   """`block` on x, of which the backward pass computes again what the policy `remat` names."""
 
-  def run(block, x, tune, extra):
+  def run(block: Block, x: jax.Array, tune: Callable | None, extra: jax.Array | None) -> jax.Array:
     return block(x, read, residual, tune, extra)
 
   if remat != "none":
     run = nn.remat(run, policy=REMAT_POLICIES[remat])
-  return run(block, x_BxNxD, tune, extra)
+  return run(block, x_BxNxD, tune, extra_BxPxD)
 
 
 class VisionTransformer(nn.Module):
@@ -227,7 +243,7 @@ class VisionTransformer(nn.Module):
   remat: str = "none"
   kernels: Kernels = TEXTBOOK
 
-  def setup(self):
+  def setup(self) -> None:
     c = self.config
     patch = (c.patch_size, c.patch_size)
     self.patch_embed = nn.Conv(
@@ -249,7 +265,9 @@ class VisionTransformer(nn.Module):
     if not plain:
       self.proj = self.param("proj", init, (c.vision_width, c.embed_dim))
 
-  def embed(self, image_BxHxWx3, class_embedding_copies: int = 1, tune=keep_result):
+  def embed(
+    self, image_BxHxWx3: jax.Array, class_embedding_copies: int = 1, tune: Callable = keep_result
+  ) -> tuple[jax.Array, tuple[int, int]]:
     """Tokens before the first block: (B, 1 + h*w, D), and the patch grid (h, w)."""
     size = self.config.patch_size
     _, height, width, _ = image_BxHxWx3.shape
@@ -266,12 +284,20 @@ class VisionTransformer(nn.Module):
       x = tune("ln_pre", x, self.ln_pre(x))
     return x.astype(self.dtype), (h, w)
 
-  def run_block(self, i: int, x_BxNxD, read=None, residual=True, tune=None, extra_BxPxD=None):
+  def run_block(
+    self,
+    i: int,
+    x_BxNxD: jax.Array,
+    read: Callable | None = None,
+    residual: bool = True,
+    tune: Callable | None = None,
+    extra_BxPxD: jax.Array | None = None,
+  ) -> jax.Array:
     """Block i on x; see `Block`."""
     block = self.block[i]
     return run_block(block, self.remat, x_BxNxD, read, residual, tune, extra_BxPxD)
 
-  def project(self, x_BxNxD, tune=keep_result):
+  def project(self, x_BxNxD: jax.Array, tune: Callable = keep_result) -> jax.Array:
     """`ln_post`, then the projection into the joint space: (..., D) -> (..., E) float32.
 
     A plain transformer has none: (..., D) float32.
@@ -281,7 +307,9 @@ class VisionTransformer(nn.Module):
       return x.astype(jnp.float32)
     return (x @ self.proj.astype(self.dtype)).astype(jnp.float32)
 
-  def __call__(self, image_BxHxWx3, kept_patches_BxK=None):
+  def __call__(
+    self, image_BxHxWx3: jax.Array, kept_patches_BxK: jax.Array | None = None
+  ) -> jax.Array:
     """Embedding of the class token: (B, E), not normalized.
 
     `kept_patches_BxK` lists the patches that the tower gets; pre-training with half of them takes
@@ -311,7 +339,7 @@ class TextTransformer(nn.Module):
   remat: str = "none"
   kernels: Kernels = TEXTBOOK
 
-  def setup(self):
+  def setup(self) -> None:
     c = self.config
     self.token_embedding = self.param(
       "token_embedding", nn.initializers.normal(0.02), (c.vocab_size, c.text_width)
@@ -327,7 +355,9 @@ class TextTransformer(nn.Module):
       "projection", nn.initializers.normal(c.text_width**-0.5), (c.text_width, c.embed_dim)
     )
 
-  def project(self, x_BxTxD, tokens_BxT, tune=keep_result):
+  def project(
+    self, x_BxTxD: jax.Array, tokens_BxT: jax.Array, tune: Callable = keep_result
+  ) -> jax.Array:
     """The joint embedding of every text, from its end-of-text token: (B, E) float32."""
     # The end-of-text token has the largest id of the vocabulary.
     end = jnp.argmax(tokens_BxT, axis=-1)
@@ -335,7 +365,7 @@ class TextTransformer(nn.Module):
     x = tune("ln_final", x, self.ln_final(x)).astype(self.dtype)
     return (x @ self.projection.astype(self.dtype)).astype(jnp.float32)
 
-  def __call__(self, tokens_BxT, tune_part: Callable | None = None):
+  def __call__(self, tokens_BxT: jax.Array, tune_part: Callable | None = None) -> jax.Array:
     """Embeddings (B, E) float32, not normalized.
 
     Args:
@@ -372,22 +402,24 @@ class CLIP(nn.Module):
   dtype: Any = jnp.float32
   kernels: Kernels = TEXTBOOK
 
-  def setup(self):
+  def setup(self) -> None:
     self.visual = VisionTransformer(self.config, self.dtype, kernels=self.kernels)
     self.text = TextTransformer(self.config, self.dtype, kernels=self.kernels)
     # exp(logit_scale) starts at 1 / 0.07, as in the paper's section 2.5.
     self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
 
-  def encode_image(self, image_BxHxWx3, kept_patches_BxK=None):
+  def encode_image(
+    self, image_BxHxWx3: jax.Array, kept_patches_BxK: jax.Array | None = None
+  ) -> jax.Array:
     return self.visual(image_BxHxWx3, kept_patches_BxK)
 
-  def encode_text(self, tokens_BxT):
+  def encode_text(self, tokens_BxT: jax.Array) -> jax.Array:
     return self.text(tokens_BxT)
 
-  def encode(self, image_BxHxWx3, tokens_CxT):
+  def encode(self, image_BxHxWx3: jax.Array, tokens_CxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return self.encode_image(image_BxHxWx3), self.encode_text(tokens_CxT)
 
-  def __call__(self, image_BxHxWx3, tokens_CxT):
+  def __call__(self, image_BxHxWx3: jax.Array, tokens_CxT: jax.Array) -> jax.Array:
     """Zero-shot logits (B, C): scaled cosine of every image with every text."""
     image, text = map(l2_normalize, self.encode(image_BxHxWx3, tokens_CxT))
     return jnp.exp(self.logit_scale) * image @ text.T

@@ -1,5 +1,6 @@
 """Heads: per-patch class logits from patches, class token and text (RPN, Eq. 7, Tables 6 and 7)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from rpn_jax.models.clip import l2_normalize
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 
 
-def unchanged(scores):
+def unchanged(scores: jax.Array) -> jax.Array:
   """Where logits are scores already, or scores probabilities."""
   return scores
 
@@ -21,20 +22,23 @@ def unchanged(scores):
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax, "cosine": unchanged}
 
 
-def text_branch(cls_BxE, text_CxE, letter: str) -> tuple[jax.Array, ...]:
+def text_branch(cls_BxE: jax.Array, text_CxE: jax.Array, letter: str) -> tuple[jax.Array, ...]:
   """What a head compares the patches with, each (B, C, E): t, t * g, or both (Tables 6 and 7)."""
   t = jnp.broadcast_to(text_CxE, (len(cls_BxE), *text_CxE.shape))
   tg = text_CxE * cls_BxE[:, None]
   return {"a": (t,), "b": (tg,), "c": (tg, t)}[letter]
 
 
-def tfpm(patches_BxNxE, cls_BxE, text_CxE, letter: str) -> jax.Array:
+def tfpm(
+  patches_BxNxE: jax.Array, cls_BxE: jax.Array, text_CxE: jax.Array, letter: str
+) -> jax.Array:
   """The head without Linear and LayerNorm: logits (B, N, C).
 
   Both branches have length 1 here and sqrt(E) after LPM's LayerNorm, so the cosine is scaled to
   logits of LPM's size; variant c adds its two texts up.
   """
-  text = l2_normalize(sum(text_branch(cls_BxE, text_CxE, letter)))
+  first, *others = text_branch(cls_BxE, text_CxE, letter)
+  text = l2_normalize(sum(others, first))
   return jnp.einsum("bne,bce->bnc", patches_BxNxE, text) * patches_BxNxE.shape[-1] ** 0.5
 
 
@@ -56,7 +60,9 @@ class LPM(nn.Module):
   kernels: Kernels = TEXTBOOK
 
   @nn.compact
-  def __call__(self, patches_BxNxE, cls_BxE, text_CxE) -> jax.Array:
+  def __call__(
+    self, patches_BxNxE: jax.Array, cls_BxE: jax.Array, text_CxE: jax.Array
+  ) -> jax.Array:
     """Logits (B, N, C), float32."""
     embed = patches_BxNxE.shape[-1]
     released = self.variant == "released"
@@ -69,7 +75,7 @@ class LPM(nn.Module):
     patches = self.branch("patch", patches_BxNxE, embed, small)
     return jnp.einsum("bne,bce->bnc", patches, text) * embed**-0.5
 
-  def branch(self, name, x, features, kernel_init):
+  def branch(self, name: str, x: jax.Array, features: int, kernel_init: Callable) -> jax.Array:
     """LN(Linear(x)), the norm in float32."""
     dense = prompts.torch_dense(features, x.shape[-1], self.dtype, kernel_init)
     x = dense.copy(name=f"{name}_proj")(x)

@@ -1,5 +1,6 @@
 """Ladder side tuning (Sung et al., 2022): a narrow network beside the frozen tower."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,9 @@ from rpn_jax.models.kernels import TEXTBOOK, Kernels
 zeros = nn.initializers.zeros
 
 
-def dense(features, name, dtype, kernel_init=None):
+def dense(
+  features: int, name: str, dtype: Any, kernel_init: Callable | None = None
+) -> prompts.Dense:
   kernel_init = kernel_init or nn.initializers.lecun_uniform()
   return prompts.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
@@ -28,7 +31,7 @@ class SideBlock(nn.Module):
   kernels: Kernels = TEXTBOOK
 
   @nn.compact
-  def __call__(self, x_BxNxD):
+  def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
     width, kernels = x_BxNxD.shape[-1], self.kernels
     norm = lambda name, x: prompts.LayerNorm(function=kernels.layer_norm, name=name)(x)
     qkv = dense(3 * width, "in_proj", self.dtype)(norm("ln_1", x_BxNxD))

@@ -21,7 +21,7 @@ ACTIVATIONS = {
 }
 
 
-def layer_norm(x, scale_D, bias_D, epsilon: float) -> jax.Array:
+def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> jax.Array:
   """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in float32."""
   x = x.astype(jnp.float32)
   centered = x - x.mean(-1, keepdims=True)
@@ -29,7 +29,9 @@ def layer_norm(x, scale_D, bias_D, epsilon: float) -> jax.Array:
   return centered / jnp.sqrt(variance + epsilon) * scale_D + bias_D
 
 
-def attend(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, causal: bool = False) -> jax.Array:
+def attend(
+  q_BxNxHxd: jax.Array, k_BxMxHxd: jax.Array, v_BxMxHxd: jax.Array, causal: bool = False
+) -> jax.Array:
   """softmax(q kᵀ / √d) v for every head, the softmax in float32: (B, N, H, d)."""
   scores = jnp.einsum("bnhd,bmhd->bhnm", q_BxNxHxd, k_BxMxHxd).astype(jnp.float32)
   scores = scores * q_BxNxHxd.shape[-1] ** -0.5

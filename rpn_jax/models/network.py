@@ -25,9 +25,9 @@ class Windows(NamedTuple):
 class Defaults:
   """Mixin of a network on the vision tower alone, with cached text embeddings."""
 
-  towers = ("visual",)
+  towers: tuple[str, ...] = ("visual",)
 
-  def text_input(self, encoder, names: Sequence[str]) -> Any:
+  def text_input(self, encoder: Any, names: Sequence[str]) -> Any:
     return encoder.embed(names)
 
   @classmethod

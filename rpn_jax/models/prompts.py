@@ -5,6 +5,9 @@ A linen layer asks for its parameters by `self.param`. The mixin below answers f
 two trees apart and `jax.grad` with respect to `prompts` never touches the tower.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax
 import flax.linen as nn
 import jax
@@ -16,7 +19,7 @@ from rpn_jax.models import layers
 COLLECTION = "prompts"
 
 
-def prompt(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> jax.Array:
+def prompt(module: Any, name: str, init: Callable, shape: tuple[int, ...]) -> jax.Array:
   """A bare trained tensor of `module`, kept in the `prompts` collection.
 
   Raises:
@@ -33,7 +36,7 @@ def prompt(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> jax.Ar
   return value
 
 
-def tree(module: nn.Module, name: str, init) -> dict:
+def tree(module: nn.Module, name: str, init: Callable) -> dict:
   """Several trained tensors of `module` as one nested dict; `init(key)` makes them.
 
   Raises:
@@ -50,7 +53,9 @@ def tree(module: nn.Module, name: str, init) -> dict:
 class PromptParams:
   """Mixin: the layer's parameters live in `prompts`."""
 
-  def param(self, name, init_fn, *init_args, unbox=True, **init_kwargs):
+  def param(
+    self, name: str, init_fn: Callable, *init_args: Any, unbox: bool = True, **init_kwargs: Any
+  ) -> Any:
     del unbox
     # Shape and type are the first two arguments of every initializer that linen's layers use.
     shape = init_args[0] if init_args else ()
@@ -71,18 +76,20 @@ class Conv(PromptParams, nn.Conv):
   """`nn.Conv` in `prompts`."""
 
 
-def uniform(bound: float):
+def uniform(bound: float) -> Callable:
   """Uniform in [-bound, bound)."""
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def torch_dense(features: int, fan_in: int, dtype, kernel_init=None) -> Dense:
+def torch_dense(
+  features: int, fan_in: int, dtype: Any, kernel_init: Callable | None = None
+) -> Dense:
   """A `Dense` with the initial values of PyTorch's Linear: uniform within 1/sqrt(fan_in)."""
   bound = uniform(fan_in**-0.5)
   return Dense(features, dtype=dtype, kernel_init=kernel_init or bound, bias_init=bound)
 
 
-def example_keys(key: jax.Array, example_offset, batch: int) -> jax.Array:
+def example_keys(key: jax.Array, example_offset: jax.Array | int, batch: int) -> jax.Array:
   """One key per example, from its position in the global batch: (B,) keys.
 
   A batch split over devices draws the same numbers as the whole batch on one device.
@@ -96,6 +103,6 @@ def dropout(x_BxPxD: jax.Array, rate: float, keys_B: jax.Array) -> jax.Array:
   return jnp.where(kept, x_BxPxD / (1 - rate), 0)
 
 
-def count(tree) -> int:
+def count(tree: Any) -> int:
   """Number of scalars in a tree of arrays or shapes."""
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -60,7 +60,11 @@ class M2oE(nn.Module):
 
   @nn.compact
   def __call__(
-    self, patches_BxNxD, grid: tuple[int, int], train: bool = False, example_offset=0
+    self,
+    patches_BxNxD: jax.Array,
+    grid: tuple[int, int],
+    train: bool = False,
+    example_offset: jax.Array | int = 0,
   ) -> jax.Array:
     """(B, N, D) -> (B, N, D). `train` adds noise to the gate, see `RPN.__call__`."""
     h, w = grid
@@ -72,7 +76,7 @@ class M2oE(nn.Module):
     gates_BxJ = jnp.ones((x.shape[2], self.experts))
     if self.gated:
       gates_BxJ = self.gates(x.mean((0, 1)), train, example_offset)
-    mixed = 0.0
+    mixed = jnp.float32(0)
     for j in range(self.experts):
       small = resize_grid(x, max(1, h >> j), max(1, w >> j))
       bound = prompts.uniform(1 / 3)  # PyTorch's for a depthwise 3x3 kernel: 1/sqrt(9)
@@ -96,7 +100,7 @@ class M2oE(nn.Module):
       patches_BxNxD.dtype
     )
 
-  def gates(self, mean_BxR, train, example_offset):
+  def gates(self, mean_BxR: jax.Array, train: bool, example_offset: jax.Array | int) -> jax.Array:
     """Weights of the experts from the mean of the reduced tokens: (B, J)."""
     init = prompts.uniform(self.reduced**-0.5)
     gate, gate_noise = (

@@ -53,7 +53,7 @@ class RPN(Defaults, nn.Module):
   independent = False  # the image's tokens attend to the prompts of all classes
   emphasis = 0.5  # half the range of a sigmoid
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     tuners.parse(self.config.tuner)
     for name, known in (("loss", heads.SCORES), ("remat", REMAT_POLICIES)):
       if getattr(self, name) not in known:
@@ -62,7 +62,14 @@ class RPN(Defaults, nn.Module):
 
   @classmethod
   def create(
-    cls, clip, settings, *, loss="sigmoid", dtype=jnp.float32, remat="none", kernels=TEXTBOOK
+    cls,
+    clip: CLIPConfig,
+    settings: Any,
+    *,
+    loss: str = "sigmoid",
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    kernels: Kernels = TEXTBOOK,
   ) -> "RPN":
     """See `Network.create`."""
     return cls(clip, as_record(settings), dtype, remat, loss, kernels)
@@ -104,7 +111,7 @@ class RPN(Defaults, nn.Module):
     """Whether any prompts pass through the tower."""
     return "rpn" in self.tuner_names or "vpt" in self.tuner_names
 
-  def setup(self):
+  def setup(self) -> None:
     c, width, layers = self.config, self.clip.vision_width, self.clip.vision_layers
     self.visual = VisionTransformer(self.clip, self.dtype, self.remat, self.kernels)
     if not c.head.startswith("tfpm"):
@@ -154,7 +161,12 @@ class RPN(Defaults, nn.Module):
     }[self.config.rpm_layers]  # fmt: skip
 
   def __call__(
-    self, image_BxHxWx3, text_CxE, *, train: bool = False, example_offset=0
+    self,
+    image_BxHxWx3: jax.Array,
+    text_CxE: jax.Array,
+    *,
+    train: bool = False,
+    example_offset: jax.Array | int = 0,
   ) -> jax.Array:
     """Class logits on the patch grid: (B, h, w, C) float32, before `scores`.
 
@@ -201,7 +213,14 @@ class RPN(Defaults, nn.Module):
     """The tune function of the stem or of a block."""
     return tuners.tune_part(self.tuned, part)
 
-  def prompted_block(self, i, x_BxNxD, relationship_BxCxD, train, example_offset):
+  def prompted_block(
+    self,
+    i: int,
+    x_BxNxD: jax.Array,
+    relationship_BxCxD: jax.Array | None,
+    train: bool,
+    example_offset: jax.Array | int,
+  ) -> jax.Array:
     """Block i on [CLS, patches], which attend to deep and relationship prompts, too.
 
     What the block would make of the prompts themselves is not used and not computed.
@@ -229,12 +248,12 @@ class RPN(Defaults, nn.Module):
       add = self.config.combine == "add"
       patches = x[:, 1:] + mean if add else x[:, 1:] * (1 + mean)
       x = jnp.concatenate([x[:, :1], patches], axis=1)
-    extra = jnp.concatenate(extra, axis=1) if extra else None
-    x = self.visual.run_block(i, x, tune=self.tune(f"block_{i}"), extra_BxPxD=extra)
+    extra_BxPxD = jnp.concatenate(extra, axis=1) if extra else None
+    x = self.visual.run_block(i, x, tune=self.tune(f"block_{i}"), extra_BxPxD=extra_BxPxD)
     self.sow("intermediates", "hidden", x)
     return x
 
-  def read_out(self, x_BxNxD):
+  def read_out(self, x_BxNxD: jax.Array) -> jax.Array:
     """z = L2norm(ln_post(prompt_norm(x)) proj) of every token: (B, N, E)."""
     z = self.project(x_BxNxD)
     if self.clip.vision == "vit":
@@ -243,12 +262,12 @@ class RPN(Defaults, nn.Module):
 
   # The backward pass computes the first norm again for the second instead of storing it.
   @nn.remat
-  def project(self, x_BxNxD):
+  def project(self, x_BxNxD: jax.Array) -> jax.Array:
     if self.prompted:
       x_BxNxD = self.prompt_norm(x_BxNxD)
     return self.visual.project(x_BxNxD, self.tune("stem"))
 
-  def resized_h(self, slot, grid):
+  def resized_h(self, slot: int, grid: tuple[int, int]) -> jax.Array:
     """h of a layer (Eq. 3) on the token grid: (N, D)."""
     h = self.h if self.config.h_shared else self.h[slot]
     if self.config.itp == "no_pixel":

@@ -7,6 +7,7 @@ of `params` is neither copied nor stored.
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ def split(params: Mapping, pattern: str) -> tuple[dict, dict]:
       f"{', '.join(sorted({name.partition('/')[0] for name in flat}))}"
     )
   part = lambda kept: {name: x for name, x in flat.items() if (name in names) == kept}
-  return tuple(traverse_util.unflatten_dict(part(kept), sep="/") for kept in (True, False))
+  trained, frozen = (traverse_util.unflatten_dict(part(kept), sep="/") for kept in (True, False))
+  return trained, frozen
 
 
 def join(params: Mapping, tree: Mapping) -> dict:
@@ -49,14 +51,14 @@ def join(params: Mapping, tree: Mapping) -> dict:
   return {"params": _overlaid(params, towers), "prompts": prompts}
 
 
-def _overlaid(below, above):
+def _overlaid(below: Any, above: Any) -> Any:
   """`below` with the leaves of `above` in it."""
   if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
     return above
   return {**below, **{k: _overlaid(below.get(k, {}), x) for k, x in above.items()}}
 
 
-def init_prompts(network, params, text, key, image_size: int) -> dict:
+def init_prompts(network: Any, params: Mapping, text: Any, key: jax.Array, image_size: int) -> dict:
   """Initial values of what is trained: the `prompts` collection and the trained part of `params`.
 
   Args:
@@ -68,7 +70,7 @@ def init_prompts(network, params, text, key, image_size: int) -> dict:
   """
   keys = dict(zip(("prompts", "dropout", "gate"), jax.random.split(key, 3)))
 
-  def init(params, text):
+  def init(params: Mapping, text: Any) -> dict:
     image = jnp.zeros((1, image_size, image_size, 3))
     _, variables = network.apply({"params": params}, image, text, rngs=keys, mutable=["prompts"])
     return variables.get("prompts", {})

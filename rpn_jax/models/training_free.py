@@ -43,24 +43,24 @@ from rpn_jax.models.network import Defaults, as_record
 SCALE = 100.0
 
 
-def as_trained(attend, q, k, v):
+def as_trained(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """softmax(q kᵀ / √d) v."""
   return attend(q, k, v)
 
 
-def own_value(attend, q, k, v):
+def own_value(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """Every token keeps its own value."""
   del attend, q, k
   return v
 
 
-def query_query(attend, q, k, v):
+def query_query(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """softmax(q qᵀ / √d) v."""
   del k
   return attend(q, q, v)
 
 
-def query_query_key_key(attend, q, k, v):
+def query_query_key_key(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """(softmax(q qᵀ / √d) + softmax(k kᵀ / √d)) v."""
   return attend(q, q, v) + attend(k, k, v)
 
@@ -115,7 +115,7 @@ class DenseCLIP(Defaults, nn.Module):
   trainable = False
   emphasis = 0.05  # cosines of different classes usually differ by as much
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.method not in METHODS:
       near = difflib.get_close_matches(str(self.method), METHODS, 1, 0.0)[0]
       raise ValueError(
@@ -129,12 +129,19 @@ class DenseCLIP(Defaults, nn.Module):
       )
     super().__post_init__()
 
-  def setup(self):
+  def setup(self) -> None:
     self.visual = VisionTransformer(self.clip, self.dtype, kernels=self.kernels)
 
   @classmethod
   def create(
-    cls, clip, settings, *, loss="", dtype=jnp.float32, remat="none", kernels=TEXTBOOK
+    cls,
+    clip: CLIPConfig,
+    settings: Any,
+    *,
+    loss: str = "",
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    kernels: Kernels = TEXTBOOK,
   ) -> "DenseCLIP":
     """See `Network.create`; nothing is trained, so that loss and remat change nothing."""
     del loss, remat
@@ -159,7 +166,12 @@ class DenseCLIP(Defaults, nn.Module):
     return not (self.denoise or self.key_smoothing)
 
   def __call__(
-    self, image_BxHxWx3, text_CxE, *, train: bool = False, example_offset=0
+    self,
+    image_BxHxWx3: jax.Array,
+    text_CxE: jax.Array,
+    *,
+    train: bool = False,
+    example_offset: jax.Array | int = 0,
   ) -> jax.Array:
     """Scores on the patch grid, (B, h, w, C) float32; the highest wins, here and in their mean.
 

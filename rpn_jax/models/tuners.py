@@ -67,11 +67,11 @@ class Tuner:
   merge: Callable | None = None
 
 
-def _bitfit_parameters(site, config):
+def _bitfit_parameters(site: Site, config: Any) -> dict:
   return {} if site.name == "patch_embed" else {"bias": (zeros, (site.outputs,))}
 
 
-def _adapter_parameters(site, config):
+def _adapter_parameters(site: Site, config: Any) -> dict:
   if site.name not in ("out_proj", "c_proj"):
     return {}
   width, bottleneck = site.outputs, config.adapter_width
@@ -83,22 +83,22 @@ def _adapter_parameters(site, config):
   }
 
 
-def _adapter(p, x, y):
+def _adapter(p: dict, x: jax.Array, y: jax.Array) -> jax.Array:
   hidden = jax.nn.gelu(y @ p["down"] + p["down_bias"])
   return y + hidden @ p["up"] + p["up_bias"]
 
 
-def _ssf_parameters(site, config):
+def _ssf_parameters(site: Site, config: Any) -> dict:
   return {"scale": (ones, (site.outputs,)), "shift": (zeros, (site.outputs,))}
 
 
-def _ssf_merge(p, weights):
+def _ssf_merge(p: dict, weights: dict) -> dict:
   factor = "kernel" if "kernel" in weights else "scale"
   bias = weights.get("bias", 0.0) * p["scale"] + p["shift"]
   return {factor: weights[factor] * p["scale"], "bias": bias}
 
 
-def _lora_parameters(site, config):
+def _lora_parameters(site: Site, config: Any) -> dict:
   if site.name != "in_proj":
     return {}
   down, up = (site.inputs, config.lora_rank), (config.lora_rank, site.inputs)
@@ -106,12 +106,12 @@ def _lora_parameters(site, config):
   return {"q_a": (random, down), "q_b": (zeros, up), "v_a": (random, down), "v_b": (zeros, up)}
 
 
-def _lora(p, x, y):
+def _lora(p: dict, x: jax.Array, y: jax.Array) -> jax.Array:
   q, v = x @ p["q_a"] @ p["q_b"], x @ p["v_a"] @ p["v_b"]
   return y + jnp.concatenate([q, jnp.zeros_like(q), v], -1)
 
 
-def _lora_merge(p, weights):
+def _lora_merge(p: dict, weights: dict) -> dict:
   kernel = weights["kernel"]
   return {**weights, "kernel": _lora(p, jnp.eye(len(kernel)), kernel)}
 
@@ -186,7 +186,7 @@ def sites(clip: CLIPConfig, tower: str = "visual") -> dict[str, list[Site]]:
 
 
 def initial(
-  tuner: Tuner, clip: CLIPConfig, config, key: jax.Array, tower: str = "visual"
+  tuner: Tuner, clip: CLIPConfig, config: Any, key: jax.Array, tower: str = "visual"
 ) -> dict[str, dict]:
   """Initial parameters of a tuner in one tower: part -> site -> name -> array.
 
@@ -197,7 +197,7 @@ def initial(
     key: of random initial values.
     tower: "visual" or "text".
   """
-  tree = {}
+  tree: dict[str, dict] = {}
   for part, places in sites(clip, tower).items():
     for site in places:
       for name, (init, shape) in tuner.parameters(site, config).items():
@@ -220,7 +220,10 @@ def merge_tower(weights: dict, tuned: dict) -> dict:
       for site, p in places.items():
         path = (part, *BLOCK_SITES[site]) if part != "stem" else (site,)
         here = {k[-1]: v for k, v in flat.items() if k[:-1] == path}
-        here = TUNERS[tuner].merge(p, here)
+        fold = TUNERS[tuner].merge
+        if fold is None:
+          raise ValueError(f"{tuner} has no weights to put into a tower")
+        here = fold(p, here)
         if site == "patch_embed":  # has no bias; every patch gets its position's row added
           rows = np.array(flat["position_embedding",])
           rows[1:] += here.pop("bias")
@@ -229,7 +232,7 @@ def merge_tower(weights: dict, tuned: dict) -> dict:
   return flax.traverse_util.unflatten_dict(flat)
 
 
-def merge(config, params: dict, tree: dict) -> tuple[Any, dict, dict]:
+def merge(config: Any, params: dict, tree: dict) -> tuple[Any, dict, dict]:
   """An RPN's tuners put into its tower's weights: the same outputs without their cost.
 
   Args:

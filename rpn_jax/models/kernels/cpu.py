@@ -17,7 +17,9 @@ from rpn_jax.models.kernels import lean
 MAX_MAP_ELEMENTS = 2**22
 
 
-def attend(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, causal: bool = False) -> jax.Array:
+def attend(
+  q_BxNxHxd: jax.Array, k_BxMxHxd: jax.Array, v_BxMxHxd: jax.Array, causal: bool = False
+) -> jax.Array:
   """`layers.attend`, head by head where all maps at once are too large for the cache."""
   batch, tokens, heads, _ = q_BxNxHxd.shape
   large = batch * heads * tokens * k_BxMxHxd.shape[1] > MAX_MAP_ELEMENTS
@@ -29,7 +31,7 @@ def attend(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, causal: bool = False) -> jax.Array:
 
 
 @jax.custom_vjp
-def attend_by_head(q_HxNxd, k_HxMxd, v_HxMxd) -> jax.Array:
+def attend_by_head(q_HxNxd: jax.Array, k_HxMxd: jax.Array, v_HxMxd: jax.Array) -> jax.Array:
   """softmax(q kᵀ / √d) v, one head after another: (H, N, d).
 
   A map's rows are stored as the logarithms of their sums; the backward pass computes the map again
@@ -38,8 +40,10 @@ def attend_by_head(q_HxNxd, k_HxMxd, v_HxMxd) -> jax.Array:
   return attend_forward(q_HxNxd, k_HxMxd, v_HxMxd)[0]
 
 
-def attend_forward(q_HxNxd, k_HxMxd, v_HxMxd):
-  def one_head(qkv):
+def attend_forward(
+  q_HxNxd: jax.Array, k_HxMxd: jax.Array, v_HxMxd: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  def one_head(qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     q, k, v = qkv
     scores = (q * q.shape[-1] ** -0.5 @ k.T).astype(jnp.float32)
     largest = scores.max(-1, keepdims=True)
@@ -53,14 +57,14 @@ def attend_forward(q_HxNxd, k_HxMxd, v_HxMxd):
   return out, (q_HxNxd, k_HxMxd, v_HxMxd, checkpoint_name(log_total, "attention"))
 
 
-def attend_backward(stored, g_HxNxd):
+def attend_backward(stored: tuple[jax.Array, ...], g_HxNxd: jax.Array) -> tuple[jax.Array, ...]:
   # Maps as M x N and keys transposed beforehand, so that no product contains a transposed map:
   # these have a slower kernel. The barrier keeps that copy of the keys out of the forward pass.
   q_HxNxd, k_HxMxd, v_HxMxd, log_total_HxN = stored
   scale = q_HxNxd.shape[-1] ** -0.5
   k_HxMxd, g_HxNxd = jax.lax.optimization_barrier((k_HxMxd, g_HxNxd))
 
-  def one_head(arrays):
+  def one_head(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     q, k, v, log_total, g, k_dxM = arrays
     q = q * scale
     weights = jnp.exp((k @ q.T).astype(jnp.float32) - log_total)

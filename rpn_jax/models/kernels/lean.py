@@ -16,25 +16,31 @@ from rpn_jax.models import layers
 ACTIVATIONS = {name: jax.checkpoint(function) for name, function in layers.ACTIVATIONS.items()}
 
 
-def attend(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, causal: bool = False) -> jax.Array:
+def attend(
+  q_BxNxHxd: jax.Array, k_BxMxHxd: jax.Array, v_BxMxHxd: jax.Array, causal: bool = False
+) -> jax.Array:
   """`layers.attend` by JAX's own function, which chooses an implementation for the device."""
   return jax.nn.dot_product_attention(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, is_causal=causal)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x, scale_D, bias_D, epsilon: float) -> jax.Array:
+def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> jax.Array:
   """`layers.layer_norm`; stores its input, and mean and 1 / standard deviation of every row."""
   return layer_norm_forward(x, scale_D, bias_D, epsilon)[0]
 
 
-def layer_norm_forward(x, scale_D, bias_D, epsilon):
+def layer_norm_forward(
+  x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   wide = x.astype(jnp.float32)
   mean = wide.mean(-1, keepdims=True)
   rate = jax.lax.rsqrt(((wide - mean) ** 2).mean(-1, keepdims=True) + epsilon)
   return (wide - mean) * (rate * scale_D) + bias_D, (x, scale_D, mean, rate)
 
 
-def layer_norm_backward(epsilon, stored, g):
+def layer_norm_backward(
+  epsilon: float, stored: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, ...]:
   del epsilon
   x, scale_D, mean, rate = stored
   x_wide, scaled = x.astype(jnp.float32), g * scale_D
