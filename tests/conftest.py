@@ -10,7 +10,7 @@ from absl import flags
 
 # Compilation is most of the time of the tests. Read when JAX first looks for devices.
 QUICK = ["--xla_backend_optimization_level=0"]
-# What commands set (parallel.lean_cpu): with the same flags they share compiled programs.
+# What commands set (devices.configure_cpu): with the same flags they share compiled programs.
 QUICK += ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
 if jax.__version_info__ < (0, 11):  # three times as fast; later versions do not have the flag
   QUICK += ["--xla_cpu_use_fusion_emitters=false"]
@@ -57,11 +57,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="session")
 def _home(tmp_path_factory, pytestconfig):
   """Caches stay out of the home directory; commands that tests start share their programs."""
-  home = tmp_path_factory.mktemp("home")
-  (home / ".cache/rpn_jax").mkdir(parents=True)
-  (home / ".cache/rpn_jax/xla").symlink_to(pytestconfig.cache.mkdir("xla"))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("HOME", str(home))
+    patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    patch.delenv("XDG_CACHE_HOME", raising=False)
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(pytestconfig.cache.mkdir("xla")))
     yield
 
 

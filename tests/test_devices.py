@@ -1,0 +1,81 @@
+"""How JAX is set up for a command: where compiled programs are kept."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from rpn_jax import devices
+from rpn_jax.base import paths
+from tests import ROOT
+
+CODE = """
+import jax
+from rpn_jax import devices
+devices.configure_compilation_cache()
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def cache_dir(**environment) -> tuple[str, str]:
+  """Where a new process keeps programs, and what it says."""
+  kept = {k: os.environ[k] for k in ("PATH", "XLA_FLAGS") if k in os.environ}
+  done = subprocess.run(
+    [sys.executable, "-c", CODE], cwd=ROOT, env={**kept, **environment}, capture_output=True,
+    text=True, check=True,
+  )  # fmt: skip
+  return done.stdout.strip(), done.stderr
+
+
+def test_the_folder_names_compiler_and_processor(tmp_path):
+  folder, said = cache_dir(HOME=str(tmp_path))
+  assert re.fullmatch(rf"{tmp_path}/\.cache/rpn_jax/xla-[\d.]+-[0-9a-f]{{8}}", folder) and not said
+  folder, _ = cache_dir(HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "other"))
+  assert folder.startswith(f"{tmp_path}/other/rpn_jax/xla-")
+
+
+def test_a_folder_that_the_user_chose_is_kept(tmp_path):
+  chosen = str(tmp_path / "mine")
+  assert cache_dir(HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=chosen) == (chosen, "")
+
+
+def test_without_a_place_nothing_is_kept_and_that_is_said_once(tmp_path):
+  (tmp_path / ".cache").write_text("a file where the folder should be")
+  folder, said = cache_dir(HOME=str(tmp_path))
+  assert folder == "None" and said.count("nothing is kept for the next run") == 1
+
+
+def test_a_container_without_a_home(monkeypatch):
+  def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.setattr(paths.pathlib.Path, "home", no_home)
+  paths.cache_dir.cache_clear()
+  try:
+    assert paths.cache_dir() is None
+  finally:
+    paths.cache_dir.cache_clear()
+
+
+@pytest.mark.parametrize("flags", ["flags : sse avx", "Features : fp asimd"])
+def test_other_processors_have_other_folders(flags, monkeypatch):
+  own = devices.machine_id()
+  monkeypatch.setattr(
+    devices, "open", lambda *_, **__: _Lines(["processor : 0", flags]), raising=False
+  )
+  devices.machine_id.cache_clear()
+  try:
+    assert devices.machine_id() != own
+  finally:
+    devices.machine_id.cache_clear()
+
+
+class _Lines(list):
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
