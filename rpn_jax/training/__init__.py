@@ -1,1 +1,1 @@
-"""One run: losses, the step, devices, checkpoints, the loop."""
+"""Training: losses, the step, sharding, checkpoints, the loop."""

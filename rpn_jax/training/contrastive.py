@@ -21,8 +21,8 @@ def contrastive_loss(
 ) -> jax.Array:
   """Symmetric cross-entropy of images against captions.
 
-  A small data set repeats captions within a batch; equal captions share the target evenly, since
-  none of them is a wrong answer.
+  Small data sets repeat captions within a batch. Equal captions share the target evenly, since none
+  of them is wrong.
   """
   logits = jnp.exp(logit_scale) * l2_normalize(image_BxE) @ l2_normalize(text_BxE).T
   same = (tokens_BxT[:, None] == tokens_BxT[None]).all(-1).astype(jnp.float32)
@@ -33,13 +33,13 @@ def contrastive_loss(
 
 
 class ContrastiveTrainer:
-  """Model, optimizer and jitted steps of one pre-training.
+  """Model, optimizer and jitted steps of contrastive pre-training.
 
   Args:
     config: the fields of `configs/shapes_clip.py`.
 
   Attributes:
-    clip: the architecture.
+    clip: the CLIP architecture.
     schedule: step -> learning rate.
   """
 
@@ -84,8 +84,9 @@ class ContrastiveTrainer:
       params, opt_state: donated.
       image: (B, side, side, 3) uint8.
       tokens: (B, T) int32.
-      step: int, seeds which patches are kept.
-      kept_patches: random patches of each image that the tower sees (FLIP, Li et al., 2023).
+      step: seeds the choice of patches.
+      kept_patches: number of random patches that the tower sees of each image (FLIP, Li et al.,
+        2023).
     """
     kept = None
     if kept_patches < self.clip.grid**2:

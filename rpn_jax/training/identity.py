@@ -1,4 +1,4 @@
-"""The identity of a run: the settings in which its checkpoints and its workdir must agree."""
+"""The identity of a run: the settings on which its checkpoints and its workdir must agree."""
 
 import copy
 import json
@@ -9,13 +9,15 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import differences
 from rpn_jax.config import EVALUATION, FREE
 
-# Fields that the config of an older checkpoint lacks, with the value it was trained under.
+# Fields that configs of older checkpoints lack, with the value those were trained with.
 ADDED_FIELDS = {"optimizer.clip_norm": 0.0}
 
 
 def identity(config: ml_collections.ConfigDict, fingerprint: str) -> dict:
-  """What must be equal for a checkpoint to belong to a run: CLIP's fingerprint and the config."""
-  # A run may be resumed with others of the first, and be evaluated in many ways.
+  """What must match for a checkpoint to belong to a run: CLIP's fingerprint and the config.
+
+  Fields that may change on resuming (FREE) or in evaluation (EVALUATION) are left out.
+  """
   free = FREE | EVALUATION
 
   def strip(tree: object) -> object:
@@ -27,8 +29,8 @@ def identity(config: ml_collections.ConfigDict, fingerprint: str) -> dict:
   return json.loads(json.dumps({"clip": fingerprint, "config": strip(config.to_dict())}))
 
 
-def completed(identity: dict) -> dict:
-  """An identity, also one that an earlier version wrote, with the fields added since."""
+def _with_added_fields(identity: dict) -> dict:
+  """An identity, with the ADDED_FIELDS that are missing if an earlier version wrote it."""
   identity = copy.deepcopy(identity)
   for path, value in ADDED_FIELDS.items():
     *sections, name = path.split(".")
@@ -39,21 +41,16 @@ def completed(identity: dict) -> dict:
   return identity
 
 
-def mismatch(path: object, changed: list[str]) -> InputError:
-  """The error for files that were created with another config, with what differs."""
-  shown = "; ".join(changed[:3]) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
-  return InputError(
-    f"{path} was created with a different config (workdir -> requested): {shown}. Use a new "
-    "--workdir or the original settings"
-  )
-
-
-def check_identity(path: object, stored: dict, wanted: dict) -> None:
-  """Compares two identities, also one that an earlier version wrote.
+def check_identity(path: object, stored: dict, requested: dict) -> None:
+  """Compares two identities; `stored` may be from an earlier version.
 
   Raises:
-    InputError: with both values of what differs.
+    InputError: they differ; the message has both values.
   """
-  changed = differences(completed(stored), completed(wanted))
+  changed = differences(_with_added_fields(stored), _with_added_fields(requested))
   if changed:
-    raise mismatch(path, changed)
+    listed = "; ".join(changed[:3]) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
+    raise InputError(
+      f"{path} was created with a different config (workdir -> requested): {listed}. Use a new "
+      "--workdir or the original settings"
+    )

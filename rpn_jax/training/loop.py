@@ -20,27 +20,27 @@ from rpn_jax.training.run import BEST, Run
 from rpn_jax.training.sharding import Pmap, ShardMap
 from rpn_jax.training.step import TrainState
 
-# After the last step there is no later one at which to try again.
+# A failed save is retried at a later step; after the last step, by waiting.
 FINAL_SAVE_TRIES, FINAL_SAVE_PAUSE_SECONDS = 3, 20.0
 RERUN = "free some disk space and rerun the command; it resumes from the last checkpoint"
 
 
 class Loop:
-  """Takes a state to the last step of its run's config.
+  """Trains a state up to the last step of its run's config.
 
   Args:
-    run: whose workdir gets the files.
+    run: the run; files go to its workdir.
     stepper: the training step over all devices.
-    data: `train_batches(start_step)` and `train_indices(step)`.
-    checkpoints: of the run.
-    guard: tells of SIGTERM.
+    data: has `train_batches(start_step)` and `train_indices(step)`.
+    checkpoints: checkpoints of the run.
+    guard: reports SIGTERM.
     evaluate: (prompts as numpy, step) -> scores; called by every process.
-    writer: of metrics, in the first process; None in the others.
-    best: the best scores so far, of a resumed run.
+    writer: metric writer in the first process, None in the others.
+    best: the best scores so far if the run is resumed.
 
   Attributes:
-    last: scores of the newest evaluation, with their `step`; {} before the first.
-    best: the best of them.
+    last: scores of the latest evaluation, with their `step`; {} before the first one.
+    best: the best scores so far.
   """
 
   def __init__(
@@ -61,25 +61,25 @@ class Loop:
     self.best = best or {}
     self.last: dict = {}
     self._rates = optim.schedules(run.config.optimizer)
-    # Metrics of the latest steps: fetched one step late, so that the device never waits.
+    # Metrics of the latest steps, fetched one step late so that the device never waits.
     self._pending: list[tuple[int, dict]] = []
 
   def fit(
     self, state: TrainState, params: dict, text: jax.Array | np.ndarray, key: jax.Array
   ) -> None:
-    """Trains from a state to the end.
+    """Trains from a state to the last step.
 
     Args:
-      state: as numpy, in every process; new, or resumed from a checkpoint.
+      state: a new state or one from a checkpoint, as numpy, in every process.
       params: the frozen part of the towers.
-      text: `text_input` of the classes trained on.
-      key: of dropout and gate noise.
+      text: `text_input` of the training classes.
+      key: PRNG key of dropout and gate noise.
 
     Raises:
-      InputError: too many steps in a row had to be skipped, or the last one could not be saved.
+      InputError: too many steps in a row were skipped, or the last one could not be saved.
     """
     start, steps = int(state.step), self.config.steps
-    if self._evaluation_due(start) and (start or not steps):  # saved, but perhaps not evaluated
+    if self._evaluation_due(start) and (start or not steps):  # may be saved but not evaluated
       self.evaluate(state)
     state = self.stepper.place_state(state)
     params, text, key = self.stepper.place_constant((params, text, key))
@@ -98,11 +98,11 @@ class Loop:
         saving = evaluating or stopping or done == retry_at
         if not saving and not _is_due(done, self.config.save_every):
           continue
-        self._flush_metrics(bar, keep=0)  # a resumed run has the curves up to its checkpoint
+        self._flush_metrics(bar, keep=0)  # so that a resumed run has the curves up to here
         fetched = self.stepper.fetch_state(state)
         saved = self._save(fetched)
-        wait = max(1, (self.config.save_every or self.config.eval_every) // 10)
-        retry_at = None if saved else done + wait
+        retry_steps = max(1, (self.config.save_every or self.config.eval_every) // 10)
+        retry_at = None if saved else done + retry_steps
         if stopping:
           self._stop(done, saved)
         if evaluating:
@@ -115,7 +115,7 @@ class Loop:
       )
 
   def evaluate(self, state: TrainState) -> None:
-    """Scores a state that has been saved, so that an interrupted evaluation can be resumed."""
+    """Evaluates a state that has been saved, so that an interrupted evaluation can be resumed."""
     step = int(state.step)
     self.last = scores = {"step": step, **self._evaluate(state.prompts, step)}
     if not self.best or rank(scores) >= rank(self.best):
@@ -137,12 +137,12 @@ class Loop:
     self.guard.end()
 
   def _save(self, state: TrainState) -> bool:
-    """Whether the state was saved; after the last step it is tried several times."""
+    """Whether the state was saved; tried several times after the last step."""
     tries = FINAL_SAVE_TRIES if state.step == self.config.steps else 1
-    for left in reversed(range(tries)):
+    for tries_left in reversed(range(tries)):
       if self.checkpoints.save(state, self.best or None):
         return True
-      if left:
+      if tries_left:
         time.sleep(FINAL_SAVE_PAUSE_SECONDS)
     return False
 
@@ -156,7 +156,7 @@ class Loop:
       self._check_skipped(int(self.stepper.fetch_metrics(skips)["skips"]), done)
 
   def _log(self, bar: Progress, step: int, metrics: dict) -> None:
-    # A skipped step has not moved the schedule on.
+    # Skipped steps do not advance the schedule.
     applied = step - 1 - int(metrics["skipped"])
     rates = {f"{k}/learning_rate": float(rate(applied)) for k, rate in self._rates.items()}
     metrics = {k: v for k, v in metrics.items() if k != "consecutive_skips"}
@@ -166,21 +166,21 @@ class Loop:
     bar.set_postfix(loss=f"{metrics['loss']:.3f}", **skipped)
 
   def _check_skipped(self, consecutive: int, done: int) -> None:
-    """Reports a step that was not applied; too many in a row end the run."""
+    """Reports a skipped step; too many in a row end the run."""
     if not consecutive:
       return
     if consecutive == 1:
       print(f"step {done}: loss or gradients are NaN or infinite: not applied", flush=True)
     if consecutive < self.config.max_skipped:
       return
-    since = done - consecutive
-    indices = ", ".join(map(str, self.data.train_indices(since)))
-    newest = self.checkpoints.steps()
-    place = f"{self.checkpoints.directory}/{newest[0]}" if newest else "none yet"
+    start = done - consecutive
+    indices = ", ".join(map(str, self.data.train_indices(start)))
+    steps = self.checkpoints.steps()
+    last_good = f"{self.checkpoints.directory}/{steps[0]}" if steps else "none yet"
     raise InputError(
-      f"loss or gradients were NaN or infinite in {consecutive} steps in a row, {since + 1} to "
+      f"loss or gradients were NaN or infinite in {consecutive} steps in a row, {start + 1} to "
       f"{done}, and none was applied (config.max_skipped={self.config.max_skipped}); step "
-      f"{since + 1} had the training examples {indices}; last good checkpoint: {place}. Lower "
+      f"{start + 1} had the training examples {indices}; last good checkpoint: {last_good}. Lower "
       "config.optimizer.base_lr, set config.optimizer.clip_norm, or look at these examples"
     )
 
@@ -190,14 +190,14 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def rank(scores: dict) -> float:
-  """What checkpoints are compared by: hIoU, or the plain mean where no class is unseen."""
+  """The score that selects the best checkpoint: hIoU, or mIoU if no class is unseen."""
   value = scores["hiou"] if scores["hiou"] is not None else scores["miou_gt"]
   return float(value or 0.0)
 
 
 @contextlib.contextmanager
 def warn_on_oserror(what: str) -> Iterator[None]:
-  """For a file that a run can do without for now: a full disk gets one line."""
+  """Prints a line if writing an optional file fails, as on a full disk."""
   try:
     yield
   except OSError as error:

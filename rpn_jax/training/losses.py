@@ -1,8 +1,8 @@
-"""The losses of RPN's release, as (sum, normaliser) pairs, at label resolution, in row chunks.
+"""The losses of the official RPN code as (sum, normalizer) pairs, at label resolution.
 
-Logits come on the patch grid and are compared with full-size labels. Upsampled they would be
-B x H x W x C numbers (164 MB per 512 x 512 image with 156 classes); here a scan upsamples a few
-rows at a time, adds them to the sums, and recomputes them in the backward pass.
+Logits are on the patch grid, labels have full size. All upsampled logits would be B x H x W x C
+scalars (164 MB per 512 x 512 image with 156 classes), so a scan upsamples a few rows at a time,
+adds them to the sums, and recomputes them in the backward pass.
 
 Shape letters: B batch, h/w logit grid, H/W label pixels, C classes, Y rows of one chunk.
 """
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rpn_jax.models.clip import resize_grid
 
-# Numbers of one upsampled chunk: 64 MB in float32.
+# Scalars in one upsampled chunk: 64 MB in float32.
 CHUNK_ELEMENTS = 2**24
 
 FOCAL_ALPHA = 0.25
@@ -27,7 +27,7 @@ DICE_WEIGHT = 1.0
 
 @flax.struct.dataclass
 class Term:
-  """One loss as sum and normaliser, so that it can be added over devices before dividing."""
+  """A loss as sum and normalizer, which are summed over devices before dividing."""
 
   total: jax.Array
   normalizer: jax.Array
@@ -45,8 +45,8 @@ def interpolation_matrix(inputs: int, outputs: int) -> jax.Array:
 def rows_per_chunk(batch: int, height: int, width: int, classes: int, logit_rows: int) -> int:
   """The largest divisor of `height` whose chunk stays within CHUNK_ELEMENTS (at least 1).
 
-  More than twice the rows of the logits were measured to be no faster: with so many, the sum of
-  their gradients, which each chunk adds to, is the smaller part.
+  More than twice as many rows as the logits have were measured to be no faster: each chunk adds to
+  the gradients of all logits, and beyond that number these additions no longer dominate.
   """
   limit = max(1, min(2 * logit_rows, CHUNK_ELEMENTS // (batch * width * classes)))
   return max(d for d in range(1, height + 1) if height % d == 0 and d <= limit)
@@ -59,7 +59,7 @@ def sum_over_chunks(
   batch, height, width = label_BxHxW.shape
   _, h, w, classes = logits_BxhxwxC.shape
   rows = rows_per_chunk(batch, height, width, classes, h)
-  # Full precision: on TPU the default would round the interpolation weights to bfloat16.
+  # The default precision on TPU would round the interpolation weights to bfloat16.
   einsum = lambda *a: jnp.einsum(*a, precision=jax.lax.Precision.HIGHEST)
   wide = einsum("Ww,bhwc->bhWc", interpolation_matrix(w, width), logits_BxhxwxC)
   row_weights = interpolation_matrix(h, height).reshape(-1, rows, h)
@@ -83,17 +83,17 @@ def sigmoid_loss(
   ignore_label: int = 255,
   mask_ignored: bool = False,
 ) -> dict[str, Term]:
-  """Focal and dice loss of the release, each already weighted (100 and 1).
+  """Focal and dice loss of the official code, already weighted (100 and 1).
 
-  Focal: mean over pixels, summed over every image and class. Dice: summed over the classes
-  present in each image. Both are divided by the number of (image, present class) pairs.
+  Focal loss: mean over pixels, summed over all images and classes. Dice loss: summed over the
+  classes present in each image. Both are divided by the number of (image, present class) pairs.
 
   Args:
     logits_BxhxwxC: class logits on the patch grid.
-    label_BxHxW: class positions 0..C-1, or `ignore_label`.
-    ignore_label: pixels without a class.
-    mask_ignored: leave these pixels out of the focal mean. False, as released, makes them
-      negatives of every class.
+    label_BxHxW: class ids 0..C-1, or `ignore_label`.
+    ignore_label: label of pixels without a class.
+    mask_ignored: leave these pixels out of the focal mean. False, as in the official code, makes
+      them negatives of every class.
   """
   _, height, width = label_BxHxW.shape
   classes = logits_BxhxwxC.shape[-1]
@@ -104,13 +104,13 @@ def sigmoid_loss(
     against = jnp.where(y, -logits, logits)
     wrong = jax.nn.sigmoid(against)
     p = jnp.where(y, 1 - wrong, wrong)
-    # softplus(against); JAX's own, which minds infinities, doubles the time of the whole loss.
+    # softplus(against). jax.nn.softplus, which handles infinities, doubles the time of the loss.
     cross_entropy = jnp.maximum(against, 0) + jnp.log1p(jnp.exp(-jnp.abs(against)))
     focal = jnp.where(y, FOCAL_ALPHA, 1 - FOCAL_ALPHA) * wrong**FOCAL_GAMMA * cross_entropy
     if mask_ignored:
       focal = focal * valid
     return {
-      # Dice never looks at ignored pixels' truth, yet their probability counts: as released.
+      # As in the official code, ignored pixels count in the dice loss by their probability.
       "focal": focal.sum((1, 2)),
       "overlap": (p * y).sum((1, 2)),
       "probability": p.sum((1, 2)),
@@ -132,7 +132,7 @@ def sigmoid_loss(
 def softmax_loss(
   logits_BxhxwxC: jax.Array, label_BxHxW: jax.Array, *, ignore_label: int = 255
 ) -> dict[str, Term]:
-  """Cross-entropy of a softmax over classes, mean over pixels that are not ignored."""
+  """Softmax cross-entropy over classes, averaged over pixels that are not ignored."""
 
   def sums(logits: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
     valid = label != ignore_label

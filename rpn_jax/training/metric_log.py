@@ -1,4 +1,4 @@
-"""Metrics of a run on disk: lines of JSON and TensorBoard events."""
+"""Metrics of a run on disk: JSON lines and TensorBoard events."""
 
 import contextlib
 import json
@@ -22,18 +22,17 @@ class MetricWriter:
   """Metrics of a run, as TensorBoard events and as `metrics.jsonl`.
 
   The JSON file has an object per line, {"step": int, "time": seconds since 1970, name: value, ...},
-  and is only appended to while a run goes on. It is what `history` reads, so curves survive a
-  resume. Values that are not finite are stored as the strings "nan", "inf" and "-inf", which keeps
-  every line standard JSON.
+  and is append-only during a run. `history` reads it, so curves survive a resume. Non-finite values
+  are stored as the strings "nan", "inf" and "-inf", which keeps every line standard JSON.
 
   Args:
-    workdir: made if it is missing; gets `events/` and `metrics.jsonl`.
-    resume_step: the step at which a run continues, 0 for a new one: entries of later steps, which
-      the run will write again, are dropped. None keeps all.
+    workdir: created if missing; gets `events/` and `metrics.jsonl`.
+    resume_step: the step at which the run resumes, 0 for a new run: entries of later steps, which
+      it will write again, are dropped. None keeps all.
 
   Raises:
-    InputError: a line of `metrics.jsonl` other than the last is no metric entry. A last line that
-      was cut off, as by a killed run, is dropped.
+    InputError: a line of `metrics.jsonl` other than the last is not a metric entry. A truncated
+      last line, as left by a killed run, is dropped.
   """
 
   def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
@@ -46,43 +45,43 @@ class MetricWriter:
     kept = "".join(json.dumps(entry) + "\n" for entry in entries)
     if self._path.exists() and self._path.read_text(errors="replace") != kept:
       write_text(self._path, kept)
-    # Stays open across calls: `close` ends it. Unbuffered: what a full disk refuses is known.
+    # Unbuffered, so that `write` returns how much a full disk has taken. Closed by `close`.
     self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
     self._unwritten = b""
     self._events = _Events(workdir / "events", None if resume_step is None else resume_step + 1)
     self._failing = False
 
   def write(self, step: int, values: Mapping[str, float | None]) -> None:
-    """Records numbers (scalars of any kind) at a step; None is left out.
+    """Records scalars (of any numeric type) at a step; None is left out.
 
     Raises:
-      ValueError: a value that is no single number, or a metric called "step" or "time".
+      ValueError: a value that is not a scalar, or a metric named "step" or "time".
     """
-    numbers = {}
+    scalars = {}
     for name, value in values.items():
       if value is None:
         continue
       if name in RESERVED:
-        raise ValueError(f"a metric must not be called {name!r}: the file uses that name itself")
+        raise ValueError(f"metric name {name!r} is reserved for the file's own entries")
       if np.size(value) != 1:
         raise ValueError(f"metric {name}: expected one number, got shape {np.shape(value)}")
-      numbers[name] = float(np.asarray(value, np.float64).reshape(()))
+      scalars[name] = float(np.asarray(value, np.float64).reshape(()))
     entry: dict[str, float | str] = {"step": int(step), "time": round(time.time(), 3)}
-    entry |= {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
+    entry |= {k: v if math.isfinite(v) else str(v) for k, v in scalars.items()}
     self._unwritten += (json.dumps(entry) + "\n").encode()
-    with self._telling():
+    with self._warn_on_oserror():
       self._flush()
-    with self._telling():
-      self._events.scalars(int(step), numbers)
+    with self._warn_on_oserror():
+      self._events.write(int(step), scalars)
 
   def _flush(self) -> None:
-    # One write of whole lines: a killed run loses at most the line it was writing.
+    # Whole lines at a time: a killed run loses at most the line it was writing.
     while self._unwritten:
       self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
   @contextlib.contextmanager
-  def _telling(self) -> Iterator[None]:
-    """A full disk does not end a run: lines wait in memory, and one is printed about it."""
+  def _warn_on_oserror(self) -> Iterator[None]:
+    """Keeps a full disk from ending the run: entries stay in memory, and one warning is printed."""
     try:
       yield
     except OSError as error:
@@ -93,33 +92,17 @@ class MetricWriter:
     else:
       self._failing = self._failing and bool(self._unwritten)
 
-  def image(self, step: int, name: str, array: np.ndarray) -> None:
-    """Adds a picture to the events: (H, W, 3) or (H, W), uint8 or floats in [0, 1].
-
-    Raises:
-      ValueError: another shape.
-    """
-    array = np.asarray(array)
-    if array.ndim == 2:
-      array = np.repeat(array[..., None], 3, axis=2)
-    if array.ndim != 3 or array.shape[2] != 3:
-      raise ValueError(f"image {name}: expected (H, W, 3) or (H, W), got {array.shape}")
-    if array.dtype != np.uint8:
-      array = (np.clip(array.astype(np.float32), 0, 1) * 255 + 0.5).astype(np.uint8)
-    with self._telling():
-      self._events.image(int(step), name, array)
-
   def history(self) -> dict[str, list[tuple[int, float]]]:
-    """Name -> [(step, value)] by step; of two values at one step the later written counts."""
+    """Name -> [(step, value)], sorted by step; see `read_history`."""
     return read_history(self._path)
 
   def close(self) -> None:
-    """Ends both files; a second call does nothing."""
+    """Closes both files; a second call does nothing."""
     if not self._file.closed:
-      with self._telling():
+      with self._warn_on_oserror():
         self._flush()
     self._file.close()
-    with self._telling():
+    with self._warn_on_oserror():
       self._events.close()
 
   def __enter__(self) -> "MetricWriter":
@@ -130,34 +113,25 @@ class MetricWriter:
 
 
 class _Events:
-  """TensorBoard events, written at once and in the caller's thread.
+  """TensorBoard events, written immediately, in the caller's thread.
 
-  tensorboardX's own writer has a thread that ends at the first full disk, after which every call
-  waits for it.
+  The thread of tensorboardX's own writer dies when the disk is full, and later calls then block.
 
   Args:
-    directory: of the files; made with the first event.
-    purge_step: TensorBoard hides what earlier files have from this step on; None: nothing.
+    directory: where the files go; created with the first event.
+    purge_step: TensorBoard hides events of earlier files from this step on; None hides none.
   """
 
   def __init__(self, directory: pathlib.Path, purge_step: int | None):
     self._directory, self._purge_step = directory, purge_step
-    self._writer: Any = None  # of tensorboardX
+    self._writer: Any = None  # an EventsWriter of tensorboardX
     self._files = 0
 
-  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
     from tensorboardX import summary
-
-    self._write(step, [summary.scalar(name, value) for name, value in values.items()])
-
-  def image(self, step: int, name: str, array: np.ndarray) -> None:
-    from tensorboardX import summary
-
-    self._write(step, [summary.image(name, array, dataformats="HWC")])
-
-  def _write(self, step: int, summaries: list) -> None:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+    summaries = [summary.scalar(name, value) for name, value in scalars.items()]
     try:
       events = [Event(step=step, wall_time=time.time(), summary=each) for each in summaries]
       if self._writer is None:
@@ -169,14 +143,14 @@ class _Events:
         self._writer.write_event(event)
       self._writer.flush()
     except OSError:
-      self._writer = None  # half an event would hide what follows: the next goes to a new file
+      self._writer = None  # a truncated event would hide later ones, so these go to a new file
       raise
 
   def _open(self) -> None:
-    # Imported late: tensorboardX loads protobuf, which commands that only predict do not need.
+    # Imported here since tensorboardX loads protobuf, which prediction does not need.
     from tensorboardX.event_file_writer import EventsWriter
 
-    # A NaN is recorded as one; the run itself has told of it.
+    # It warns of every NaN; the training loop reports those itself.
     logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
     self._directory.mkdir(parents=True, exist_ok=True)
     suffix = f".{os.getpid()}.{self._files}"
@@ -190,10 +164,12 @@ class _Events:
 
 
 def read_history(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
-  """Name -> [(step, value)] of a `metrics.jsonl`, as `MetricWriter.history`; {} if it is missing.
+  """Name -> [(step, value)] of a `metrics.jsonl`, sorted by step; {} if the file is missing.
+
+  Of two values at the same step, the one written later is returned.
 
   Raises:
-    InputError: a line other than the last is no metric entry.
+    InputError: a line other than the last is not a metric entry.
   """
   series: dict[str, dict[int, float]] = {}
   for entry in _read_entries(pathlib.Path(path)):
@@ -204,7 +180,7 @@ def read_history(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
 
 
 def _read_entries(path: pathlib.Path) -> list[dict]:
-  """The objects of a metrics file, without a last line that was cut off."""
+  """The entries of a metrics file, without a truncated last line."""
   if not path.exists():
     return []
   lines = path.read_bytes().decode(errors="replace").split("\n")

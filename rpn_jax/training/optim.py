@@ -1,4 +1,4 @@
-"""AdamW with learning-rate groups and the release's schedule."""
+"""AdamW with learning-rate groups and the schedule of the official code."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ def poly_schedule(
 ) -> Callable:
   """Learning rate at step t: polynomial decay to `minimum`, times a linear warm-up.
 
-  (base - min)(1 - t/T)^power + min, and during warm-up times
-  1 - (1 - t/warmup_steps)(1 - warmup_ratio), as mmcv's poly policy does.
+  (base - min)(1 - t/T)^power + min, multiplied during warm-up by
+  1 - (1 - t/warmup_steps)(1 - warmup_ratio), as in mmcv's poly policy.
   """
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
     t = jnp.asarray(step, jnp.float32)
     rate = (base - minimum) * jnp.maximum(1 - t / steps, 0.0) ** power + minimum
-    # Written as u + r(1 - u), which float32 can hold where 1 - (1 - u)(1 - r) is all rounding.
+    # u + r(1 - u) is accurate in float32 for small r, where 1 - (1 - u)(1 - r) cancels.
     done = t / max(warmup_steps, 1)
     return jnp.where(t < warmup_steps, rate * (done + warmup_ratio * (1 - done)), rate)
 
@@ -30,7 +30,7 @@ def poly_schedule(
 
 
 def assign_groups(tree: dict, rules: Sequence[tuple[str, str, float]]) -> dict:
-  """The group name of every leaf, as a tree of the same form.
+  """The optimizer group of every leaf, as a tree of the same structure.
 
   Args:
     tree: nested dict of parameters.
@@ -38,7 +38,7 @@ def assign_groups(tree: dict, rules: Sequence[tuple[str, str, float]]) -> dict:
       '/'-joined path of a parameter.
 
   Raises:
-    ValueError: a parameter that no rule or more than one rule matches, a rule that matches none.
+    ValueError: a parameter that does not match exactly one rule.
   """
   flat = flax.traverse_util.flatten_dict(tree, sep="/")
   groups = {}
@@ -54,7 +54,7 @@ def schedules(config: ml_collections.ConfigDict) -> dict[str, Callable]:
   """Group name -> learning rate by step.
 
   Args:
-    config: base_lr, min_lr, power, warmup_steps, warmup_ratio, steps, groups.
+    config: has base_lr, min_lr, power, warmup_steps, warmup_ratio, steps, groups.
   """
   return {
     name: poly_schedule(
@@ -75,9 +75,9 @@ def make_optimizer(
   """AdamW over the groups of `config.groups`.
 
   Args:
-    config: as for `schedules`, weight_decay, and clip_norm: gradients are scaled down to this norm
-      over all parameters; 0 leaves them.
-    prompts: the trained tree (or its shapes).
+    config: as for `schedules`, and weight_decay and clip_norm, the largest global norm of the
+      gradients; 0 does not clip.
+    prompts: the trained parameters, or their shapes.
   """
   transforms = {
     name: optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=config.weight_decay)

@@ -1,4 +1,4 @@
-"""SIGTERM, the notice that a machine is taken away: the run saves and ends well."""
+"""SIGTERM, by which a machine announces its preemption: the run saves and exits cleanly."""
 
 import contextlib
 import signal
@@ -10,21 +10,20 @@ from jax.experimental import multihost_utils
 
 
 class PreemptionGuard:
-  """Tells a training loop that SIGTERM has come; a context manager.
+  """Context manager that tells a training loop whether SIGTERM has arrived.
 
-  Outside of `deferred` there is nothing to save, and the process ends at once with status 0: a
-  checkpoint of the state that is being evaluated is written before. Within it, the loop asks
-  `reached` after every step.
+  Outside of `deferred` there is nothing to save (a state is checkpointed before it is evaluated),
+  and the process exits at once with status 0. Inside, the loop calls `reached` after every step.
 
-  Of several processes, which must stop at the same step, JAX's coordination service listens for
-  the signal; there an evaluation is not interrupted by it.
+  Several processes must stop at the same step: there JAX's coordination service listens for the
+  signal, which then does not interrupt an evaluation.
   """
 
   def __enter__(self) -> "PreemptionGuard":
-    self._came = self._deferred = False
+    self._received = self._deferred = False
     self._old = None
     if jax.process_count() == 1:
-      # Only a main thread can have handlers: elsewhere, as in notebooks' servers, there are none.
+      # Only the main thread may set handlers; elsewhere, as in a notebook server, there is none.
       with contextlib.suppress(ValueError):
         self._old = signal.signal(signal.SIGTERM, self._handle)
     return self
@@ -34,14 +33,14 @@ class PreemptionGuard:
       signal.signal(signal.SIGTERM, self._old)
 
   def _handle(self, *_: object) -> None:
-    if self._came:
+    if self._received:
       return
-    self._came = True
+    self._received = True
     self._check()
 
   @contextlib.contextmanager
   def deferred(self, deferred: bool = True) -> Iterator[None]:
-    """Here a signal waits for `reached`; with False, inside, it again does not."""
+    """Defers the signal to `reached` within the block; with False, undoes this within the block."""
     before, self._deferred = self._deferred, deferred
     try:
       self._check()
@@ -51,16 +50,16 @@ class PreemptionGuard:
     self._check()
 
   def _check(self) -> None:
-    if self._came and not self._deferred:
+    if self._received and not self._deferred:
       self.end()
 
   def reached(self, step: int) -> bool:
-    """Whether to save and end after this step, agreed between all processes."""
+    """Whether to save and exit after this step; all processes agree."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._came
+    return self._received
 
   def end(self) -> None:
-    """Ends the process with status 0."""
-    print("SIGTERM: ending here; the same command continues the run", flush=True)
+    """Exits with status 0."""
+    print("SIGTERM: exiting; the same command resumes the run", flush=True)
     sys.exit(0)

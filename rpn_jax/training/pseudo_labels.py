@@ -1,4 +1,4 @@
-"""Self-training on unseen classes (transductive setting)."""
+"""Pseudo-labels for self-training on unseen classes (transductive setting)."""
 
 from collections.abc import Sequence
 
@@ -16,21 +16,21 @@ def pseudo_labels(
   *,
   unlabelled: int = -1,
 ) -> jax.Array:
-  """Labels with the unlabelled pixels filled by the model's best unseen class.
+  """Labels whose unlabeled pixels are set to the model's best unseen class.
 
-  The arg-max over unseen classes of the detached sigmoid scores of the same forward pass, without
-  a confidence threshold; other pixels, ignored ones included, stay as they are.
+  That is the argmax over unseen classes of the detached sigmoid scores of the same forward pass,
+  without a confidence threshold. Other pixels, including ignored ones, are unchanged.
 
   Args:
     logits_BxhxwxC: logits of all classes on the patch grid.
-    label_BxHxW: class ids; `unlabelled` marks the pixels to fill.
+    label_BxHxW: class ids, or `unlabelled` for the pixels to fill.
     unseen: ids of the unseen classes.
-    unlabelled: that mark.
+    unlabelled: label of the pixels to fill.
   """
   unseen_U = jnp.asarray(unseen)
   _, height, width = label_BxHxW.shape
   _, h, w, _ = logits_BxhxwxC.shape
-  # A sigmoid is monotonic: the arg-max of logits is the arg-max of scores.
+  # The sigmoid is monotonic: logits and scores have the same argmax.
   scores = jax.lax.stop_gradient(logits_BxhxwxC[..., unseen_U]).astype(jnp.float32)
 
   def best(scores_hxwxU: jax.Array) -> jax.Array:
@@ -38,7 +38,7 @@ def pseudo_labels(
     highest = jax.lax.Precision.HIGHEST
     return jnp.einsum("Hh,hwu,Ww->HWu", rows, scores_hxwxU, columns, precision=highest).argmax(-1)
 
-  # Image by image: upsampled scores of a whole batch would be the largest array of the step.
+  # One image at a time: the upsampled scores of a batch would be the largest array of the step.
   best_BxHxW = jax.lax.map(best, scores)
   return jnp.where(label_BxHxW == unlabelled, unseen_U[best_BxHxW], label_BxHxW)
 
@@ -54,24 +54,25 @@ def relabel(
   start: int,
   pixels: str,
 ) -> jax.Array:
-  """The labels of one training step of the transductive setting.
+  """The labels of one training step in the transductive setting.
 
-  Until `start` the unlabelled pixels are ignored; from then on they carry pseudo-labels.
+  Before step `start` the unlabeled pixels are ignored, from then on they get pseudo-labels.
 
   Args:
-    logits_BxhxwxC: of the step's own forward pass.
-    label_BxHxW: class ids, `unlabelled` on pixels of unseen classes, `ignore` on others.
+    logits_BxhxwxC: logits of the step's own forward pass.
+    label_BxHxW: class ids, `unlabelled` for pixels of unseen classes, `ignore` for pixels without
+      ground truth.
     step: steps done.
     unseen: ids of the unseen classes.
-    unlabelled: mark of the pixels to fill.
-    ignore: mark of the pixels that the truth leaves out.
+    unlabelled: label of pixels of unseen classes.
+    ignore: label of pixels without ground truth.
     start: first step with pseudo-labels.
-    pixels: "unseen" fills the marked pixels, which the truth gave to some unseen class (the
-      dagger rows of the literature); "unlabelled" fills the left-out ones as well, so that the
-      truth does not tell where unseen classes are.
+    pixels: "unseen" fills the pixels that the ground truth assigns to some unseen class (the
+      dagger rows of the literature); "unlabelled" also fills those without ground truth, so that
+      the positions of unseen classes are not revealed.
   """
-  waiting = jnp.where(label_BxHxW == unlabelled, ignore, label_BxHxW)
+  masked = jnp.where(label_BxHxW == unlabelled, ignore, label_BxHxW)
   if pixels == "unlabelled":
     label_BxHxW = jnp.where(label_BxHxW == ignore, unlabelled, label_BxHxW)
   filled = pseudo_labels(logits_BxhxwxC, label_BxHxW, unseen, unlabelled=unlabelled)
-  return jnp.where(step < start, waiting, filled)
+  return jnp.where(step < start, masked, filled)

@@ -16,17 +16,17 @@ from rpn_jax.training.checkpoint import Checkpoints
 from rpn_jax.training.identity import check_identity, identity
 
 CONFIG = "config.json"
-# The best scores so far, for an evaluation during the run or after it.
+# The best scores so far; evaluations read it, during the run and after it.
 BEST = "best.json"
 LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def held_workdir(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds a workdir for its run's first process, on behalf of all of them.
+  """Locks a workdir; the first process does so on behalf of all processes of a run.
 
   Raises:
-    InputError: another run holds it, with the name of its process; or it cannot be written to.
+    InputError: the workdir is locked by another run, whose process is named, or not writable.
   """
   if jax.process_index():
     yield
@@ -38,19 +38,19 @@ def held_workdir(workdir: pathlib.Path) -> Iterator[None]:
       stack.enter_context(locked(path, str(workdir), "use another --workdir"))
     except OSError as error:
       raise InputError(
-        f"expected a workdir to write to, {path} cannot be opened ({error.strerror}): use another "
+        f"expected a writable workdir, but {path} cannot be opened ({error.strerror}): use another "
         "--workdir"
       ) from error
     yield
 
 
 class Run:
-  """One run in its workdir.
+  """A training run and its workdir.
 
   Attributes:
-    workdir: of the run; made when it is claimed.
+    workdir: directory of the run, created by `claim`.
     config: the locked config.
-    fingerprint: of the CLIP weights.
+    fingerprint: fingerprint of the CLIP weights.
     identity: see `identity.identity`.
   """
 
@@ -63,7 +63,7 @@ class Run:
     self.identity = identity(config, fingerprint)
 
   def claim(self) -> None:
-    """Writes `config.json`, or checks that the one in the workdir is of this run.
+    """Writes `config.json`, or checks that the one in the workdir belongs to this run.
 
     Raises:
       InputError: the workdir was created with a different config.
@@ -79,8 +79,8 @@ class Run:
       stored = identity(config, stored["clip"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
       raise InputError(
-        f"expected the settings of a run in {path}, got something else: delete that file if the "
-        "workdir is of this run"
+        f"expected the config of a run in {path}, got something else: delete that file if the "
+        "workdir belongs to this run"
       ) from None
     check_identity(self.workdir, stored, self.identity)
 
@@ -89,13 +89,13 @@ class Run:
     return Checkpoints(self.workdir, self.identity, read_only=read_only)
 
   def read(self, like: dict) -> dict[str, tuple[int, dict]]:
-    """Step and prompts of the newest checkpoint, "last", and of the "best" one; see `Checkpoints`.
+    """Step and prompts of the "last" and the "best" checkpoint; see `Checkpoints.read`.
 
     Args:
       like: shapes and types of the prompts.
 
     Raises:
-      InputError: there is none, or they belong to another run.
+      InputError: there are no checkpoints, or they belong to another run.
     """
     if not (self.workdir / "checkpoints").is_dir():
       raise InputError(f"no checkpoints in {self.workdir}: train first, with the same --workdir")
@@ -103,7 +103,7 @@ class Run:
       return checkpoints.read(like, self._best_step())
 
   def _best_step(self) -> int | None:
-    """The step of the best evaluation that training has written down."""
+    """The step of the best evaluation according to `best.json`; None if it is unreadable."""
     try:
       return json.loads((self.workdir / BEST).read_text())["best"]["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -114,7 +114,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The config that a run wrote to its workdir, unlocked.
 
   Raises:
-    InputError: no run is there, or it has no whole config.
+    InputError: the folder is not the workdir of a run, or its config is incomplete.
   """
   path = workdir / CONFIG
   if not path.exists():
@@ -130,7 +130,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def _with_tuples(value: Any) -> Any:
-  """JSON has lists only; modules hash their fields."""
+  """Turns the lists of JSON back into tuples, which modules can hash."""
   if isinstance(value, Mapping):
     return {k: _with_tuples(v) for k, v in value.items()}
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

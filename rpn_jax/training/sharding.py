@@ -1,7 +1,7 @@
 """The training step over all devices.
 
-`ShardMap` and `Pmap` are thin wrappers of the one pure step: each places the state and the batches
-on the devices, runs the step, and brings state and metrics back as plain numpy.
+`ShardMap` and `Pmap` are thin wrappers around the same pure step: they place state and batches on
+the devices, run the step, and fetch state and metrics as plain numpy.
 """
 
 import functools
@@ -30,12 +30,12 @@ class ShardMap:
   """The step as `jit` of a `shard_map` over a mesh.
 
   Args:
-    mesh: one axis, `data`.
-    state: what the state will look like, arrays or shapes.
-    optimizer: of the state.
-    shard_state: spread prompts and optimizer state over the devices between steps, each array
-      along its first axis that divides; otherwise every device holds all of them.
-    **settings: of `step.gradients`.
+    mesh: devices along one axis, `data`.
+    state: the state to train, or its shapes.
+    optimizer: optimizer of the state.
+    shard_state: shard prompts and optimizer state over the devices between steps, each array along
+      its first divisible axis; otherwise they are replicated.
+    **settings: keyword arguments of `step.gradients`.
   """
 
   def __init__(
@@ -48,15 +48,15 @@ class ShardMap:
     **settings: Any,
   ):
     spec, named = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
-    whole, split = spec(), spec(AXIS)
-    self.whole, self.split = named(mesh, whole), named(mesh, split)
+    replicated, split = spec(), spec(AXIS)
+    self.replicated, self.split = named(mesh, replicated), named(mesh, split)
 
-    # Without replication tracking the sums over devices are just the ones the step writes down.
+    # Without replication tracking, the only sums over devices are the explicit ones in the step.
     @functools.partial(
       jax.shard_map,
       mesh=mesh,
-      in_specs=(whole, whole, whole, split, whole),
-      out_specs=whole,
+      in_specs=(replicated, replicated, replicated, split, replicated),
+      out_specs=replicated,
       check_vma=False,
     )
     def gradients(
@@ -70,30 +70,36 @@ class ShardMap:
       grads, terms = gradients(state, params, text, batch, key)
       return step.update(state, grads, terms, optimizer)
 
-    def placed(x: jax.Array) -> jax.sharding.NamedSharding:
+    def sharding(x: jax.Array) -> jax.sharding.NamedSharding:
       axes = [i for i, size in enumerate(x.shape) if size and size % mesh.size == 0]
-      return named(mesh, spec(*[None] * axes[0], AXIS)) if shard_state and axes else self.whole
+      return named(mesh, spec(*[None] * axes[0], AXIS)) if shard_state and axes else self.replicated
 
-    self.state_sharding = jax.tree.map(placed, state)
+    self.state_sharding = jax.tree.map(sharding, state)
     self.step = jax.jit(
       train_step,
-      in_shardings=(self.state_sharding, self.whole, self.whole, self.split, self.whole),
-      out_shardings=(self.state_sharding, self.whole),
+      in_shardings=(
+        self.state_sharding,
+        self.replicated,
+        self.replicated,
+        self.split,
+        self.replicated,
+      ),
+      out_shardings=(self.state_sharding, self.replicated),
       donate_argnums=0,
       compiler_options=compiler_options(mesh),
     )
-    self._gather = jax.jit(lambda tree: tree, out_shardings=self.whole)
+    self._gather = jax.jit(lambda tree: tree, out_shardings=self.replicated)
 
   def place_state(self, state: TrainState) -> TrainState:
-    """The state, which every process has in full, on the devices."""
+    """Puts the state, of which every process has all, on the devices."""
     return jax.tree.map(_put, state, self.state_sharding)
 
   def place_constant(self, tree: Any) -> Any:
-    """What every device needs in full: tower, text, key."""
-    return jax.tree.map(lambda x: _put(x, self.whole), tree)
+    """Replicates what every device needs: tower, text, key."""
+    return jax.tree.map(lambda x: _put(x, self.replicated), tree)
 
   def place_batch(self, batch: dict) -> dict:
-    """This process's rows of a batch as its part of the global one."""
+    """Puts this process's examples on its devices, as its part of the global batch."""
     return jax.tree.map(
       functools.partial(jax.make_array_from_process_local_data, self.split), batch
     )
@@ -103,7 +109,7 @@ class ShardMap:
     return jax.device_get(self._gather(state))
 
   def fetch_metrics(self, metrics: dict) -> dict[str, float]:
-    """Waits for the step that made them."""
+    """The metrics as floats; waits for the step that computed them."""
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -112,15 +118,15 @@ def _put(x: Any, sharding: jax.sharding.NamedSharding) -> jax.Array:
     return jax.device_put(x, sharding)
   if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
     return jax.random.wrap_key_data(_put(jax.random.key_data(x), sharding))
-  # device_put would send the values around to compare them between processes.
+  # device_put would compare the values between processes.
   x = np.asarray(x)
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 class Pmap:
-  """The step as `pmap` over all devices; the state carries a leading device axis.
+  """The step as `pmap` over all devices; the state has a leading device axis.
 
-  Takes what `ShardMap` takes, except that the state is never spread.
+  Arguments and methods are those of `ShardMap`, but the state cannot be sharded.
   """
 
   def __init__(
@@ -139,8 +145,8 @@ class Pmap:
         "holds the whole state"
       )
     self.local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    # Under the step's own axis name: for inputs placed under another one JAX would compile it
-    # again when its outputs come back as inputs.
+    # The same axis name as in the step: with another one, JAX would compile the step again when
+    # its outputs come back as inputs.
     self.split = jax.sharding.NamedSharding(data_mesh(self.local), jax.sharding.PartitionSpec(AXIS))
     self.step = jax.pmap(
       functools.partial(step.train_step, optimizer=optimizer, axis=AXIS, **settings),
@@ -150,23 +156,23 @@ class Pmap:
     )
 
   def place_state(self, state: TrainState) -> TrainState:
-    return jax.tree.map(self._on_each, state)
+    return jax.tree.map(self._replicate, state)
 
   def place_constant(self, tree: Any) -> Any:
-    return jax.tree.map(self._on_each, tree)
+    return jax.tree.map(self._replicate, tree)
 
-  def _on_each(self, x: Any) -> jax.Array:
+  def _replicate(self, x: Any) -> jax.Array:
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(self._on_each(jax.random.key_data(x)))
-    row = np.asarray(x)[None]
-    shape = (len(self.local), *row.shape[1:])
-    return jax.make_array_from_callback(shape, self.split, lambda _: row)
+      return jax.random.wrap_key_data(self._replicate(jax.random.key_data(x)))
+    x = np.asarray(x)[None]
+    shape = (len(self.local), *x.shape[1:])
+    return jax.make_array_from_callback(shape, self.split, lambda _: x)
 
   def place_batch(self, batch: dict) -> dict:
     return jax.tree.map(lambda x: x.reshape(len(self.local), -1, *x.shape[1:]), batch)
 
   def fetch_state(self, state: Any) -> Any:
-    # Every device has the same: the first one's is taken.
+    # All devices hold the same values.
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], state)
 
   def fetch_metrics(self, metrics: dict) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One training step: pure, the same for one device and for many."""
+"""One training step: a pure function, the same for one device and for many."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,15 +22,15 @@ Relabel = Callable[[jax.Array, jax.Array, jax.Array | np.int32], jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-  """What changes in training. The frozen tower is not part of it.
+  """What changes in training. The frozen towers are not part of it.
 
   Attributes:
     step: int32, steps done.
-    prompts: what is trained: the `prompts` collection, and beside it the trained part of `params`
+    prompts: the trained parameters: the `prompts` collection and the trained part of `params`,
       under its own names (see `models.trained`).
-    opt_state: of the optimizer, for `prompts` only.
-    skipped: int32, steps that were not applied, since a loss or gradient was NaN or infinite.
-    consecutive_skips: int32, the most recent of them without another step in between.
+    opt_state: optimizer state of `prompts`.
+    skipped: int32, steps that were not applied because a loss or gradient was NaN or infinite.
+    consecutive_skips: int32, length of the current series of skipped steps.
   """
 
   step: jax.Array | np.int32
@@ -41,7 +41,7 @@ class TrainState:
 
   @property
   def trained_parameters(self) -> int:
-    """How many scalars are trained."""
+    """Number of trained parameters."""
     return count(self.prompts)
 
 
@@ -57,24 +57,24 @@ def gradients(
   relabel: Relabel | None = None,
   axis: str | None = None,
 ) -> tuple[dict, dict[str, Term]]:
-  """Gradients of what is trained and the loss terms, summed over devices.
+  """Gradients of the trained parameters and the loss terms, both summed over devices.
 
   Args:
-    state: before the step.
-    params: the frozen part of the towers, read only.
-    text: `model.text_input` of the classes trained on; labels index its rows.
+    state: the state before the step.
+    params: the frozen part of the towers.
+    text: `model.text_input` of the training classes; labels index its rows.
     batch: `image` (B, H, W, 3) float32 normalized, `label` (B, H, W) int32; this device's part.
-    key: of the run. Dropout and gate noise of an image depend on it, on the step number and on the
-      image's position in the global batch, so that any number of devices draws the same.
+    key: PRNG key of the run. Dropout and gate noise of an image depend on it, on the step and on
+      the image's position in the global batch, not on the number of devices.
     model: the network.
     loss_fn: (logits, label) -> {name: Term}.
-    relabel: (logits, label, step) -> label, for self-training; None takes the labels as given.
+    relabel: (logits, label, step) -> label, for self-training; None uses the labels as given.
     axis: name of the mapped device axis; None on a single device.
   """
-  rows = batch["image"].shape[0]
-  offset = 0 if axis is None else jax.lax.axis_index(axis) * rows
+  batch_size = batch["image"].shape[0]
+  offset = 0 if axis is None else jax.lax.axis_index(axis) * batch_size
 
-  def over_devices(tree: Any) -> Any:
+  def sum_over_devices(tree: Any) -> Any:
     return tree if axis is None else jax.lax.psum(tree, axis)
 
   dropout, gate = jax.random.split(jax.random.fold_in(key, state.step))
@@ -92,17 +92,17 @@ def gradients(
     if relabel is not None:
       label = relabel(logits, label, state.step)
     terms = loss_fn(logits, label)
-    # Devices have different numbers of masks: the mean is over all of them, not a mean of means.
-    normalizers = over_devices({name: term.normalizer for name, term in terms.items()})
+    # Devices have different numbers of masks: divide by the global number, no mean of means.
+    normalizers = sum_over_devices({name: term.normalizer for name, term in terms.items()})
     terms = {name: Term(term.total, normalizers[name]) for name, term in terms.items()}
     return sum((term.value for term in terms.values()), jnp.float32(0)), terms
 
   (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.prompts)
   if axis is not None:
-    # One vector, one all-reduce: XLA does not join them on every backend.
+    # A single vector needs a single all-reduce: not every backend of XLA combines them.
     totals = {name: term.total for name, term in terms.items()}
     vector, restore = ravel_pytree((grads, totals))
-    grads, totals = restore(over_devices(vector))
+    grads, totals = restore(sum_over_devices(vector))
     terms = {name: Term(totals[name], term.normalizer) for name, term in terms.items()}
   return grads, terms
 
@@ -110,10 +110,10 @@ def gradients(
 def update(
   state: TrainState, grads: dict, terms: dict[str, Term], optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """The state after the step; its loss terms, their sum and the norm of the gradients.
+  """The state after the step and its metrics: loss terms, their sum, gradient norm, skipped steps.
 
-  Where one of these is not finite, prompts and optimizer state stay as they were on every device,
-  since gradients and terms have been summed over all devices before.
+  If the loss or the norm is not finite, the update is skipped: prompts and optimizer state stay as
+  they were. All devices agree, since gradients and terms have been summed over them.
   """
   values = {name: term.value for name, term in terms.items()}
   loss, norm = sum(values.values()), optax.tree.norm(grads)
@@ -139,6 +139,6 @@ def train_step(
   optimizer: optax.GradientTransformation,
   **settings: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update of the prompts; see `gradients` for the arguments and `update` for the result."""
+  """One update of the prompts; arguments of `gradients`, result of `update`."""
   grads, terms = gradients(state, params, text, batch, key, **settings)
   return update(state, grads, terms, optimizer)

@@ -16,7 +16,7 @@ def test_outside_of_steps_the_process_ends(capsys):
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(SystemExit) as end, preemption.PreemptionGuard():
     term()
-  assert end.value.code == 0 and "the same command continues" in capsys.readouterr().out
+  assert end.value.code == 0 and "the same command resumes the run" in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) == before
 
 

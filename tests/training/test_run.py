@@ -48,7 +48,7 @@ def test_the_second_run_is_refused_and_a_dead_one_forgotten(tmp_path, capsys):
 def test_a_workdir_that_cannot_be(tmp_path):
   (tmp_path / "run/.lock").mkdir(parents=True)
   with (
-    pytest.raises(InputError, match="expected a workdir to write to"),
+    pytest.raises(InputError, match="expected a writable workdir"),
     run.held_workdir(tmp_path / "run"),
   ):
     pass
