@@ -12,6 +12,7 @@ from rpn_jax.analysis.runs import flatten
 from rpn_jax.config import RPNConfig
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
+from rpn_jax.models.trained import init_prompts
 from rpn_jax.models.training_free import DenseCLIP
 from rpn_jax.tasks import train
 from rpn_jax.training import optim, step
@@ -80,7 +81,7 @@ def network(row):
   config = config_of(row).unlock()
   config.optimizer.warmup_steps = 0
   model = RPN(clip, RPNConfig(**{**config.model, "m2oe_experts": 2}))
-  shapes = jax.eval_shape(lambda: step.init_prompts(model, params, text, jax.random.key(3), 64))
+  shapes = jax.eval_shape(lambda: init_prompts(model, params, text, jax.random.key(3), 64))
   return model, config, shapes
 
 

@@ -48,7 +48,7 @@ def test_every_network_answers(name, settings):
   params, prompts = variables_of(network, text)
   assert set(params) == set(network.towers)
   image = jax.random.normal(jax.random.key(1), (2, 32, 48, 3))
-  logits = network.apply({"params": params, "prompts": prompts}, image, text)
+  logits = jax.jit(network.apply)({"params": params, "prompts": prompts}, image, text)
   assert logits.shape == (2, 4, 6, 3) and logits.dtype == jnp.float32
   values = network.probabilities(network.scores(logits))
   assert values.shape == logits.shape and values.min() >= 0 and values.max() <= 1
@@ -73,9 +73,9 @@ def test_the_merged_network_gives_the_same_logits(name, settings):
   params, prompts = variables_of(network, text)
   prompts = jax.tree.map(lambda x: x + 0.01, prompts)
   image = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
-  want = network.apply({"params": params, "prompts": prompts}, image, text)
+  want = jax.jit(network.apply)({"params": params, "prompts": prompts}, image, text)
   merged, params, prompts = network.merged(params, prompts)
-  got = merged.apply({"params": params, "prompts": prompts}, image, text)
+  got = jax.jit(merged.apply)({"params": params, "prompts": prompts}, image, text)
   np.testing.assert_allclose(got, want, atol=1e-4)
   assert merged.trained == ""
 

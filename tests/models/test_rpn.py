@@ -68,12 +68,17 @@ def test_clip_b16_parameter_count():
 
 
 @functools.cache
-def tiny(preset="paper", **changes):
-  model = network(TINY, preset, 2, 32, **changes)
+def inputs():
   image = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
   text = l2_normalize(jax.random.normal(jax.random.key(2), (5, TINY.embed_dim)))
-  visual = jax.jit(VisionTransformer(TINY).init)(jax.random.key(0), image)["params"]
-  params = {"visual": visual}
+  params = {"visual": jax.jit(VisionTransformer(TINY).init)(jax.random.key(0), image)["params"]}
+  return params, image, text
+
+
+@functools.cache
+def tiny(preset="paper", **changes):
+  model = network(TINY, preset, 2, 32, **changes)
+  params, image, text = inputs()
   return model, params, init_prompts(model, params, text, jax.random.key(3), 32), image, text
 
 
@@ -240,7 +245,8 @@ def test_exact_gelu_differs_from_quick():
   image = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
   params = jax.jit(VisionTransformer(TINY).init)(jax.random.key(0), image)
   exact = VisionTransformer(CLIPConfig(**{**vars(TINY), "activation": "gelu"}))
-  difference = np.abs(exact.apply(params, image) - VisionTransformer(TINY).apply(params, image))
+  exact, quick = (jax.jit(m.apply)(params, image) for m in (exact, VisionTransformer(TINY)))
+  difference = np.abs(exact - quick)
   assert 0 < difference.max() < 0.1
 
 
@@ -252,12 +258,13 @@ def test_extra_tokens_are_looked_at_only():
   bias = variables["params"]["attn"]["in_proj"]["bias"]
   variables["params"]["attn"]["in_proj"]["bias"] = jax.random.normal(jax.random.key(2), bias.shape)
 
+  @jax.jit
   def joined(x, extra):
     y = block.apply(variables, jnp.concatenate([x[:, :1], extra, x[:, 1:]], axis=1))
     return jnp.concatenate([y[:, :1], y[:, 4:]], axis=1)
 
-  apart = lambda x, extra: block.apply(variables, x, extra_BxPxD=extra)
-  gradient = lambda f: jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1))(x, extra)
+  apart = jax.jit(lambda x, extra: block.apply(variables, x, extra_BxPxD=extra))
+  gradient = lambda f: jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1)))(x, extra)
   for got, want in zip((apart(x, extra), *gradient(apart)), (joined(x, extra), *gradient(joined))):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
   assert np.abs(apart(x, extra) - block.apply(variables, x)).max() > 0.01

@@ -18,10 +18,12 @@ from rpn_jax.training.optim import assign_groups
 
 B16 = CLIPConfig()
 TINY = CLIPConfig(
-  embed_dim=12, image_size=32, patch_size=8, vision_width=16, vision_layers=3, vision_heads=2,
+  embed_dim=12, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2,
   text_width=8, text_layers=2, text_heads=2, context_length=16, vocab_size=50,
 )  # fmt: skip
-SMALL = {"deep_tokens": 3, "adapter_width": 4, "lora_rank": 2, "lst_reduction": 2}
+SMALL = {
+  "deep_tokens": 3, "adapter_width": 4, "lora_rank": 2, "lst_reduction": 2, "m2oe": "none",
+}  # fmt: skip
 OF_SITES = ["adapter", "bitfit", "lora", "ssf"]
 
 # Trained parameters with ViT-B/16 and the head of the paper preset, 789,504 of them in the head.
@@ -42,16 +44,29 @@ COUNTS = {
 
 
 @functools.cache
-def tiny(tuner, **changes):
-  model = RPN(TINY, RPNConfig(tuner=tuner, **SMALL, **changes))
+def tiny(tuner):
+  model = RPN(TINY, RPNConfig(tuner=tuner, **SMALL))
+  params, image, text = inputs()
+  tree = trained.init_prompts(model, params, text, jax.random.key(3), 32)
+  return model, params, tree, image, text
+
+
+@functools.cache
+def inputs():
   image = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
   text = l2_normalize(jax.random.normal(jax.random.key(2), (5, TINY.embed_dim)))
   params = {"visual": jax.jit(VisionTransformer(TINY).init)(jax.random.key(0), image)["params"]}
-  return model, params, step.init_prompts(model, params, text, jax.random.key(3), 32), image, text
+  return params, image, text
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, variables, image, text):
+  """Equal networks are traced once."""
+  return model.apply(variables, image, text)
 
 
 def logits(model, params, tree, image, text):
-  return jax.jit(model.apply)(trained.join(params, tree), image, text)
+  return apply(model, trained.join(params, tree), image, text)
 
 
 def moved(tree):
@@ -105,7 +120,7 @@ def test_what_has_no_weights_of_its_own_is_not_merged():
 
 @pytest.mark.parametrize("tuner", [*OF_SITES, "vpt", "lst", "full", "rpn+lora"])
 def test_every_trained_tensor_gets_a_gradient(tuner):
-  model, params, tree, image, text = tiny(tuner, m2oe="none")
+  model, params, tree, image, text = tiny(tuner)
   batch = {"image": image, "label": np.arange(2 * 32 * 32).reshape(2, 32, 32) // 90 % 5}
   state = step.TrainState(jnp.int32(0), moved(tree), ())
   grads, _ = jax.jit(functools.partial(step.gradients, model=model, loss_fn=sigmoid_loss))(

@@ -9,7 +9,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.config import RPNConfig
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
-from rpn_jax.training import step
+from rpn_jax.models.trained import init_prompts
 from rpn_jax.weights import clip_file, plain_vit
 from tests import tiny
 
@@ -113,7 +113,7 @@ def test_rpn_trains_what_takes_it_to_the_words(tmp_path, clip):
   model = RPN(config, RPNConfig())
   text = l2_normalize(jax.random.normal(jax.random.key(0), (3, config.embed_dim)))
   tower = {"visual": params["visual"]}
-  tree = step.init_prompts(model, tower, text, jax.random.key(1), 32)
+  tree = init_prompts(model, tower, text, jax.random.key(1), 32)
   assert tree["joint"]["kernel"].shape == (WIDTH, config.embed_dim)
   image = jax.random.normal(jax.random.key(2), (2, 32, 32, 3))
   loss = lambda p: model.apply({"params": tower, "prompts": p}, image, text).sum()
