@@ -20,8 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpn_jax.base.errors import InputError
-
 # Numbers of one strip of scores: 128 MB in float32.
 STRIP_ELEMENTS = 2**25
 
@@ -259,7 +257,7 @@ class SlidingWindow:
     class_of_row: class id of every row of the logits, where several rows stand for one class.
 
   Raises:
-    InputError: no scale, or one that is not above 0.
+    ValueError: no scale, or one that is not above 0.
   """
 
   def __init__(
@@ -283,7 +281,7 @@ class SlidingWindow:
     self.penalty_C[list(penalized)] = penalty
     self.activation = activation
     if not scales or min(scales) <= 0:
-      raise InputError(f"config.eval.scales: expected factors above 0, as in (1.0,), got {scales}")
+      raise ValueError(f"scales: expected factors above 0, as in (1.0,), got {scales}")
     self.scales, self.flip = tuple(scales), flip
     self.class_of_row = np.arange(classes) if class_of_row is None else np.asarray(class_of_row)
 

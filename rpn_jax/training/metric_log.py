@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import pathlib
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -124,7 +125,7 @@ class _Events:
 
   def __init__(self, directory: pathlib.Path, purge_step: int | None):
     self._directory, self._purge_step = directory, purge_step
-    self._writer: Any = None  # an EventsWriter of tensorboardX
+    self._writer: Any = None  # a RecordWriter of tensorboardX
     self._files = 0
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -136,25 +137,28 @@ class _Events:
       events = [Event(step=step, wall_time=time.time(), summary=each) for each in summaries]
       if self._writer is None:
         self._open()
+        events.insert(0, Event(wall_time=time.time(), file_version="brain.Event:2"))
         if self._purge_step is not None and self._files == 1:
           start = SessionLog(status=SessionLog.START)
-          events.insert(0, Event(step=self._purge_step, session_log=start))
+          events.insert(1, Event(step=self._purge_step, session_log=start))
       for event in events:
-        self._writer.write_event(event)
+        self._writer.write(event.SerializeToString())
       self._writer.flush()
     except OSError:
+      with contextlib.suppress(OSError):  # what is buffered fails again
+        self.close()
       self._writer = None  # a truncated event would hide later ones, so these go to a new file
       raise
 
   def _open(self) -> None:
     # Imported here since tensorboardX loads protobuf, which prediction does not need.
-    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.record_writer import RecordWriter
 
     # It warns of every NaN; the training loop reports those itself.
     logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
     self._directory.mkdir(parents=True, exist_ok=True)
-    suffix = f".{os.getpid()}.{self._files}"
-    self._writer = EventsWriter(str(self._directory / "events"), suffix)
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+    self._writer = RecordWriter(str(self._directory / f"{name}.{os.getpid()}.{self._files}"))
     self._files += 1
 
   def close(self) -> None:

@@ -239,7 +239,7 @@ def test_a_transductive_run_learns_from_pseudo_labels(home):
   np.testing.assert_array_equal(with_labels[:4], without[:4])
   assert (with_labels[4:] != without[4:]).all()
   config = make_config(home, "runlocal,transductive", **{"self_training.pixels": "all"})
-  with pytest.raises(InputError, match='must be "unseen" or "unlabelled", got \'all\''):
+  with pytest.raises(InputError, match="pixels='all' is not known; did you mean"):
     train.train(config, home / "transductive2", datasets.load(config))
 
 
