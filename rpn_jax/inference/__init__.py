@@ -1,1 +1,1 @@
-"""From images and words to labels and scores."""
+"""Inference: from images and words to labels and scores."""

@@ -12,18 +12,18 @@ from rpn_jax.text.templates import expand
 
 
 def class_probabilities(predictor: Predictor, names: Sequence[str]) -> Callable:
-  """A function from images to probabilities, with the frozen CLIP alone.
+  """A function from images to class probabilities that uses only the frozen CLIP.
 
   Args:
-    predictor: whose CLIP is used, without any prompts.
-    names: C class names. Where the encoder's synonyms are "max", the best synonym counts.
+    predictor: provides the CLIP; its prompts are not used.
+    names: C class names. If the encoder's synonyms are "max", the best synonym counts.
 
   Returns:
     (B, side, side, 3) normalized images -> softmax(scale * cosine) (B, C), as numpy.
   """
   encoder, network = predictor.encoder, predictor.network
-  rows, class_of_row = expand(names, range(len(names)), encoder.synonyms)
-  text, ids = encoder.embed(rows), np.asarray(class_of_row)
+  prompted, class_of_row = expand(names, range(len(names)), encoder.synonyms)
+  text, ids = encoder.embed(prompted), np.asarray(class_of_row)
   scale = np.exp(encoder.params["logit_scale"])
   tower = VisionTransformer(predictor.clip, network.dtype, kernels=network.kernels)
 

@@ -1,4 +1,4 @@
-"""One pass over a data set: predictions, a confusion matrix, scores."""
+"""One pass over a data set: predictions, confusion matrix, scores."""
 
 import contextlib
 import dataclasses
@@ -21,20 +21,20 @@ from rpn_jax.devices import devices_text
 from rpn_jax.inference import metrics
 from rpn_jax.inference.sliding import SlidingWindow
 
-# Between the files that an interrupted evaluation resumes from.
+# How often an evaluation saves what it would resume from.
 SAVE_SECONDS = 5.0
 
 
 @dataclasses.dataclass
 class Evaluation:
-  """One pass over a data set.
+  """Result of one pass over a data set.
 
   Attributes:
-    scores: of `metrics.scores`, with `per_class` {name: IoU} for the list of IoUs.
-    names: of the C scored classes.
-    untrained: class ids, of the unseen ones.
-    confusion_CxC: pixels, rows truth, columns prediction.
-    kept: the first examples, each with its `prediction`, for pictures.
+    scores: those of `metrics.scores`, with the IoUs as `per_class` {name: IoU}.
+    names: names of the C scored classes.
+    untrained: ids of the unseen classes that were not trained on.
+    confusion_CxC: pixel counts; rows are ground truth, columns prediction.
+    kept: the first examples, each with its `prediction`, for figures.
   """
 
   scores: dict
@@ -44,29 +44,29 @@ class Evaluation:
   kept: list[dict]
 
 
-class Partial:
-  """What an evaluation has counted so far, on disk, for one that is interrupted to continue.
+class PartialEvaluation:
+  """File with the confusion matrix so far, from which an interrupted evaluation resumes.
 
   Args:
-    path: of the file.
-    identity: JSON; a file with another one is of another evaluation and does not count.
+    path: path of the file.
+    identity: JSON-compatible identity of the evaluation; files with another one are ignored.
   """
 
   def __init__(self, path: pathlib.Path, identity: dict):
     self.path = path
     self.identity = json.dumps(identity, sort_keys=True)
-    self.saved = time.monotonic()
+    self.saved_at = time.monotonic()
 
   def load(self, classes: int, count: int) -> tuple[int, np.ndarray] | None:
-    """Number of examples and their confusion matrix; None where there is nothing to continue.
+    """Number of evaluated examples and their confusion matrix; None without a usable file.
 
     Args:
-      classes: side of the matrix.
-      count: of all examples.
+      classes: C, the side of the matrix.
+      count: number of all examples.
     """
     try:
       with zipfile.ZipFile(self.path) as archive:
-        # Compressed arrays can unfold to any size.
+        # Compressed arrays can decompress to any size.
         if sum(info.file_size for info in archive.infolist()) > 8 * classes**2 + (1 << 20):
           return None
       with np.load(self.path, allow_pickle=False) as file:
@@ -74,16 +74,16 @@ class Partial:
         fits = confusion.shape == (classes, classes) and confusion.dtype == np.int64
         if str(file["identity"]) == self.identity and fits and 0 <= done <= count:
           return done, confusion
-    except Exception:  # a damaged archive raises all kinds of errors, and each means: begin again
+    except Exception:  # damaged archives raise all kinds of errors; start over
       pass
     return None
 
   def save(self, done: int, confusion_CxC: np.ndarray, *, now: bool = False) -> None:
-    """Writes the file if the last time was SAVE_SECONDS seconds ago, and if the disk allows it."""
-    if not now and time.monotonic() - self.saved < SAVE_SECONDS:
+    """Writes the file, at most every SAVE_SECONDS unless `now`; a full disk is no error."""
+    if not now and time.monotonic() - self.saved_at < SAVE_SECONDS:
       return
-    self.saved = time.monotonic()
-    # Only an interruption would need it: a full disk does not matter.
+    self.saved_at = time.monotonic()
+    # The file only matters if the evaluation is interrupted.
     with (
       contextlib.suppress(OSError),
       replacing(self.path) as temporary,
@@ -93,50 +93,51 @@ class Partial:
 
 
 def scored_names(names: Sequence[str], scored_as: Sequence[int]) -> tuple[str, ...]:
-  """A name for every scored class: "background" for the one that several names stand for."""
-  members = [
+  """A name for every scored class; one that several prompted names share is "background"."""
+  prompted = [
     [n for n, c in zip(names, scored_as, strict=True) if c == i] for i in range(max(scored_as) + 1)
   ]
-  return tuple(m[0] if len(m) == 1 else "background" for m in members)
+  return tuple(group[0] if len(group) == 1 else "background" for group in prompted)
 
 
 def evaluate(
-  segmenter: SlidingWindow,
+  window: SlidingWindow,
   examples: Sequence[dict],
   data: Any,
   *,
   keep: int = 0,
-  partial: Partial | None = None,
+  partial: PartialEvaluation | None = None,
 ) -> Evaluation:
-  """Scores of one pass over `examples`, shared out among the processes.
+  """Evaluates on `examples`, which the processes share.
 
   Args:
-    segmenter: images -> ids of the names in `data`.
+    window: images -> ids of the names in `data`.
     examples: sequence (with slices) of {image: (h, w, 3) float32, label: (H, W) int, id: str}.
-    data: `names` that are prompted, the `scored_as` class of each (None: its own), ids of `seen`,
-      `unseen` and `trained` names, and `ignore`, the label of pixels without a class.
-    keep: how many examples to return with their `prediction`, for pictures.
-    partial: where to continue from and what to write on the way.
+    data: has the prompted `names`, the `scored_as` class of each (None: its own), the ids of
+      `seen`, `unseen` and `trained` names, and `ignore`, the label of pixels without a class.
+    keep: number of examples to return with their `prediction`, for figures.
+    partial: file to resume from and to save to.
 
   Raises:
-    InputError: a label that is no scored class.
+    InputError: a label that is not a scored class.
   """
   scored_as = np.arange(len(data.names)) if data.scored_as is None else np.asarray(data.scored_as)
   names = scored_names(data.names, scored_as.tolist())
-  examples = examples[jax.process_index() :: jax.process_count()] if several() else examples
+  if jax.process_count() > 1:
+    examples = examples[jax.process_index() :: jax.process_count()]
   done, confusion = 0, np.zeros((len(names), len(names)), np.int64)
   if partial and (loaded := partial.load(len(names), len(examples))):
     done, confusion = loaded
-    print(f"{data.name}: continuing at image {done} of {len(examples)}", flush=True)
+    print(f"{data.name}: resuming at image {done} of {len(examples)}", flush=True)
 
   kept = []
-  if done:  # what was counted before is segmented again only to be shown
-    before = segmented(segmenter, examples[: min(keep, done)])
-    kept = [{**example, "prediction": scored_as[rows]} for example, rows in before]
+  if done:  # the examples for figures are segmented again, but not counted again
+    predicted = with_predictions(window, examples[: min(keep, done)])
+    kept = [{**example, "prediction": scored_as[ids]} for example, ids in predicted]
     examples = examples[done:]
-  shown = progress(examples, f"evaluate on {devices_text()}", "image")
-  for example, rows in segmented(segmenter, shown):
-    prediction = scored_as[rows]
+  bar = progress(examples, f"evaluate on {devices_text()}", "image")
+  for example, ids in with_predictions(window, bar):
+    prediction = scored_as[ids]
     if len(kept) < keep:
       kept.append({**example, "prediction": prediction})
     try:
@@ -149,7 +150,7 @@ def evaluate(
   if partial:
     partial.save(done, confusion, now=True)
 
-  confusion = over_processes(confusion)
+  confusion = sum_over_processes(confusion)
   seen, unseen = (sorted({int(scored_as[i]) for i in ids}) for ids in (data.seen, data.unseen))
   scores = metrics.scores(confusion, seen, unseen)
   scores["per_class"] = dict(zip(names, scores.pop("iou")))
@@ -157,22 +158,18 @@ def evaluate(
   return Evaluation(scores, names, untrained, confusion, kept)
 
 
-def segmented(
-  segmenter: SlidingWindow, examples: Iterable[dict]
+def with_predictions(
+  window: SlidingWindow, examples: Iterable[dict]
 ) -> Iterator[tuple[dict, np.ndarray]]:
-  """(example, prediction) of each, where the segmenter may take several at a time."""
-  examples, again = itertools.tee(examples)
-  return zip(examples, segmenter.stream((e["image"], e["label"].shape) for e in again))
+  """(example, predicted ids) of each example; windows of several examples share a call."""
+  examples, inputs = itertools.tee(examples)
+  return zip(examples, window.stream((e["image"], e["label"].shape) for e in inputs))
 
 
-def several() -> bool:
-  return jax.process_count() > 1
-
-
-def over_processes(confusion_CxC: np.ndarray) -> np.ndarray:
-  """The sum of all processes' matrices."""
-  if not several():
+def sum_over_processes(confusion_CxC: np.ndarray) -> np.ndarray:
+  """The sum of the matrices of all processes."""
+  if jax.process_count() == 1:
     return confusion_CxC
-  # As halves of 64-bit numbers: JAX would make int32 of them, and pixels are billions.
+  # As pairs of uint32: JAX would truncate int64 to int32, and there are billions of pixels.
   halves = multihost_utils.process_allgather(confusion_CxC.view(np.uint32))
   return np.ascontiguousarray(halves).view(np.int64).sum(0)

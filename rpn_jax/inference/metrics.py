@@ -1,6 +1,6 @@
 """Segmentation metrics from one summed confusion matrix.
 
-Everything is divided once, after the matrix of the whole evaluation is complete.
+Divisions happen once, after the confusion matrix of the whole evaluation is complete.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from numpy.typing import ArrayLike
 def confusion_matrix(
   label: ArrayLike, prediction: ArrayLike, classes: int, ignore_label: int = 255
 ) -> np.ndarray:
-  """Pixel counts (C, C) int64: rows truth, columns prediction; ignored pixels left out.
+  """Pixel counts (C, C) int64 without ignored pixels; rows are ground truth, columns prediction.
 
   Args:
     label: integers of any shape, 0..C-1 or `ignore_label`.
     prediction: integers of the same shape, 0..C-1.
     classes: C.
-    ignore_label: no class id, so 255 only up to 255 classes.
+    ignore_label: must not be a class id; 255 works for up to 255 classes.
 
   Raises:
-    ValueError: shapes that differ, or a value that is none of these.
+    ValueError: the shapes differ, or a value is out of range.
   """
   label = np.asarray(label).astype(np.int64)
   prediction = np.asarray(prediction).astype(np.int64)
@@ -42,16 +42,16 @@ def confusion_matrix(
 
 
 def scores(confusion_CxC: np.ndarray, seen: Sequence[int] = (), unseen: Sequence[int] = ()) -> dict:
-  """Metrics as fractions in [0, 1]; None where there is nothing to average.
+  """Metrics as fractions in [0, 1]; None if there is nothing to average.
 
   `miou_gt` averages over the classes present in the ground truth, `miou_union` over those present
-  in ground truth or prediction. Seen and unseen means are of the second kind, as in the release,
-  and `hiou` is their harmonic mean 2SU / (S + U).
+  in ground truth or prediction. The means over seen and unseen classes are of the second kind, as
+  in the official code, and `hiou` is their harmonic mean 2SU / (S + U).
 
   Args:
-    confusion_CxC: rows truth, columns prediction.
-    seen: class ids trained on.
-    unseen: class ids never trained on.
+    confusion_CxC: pixel counts; rows are ground truth, columns prediction.
+    seen: ids of the seen classes.
+    unseen: ids of the unseen classes.
 
   Returns:
     pAcc, miou_gt, miou_union, miou_seen, miou_unseen, hiou, and `iou`, a list of C values.

@@ -1,4 +1,4 @@
-"""A network ready for images: its weights, its text encoder, how images are prepared and cut."""
+"""A network ready for inference: weights, text encoder, image preparation, sliding window."""
 
 import dataclasses
 import functools
@@ -29,15 +29,15 @@ from rpn_jax.weights import arrays, clip_file, prompts_file
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """How images are prepared, cut into windows, and merged again.
+  """Inference protocol: how images are prepared, cut into windows and merged.
 
   Attributes:
-    short_side: images are resized to it, pixels.
+    short_side: short side that images are resized to, pixels.
     crop: side of the square windows, pixels.
-    stride: between windows, pixels.
-    mean, std: per channel, of values in [0, 1].
+    stride: step between windows, pixels.
+    mean, std: normalization per channel, for values in [0, 1].
     window_batch: windows per call of the network.
-    scales: sizes that scores are averaged over, as factors on `short_side`.
+    scales: image sizes that scores are averaged over, as factors of `short_side`.
     flip: also average over mirrored images.
     seen_penalty: subtracted from the scores of penalized classes.
   """
@@ -55,12 +55,12 @@ class Protocol:
 
 @functools.cache
 def forward(network: Network) -> Callable[[dict, Any, jax.Array], jax.Array]:
-  """The jitted network (variables, text, image) -> logits: equal networks share one program."""
+  """The jitted network (variables, text, image) -> logits; equal networks share a program."""
   return jax.jit(lambda variables, text, image: network.apply(variables, image, text))
 
 
-class _Blank(NamedTuple):
-  """A text encoder for shapes alone."""
+class _ShapeEncoder(NamedTuple):
+  """Stands in for a text encoder where only shapes matter."""
 
   embed_dim: int
 
@@ -72,18 +72,18 @@ class _Blank(NamedTuple):
 
 
 class Predictor:
-  """Segments images with a network and the weights around it.
+  """A network with its weights, text encoder and inference protocol.
 
   Attributes:
-    network: as it is trained.
-    params: the towers it uses, on the devices.
-    prompts: what was trained; {} for a network that trains nothing.
+    network: the network in the form it is trained in.
+    params: the CLIP towers it uses, on the devices.
+    prompts: the trained parameters; {} for a training-free network.
     clip: architecture of the towers.
-    encoder: class names to embeddings.
-    protocol: see Protocol.
+    encoder: class names -> embeddings.
+    protocol: the inference protocol.
 
   Raises:
-    InputError: windows that are no multiple of the patch size.
+    InputError: the window size is not a multiple of the patch size.
   """
 
   def __init__(
@@ -103,14 +103,14 @@ class Predictor:
   def from_config(
     cls, config: ml_collections.ConfigDict, weights: tuple | None = None
   ) -> "Predictor":
-    """The predictor of a run's config, without prompts yet; see `with_prompts` and `restore`.
+    """The predictor of a run's config, still without prompts; see `with_prompts`.
 
     Args:
-      config: of a segmentation run.
-      weights: what `load_clip` gives for config.clip, if that is known already.
+      config: config of a segmentation run.
+      weights: the result of `load_clip(config.clip)`, if already loaded.
 
     Raises:
-      InputError: a value that no run can have, or weights that cannot be read or do not fit.
+      InputError: an invalid config value, or weights that cannot be read or do not fit.
     """
     check(config)
     clip, params = weights or clip_file.load_clip(config.clip)
@@ -138,11 +138,11 @@ class Predictor:
     templates: str | Sequence[str] = "imagenet80",
     synonyms: str = "mean",
   ) -> "Predictor":
-    """CLIP as it is, read by a training-free method with the protocol that it was made for.
+    """CLIP weights with a training-free method and the inference protocol of that method.
 
     Args:
-      path: weights, or the name of shipped ones.
-      method: of `models.training_free.METHODS`.
+      path: file of CLIP weights, or the name of shipped ones.
+      method: one of `models.training_free.METHODS`.
       templates: see `text.templates`.
       synonyms: see `text.templates`.
     """
@@ -155,17 +155,17 @@ class Predictor:
     return cls(network, towers, {}, encoder, protocol)
 
   def with_prompts(self, prompts: dict) -> "Predictor":
-    """The same with what a step of training made."""
+    """The same predictor with other prompts."""
     return Predictor(self.network, self.params, prompts, self.encoder, self.protocol)
 
   def read_prompts(self, run: Run) -> dict[str, tuple[int, dict]]:
     """Step and prompts of a run's newest checkpoint, "last", and of the "best" one.
 
-    There is no "best" where it is the newest, nor in a file of prompts (config.prompts). A network
-    that trains nothing has step 0 and no prompts.
+    "best" is missing if it is the newest one, or with a file of prompts (config.prompts). A
+    training-free network has step 0 and no prompts.
 
     Raises:
-      InputError: there is none, or it is of another run.
+      InputError: there is no checkpoint, or it belongs to another run.
     """
     if not self.network.trainable:
       return {"last": (0, {})}
@@ -178,54 +178,54 @@ class Predictor:
 
   @property
   def frozen(self) -> dict:
-    """The part of the towers that training leaves as it is."""
+    """The part of the towers that is not trained."""
     return split(self.params, self.network.trained)[1]
 
   @property
   def clip_parameters(self) -> int:
-    """How many scalars the CLIP around the network has, in both branches."""
+    """Number of parameters of the whole CLIP, both towers."""
     return count(self.encoder.params)
 
   def init_prompts(self, text: Any, key: jax.Array, crop: int) -> dict:
-    """Initial values of what is trained; see `models.trained.init_prompts`."""
+    """Initial values of the trained parameters; see `models.trained.init_prompts`."""
     return init_prompts(self.network, self.params, text, key, crop)
 
   def prompt_shapes(self, crop: int) -> dict:
-    """Shapes and types of what is trained, for training crops of a side in pixels."""
-    # No shape depends on the number of classes, nor on what they are called.
-    text = self.network.text_input(_Blank(self.clip.embed_dim), ("",))
+    """Shapes and types of the trained parameters, for training crops of a side in pixels."""
+    # No shape depends on the classes.
+    text = self.network.text_input(_ShapeEncoder(self.clip.embed_dim), ("",))
     return jax.eval_shape(lambda text: self.init_prompts(text, jax.random.key(0), crop), text)
 
   def prepare(self, image_HxWx3: np.ndarray) -> np.ndarray:
-    """An RGB image (uint8) as the network takes it: resized and normalized, float32."""
+    """Resizes and normalizes an RGB image (uint8) for the network: float32."""
     p = self.protocol
     return pixels.to_network(image_HxWx3, p.short_side, p.mean, p.std)
 
   def for_data(self, data: Any) -> SlidingWindow:
-    """Sliding-window inference with the class names of a data set, for scores.
+    """Sliding-window inference with the class names of a data set, for its evaluation.
 
-    The scores of `data.penalized` are lowered, except with a network that trains nothing, to which
-    no class is seen.
+    The scores of `data.penalized` are lowered, except with a training-free network, for which no
+    class is seen.
     """
     text, class_of_row = self.text_rows(data.names)
     penalized = set(data.penalized) if self.network.trainable else set()
-    rows = [row for row, class_id in enumerate(class_of_row) if class_id in penalized]
-    return self.sliding_window(text, rows, class_of_row)
+    penalized_rows = [row for row, class_id in enumerate(class_of_row) if class_id in penalized]
+    return self.sliding_window(text, penalized_rows, class_of_row)
 
   def text_rows(
     self, names: Sequence[str], class_ids: Sequence[int] | None = None
   ) -> tuple[Any, np.ndarray]:
-    """What the network takes as text for class names, and the class id of each of its rows.
+    """The network's text input for class names, and the class id of each of its rows.
 
-    Where the encoder's synonyms are "max", a class has a row for every synonym.
+    If the encoder's synonyms are "max", a class has a row for every synonym.
 
     Args:
       names: C class names, synonyms joined by `words.SEPARATOR`.
-      class_ids: of the names; None counts from 0.
+      class_ids: ids of the names; None counts from 0.
     """
     ids = range(len(names)) if class_ids is None else class_ids
-    rows, class_of_row = expand(names, ids, self.encoder.synonyms)
-    return self.network.text_input(self.encoder, rows), np.array(class_of_row)
+    prompted, class_of_row = expand(names, ids, self.encoder.synonyms)
+    return self.network.text_input(self.encoder, prompted), np.array(class_of_row)
 
   def sliding_window(
     self,
@@ -238,16 +238,16 @@ class Predictor:
     Args:
       text: `network.text_input` of C names.
       penalized: rows of `text` whose scores are lowered.
-      class_of_row: class id of every row, where several stand for one class.
+      class_of_row: class id of every row, if several belong to one class.
     """
     mesh = data_mesh()
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     network, params, prompts = self.network.merged(self.params, self.prompts)
-    variables, text = jax.device_put((join(params, prompts), jnp.asarray(text)), whole)
+    variables, text = jax.device_put((join(params, prompts), jnp.asarray(text)), replicated)
     apply = forward(network)
 
     def logits(windows: np.ndarray) -> jax.Array:
-      # Merged on one device: that takes a small part of the network's time.
+      # Windows are merged on one device, which takes a fraction of the network's time.
       return jax.device_put(apply(variables, text, put_batch(windows, mesh)), mesh.devices[0])
 
     p = self.protocol
@@ -269,16 +269,16 @@ class Predictor:
 def open_run(
   config: ml_collections.ConfigDict, workdir: str | os.PathLike
 ) -> tuple[Predictor, Run]:
-  """The predictor of a config, without prompts yet, and the run in a workdir."""
+  """The predictor of a config, still without prompts, and the run in a workdir."""
   predictor = Predictor.from_config(config)
   return predictor, Run(config, workdir, predictor.encoder.fingerprint)
 
 
 def make_network(config: ml_collections.ConfigDict, clip: CLIPConfig) -> Network:
-  """The network of a config around a CLIP architecture, with the kernels of the local devices.
+  """The network of a config for a CLIP architecture, with the kernels of the local devices.
 
   Raises:
-    InputError: settings or weights that the network refuses.
+    InputError: settings or weights that the network does not support.
   """
   check_known("config.method=", config.method, NETWORKS)
   cls = NETWORKS[config.method]

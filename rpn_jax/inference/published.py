@@ -1,12 +1,12 @@
-"""Published scores to print beside one's own, in percent.
+"""Published scores to print next to one's own, in percent.
 
 Sources: RPN, Li et al., "Relationship Prompt Learning is Enough for Open-Vocabulary Semantic
 Segmentation", NeurIPS 2024 (zero-shot, transductive with the position of unseen pixels known,
 fully supervised, open vocabulary). CAT-Seg, Cho et al., CVPR 2024. MaskCLIP, Zhou et al., ECCV
-2022, and what later papers measured for it by their own protocol. SCLIP, Wang et al., 2023, as its
-repository lists it. ClearCLIP, Lan et al., ECCV 2024.
+2022, and reruns of it by later papers with their own protocols. SCLIP, Wang et al., 2023, as listed
+in its repository. ClearCLIP, Lan et al., ECCV 2024.
 
-Open-vocabulary and training-free papers give one "mIoU" and do not say over which classes.
+Open-vocabulary and training-free papers report one "mIoU" without saying over which classes.
 """
 
 from rpn_jax.config import BACKBONES
@@ -61,12 +61,12 @@ TUNERS = {
 
 
 def rows(setting: str, name: str, clip_config: CLIPConfig) -> dict[str, dict[str, float]]:
-  """Method -> metric -> percent, for a set in a setting with a backbone; {} where there is none.
+  """Method -> metric -> percent, for a data set, a setting and a backbone; {} if none is known.
 
   Args:
     setting: "zero_shot", "transductive", "supervised", "open_vocabulary" or "training_free".
-    name: of the data set.
-    clip_config: architecture of the tower.
+    name: name of the data set.
+    clip_config: architecture of CLIP.
   """
   backbone = TITLES.get((clip_config.vision_width, clip_config.patch_size), "")
   return {

@@ -1,4 +1,4 @@
-"""The result for one image: labels, scores, overlay, files."""
+"""The segmentation of one image: labels, scores, overlay, files."""
 
 import dataclasses
 import functools
@@ -17,11 +17,11 @@ from rpn_jax.drawing.palette import class_colors
 from rpn_jax.inference.sliding import WindowLogits
 from rpn_jax.models import Network
 
-# Added to the scores of rows that only fill a program's shape: no other score is as low.
+# Bias of rows that only pad a program's shape: lower than any score.
 FILLER_SCORE = -1e4
 
 
-@functools.cache  # one function object for equal networks: it is part of a program's key
+@functools.cache  # it is a static argument: equal networks share one function and one program
 def _best_row(probabilities: Callable) -> Callable:
   """Scores -> index of the best row and its probability."""
   return lambda scores: (scores.argmax(-1), probabilities(scores).max(-1))
@@ -29,14 +29,14 @@ def _best_row(probabilities: Callable) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class ClassScores:
-  """What the network computed for an image: every map of its classes can be merged from it.
+  """The network's output for an image, from which label and score maps are merged.
 
   Attributes:
-    network: gives the meaning of logits and scores.
-    logits: of the windows.
-    size: (height, width) that the network worked at, pixels.
+    network: defines the meaning of logits and scores.
+    logits: logits of the windows.
+    size: (height, width) of the network's input image, pixels.
     class_of_row: class id of every row of the logits, -1 for background words.
-    fillers: further rows that only fill the program's shape.
+    fillers: number of additional rows that only pad the program's shape.
   """
 
   network: Network
@@ -46,7 +46,7 @@ class ClassScores:
   fillers: int
 
   def best(self, size: tuple[int, int], bias: Mapping[int, float]) -> tuple:
-    """Class ids (height, width) and probabilities of the best rows; `bias`: see `rows`."""
+    """Class ids (height, width) of the best rows and their probabilities; `bias`: see `rows`."""
     row, probability = self.logits.merge(
       _best_row(self.network.probabilities), size, self._bias_of_rows(bias)
     )
@@ -56,7 +56,7 @@ class ClassScores:
     """Probabilities (height, width, rows) at the network's resolution.
 
     Args:
-      bias: class id -> emphasis, -1 to 1, that raises or lowers its scores.
+      bias: class id -> emphasis, -1 to 1, which raises or lowers its scores.
     """
     merged = self.logits.merge(self.network.probabilities, self.size, self._bias_of_rows(bias))
     return np.clip(merged, 0, 1)
@@ -70,16 +70,16 @@ class ClassScores:
 
 
 class Segmentation:
-  """One segmented image. Maps are computed when they are first asked for.
+  """The segmentation of one image. Maps are computed when first accessed.
 
   Attributes:
     image: (H, W, 3) uint8.
     names: C class names.
-    method: what segmented it, in words.
-    class_scores: what the network computed.
+    method: description of the model.
+    class_scores: the network's output.
     file: path of the image, or "".
-    other: pixels whose best score is lower belong to no class.
-    emphasis: {name: -1 … 1}, what was added to scores.
+    other: threshold; pixels whose best score is lower belong to no class.
+    emphasis: {name: -1 … 1}, raises or lowers the scores of a class.
   """
 
   def __init__(
@@ -133,37 +133,37 @@ class Segmentation:
 
   @functools.cached_property
   def scores(self) -> np.ndarray:
-    """Scores (h, w, C) float32 in [0, 1] at the resolution that the network worked at.
+    """Scores (h, w, C) float32 in [0, 1] at the resolution of the network's input.
 
-    With RPN independent sigmoids, with training-free methods a softmax over all words.
+    Independent sigmoids for RPN, a softmax over all words for training-free methods.
     """
-    rows = self.class_scores.rows(self._bias)
-    own = [np.flatnonzero(self.class_scores.class_of_row == i) for i in range(len(self.names))]
-    return np.stack([rows[..., i].max(-1) for i in own], -1)
+    scores = self.class_scores.rows(self._bias)
+    rows = [np.flatnonzero(self.class_scores.class_of_row == i) for i in range(len(self.names))]
+    return np.stack([scores[..., i].max(-1) for i in rows], -1)
 
   def shares(self) -> dict[str, float]:
-    """Name -> share of the pixels, the largest first; classes without pixels are left out."""
+    """Name -> fraction of pixels, largest first; classes without pixels are left out."""
     counts = np.bincount(self.labels[self.labels >= 0], minlength=len(self.names))
     order = np.argsort(-counts, kind="stable").tolist()
     return {self.names[i]: float(counts[i] / self.labels.size) for i in order if counts[i]}
 
   @functools.cached_property
   def _mean_scores(self) -> dict[int, float]:
-    """Id -> best score, the mean over the class's pixels: one pass over the image each."""
+    """Class id -> mean confidence over its pixels."""
     ids = np.unique(self.labels[self.labels >= 0]).tolist()
     return {i: float(self.confidence[self.labels == i].mean()) for i in ids}
 
   def overlay(self, alpha: float = 0.55, palette: str = "default") -> Image.Image:
-    """A PIL image under the colors of its classes, with a legend by area.
+    """The image with its classes in color and a legend by area, as a PIL image.
 
     Args:
-      alpha: weight of the colors, 0 to 1.
+      alpha: opacity of the colors, 0 to 1.
       palette: "default" or "colorblind".
     """
     return overlay_with_legend(self.image, self.labels, self.names, alpha=alpha, palette=palette)
 
   def summary(self) -> dict:
-    """What `save` writes as JSON."""
+    """The content of the JSON file that `save` writes."""
     colors = class_colors(self.names).tolist()
     rows = []
     for name, share in self.shares().items():
@@ -190,11 +190,11 @@ class Segmentation:
 
   @property
   def _index(self) -> np.ndarray:
-    """The labels as files have them: `no_class_id` where there is none."""
+    """The labels as stored in files: `no_class_id` for pixels without a class."""
     return np.where(self.labels < 0, no_class_id(len(self.names)), self.labels)
 
   def mask(self, palette: str = "default") -> Image.Image:
-    """A PIL image of the class ids; `no_class_id` where there is none."""
+    """A PIL image of the class ids; `no_class_id` for pixels without a class."""
     return index_image(self._index, self.names, palette)
 
   def save(
@@ -203,9 +203,9 @@ class Segmentation:
     """Writes `<stem>_overlay.png`, `<stem>_labels.png` and `<stem>.json`.
 
     Args:
-      directory: made if it is missing.
-      stem: beginning of the file names; None takes that of the image's file.
-      **options: of `overlay`.
+      directory: created if missing.
+      stem: start of the file names; None uses that of the image's file.
+      **options: arguments of `overlay`.
 
     Returns:
       The paths, in this order.

@@ -1,7 +1,7 @@
 """Your image, your words: `Segmenter.load(model)("photo.jpg", ["a cat", "grass"])`.
 
-A model is the workdir of a training run, whose network has the run's prompts, or a file of CLIP
-weights or the name of shipped ones, which a training-free method reads.
+A model is the workdir of a training run, whose prompts are used, or a file of CLIP weights or the
+name of shipped ones, which are used by a training-free method.
 """
 
 import functools
@@ -25,23 +25,23 @@ from rpn_jax.inference.sliding import SlidingWindow, round_up
 from rpn_jax.models import training_free
 from rpn_jax.training.run import Run, read_config
 
-# What a CLIP as it is can be read by.
+# Training-free methods.
 METHODS = training_free.METHODS
-# Weights in rpn_jax/assets, with the templates that they were trained on.
+# Weights in rpn_jax/assets: name -> (file, templates they were trained with).
 SHIPPED = {"shapes_clip": ("shapes_clip.safetensors", "single")}
 NOTE = {"shapes_clip": "it was trained on the shapes data set, not on photographs"}
 
 
 class Segmenter:
-  """Segments images into named classes; make one with `Segmenter.load`.
+  """Segments images into named classes; create one with `Segmenter.load`.
 
-  Programs are compiled for rounded sizes, not for each image and list of words: images of similar
-  sizes share them, and so do lists of as many words.
+  Programs are compiled for rounded sizes, so that images of similar sizes and lists of about as
+  many words share them.
 
   Attributes:
-    predictor: the network and all that an image needs.
-    method: what it is, in words.
-    step: of the checkpoint, 0 of a training-free method.
+    predictor: the network and its inference protocol.
+    method: description of the model.
+    step: step of the checkpoint; 0 for training-free methods.
   """
 
   def __init__(self, predictor: Predictor, method: str, step: int = 0):
@@ -59,18 +59,18 @@ class Segmenter:
     synonyms: str | None = None,
     clip: str | None = None,
   ) -> "Segmenter":
-    """A segmenter from the workdir of a run, a file of CLIP weights, or a shipped name.
+    """Loads a segmenter from the workdir of a run, a file of CLIP weights, or a shipped name.
 
     Args:
       model: a folder, a file, or one of SHIPPED.
-      method: None takes a run's trained network, and "sclip" where there are weights only; one of
-        METHODS reads a CLIP as it is, that of a run too.
-      checkpoint: of a run: "last", or "best", the one with the highest score in its evaluations.
-      templates: sentences around a name, see `text.templates.template_sentences`; None takes the
-        run's, or the 80 of ImageNet for weights.
-      synonyms: how several words for a class are joined, see `text.templates`; None takes the
-        run's.
-      clip: where the CLIP weights of a run are now, if they have moved.
+      method: None uses the trained network of a run, and "sclip" for weights; one of METHODS uses
+        CLIP without training, also that of a run.
+      checkpoint: for runs: "last", or "best", the one with the highest evaluation score.
+      templates: sentences around a name, see `text.templates.template_sentences`; None uses those
+        of the run, and ImageNet's 80 for weights.
+      synonyms: how several words for a class are joined, see `text.templates`; None uses the run's
+        setting, and "mean" for weights.
+      clip: new location of the CLIP weights of a run, if they have been moved.
 
     Raises:
       InputError: no such model, or a damaged one.
@@ -82,7 +82,7 @@ class Segmenter:
     path = expand(model)
     if path.is_dir():
       choices = {"templates": templates, "synonyms": synonyms, "clip": clip}
-      return cls._of_run(path, method, checkpoint, choices)
+      return cls._from_workdir(path, method, checkpoint, choices)
     name = str(model)
     file: str | pathlib.Path
     if name in SHIPPED and not path.exists():
@@ -105,7 +105,7 @@ class Segmenter:
     return cls(predictor, _training_free(predictor, name))
 
   @classmethod
-  def _of_run(
+  def _from_workdir(
     cls, workdir: pathlib.Path, method: str | None, checkpoint: str, choices: dict
   ) -> "Segmenter":
     config = read_config(workdir)
@@ -114,15 +114,15 @@ class Segmenter:
     for field, value in choices.items():
       if value is not None:
         config[field] = value
-    return cls.of_run(*open_run(config.lock(), workdir), checkpoint)
+    return cls.from_run(*open_run(config.lock(), workdir), checkpoint)
 
   @classmethod
-  def of_run(cls, predictor: Predictor, run: Run, checkpoint: str = "last") -> "Segmenter":
-    """A segmenter with the prompts that a run has trained.
+  def from_run(cls, predictor: Predictor, run: Run, checkpoint: str = "last") -> "Segmenter":
+    """A segmenter with the trained prompts of a run.
 
     Args:
-      predictor: of the run's config.
-      run: whose checkpoints are read.
+      predictor: predictor of the run's config.
+      run: the run whose checkpoints are read.
       checkpoint: "last" or "best".
     """
     restored = predictor.read_prompts(run)
@@ -153,16 +153,16 @@ class Segmenter:
 
     Args:
       images: a path, a PIL image or an array (H, W, 3) uint8; or a list of these.
-      names: see `words.parse_names`; any words, trained on or not.
-      other: pixels whose best score (0 to 1) is lower belong to no class.
-      background: words that compete with the names, and whose pixels belong to no class.
-      emphasis: {name: -1 … 1}: raises or lowers the scores of single names.
+      names: any words, trained on or not; see `words.parse_names`.
+      other: threshold (0 to 1); pixels whose best score is lower belong to no class.
+      background: words that compete with the names; their pixels belong to no class.
+      emphasis: {name: -1 … 1}, raises or lowers the scores of a class.
 
     Returns:
       A Segmentation, or a list of them.
 
     Raises:
-      InputError: not an image, or not a name.
+      InputError: an invalid image or name.
     """
     options: dict[str, Any] = {"other": other, "background": background, "emphasis": emphasis}
     if isinstance(images, (list, tuple)):
@@ -173,14 +173,14 @@ class Segmenter:
     self, images: Iterable[ImageSource], names: Names, *, other: float = 0.0,
     background: Names = (), emphasis: Mapping[str, float] | None = None,
   ) -> Iterator[Segmentation]:  # fmt: skip
-    """Like a call with many images, one after another; windows of several share a pass."""
+    """Like a call with many images, but lazily; windows of several images share a batch."""
     names = parse_names(names)
     words = parse_names(background) if background else ()
-    check_adjustment(names, other, emphasis or {})  # before the network has run
+    check_adjustment(names, other, emphasis or {})  # before the network runs
     window, class_of_row, fillers = self._window(names, words)
     pending: deque[tuple[np.ndarray, str | pathlib.Path, tuple[int, int]]] = deque()
 
-    def read() -> Iterator[np.ndarray]:
+    def inputs_of_images() -> Iterator[np.ndarray]:
       for source in images:
         image = pixels.read(source)
         inputs = self.predictor.prepare(image)
@@ -188,7 +188,7 @@ class Segmenter:
         pending.append((image, file, inputs.shape[:2]))
         yield inputs
 
-    for logits in window.read(read()):
+    for logits in window.window_logits(inputs_of_images()):
       image, file, size = pending.popleft()
       scores = ClassScores(self.predictor.network, logits, size, class_of_row, fillers)
       yield Segmentation(
@@ -198,11 +198,11 @@ class Segmenter:
   def _window(
     self, names: tuple[str, ...], background: tuple[str, ...]
   ) -> tuple[SlidingWindow, np.ndarray, int]:
-    """Sliding-window inference, the class of each of its rows, and how many rows are fillers."""
+    """Sliding-window inference, the class id of each row, and the number of filler rows."""
     check_names([*names, *background])
-    prompts = [without_articles(name) for name in (*names, *background)]
+    words = [without_articles(name) for name in (*names, *background)]
     ids = [*range(len(names)), *[-1] * len(background)]
-    text, class_of_row = self._text_rows(tuple(prompts), tuple(ids))
+    text, class_of_row = self._text_rows(tuple(words), tuple(ids))
     count = len(class_of_row)
     fillers = round_up(count) - count if self.predictor.network.independent else 0
     text = jnp.concatenate([jnp.asarray(text), *[text[:1]] * fillers])

@@ -1,13 +1,13 @@
-"""Sliding-window inference (mmsegmentation's slide mode, as RPN's release evaluates).
+"""Sliding-window inference (mmsegmentation's slide mode, by which the official RPN code evaluates).
 
-The network runs on a fixed number of windows at a time, taken from as many images as it needs, so
-it is compiled once. The scores of an image, (height, width, C), would be gigabytes with 847
-classes: they exist for a few rows at a time only, from the windows' logits on the patch grid to the
-arg-max. That program takes its sizes rounded up (`round_up`) and everything else as data, so images
-of many sizes share it.
+The network is compiled once, for a fixed number of windows, which may come from several images. The
+scores of an image, (height, width, C), would take gigabytes with 847 classes, so they are computed
+for a strip of a few rows at a time, from the windows' logits on the patch grid to the argmax. The
+shapes in that program are rounded up (`round_up`) and everything else is data, so that images of
+many sizes share it.
 
-Shape letters: N windows, h/w patch grid, C rows of logits; M rows and S columns of the merged
-scores at the network's resolution, R rows and W columns of the result.
+Shape letters: N windows, h/w patch grid, C rows of logits (classes or synonyms); M rows and S
+columns of the merged scores at the network's resolution, R rows and W columns of the result.
 """
 
 import collections
@@ -20,15 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Numbers of one strip of scores: 128 MB in float32.
+# Scalars in one strip of scores: 128 MB in float32.
 STRIP_ELEMENTS = 2**25
 
 
 def window_corners(height: int, width: int, crop: int, stride: int) -> list[tuple[int, int]]:
-  """Top left corners (y, x) of the windows, in row order.
+  """Top left corners (y, x) of the windows, in row-major order.
 
-  The last window of a row or column is shifted back inside the image. Where the image is smaller
-  than the crop there is one window, which reaches beyond it.
+  The last window of a row or column is shifted back into the image. If the image is smaller than
+  the crop there is one window, which extends beyond it.
   """
 
   def starts(size: int) -> list[int]:
@@ -39,16 +39,17 @@ def window_corners(height: int, width: int, crop: int, stride: int) -> list[tupl
 
 
 def round_up(size: int) -> int:
-  """The smallest of 1, 2, 3, 4, 6, 8, 12, … that is not below `size`."""
+  """The smallest number of 1, 2, 3, 4, 6, 8, 12, … that is at least `size`."""
   power = 1 << (size - 1).bit_length()
   return 3 * power // 4 if power >= 4 and size <= 3 * power // 4 else power
 
 
-def neighbours(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
-  """A bilinear resize (align_corners=False, no antialias) of one axis as data.
+def interpolation_weights(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+  """Indices and weights of a bilinear resize of one axis (align_corners=False, no antialias).
 
   Returns:
-    Per output the left one of its two inputs, int32, and the weight of the right one, float32.
+    For each output, the index of the left one of its two inputs, int32, and the weight of the
+    right one, float32.
   """
   at = np.clip((np.arange(outputs) + 0.5) * inputs / outputs - 0.5, 0, inputs - 1)
   left = np.minimum(at.astype(np.int32), max(inputs - 2, 0))
@@ -56,15 +57,15 @@ def neighbours(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interpolate(x: jax.Array, left: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
-  """`x` with one axis resized as `neighbours` says."""
+  """Resizes one axis of `x` with `interpolation_weights`."""
   take = functools.partial(jnp.take, x, axis=axis, mode="clip")
   return take(left) + (take(left + 1) - take(left)) * weight.reshape(-1, *[1] * (x.ndim - axis - 1))
 
 
 def resize_image(image_hxwx3: np.ndarray, height: int, width: int) -> np.ndarray:
-  """Bilinear, without antialias, on the host: no program for every size."""
+  """Bilinear resize without antialias, on the host to avoid compiling a program per size."""
   for axis, size in enumerate((height, width)):
-    left, weight = neighbours(image_hxwx3.shape[axis], size)
+    left, weight = interpolation_weights(image_hxwx3.shape[axis], size)
     right = np.minimum(left + 1, image_hxwx3.shape[axis] - 1)
     weight = weight.reshape(-1, *[1] * (2 - axis))
     a, b = np.take(image_hxwx3, left, axis), np.take(image_hxwx3, right, axis)
@@ -74,11 +75,11 @@ def resize_image(image_hxwx3: np.ndarray, height: int, width: int) -> np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """One of the images that scores are averaged over: the given one, resized or mirrored.
+  """A resized or mirrored version of an image; scores are averaged over its views.
 
   Attributes:
-    height, width: pixels.
-    corners: of its windows.
+    height, width: size in pixels.
+    corners: top left corners of its windows.
     mirrored: left and right are swapped.
   """
 
@@ -90,37 +91,39 @@ class View:
   def strip(
     self, logits_NxhxwxC: jax.Array, top: int, rows: int, size: tuple[int, int], crop: int
   ) -> tuple:
-    """What `strip_scores` needs for `rows` rows of a result of `size`, from row `top` on."""
+    """The `part` of `strip_scores` for rows `top` to `top + rows` of a result of `size`."""
     height, width = size
-    left, weight = (x[top : top + rows] for x in neighbours(self.height, height))
+    left, weight = (x[top : top + rows] for x in interpolation_weights(self.height, height))
     first, last = int(left[0]), int(left[-1]) + 1
-    # The windows are in row order: those that reach into a range of rows follow one another.
-    reach = [i for i, (y, _) in enumerate(self.corners) if y <= last and y + crop > first]
+    # Windows are in row-major order: those that overlap with a range of rows are consecutive.
+    overlapping = [i for i, (y, _) in enumerate(self.corners) if y <= last and y + crop > first]
     pad = ((0, rows - len(left)),)
     row_pair = np.pad(left - first, pad, "edge"), np.pad(weight, pad, "edge")
-    turn = -1 if self.mirrored else 1
-    pair = (x[::turn] for x in neighbours(self.width, width))
+    step = -1 if self.mirrored else 1
+    pair = (x[::step] for x in interpolation_weights(self.width, width))
     column_pair = tuple(np.pad(x, ((0, round_up(width) - width),), "edge") for x in pair)
     corners_Nx2 = np.zeros((len(logits_NxhxwxC), 2), np.int32)
     corners_Nx2[: len(self.corners)] = self.corners
-    position = np.array([first, reach[0], reach[-1] + 1], np.int32)
+    position = np.array([first, overlapping[0], overlapping[-1] + 1], np.int32)
     return logits_NxhxwxC, corners_Nx2, position, row_pair, column_pair
 
 
 def strip_scores(
   part: tuple, *, merged: tuple[int, int], crop: int, activation: Callable
 ) -> jax.Array:
-  """Mean over windows of the upsampled scores, resized to a strip of the result: (R, W, C).
+  """Upsampled scores averaged over windows and resized to a strip of the result: (R, W, C).
 
   Args:
-    part: of `View.strip`.
-    merged: (M, S), rows and columns of the merged scores that the strip is made from.
+    part: result of `View.strip`.
+    merged: (M, S), rows and columns of the merged scores.
     crop: window side, pixels.
     activation: logits -> scores.
   """
   logits_NxhxwxC, corners_Nx2, (first, begin, end), row_pair, column_pair = part
   _, h, w, classes = logits_NxhxwxC.shape
-  (left_h, weight_h), (left_w, weight_w) = (map(jnp.asarray, neighbours(n, crop)) for n in (h, w))
+  (left_h, weight_h), (left_w, weight_w) = (
+    map(jnp.asarray, interpolation_weights(n, crop)) for n in (h, w)
+  )
   rows = first + jnp.arange(merged[0])
 
   def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -137,7 +140,7 @@ def strip_scores(
 
   zeros = jnp.zeros((*merged, classes)), jnp.zeros((*merged, 1))
   total, count = jax.lax.fori_loop(begin, end, add, zeros)
-  scores = total / jnp.maximum(count, 1)  # rows and columns beyond the image are in no window
+  scores = total / jnp.maximum(count, 1)  # 0 for padding beyond the image
   (left_W, weight_W), (left_R, weight_R) = column_pair, row_pair
   return interpolate(interpolate(scores, left_W, weight_W, 1), left_R, weight_R, 0)
 
@@ -160,7 +163,7 @@ def strip(
   activation: Callable,
   output: Callable,
 ) -> Any:
-  """`output` of the mean over views of `strip_scores` less a per-class penalty."""
+  """`output` of the strip scores, averaged over views and minus a penalty per class."""
   scores = [
     strip_scores(part, merged=m, crop=crop, activation=activation) for part, m in zip(parts, merged)
   ]
@@ -177,22 +180,23 @@ def merge_views(
   activation: Callable,
   output: Callable,
 ) -> Any:
-  """`output` of the scores (height, width, C) of the averaged views, as numpy.
+  """`output` of the scores (height, width, C) averaged over views, as numpy.
 
   Args:
-    views: V of them.
-    logits: of the windows of each view, V arrays (N or more, h, w, C).
+    views: V views of an image.
+    logits: for each view, the logits of its windows (N or more, h, w, C).
     penalty_C: subtracted from the scores.
     size: (height, width) of the result.
     crop: window side, pixels.
     activation: logits -> scores.
-    output: scores of a strip -> arrays (rows, columns, …); one function object for the same ones.
+    output: scores of a strip -> arrays (rows, columns, …). Pass the same function object each
+      time: another one means another program.
   """
   height, width = size
   columns = [round_up(max(view.width, crop)) for view in views]
-  # Numbers that a row of the result stands for, in the largest of the arrays on the way.
-  cost = max(round_up(width), *(s * v.height // height for v, s in zip(views, columns)))
-  rows = max(1, STRIP_ELEMENTS // (cost * len(penalty_C)))
+  # Pixels per row of the result, in the largest of the intermediate arrays.
+  row_pixels = max(round_up(width), *(s * v.height // height for v, s in zip(views, columns)))
+  rows = max(1, STRIP_ELEMENTS // (row_pixels * len(penalty_C)))
   rows = min(1 << (rows.bit_length() - 1), round_up(height))
   merged = tuple(
     (round_up(min((rows - 1) * v.height // height + 3, max(v.height, 2))), s)
@@ -216,12 +220,12 @@ def merge_views(
 
 @dataclasses.dataclass(frozen=True)
 class WindowLogits:
-  """What the network said of one image: all that any map of it is merged from, and small.
+  """The logits of an image's windows: small, and sufficient to merge any map of the image.
 
   Attributes:
-    window: the SlidingWindow that made it.
-    views: of the image.
-    logits: of the windows of each view.
+    window: the SlidingWindow that computed them.
+    views: views of the image.
+    logits: for each view, the logits of its windows.
   """
 
   window: "SlidingWindow"
@@ -249,12 +253,12 @@ class SlidingWindow:
     window_batch: windows per call of the network.
     penalty: subtracted from the scores of the rows in `penalized` (0.1 from seen classes in
       zero-shot evaluation).
-    penalized: those rows of the logits.
-    activation: logits -> scores, over the class axis. One function object for the same scores:
-      another means another program.
-    scales: sizes of the image that scores are averaged over, as factors on the image given.
-    flip: also average over the mirrored images.
-    class_of_row: class id of every row of the logits, where several rows stand for one class.
+    penalized: rows of the logits.
+    activation: logits -> scores, over the class axis. Pass the same function object each time:
+      another one means another program.
+    scales: image sizes that scores are averaged over, as factors of the given size.
+    flip: also average over mirrored images.
+    class_of_row: class id of every row of the logits, if several rows belong to one class.
 
   Raises:
     ValueError: no scale, or one that is not above 0.
@@ -286,9 +290,9 @@ class SlidingWindow:
     self.class_of_row = np.arange(classes) if class_of_row is None else np.asarray(class_of_row)
 
   def scores(self, image_hxwx3: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Mean scores (height, width, C) of one normalised image: gigabytes if all three are large."""
+    """Mean scores (height, width, C) of a normalized image; may take gigabytes."""
     size = size or image_hxwx3.shape[:2]
-    return next(self.read([image_hxwx3])).merge(all_scores, size)
+    return next(self.window_logits([image_hxwx3])).merge(all_scores, size)
 
   def __call__(self, image_hxwx3: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
     """Class ids at (height, width) `size`, by default the image's own: int32."""
@@ -303,48 +307,48 @@ class SlidingWindow:
         sizes.append(size)
         yield image
 
-    for reading in self.read(images()):
-      row = reading.merge(class_ids, sizes.popleft())
+    for logits in self.window_logits(images()):
+      row = logits.merge(class_ids, sizes.popleft())
       yield self.class_of_row[row].astype(np.int32)
 
-  def read(self, images_hxwx3: Iterable[np.ndarray]) -> Iterator[WindowLogits]:
-    """What the network says of each image, in order; windows of several images share a call."""
-    # Views of images not all of whose windows were read.
-    waiting: collections.deque[list[View]] = collections.deque()
+  def window_logits(self, images_hxwx3: Iterable[np.ndarray]) -> Iterator[WindowLogits]:
+    """The logits of each image, in order; windows of several images share a call."""
+    # Views of images that still miss the logits of some windows.
+    pending: collections.deque[list[View]] = collections.deque()
     windows, logits = [], []
     for image in images_hxwx3:
       views, new = self._views(np.asarray(image))
-      waiting.append(views)
+      pending.append(views)
       windows += new
       while len(windows) >= self.window_batch:
         logits += self._run(windows[: self.window_batch])
         windows = windows[self.window_batch :]
-      while waiting and sum(len(v.corners) for v in waiting[0]) <= len(logits):
-        views = waiting.popleft()
+      while pending and sum(len(v.corners) for v in pending[0]) <= len(logits):
+        views = pending.popleft()
         parts, logits = _split(logits, views)
         yield WindowLogits(self, views, parts)
     if windows:
       logits += self._run(windows)
-    for views in waiting:
+    for views in pending:
       parts, logits = _split(logits, views)
       yield WindowLogits(self, views, parts)
 
   def _views(self, image: np.ndarray) -> tuple[list[View], list[np.ndarray]]:
-    """The views of an image, and the windows of all of them one after another."""
+    """The views of an image, and the windows of all of them."""
     views, windows = [], []
     for scale in self.scales:
       height, width = (max(1, int(side * scale + 0.5)) for side in image.shape[:2])
       resized = resize_image(image, height, width) if scale != 1 else image
       corners = window_corners(height, width, self.crop, self.stride)
-      missing = [(0, max(self.crop - side, 0)) for side in (height, width)]
+      padding = [(0, max(self.crop - side, 0)) for side in (height, width)]
       for mirrored in (False, True) if self.flip else (False,):
-        view = np.pad(resized[:, ::-1] if mirrored else resized, (*missing, (0, 0)))
+        view = np.pad(resized[:, ::-1] if mirrored else resized, (*padding, (0, 0)))
         views.append(View(height, width, tuple(corners), mirrored))
         windows += [view[y : y + self.crop, x : x + self.crop] for y, x in corners]
     return views, windows
 
   def _run(self, windows: list[np.ndarray]) -> list[jax.Array]:
-    """Logits (h, w, C) of up to `window_batch` windows, padded to as many."""
+    """Logits (h, w, C) of up to `window_batch` windows, which are padded to that number."""
     padding = [windows[0]] * (self.window_batch - len(windows))
     out = self.logits_fn(np.stack([*windows, *padding]))
     return [out[i] for i in range(len(windows))]
@@ -353,10 +357,10 @@ class SlidingWindow:
 def _split(
   logits: list[jax.Array], views: Sequence[View]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-  """The first logits stacked for each view, to a number that few images differ in; the rest."""
+  """The first logits stacked for each view, padded to a rounded-up number, and the rest."""
   parts = []
   for view in views:
     count = len(view.corners)
-    own, logits = logits[:count], logits[count:]
-    parts.append(jnp.stack([*own, *own[:1] * (round_up(count) - count)]))
+    part, logits = logits[:count], logits[count:]
+    parts.append(jnp.stack([*part, *part[:1] * (round_up(count) - count)]))
   return parts, logits

@@ -14,7 +14,7 @@ from rpn_jax.base.paths import write_json
 from rpn_jax.drawing.images import prediction_grid
 from rpn_jax.drawing.plots import plot_confusion
 from rpn_jax.inference import published
-from rpn_jax.inference.evaluation import Evaluation, Partial, evaluate, several
+from rpn_jax.inference.evaluation import Evaluation, PartialEvaluation, evaluate
 from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.training.run import Run
 
@@ -130,8 +130,8 @@ def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, 
   return results
 
 
-def make_partial(run: Run, data, which: str, step: int, count: int) -> Partial:
-  """The file for one set and checkpoint, valid for this config and these processes only."""
+def make_partial(run: Run, data, which: str, step: int, count: int) -> PartialEvaluation:
+  """The file to resume an evaluation from, valid for this config and these processes only."""
   process = [jax.process_index(), jax.process_count()]
   fields = ("crop", "stride", "seen_penalty", "scales", "flip")
   identity = {
@@ -144,8 +144,8 @@ def make_partial(run: Run, data, which: str, step: int, count: int) -> Partial:
     "count": count,
     "process": process,
   }
-  rank = f".{process[0]}" if several() else ""
-  return Partial(run.workdir / f"eval_{data.name}_{which}{rank}.partial.npz", identity)
+  rank = f".{process[0]}" if process[1] > 1 else ""
+  return PartialEvaluation(run.workdir / f"eval_{data.name}_{which}{rank}.partial.npz", identity)
 
 
 def report(predictor: Predictor, run: Run, evaluations, results: dict) -> None:

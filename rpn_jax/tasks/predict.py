@@ -29,7 +29,7 @@ def predict(config, workdir, image: str | None, classes: str | None) -> list[pat
     raise InputError('--mode=predict needs --image=FILE_OR_FOLDER and --classes="a, b"')
   names, files = parse_names(classes), pixels.find(image)
   predictor, run = open_run(config, workdir)
-  return save_all(Segmenter.of_run(predictor, run), files, names, run.workdir / "predictions")
+  return save_all(Segmenter.from_run(predictor, run), files, names, run.workdir / "predictions")
 
 
 def save_all(

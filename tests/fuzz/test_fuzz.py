@@ -509,7 +509,7 @@ def test_metrics(metrics, lines):
 
 def caches() -> list[bytes]:
   with tempfile.TemporaryDirectory() as place:
-    partial = evaluation.Partial(pathlib.Path(place) / "x.npz", {"step": 8})
+    partial = evaluation.PartialEvaluation(pathlib.Path(place) / "x.npz", {"step": 8})
     partial.save(3, np.eye(4, dtype=np.int64), now=True)
     embeddings._write(pathlib.Path(place) / "x.npy", np.eye(4, dtype=np.float32))
     return [(pathlib.Path(place) / name).read_bytes() for name in ("x.npz", "x.npy")]
@@ -529,7 +529,7 @@ def npz_bomb() -> bytes:
 def test_caches(content):
   """A cache that is damaged is made anew: nothing is said, nothing wrong is taken."""
   with file_of(content, "x.npz") as path:
-    loaded = evaluation.Partial(path, {"step": 8}).load(4, 10)
+    loaded = evaluation.PartialEvaluation(path, {"step": 8}).load(4, 10)
     assert loaded is None or (loaded[1].shape == (4, 4) and 0 <= loaded[0] <= 10)
     kept = embeddings._read(path, (4, 4))
     assert kept is None or kept.shape == (4, 4)

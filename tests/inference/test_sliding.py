@@ -33,10 +33,10 @@ def test_bucket():
 
 
 @pytest.mark.parametrize("sizes", [(5, 13), (13, 5), (1, 4), (4, 1), (7, 7), (512, 375)])
-def test_neighbours_are_jax_s_bilinear_resize(sizes):
+def test_interpolation_is_jax_s_bilinear_resize(sizes):
   x = np.random.default_rng(0).random((sizes[0], 1), np.float32)
   want = resize_grid(x, sizes[1], 1)
-  got = sliding.interpolate(x, *sliding.neighbours(*sizes), 0)
+  got = sliding.interpolate(x, *sliding.interpolation_weights(*sizes), 0)
   np.testing.assert_allclose(got, want, atol=1e-4)
   image = np.broadcast_to(x[:, :, None], (sizes[0], 3, 3))
   want = resize_grid(image, sizes[1], 8)

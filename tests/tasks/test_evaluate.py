@@ -263,12 +263,16 @@ def test_an_interrupted_evaluation_continues(tmp_path, monkeypatch, capsys):
 
   path = tmp_path / "x.npz"
   start = lambda stop, step=8: evaluation.evaluate(
-    Painted(stop), examples, data, keep=2, partial=evaluation.Partial(path, {"step": step})
+    Painted(stop),
+    examples,
+    data,
+    keep=2,
+    partial=evaluation.PartialEvaluation(path, {"step": step}),
   )
   with pytest.raises(KeyboardInterrupt):
     start(stop=5)
   assert not list(tmp_path.glob("*.tmp"))
-  done, confusion = evaluation.Partial(path, {"step": 8}).load(3, 8)
+  done, confusion = evaluation.PartialEvaluation(path, {"step": 8}).load(3, 8)
   assert done == 5
   np.testing.assert_array_equal(
     confusion,
@@ -279,12 +283,12 @@ def test_an_interrupted_evaluation_continues(tmp_path, monkeypatch, capsys):
   assert again.scores == whole.scores
   np.testing.assert_array_equal(again.confusion_CxC, whole.confusion_CxC)
   assert [e["id"] for e in again.kept] == [e["id"] for e in whole.kept] == ["0", "1"]
-  assert "set: continuing at image 5 of 8" in capsys.readouterr().out
+  assert "set: resuming at image 5 of 8" in capsys.readouterr().out
   # Of another checkpoint nothing is taken, nor from half a file.
   with pytest.raises(KeyboardInterrupt):
     start(stop=5, step=9)
   path.write_bytes(path.read_bytes()[:100])
-  assert evaluation.Partial(path, {"step": 9}).load(3, 8) is None
+  assert evaluation.PartialEvaluation(path, {"step": 9}).load(3, 8) is None
 
 
 def test_the_sets_before_an_interruption_are_not_repeated(trained, monkeypatch, capsys):
@@ -306,7 +310,7 @@ def test_the_sets_before_an_interruption_are_not_repeated(trained, monkeypatch, 
   }  # fmt: skip
   capsys.readouterr()
   assert evaluate.evaluate_run(config, workdir, sets) == want
-  assert capsys.readouterr().out.count("continuing at image 5 of 5") == 2
+  assert capsys.readouterr().out.count("resuming at image 5 of 5") == 2
   assert not list(workdir.glob("*.partial*"))
 
 
@@ -378,7 +382,7 @@ def test_billions_of_pixels_keep_their_digits(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   gathered = lambda x: np.asarray(jnp.stack([x, x]))  # JAX arrays, as the real one makes
   monkeypatch.setattr(evaluation.multihost_utils, "process_allgather", gathered)
-  np.testing.assert_array_equal(evaluation.over_processes(counts), 2 * counts)
+  np.testing.assert_array_equal(evaluation.sum_over_processes(counts), 2 * counts)
 
 
 def test_window_covering_the_image_is_the_plain_forward(home, tmp_path):
