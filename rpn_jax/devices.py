@@ -1,4 +1,4 @@
-"""Devices and processes: how JAX is set up for a command."""
+"""Devices and processes: how a command sets up JAX."""
 
 import contextlib
 import ctypes
@@ -21,15 +21,15 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import cache_dir
 
 AXIS = "data"
-# A process that has been silent for this long is taken for dead, and the others end.
+# A process without a heartbeat for this long is considered dead, and the others exit.
 HEARTBEAT_SECONDS = 30
 
 
 def configure_cpu() -> None:
-  """Makes JAX use a fraction of the memory on CPUs; call it before JAX first looks for devices.
+  """Cuts the memory that JAX uses on CPUs; call it before JAX initializes its devices.
 
-  By default XLA schedules operations there as early as they can run and keeps their results, which
-  was measured to make nothing faster (docs/benchmarks.md).
+  By default XLA schedules operations on CPUs as early as possible and keeps their results, which
+  was measured to be no faster (docs/benchmarks.md).
   """
   flag, given = "--xla_cpu_enable_concurrency_optimized_scheduler", os.environ.get("XLA_FLAGS", "")
   if flag not in given:
@@ -40,8 +40,11 @@ def configure_cpu() -> None:
 
 @functools.cache
 def _trim_malloc() -> None:
-  """Keeps glibc from holding freed memory: 0.2 GB after a step is compiled, and whatever a thread
-  once used in each of eight arenas per core. Measured in docs/benchmarks.md."""
+  """Keeps glibc from holding on to freed memory (docs/benchmarks.md).
+
+  That would be 0.2 GB after compiling a step, and the peak of every thread, in eight arenas per
+  core.
+  """
   libc, arena_max = ctypes.CDLL(None), -8
   if not hasattr(libc, "mallopt"):
     return
@@ -55,21 +58,21 @@ def _trim_malloc() -> None:
 
 
 def configure_compilation_cache() -> None:
-  """Reuses programs that an earlier command compiled, unless the user has chosen a place for them.
+  """Turns on JAX's persistent compilation cache, in a folder of its own unless the user chose one.
 
-  Programs for CPUs are made for one processor and one compiler: a home folder that several
-  machines share would otherwise give them programs that crash.
+  Programs for CPUs are specific to processor and compiler: with a home folder shared by several
+  machines, a common cache would load programs that crash.
   """
   chosen = jax.config.values["jax_compilation_cache_dir"]
   if chosen is None and (folder := cache_dir()):
     jax.config.update("jax_compilation_cache_dir", str(folder / f"xla-{machine_id()}"))
-  # In a short command small programs are most of the time, too.
+  # Small programs, too: in short commands they add up to most of the time.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 @functools.cache
 def machine_id() -> str:
-  """The compiler's version and a hash of what the processor can do: "0.10.2-1f3a5b7c"."""
+  """The version of jaxlib and a hash of the processor's features, such as "0.10.2-1f3a5b7c"."""
   features = platform.processor()
   with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
     features = next((line for line in file if line.startswith(("flags", "Features"))), features)
@@ -79,11 +82,11 @@ def machine_id() -> str:
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
-  """Options for compiling the training step for the devices of a mesh.
+  """Compiler options of the training step for the devices of a mesh.
 
-  On CPUs XLA keeps optimization barriers until it has scheduled. By default it removes them before,
-  and then recomputes at once what `remat` would have recomputed late, and adds up late what should
-  be added up at once (docs/benchmarks.md).
+  On CPUs XLA removes optimization barriers before scheduling by default. It then recomputes early
+  what `remat` should recompute late, and accumulates late what should be accumulated at once
+  (docs/benchmarks.md). Without the pass below, barriers are kept until after scheduling.
   """
   if platform_of(mesh) != "cpu":
     return None
@@ -97,14 +100,14 @@ def platform_of(mesh: jax.sharding.Mesh) -> str:
 
 @contextlib.contextmanager
 def runtime(coordinator: Sequence[str] = (), matmul_precision: str = "default") -> Iterator[None]:
-  """What a command runs in: its processes joined, JAX set up, runtime errors in one line.
+  """The context a command runs in: processes connected, JAX set up, runtime errors in one line.
 
   Args:
     coordinator: see `initialize`.
-    matmul_precision: of float32 matrix products: default, high or highest.
+    matmul_precision: precision of float32 matrix products: default, high or highest.
 
   Raises:
-    InputError: the processes do not find each other; later also when memory runs out.
+    InputError: the processes do not find each other; later, when memory runs out.
   """
   configure_cpu()
   jax.config.update("jax_default_matmul_precision", matmul_precision)
@@ -118,10 +121,10 @@ def runtime(coordinator: Sequence[str] = (), matmul_precision: str = "default") 
 
 @contextlib.contextmanager
 def one_line_runtime_errors() -> Iterator[None]:
-  """Turns what the runtime raises when memory runs out or another process is gone into one line.
+  """Reports runtime errors in one line when memory runs out or another process is lost.
 
-  In the second case this process ends at once: any cleaning up would wait for the other one. Where
-  nothing is raised, JAX ends the process when heartbeats stay away.
+  In the second case this process exits at once, since any cleanup would wait for the lost one. If
+  no error is raised, JAX ends the process when heartbeats are missing.
 
   Raises:
     InputError: memory has run out.
@@ -147,14 +150,14 @@ def one_line_runtime_errors() -> Iterator[None]:
 
 
 def initialize(coordinator: Sequence[str] = ()) -> None:
-  """Joins the processes of a run; call it before anything else uses JAX.
+  """Connects the processes of a run; call it before anything else uses JAX.
 
   Args:
     coordinator: (address of process 0 as host:port, number of processes, index of this one).
-      Without it Slurm, Open MPI and Cloud TPU are recognized; elsewhere the process is alone.
+      Without it, Slurm, Open MPI and Cloud TPU are detected; otherwise there is a single process.
 
   Raises:
-    InputError: another form, or processes that do not find each other.
+    InputError: malformed coordinator, or processes that do not find each other.
   """
   arguments: dict[str, Any] = {}
   if coordinator:
@@ -166,8 +169,8 @@ def initialize(coordinator: Sequence[str] = ()) -> None:
       arguments["coordinator_address"] = address
     except ValueError:
       raise InputError(
-        "--distributed: expected HOST:PORT,PROCESSES,PROCESS, the address of process 0, how many "
-        f"there are and which this is (from 0), got {','.join(coordinator)}"
+        "--distributed: expected HOST:PORT,PROCESSES,PROCESS, the address of process 0, the number "
+        f"of processes and the index of this one (from 0), got {','.join(coordinator)}"
       ) from None
   elif not _in_cluster(os.environ):
     return
@@ -185,7 +188,7 @@ def initialize(coordinator: Sequence[str] = ()) -> None:
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
-  """Whether `jax.distributed.initialize` finds out by itself what it needs."""
+  """Whether `jax.distributed.initialize` can detect its arguments."""
   for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
     if int(environment.get(variable, 1)) > 1:
       return True
@@ -205,19 +208,19 @@ def devices_text() -> str:
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """Devices along one axis, `data`; by default this process's own."""
+  """Devices along one axis, `data`; by default those of this process."""
   return jax.sharding.Mesh(np.array(devices or jax.local_devices()), (AXIS,))
 
 
 def global_mesh() -> jax.sharding.Mesh:
-  """The devices of all processes, one process after the other.
+  """The devices of all processes, ordered by process.
 
-  In this order the rows that a process reads of the global batch are the rows its devices take.
+  In this order, the part of the global batch that a process reads is the part on its devices.
   """
   return data_mesh(sorted(jax.devices(), key=lambda d: (d.process_index, d.id)))
 
 
 def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Host arrays (B, ...) on this process's devices, split along the batch."""
+  """Puts host arrays (B, ...) on this process's devices, split along the batch."""
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
   return jax.device_put(batch, split)

@@ -194,7 +194,7 @@ def test_one_damaged_picture_does_not_stop_a_folder(tmp_path, capsys):
   (tmp_path / "in/b.jpg").write_text("not a picture")
   command = ["segment", str(tmp_path / "in"), "sand, water", "--out", str(tmp_path / "out")]
   assert cli.main(command) == 2
-  assert "error: 1 of 3 images were left out, such as" in capsys.readouterr().err
+  assert "error: 1 of 3 images were skipped, such as" in capsys.readouterr().err
   assert {p.name for p in (tmp_path / "out").iterdir()} == {
     f"{stem}{end}" for stem in "ac" for end in ("_overlay.png", "_labels.png", ".json")
   }

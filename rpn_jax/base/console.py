@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: progress, tables, verbosity, what is in a workdir."""
+"""Terminal output: progress, tables, verbosity, exit status, the files of a workdir."""
 
 import os
 import pathlib
@@ -15,26 +15,26 @@ from absl import logging
 
 from rpn_jax.base.errors import InputError
 
-# Seconds between the lines that stand in for a progress bar where stderr is a file.
-LINE_EVERY = 10.0
+# Seconds between the lines that replace the progress bar if stderr is not a terminal.
+LINE_SECONDS = 10.0
 
 _silent = False
 
 
 def silence() -> None:
-  """Ends all output of this process but errors, as of one whose fellow process reports."""
+  """Turns off all output but errors, for --quiet and for all processes but the first."""
   global _silent
   _silent = True
-  sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+  sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until exit)
 
 
 def set_verbosity(quiet: bool = False, verbose: bool = False) -> None:
   """Sets what a command prints; call it before JAX is imported.
 
   Args:
-    quiet: nothing but errors.
-    verbose: also the log of Orbax, grain and absl at level INFO, and a line for every program that
-      JAX compiles.
+    quiet: print only errors.
+    verbose: also print the log of Orbax, grain and absl at level INFO, and a line for every program
+      that JAX compiles.
   """
   logging.set_verbosity(logging.INFO if verbose else logging.WARNING)
   if verbose:
@@ -46,84 +46,84 @@ def set_verbosity(quiet: bool = False, verbose: bool = False) -> None:
 def run_command(
   action: Callable[[], object], *, interrupted: str = "interrupted", verbose: bool = False
 ) -> int:
-  """Runs what a command does and returns its exit status, with one line for what went wrong.
+  """Runs a command and returns its exit status; errors are printed in one line.
 
   Args:
-    action: the work; a number it returns is the status.
-    interrupted: what to say after Ctrl-C.
-    verbose: let errors through, with their traceback.
+    action: the command; an integer it returns is the exit status.
+    interrupted: message after Ctrl-C.
+    verbose: raise errors, with their traceback.
 
   Returns:
-    0; 2 after bad input or a file that could not be read or written; 130 after Ctrl-C; 141, in
-    silence, when the reader of the output is gone, as behind `| head`.
+    0 on success; 2 after invalid input or a file that could not be read or written; 130 after
+    Ctrl-C; 141, without a message, if the reader of the output is gone, as with `| head`.
   """
   try:
     status = action()
-    sys.stdout.flush()  # a reader that is gone shows here, not when the interpreter ends
+    sys.stdout.flush()  # raises here, not at exit, if the reader is gone
     return status if isinstance(status, int) else 0
   except KeyboardInterrupt:
     print(interrupted, file=sys.stderr)
     return 128 + signal.SIGINT
   except BrokenPipeError:
-    # What is still buffered would raise again at exit.
+    # Flushing the rest of the buffer at exit would raise again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
-  except (InputError, OSError) as error:  # OSError: a disk or a path, not the code
+  except (InputError, OSError) as error:  # OSError: a disk or a path, not a bug
     if verbose:
       raise
     print(f"error: {error}", file=sys.stderr)
     return 2
 
 
-# What a workdir may hold, in the order in which one looks at it.
+# Files of a workdir, in the order in which one looks at them.
 WORKDIR_FILES = {
-  "predictions.png": "image, truth and prediction",
-  "confusion.png": "what is taken for what",
+  "predictions.png": "image, ground truth and prediction",
+  "confusion.png": "confusion matrix",
   "curves.png": "losses and scores over the steps",
-  "predictions": "overlays, labels and numbers of your pictures",
-  "eval.md": "scores of every set and class, beside published ones",
-  "eval.json": "the same as numbers",
-  "classify.json": "probabilities of every picture",
+  "predictions": "overlays, labels and statistics of your images",
+  "eval.md": "scores of every set and class, next to published ones",
+  "eval.json": "the same as JSON",
+  "classify.json": "probabilities of every image",
   "metrics.json": "last and best scores, the config, versions",
   "best.json": "the best scores so far",
-  "metrics.jsonl": "the log, a line of JSON per entry",
+  "metrics.jsonl": "the log as JSON lines",
   "events": "the log for TensorBoard",
   "checkpoints": "prompts and optimizer state, the latest two and the best",
   "prompts.safetensors": "the trained prompts alone, for --config.prompts",
-  "config.json": "every setting; with checkpoints all that Segmenter.load needs",
+  "config.json": "the whole config; all that Segmenter.load needs besides checkpoints",
 }
 
 
 def describe_workdir(workdir: str | os.PathLike) -> str:
-  """Lines that say what is in a workdir and what it is."""
+  """A line for every known file in a workdir."""
   workdir = pathlib.Path(workdir)
-  there = {name: text for name, text in WORKDIR_FILES.items() if (workdir / name).exists()}
-  width = max(map(len, there), default=0)
-  return "\n".join([f"In {workdir}:", *(f"  {n:{width}}  {text}" for n, text in there.items())])
+  found = {name: text for name, text in WORKDIR_FILES.items() if (workdir / name).exists()}
+  width = max(map(len, found), default=0)
+  return "\n".join([f"In {workdir}:", *(f"  {n:{width}}  {text}" for n, text in found.items())])
 
 
 class Progress:
-  """Progress of a loop, made by `progress`: iterate over it, or call `update`.
+  """Progress of a loop, created by `progress`: iterate over it, or call `update`.
 
-  On a terminal it is a tqdm bar. Elsewhere it is silent but for one line about every ten seconds,
-  so that the log of a long job shows that it lives and that of a short one stays clean.
+  On a terminal it is a tqdm bar. Elsewhere it prints a line about every ten seconds, so that the
+  log of a long job shows that it is alive and the log of a short one stays clean.
   """
 
   def __init__(
     self, iterable: Iterable | None, total: int | None, desc: str, unit: str, initial: int = 0
   ):
-    # Looked up at each call, since tests and notebooks replace it.
+    # Looked up here, since tests and notebooks replace it.
     self._stream = sys.stderr
     self._iterable, self._total, self._desc, self._unit = iterable, total, desc, unit
     self._bar = None
     self._postfix = ""
-    self._done = self._lined_done = initial
-    self._lined_at, self._rate = time.monotonic(), 0.0
+    self._done = self._line_done = initial
+    self._line_at, self._rate = time.monotonic(), 0.0
     isatty = getattr(self._stream, "isatty", None)
     if isatty is not None and isatty() and not _silent:
       from tqdm import tqdm
 
-      # Some job runners' terminals report a size of 0 by 0, where tqdm would draw nothing.
+      # The terminals of some job runners report a size of 0 by 0, for which tqdm draws nothing.
       width = {"dynamic_ncols": True} if _has_columns(self._stream) else {"ncols": 80, "nrows": 24}
       self._bar = tqdm(
         total=total, initial=initial, desc=desc, unit=f" {unit}", file=self._stream, **width
@@ -146,18 +146,18 @@ class Progress:
       self._bar.update(count)
       return
     now = time.monotonic()
-    if now - self._lined_at >= LINE_EVERY and not _silent:
+    if now - self._line_at >= LINE_SECONDS and not _silent:
       self._line(now)
 
   def set_postfix(self, **values: object) -> None:
-    """What to show behind the rate, such as `loss="0.123"`."""
+    """Sets what is shown after the rate, such as `loss="0.123"`."""
     self._postfix = ", ".join(f"{name}={_cell(value)}" for name, value in values.items())
     if self._bar is not None:
-      # Drawn with the next update: drawing here too would double the terminal's work.
+      # Drawn with the next update: drawing here as well would double the work.
       self._bar.set_postfix_str(self._postfix, refresh=False)
 
   def close(self) -> None:
-    """Ends the bar; a second call does nothing."""
+    """Closes the bar; a second call does nothing."""
     if self._bar is not None:
       self._bar.close()
 
@@ -168,10 +168,10 @@ class Progress:
     self.close()
 
   def _line(self, now: float) -> None:
-    # The rate since the last line: that of the whole run would include compilation for hours. The
-    # first unit may be hardly anything else, and an evaluation may lie between two lines.
-    since = (self._done - self._lined_done) / (now - self._lined_at)
-    rate, self._rate = max(since, self._rate), since
+    # The higher rate of the last two intervals: the overall rate would include compilation for
+    # hours, and a single interval may contain little but compilation or an evaluation.
+    recent = (self._done - self._line_done) / (now - self._line_at)
+    rate, self._rate = max(recent, self._rate), recent
     count = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
     parts = [f"{self._desc}: {count} {self._unit}"]
     if self._done > 1:
@@ -181,17 +181,17 @@ class Progress:
     if self._postfix:
       parts.append(self._postfix)
     print(", ".join(parts), file=self._stream, flush=True)
-    self._lined_at, self._lined_done = now, self._done
+    self._line_at, self._line_done = now, self._done
 
 
 def progress(iterable_or_total: Iterable | int, desc: str, unit: str, initial: int = 0) -> Progress:
-  """The progress display of every long loop: done, rate, time left, and a postfix.
+  """The progress display of every long loop: units done, rate, time left, and a postfix.
 
   Args:
-    iterable_or_total: what to iterate over, or how many units `update` will report.
-    desc: what goes on, such as "train".
-    unit: what is counted, singular, such as "step".
-    initial: units of a total that an earlier run has done; the rate does not count them.
+    iterable_or_total: what to iterate over, or the number of units that `update` will report.
+    desc: what is being done, such as "train".
+    unit: what is counted, in the singular, such as "step".
+    initial: units done by an earlier run, of a total; they do not count towards the rate.
   """
   if isinstance(iterable_or_total, int):
     return Progress(None, iterable_or_total, desc, unit, initial)
@@ -207,7 +207,7 @@ def _has_columns(stream: TextIO) -> bool:
 
 
 def _duration(seconds: float) -> str:
-  """1:02:03, or 2:03 below an hour."""
+  """Formats as 1:02:03, or 2:03 below an hour."""
   minutes, seconds = divmod(round(max(0.0, seconds)), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -222,28 +222,28 @@ def _cell(value: object) -> str:
 
 
 def _columns_of(text: str) -> int:
-  """Terminal columns a text takes: Chinese and the like take two a letter, accents none."""
+  """Width of a text in terminal columns: East Asian characters take two, combining ones none."""
   wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
   return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
 
 
-# 84.6, -3, 1e-05, 12 %, 84.6 ± 0.3, 3,353,856, 2x, 0.55 s
+# Cells that are right-aligned: 84.6, -3, 1e-05, 12 %, 84.6 ± 0.3, 3,353,856, 2x, 0.55 s
 NUMBER = re.compile(r"[-+<~]?\d[\d.,]*(e[-+]?\d+)?( ?± ?[\d.]+)?( ?[%a-zA-Z/]{1,4})?|-|nan|inf|")
 
 
 def table(rows: Sequence[Sequence], headers: Sequence, *, markdown: bool = False) -> str:
-  """An aligned table, numbers to the right.
+  """An aligned table with numbers to the right.
 
   Args:
-    rows: cells of any kind; floats get four digits, None becomes "-".
+    rows: cells of any type; floats are shown with four digits, None as "-".
     headers: one per column.
-    markdown: a Markdown table instead of one ruled with dashes.
+    markdown: return a Markdown table instead of plain text.
 
   Returns:
-    Lines without a newline at the end.
+    The table, without a newline at the end.
 
   Raises:
-    ValueError: a row with another number of cells than there are headers.
+    ValueError: a row does not have one cell per header.
   """
   heads = [_cell(head) for head in headers]
   body = [[_cell(value) for value in row] for row in rows]
@@ -253,7 +253,7 @@ def table(rows: Sequence[Sequence], headers: Sequence, *, markdown: bool = False
   right = [bool(body) and all(NUMBER.fullmatch(row[k]) for row in body) for k in range(len(heads))]
   if markdown:
     heads, *body = [[c.replace("|", "\\|") for c in row] for row in (heads, *body)]
-  # Three, the shortest rule that every Markdown reader takes for one.
+  # Some Markdown parsers need at least three dashes.
   widths = [
     max(3 if markdown else 1, *(_columns_of(row[k]) for row in (heads, *body)))
     for k in range(len(heads))

@@ -1,13 +1,13 @@
-"""The error this package raises when its input, not its code, is at fault."""
+"""The error that is raised for invalid input, as opposed to bugs."""
 
 
 class InputError(ValueError):
-  """Bad input from a person: a file, a word, a config value.
+  """Invalid user input: a file, a word, a config value.
 
-  The message is one line that says what was expected, what was got, where, and what to do.
-  `main.py` prints it without a traceback and exits with code 2.
+  The message is one line: what was expected, what was found, where, and what to do. Commands print
+  it without a traceback and exit with status 2.
   """
 
   def __init__(self, message: str = ""):
-    # A path or a name may hold line breaks and a terminal's control characters.
+    # Paths and names may contain line breaks and terminal control characters.
     super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))

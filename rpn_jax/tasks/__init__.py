@@ -1,1 +1,1 @@
-"""A file for every verb of the commands."""
+"""What the commands do, one file per verb."""

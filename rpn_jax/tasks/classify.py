@@ -13,18 +13,21 @@ from rpn_jax.devices import devices_text
 from rpn_jax.inference.classifier import class_probabilities
 from rpn_jax.inference.predictor import Predictor
 
-BATCH_IMAGES = 16  # per call of the tower
-TABLE_IMAGES, TABLE_CLASSES = 20, 5  # on the terminal, classes per image
-KEPT_CLASSES = 20  # per image in classify.json
+# Images per call of the tower.
+BATCH_IMAGES = 16
+# Images in the terminal's table, and classes of each.
+TABLE_IMAGES, TABLE_CLASSES = 20, 5
+# Classes of each image in classify.json.
+FILE_CLASSES = 20
 
 
 def find_labeled(folder: str) -> tuple[tuple[str, ...], list[tuple[pathlib.Path, int]]]:
-  """Class names and (file, class id) of a folder with one subfolder per class, as ImageNet's.
+  """Class names and (file, class id) pairs of a folder with a subfolder per class, like ImageNet.
 
-  The name of a class is that of its subfolder, with blanks for underscores.
+  The subfolder's name is the class name, with spaces for underscores.
 
   Raises:
-    InputError: no such subfolders.
+    InputError: there are no subfolders.
   """
   root = pathlib.Path(folder)
   subfolders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
@@ -40,17 +43,17 @@ def find_labeled(folder: str) -> tuple[tuple[str, ...], list[tuple[pathlib.Path,
 def classify(config, workdir, image: str | None, classes: str | None) -> dict:
   """Writes `classify.json` to the workdir and prints the most likely classes of every image.
 
-  Only the frozen CLIP of the config is used, with its templates, and no prompts.
+  Only the frozen CLIP of the config is used, with the config's templates, not the prompts.
 
   Args:
-    config: of the run.
-    workdir: of the run; it need not exist.
+    config: config of the run.
+    workdir: directory to write to, created if missing.
     image: a file, or a folder; without `classes` a folder with one subfolder per class.
     classes: names separated by commas, synonyms by `|`.
 
   Returns:
-    The content of `classify.json`: `images` {file: {class: probability}}, the KEPT_CLASSES most
-    likely classes first; with known labels `top1` and, for more than five classes, `top5`.
+    The content of `classify.json`: `images` {file: {class: probability}} with the FILE_CLASSES most
+    likely classes, sorted; with known labels `top1` and, for more than five classes, `top5`.
 
   Raises:
     InputError: no images, or no classes.
@@ -72,13 +75,12 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
   ):
     batch = files[start : start + BATCH_IMAGES]
     inputs = np.stack([pixels.for_classification(file, side) for file in batch])
-    padding = [(0, min(BATCH_IMAGES, len(files)) - len(batch))] + 3 * [
-      (0, 0)
-    ]  # one program for all
-    for file, row in zip(batch, apply(np.pad(inputs, padding))):
-      order = np.argsort(-row)[:KEPT_CLASSES]
+    missing = min(BATCH_IMAGES, len(files)) - len(batch)
+    padded = np.pad(inputs, [(0, missing), (0, 0), (0, 0), (0, 0)])  # one program for all batches
+    for file, probabilities in zip(batch, apply(padded)):
+      order = np.argsort(-probabilities)[:FILE_CLASSES]
       orders.append(order)
-      results[str(file)] = {names[i]: round(float(row[i]), 6) for i in order}
+      results[str(file)] = {names[i]: round(float(probabilities[i]), 6) for i in order}
 
   content = {"clip": config.clip, "templates": config.templates, "classes": list(names)}
   if labels:
@@ -94,7 +96,7 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
 
 
 def report(content: dict, path: pathlib.Path) -> None:
-  """The table, the accuracies and where to find the rest."""
+  """Prints the table, the accuracies and where to find the rest."""
   rows = []
   for file, scores in list(content["images"].items())[:TABLE_IMAGES]:
     for k, (name, p) in enumerate(list(scores.items())[:TABLE_CLASSES]):

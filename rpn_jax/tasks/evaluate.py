@@ -1,4 +1,4 @@
-"""Evaluation at label resolution, and the files it leaves: main.py --mode=eval."""
+"""Evaluation at label resolution, and the files it writes: main.py --mode=eval."""
 
 import contextlib
 import importlib.metadata
@@ -18,38 +18,37 @@ from rpn_jax.inference.evaluation import Evaluation, PartialEvaluation, evaluate
 from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.training.run import Run
 
-# Examples shown in predictions.png.
-SHOWN_EXAMPLES = 6
-# Best and worst classes named in the terminal, this many of each; eval.md has all.
+# Examples in predictions.png.
+FIGURE_EXAMPLES = 6
+# Number of best and of worst classes printed in the terminal; eval.md has all classes.
 EXTREME_CLASSES = 4
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 COLUMNS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
-SELECTED = "the evaluation classes"
+SELECTION_CLASSES = "the evaluation classes"
 
 
 def write_metrics(path: pathlib.Path, last: dict, best: dict | None, config, trained: int) -> None:
-  """`metrics.json`: the last and the best evaluation, how many parameters were trained, the config
-  and the versions."""
-  content = {**last_and_best(last, best), "trained_parameters": trained, **origin(config)}
+  """Writes `metrics.json`: last and best scores, number of trained parameters, config, versions."""
+  content = {**last_and_best(last, best), "trained_parameters": trained, **provenance(config)}
   write_json(path, content)
 
 
-def last_and_best(last: dict, best: dict | None, selected_on: str = SELECTED) -> dict:
+def last_and_best(last: dict, best: dict | None, selected_on: str = SELECTION_CLASSES) -> dict:
   return {"last": last, "best": {**(best or last), "selected_on": selected_on}}
 
 
-def origin(config) -> dict:
+def provenance(config) -> dict:
   """The config and the package versions behind a result."""
   versions = {"python": platform.python_version()}
   for name in PACKAGES:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # no need of all everywhere
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # some are optional
       versions[name] = importlib.metadata.version(name)
   return {"config": config.to_dict(), "versions": versions}
 
 
 def draw_figures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: str = "") -> None:
-  """`predictions.png`, image beside truth and prediction, and `confusion.png`."""
+  """Draws `predictions.png` (image, ground truth, prediction) and `confusion.png`."""
   mean, std = np.float32(config.data.mean), np.float32(config.data.std)
   kept = evaluation.kept
   prediction_grid(
@@ -79,29 +78,30 @@ def cells(scores: dict) -> list[str]:
 
 
 def published_cells(values: dict[str, float]) -> list[str]:
-  """In percent already; a mean over classes it does not say which stands under both."""
+  """Cells of published percentages; a "miou" over unspecified classes goes into both columns."""
   known = {"miou_gt": values.get("miou"), "miou_union": values.get("miou"), **values}
   return ["-" if known.get(c) is None else f"{known[c]:.1f}" for c in COLUMNS]
 
 
 def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, dict]]:
-  """`--mode=eval`: scores of a run's newest and best checkpoint, or of a training-free method.
+  """`--mode=eval`: scores of the newest and best checkpoint of a run, or of a training-free method.
 
-  Writes `eval.json`, `eval.md`, and per data set `predictions.png` and `confusion.png`, with the
-  set's name in theirs if there are several. For a training-free method, which has no training to
-  write it, the file of a single set is `metrics.json`. Interrupted and repeated, it continues.
+  Writes `eval.json`, `eval.md`, and for each data set `predictions.png` and `confusion.png`, with
+  the name of the set in the file name if there are several. For a single set and a training-free
+  method, `metrics.json` replaces `eval.json`, since no training writes it. If interrupted, the
+  evaluation resumes when repeated.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    evaluations: the data sets; see `evaluate`, and `eval_examples()` for the examples.
+    config: config of the run.
+    workdir: directory of the run.
+    evaluations: data sets as in `inference.evaluation.evaluate`, with `eval_examples()`.
 
   Returns:
-    Scores {set: {"last": …, "best": …}}, without "best" where that is the last.
+    Scores {set: {"last": …, "best": …}}, without "best" if it is the last one.
   """
   predictor, run = open_run(config, workdir)
   run.claim()
-  one = len(evaluations) == 1
+  single = len(evaluations) == 1
   results: dict[str, dict[str, dict]] = {}
   partials = []
   restored = predictor.read_prompts(run)
@@ -111,21 +111,21 @@ def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, 
       examples = data.eval_examples()
       partial = make_partial(run, data, which, step, len(examples))
       partials.append(partial.path)
-      if not one or which == "best":
+      if not single or which == "best":
         print(f"{data.name}, {which} checkpoint", flush=True)
       evaluation = evaluate(
         predictor.with_prompts(prompts).for_data(data),
         examples,
         data,
-        keep=SHOWN_EXAMPLES if which == "last" else 0,
+        keep=FIGURE_EXAMPLES if which == "last" else 0,
         partial=partial,
       )
       results[data.name][which] = {"step": step, **evaluation.scores}
       if which == "last" and not jax.process_index():
-        draw_figures(run.workdir, evaluation, config, "" if one else f"_{data.name}")
+        draw_figures(run.workdir, evaluation, config, "" if single else f"_{data.name}")
   if not jax.process_index():
     report(predictor, run, evaluations, results)
-  for path in partials:  # only now: the sets before an interrupted one are not evaluated again
+  for path in partials:  # only now, so that after an interruption no set is evaluated twice
     path.unlink(missing_ok=True)
   return results
 
@@ -149,15 +149,15 @@ def make_partial(run: Run, data, which: str, step: int, count: int) -> PartialEv
 
 
 def report(predictor: Predictor, run: Run, evaluations, results: dict) -> None:
-  """`eval.json` (or `metrics.json`), `eval.md` and the closing lines."""
-  config, workdir, one = run.config, run.workdir, len(results) == 1
+  """Writes `eval.json` (or `metrics.json`) and `eval.md`, and prints a summary."""
+  config, workdir, single = run.config, run.workdir, len(results) == 1
   content = {}
   for name, result in results.items():
     of = f" of {config.data.name}" if name != config.data.name else ""
-    content[name] = last_and_best(result["last"], result.get("best"), SELECTED + of)
-  content = next(iter(content.values())) if one else {"sets": content}
-  path = workdir / ("eval.json" if predictor.network.trainable or not one else "metrics.json")
-  write_json(path, {**content, **origin(config)})
+    content[name] = last_and_best(result["last"], result.get("best"), SELECTION_CLASSES + of)
+  content = next(iter(content.values())) if single else {"sets": content}
+  path = workdir / ("eval.json" if predictor.network.trainable or not single else "metrics.json")
+  write_json(path, {**content, **provenance(config)})
 
   rows, notes = summary(predictor, config, results)
   heads = ["set", "%", *COLUMNS]
@@ -167,15 +167,15 @@ def report(predictor: Predictor, run: Run, evaluations, results: dict) -> None:
 
   lines = [extremes(name, result["last"]["per_class"]) for name, result in results.items()]
   print("\n" + "\n\n".join([table(rows, heads), *notes, *lines]))
-  end = "" if one else "_*"
+  suffix = "" if single else "_*"
   print(
-    f"\nLook at {workdir}/predictions{end}.png and {workdir}/confusion{end}.png. "
+    f"\nLook at {workdir}/predictions{suffix}.png and {workdir}/confusion{suffix}.png. "
     f"Every class is in {workdir}/eval.md, every number in {path}."
   )
 
 
 def summary(predictor: Predictor, config, results: dict) -> tuple[list[list[str]], list[str]]:
-  """Rows of set, method and scores, with published ones among them, and notes on them."""
+  """Table rows (set, method, scores), including published scores, and notes on them."""
   setting = "open_vocabulary" if config.eval.sets else config.data.setting
   own = predictor.network.title
   if not predictor.network.trainable:
@@ -188,17 +188,17 @@ def summary(predictor: Predictor, config, results: dict) -> tuple[list[list[str]
     for method, values in published.rows(setting, name, predictor.clip).items():
       rows.append([name, method, *published_cells(values)])
   if any("best" in result for result in results.values()):
-    notes.append(f"* selected on {SELECTED} of {config.data.name}: report the last.")
+    notes.append(f"* selected on {SELECTION_CLASSES} of {config.data.name}: report the last.")
   if any(row[1].endswith("published") for row in rows):
     notes.append(
-      'Published scores are of their own protocol. A published "mIoU" stands under both means, '
-      "since it does not say which it is."
+      'Published scores follow their own protocols. A published "mIoU" is listed under both means, '
+      "since the papers do not say which one it is."
     )
   return rows, notes
 
 
 def class_table(data, result: dict) -> str:
-  """A Markdown section with the IoU of every class, best first."""
+  """A Markdown section with the IoU of every class, highest first."""
   unseen = {data.names[i] for i in data.unseen}
   columns = [scores["per_class"] for scores in result.values()]
   order = sorted(columns[0], key=lambda name: 1 if (v := columns[0][name]) is None else -v)

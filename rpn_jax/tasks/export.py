@@ -3,10 +3,9 @@
 import pathlib
 from collections.abc import Sequence
 
-import jax
-
 from rpn_jax.base.errors import InputError
 from rpn_jax.inference.predictor import open_run
+from rpn_jax.models.prompts import count
 from rpn_jax.weights import prompts_file
 
 FILE_NAME = "prompts.safetensors"
@@ -16,15 +15,15 @@ def export(config, workdir, names: Sequence[str]) -> pathlib.Path:
   """Writes the prompts of the newest checkpoint to `prompts.safetensors` in the workdir.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    names: of the classes it was trained on.
+    config: config of the run.
+    workdir: directory of the run.
+    names: names of the training classes.
 
   Returns:
-    The file written.
+    The path of the file.
 
   Raises:
-    InputError: a method without prompts, no checkpoint, or a file that cannot be written.
+    InputError: the method has no prompts, there is no checkpoint, or the file cannot be written.
   """
   predictor, run = open_run(config, workdir)
   if not predictor.network.trainable:
@@ -33,6 +32,7 @@ def export(config, workdir, names: Sequence[str]) -> pathlib.Path:
   path = run.workdir / FILE_NAME
   content = prompts_file.Prompts(prompts, run.fingerprint, config.to_dict(), tuple(names), step)
   prompts_file.save(path, content)
-  count = sum(int(x.size) for x in jax.tree.leaves(prompts))
-  print(f"{count:,} parameters of step {step} in {path} ({path.stat().st_size / 1e6:.1f} MB)")
+  print(
+    f"{count(prompts):,} parameters of step {step} in {path} ({path.stat().st_size / 1e6:.1f} MB)"
+  )
   return path

@@ -1,4 +1,4 @@
-"""Segmentation of a person's images with the model of a config: main.py --mode=predict."""
+"""Segmentation of a user's images with a trained run: main.py --mode=predict."""
 
 import collections
 import pathlib
@@ -17,10 +17,10 @@ def predict(config, workdir, image: str | None, classes: str | None) -> list[pat
   """Writes overlay, labels and JSON of every image to `workdir/predictions`.
 
   Args:
-    config: of the run.
-    workdir: of the run; its newest checkpoint is used.
+    config: config of the run.
+    workdir: directory of the run; its newest checkpoint is used.
     image: a file or a folder.
-    classes: names separated by commas; they need not have been trained on.
+    classes: names separated by commas, seen in training or not.
 
   Returns:
     The files written.
@@ -41,23 +41,23 @@ def save_all(
   palette: str = "default",
   **options,
 ) -> list[pathlib.Path]:
-  """Segments image files and saves each, with a progress display and a closing line.
+  """Segments image files and saves the results, with a progress display.
 
   Args:
     segmenter: the model.
-    files: paths.
+    files: paths of the images.
     names: see `parse_names`.
-    directory: to write to.
-    palette: of the colors.
-    **options: of a call of the segmenter.
+    directory: where to write.
+    palette: color palette.
+    **options: other arguments of `Segmenter.__call__`.
 
   Returns:
     The files written.
 
   Raises:
-    InputError: some could not be read; the others are written first.
+    InputError: some images could not be read; raised after the others have been written.
   """
-  # Two files of one name but another suffix must not overwrite each other.
+  # Files that differ only in their suffix must not overwrite each other's results.
   repeated = len({f.stem for f in files}) < len(files)
   written, unreadable = [], []
   pending: collections.deque[pathlib.Path] = collections.deque()
@@ -81,6 +81,6 @@ def save_all(
   print(f"{segmenter.method}\n" + "\n".join(map(str, written)))
   if unreadable:
     raise InputError(
-      f"{len(unreadable)} of {len(files)} images were left out, such as {unreadable[0]}"
+      f"{len(unreadable)} of {len(files)} images were skipped, such as {unreadable[0]}"
     )
   return written

@@ -30,11 +30,11 @@ def pretrain(
   """Trains CLIP from scratch and writes `clip.safetensors` and `metrics.json` to the workdir.
 
   Args:
-    config: the fields of `configs/shapes_clip.py`.
-    workdir: where everything goes.
-    batches: makes an iterator of `{image: uint8 (B, H, W, 3), caption: B strings}`.
-    test_images: (n, H, W, 3) uint8 images of one object each.
-    test_labels: (n,) index of that object in `test_names`.
+    config: has the fields of `configs/shapes_clip.py`.
+    workdir: where the files go.
+    batches: returns an iterator over `{image: uint8 (B, H, W, 3), caption: B strings}`.
+    test_images: (n, H, W, 3) uint8, images of a single object.
+    test_labels: (n,) index of the object in `test_names`.
     test_names: class names for zero-shot classification.
 
   Returns:
@@ -46,8 +46,8 @@ def pretrain(
 
   def top1(params) -> float:
     text = class_embeddings(clip, params, test_names, (config.template,))
-    parts = np.array_split(test_images, max(1, len(test_images) // TEST_BATCH_IMAGES))
-    image = np.concatenate([trainer.embed_images(params, part) for part in parts])
+    batches = np.array_split(test_images, max(1, len(test_images) // TEST_BATCH_IMAGES))
+    image = np.concatenate([trainer.embed_images(params, batch) for batch in batches])
     return float(((image @ text.T).argmax(-1) == test_labels).mean())
 
   writer = MetricWriter(workdir, resume_step=0)

@@ -11,7 +11,7 @@ from rpn_jax.tasks.predict import save_all
 
 
 def segment(args: argparse.Namespace) -> int:
-  """Segments the images that the arguments name, see `rpn_jax.cli`; returns the exit status."""
+  """Segments the images of the parsed arguments (see `rpn_jax.cli`); returns the exit status."""
   console.set_verbosity(args.quiet)
 
   def run():

@@ -1,4 +1,4 @@
-"""Training: joins a run's config, its network and its data, and closes with scores and figures."""
+"""Training: brings config, network and data together; ends with scores and figures."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ from rpn_jax.drawing.plots import plot_curves
 from rpn_jax.inference.evaluation import Evaluation, evaluate
 from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.tasks.evaluate import (
-  SHOWN_EXAMPLES,
+  FIGURE_EXAMPLES,
   draw_figures,
   make_partial,
   score_table,
@@ -31,17 +31,20 @@ from rpn_jax.training.step import TrainState
 def train(config, workdir, data) -> dict:
   """Trains the network of `config`, or resumes the run found in the workdir.
 
-  With several processes all of them call this, with their own part of the data; the first one
-  writes the metrics and figures. SIGTERM saves and ends the process with status 0.
+  All processes of a run call this with their own part of the data; the first one writes metrics and
+  figures. On SIGTERM the run is saved and the process exits with status 0.
 
   Args:
     config: locked; see `rpn_jax.config` for the fields.
     workdir: directory of the run.
-    data: `names`, `seen`, `unseen`, `train_batches(start_step)`, `train_indices(step)` and
+    data: has `names`, `seen`, `unseen`, `train_batches(start_step)`, `train_indices(step)` and
       `eval_examples()`.
 
   Returns:
     The last and best scores, as in `metrics.json`.
+
+  Raises:
+    InputError: the method has nothing to train, or the config does not fit weights or devices.
   """
   predictor, run = open_run(config, workdir)
   if not predictor.network.trainable:
@@ -59,7 +62,7 @@ def train(config, workdir, data) -> dict:
 
 
 def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -> dict:
-  """The training of `train`, in a workdir that no other process uses."""
+  """`train`, once the workdir is locked."""
   config, network = run.config, predictor.network
   trained = [data.names[i] for i in data.trained]
   text = network.text_input(predictor.encoder, trained)
@@ -76,7 +79,6 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
     loss_fn=make_loss(config.loss),
     relabel=make_relabel(config, data),
   )
-  first = devices.process()[0] == 0
   examples = data.eval_examples()
   latest: Evaluation | None = None
 
@@ -86,12 +88,12 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
       predictor.with_prompts(prompts).for_data(data),
       examples,
       data,
-      keep=SHOWN_EXAMPLES,
+      keep=FIGURE_EXAMPLES,
       partial=make_partial(run, data, "train", step, len(examples)),
     )
     return latest.scores
 
-  # Closed in any case: a save under way is finished before an error or Ctrl-C ends the run.
+  # Always closed, so that a save in progress is finished even after an error or Ctrl-C.
   with contextlib.closing(run.checkpoints()) as checkpoints, devices.one_line_runtime_errors():
     best = None
     if resumed := checkpoints.resume(state):
@@ -102,10 +104,10 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
       "frozen; "
       f"{len(trained)} of {len(data.names)} classes trained on {devices.devices_text()}"
       + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
-      + (f"; continuing at step {start} of {config.steps}" if start else ""),
+      + (f"; resuming at step {start} of {config.steps}" if start else ""),
       flush=True,
     )
-    writer = MetricWriter(run.workdir, resume_step=start) if first else None
+    writer = None if jax.process_index() else MetricWriter(run.workdir, resume_step=start)
     loop = Loop(
       run,
       stepper,
@@ -147,7 +149,7 @@ def make_relabel(config, data):
 def report(
   run: Run, loop: Loop, writer: MetricWriter, latest: Evaluation, seconds: float, parameters: int
 ) -> None:
-  """`metrics.json`, the figures, and the closing lines."""
+  """Writes `metrics.json` and the figures, and prints the scores."""
   workdir, last, best = run.workdir, loop.last, loop.best
   write_metrics(workdir / "metrics.json", last, best, run.config, parameters)
   draw_figures(workdir, latest, run.config)

@@ -62,7 +62,7 @@ def test_a_folder_of_classes(folder, tmp_path, capsys):
     for file, scores in content["images"].items()
   ]
   assert content["top1"] == np.mean(right) and content["top5"] >= content["top1"] >= 0.8
-  assert all(len(scores) == classify.KEPT_CLASSES for scores in content["images"].values())
+  assert all(len(scores) == classify.FILE_CLASSES for scores in content["images"].values())
   assert f"top1 of 24 images: {100 * np.mean(right):.1f} %" in capsys.readouterr().out
 
 

@@ -130,7 +130,7 @@ def test_a_dead_process_ends_the_others_and_the_run_goes_on(home, alone):
   assert code != 0 and time.time() - died < BOUND
   assert "lost another one" in log or "another task died" in log, log[-3000:]
   compare(results(run(home, workdir, 2, 2, 20, "--config.shard_state=True")), alone)
-  assert "continuing at step 10 of 20" in said(home, workdir, 0)
+  assert "resuming at step 10 of 20" in said(home, workdir, 0)
 
 
 @pytest.mark.parametrize("place", [("host", "2", "0"), ("host:1", "2", "2"), ("host:1", "2")])

@@ -82,7 +82,7 @@ def test_a_run_of_0_2_0_is_resumed(old, capsys):
   """As it went on then: losses, scores and rates of step 8, and the metrics before it."""
   config, workdir = old
   result = train.train(config, workdir, datasets.load(config))
-  assert "continuing at step 4 of 8" in capsys.readouterr().out
+  assert "resuming at step 4 of 8" in capsys.readouterr().out
   got, want = (read_history(path) for path in (workdir / "metrics.jsonl", OLD / "expected.jsonl"))
   assert got.keys() == want.keys()
   for name, points in want.items():
