@@ -1,8 +1,8 @@
-"""Two checkouts side by side: python -m benchmarks.commits --before=FOLDER --rounds=3
+"""Compares two checkouts: python -m benchmarks.commits --before=FOLDER --rounds=3
 
-Runs the command `costs` of another checkout and of this one in turn, round by round, each in a
-process of its own, and prints what a forward pass and a training step take: the medians of each,
-and the median of the rounds' ratios (this checkout / the other). Weights are random ViT-B/16's.
+Runs the command `costs` of another checkout and of this one alternately, each in its own process,
+and prints time and memory of a forward pass and of a training step: the median of each, and the
+median over rounds of the ratio (this checkout / the other). The weights are a random ViT-B/16.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import numpy as np
 
 from rpn_jax.base.console import progress, table
 
-# Until 0.2.0 the command was a module of its own.
+# File -> arguments of `python -m`; the second one is that of versions up to 0.2.0.
 COMMANDS = {
   "rpn_jax/analysis/costs.py": ("rpn_jax", "costs"),
   "rpn_jax/inspect.py": ("rpn_jax.inspect",),
 }
-FIGURES = {
+MEASUREMENTS = {
   "forward, s": lambda r: r["forward"]["seconds"],
   "forward, temporary MiB": lambda r: r["forward"]["temporary_bytes"] / 2**20,
   "forward, compilation s": lambda r: r["forward"]["seconds_to_compile"],
@@ -36,10 +36,10 @@ FIGURES = {
 def measure(folder: pathlib.Path, arguments: list[str]) -> dict:
   """What `costs` reports in a checkout, and the peak memory of its process."""
   module = next(m for file, m in COMMANDS.items() if (folder / file).exists())
-  with tempfile.TemporaryDirectory() as place:
-    out = pathlib.Path(place) / "costs.json"
-    # Every process compiles for itself.
-    environment = {**os.environ, "HOME": place, "XDG_CACHE_HOME": place}
+  with tempfile.TemporaryDirectory() as home:
+    out = pathlib.Path(home) / "costs.json"
+    # An empty cache: every process compiles its programs.
+    environment = {**os.environ, "HOME": home, "XDG_CACHE_HOME": home}
     command = [sys.executable, "-m", *module, *arguments, f"--json={out}"]
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -65,13 +65,13 @@ def main() -> None:
   results: dict[str, list[dict]] = {name: [] for name in checkouts}
   with progress(args.rounds * len(checkouts), "measure", "process") as bar:
     for i in range(args.rounds):
-      # Which one is first changes, should the machine drift.
+      # In alternating order, in case the machine's speed drifts.
       for name in list(checkouts)[:: 1 if i % 2 else -1]:
         results[name].append(measure(checkouts[name], arguments))
         bar.update()
   rows = []
-  for label, figure in FIGURES.items():
-    before, now = (np.array([figure(r) for r in results[name]]) for name in checkouts)
+  for label, measurement in MEASUREMENTS.items():
+    before, now = (np.array([measurement(r) for r in results[name]]) for name in checkouts)
     rows.append([label, np.median(before), np.median(now), f"{np.median(now / before):.2f}"])
   print(" ".join(arguments))
   print(table(rows, ["", *checkouts, "now / before"], markdown=True))

@@ -1,11 +1,11 @@
-"""How fast the training pipeline of VOC is, and where its time goes.
+"""Speed of the training pipeline of VOC, in total and by stage.
 
     make bench-data     or: python -m benchmarks.data --images=400
 
-Makes a set of 500 x 375 JPEGs of the size of VOC's (about 85 kB each), prepares it as VOC, and
+Generates 500 x 375 JPEGs with the file size of VOC's (about 85 kB each), prepares them as VOC, and
 prints three tables: images per second of the whole pipeline (512 x 512 crops, batches of 16) by
-reader processes; CPU time per image by stage; and CPU time of the two image libraries for the
-stages that could use either. CPU time hardly depends on what else the machine does.
+number of reader processes; CPU time per image by stage; and CPU time of the two image libraries for
+the stages that could use either. CPU time hardly depends on the load of the machine.
 """
 
 import io
@@ -31,19 +31,19 @@ flags.DEFINE_list("workers", ["0", "1", "2"], "Reader processes to compare")
 
 BATCH = 16
 HEIGHT, WIDTH = 375, 500
-# What one accelerator asks for at 512 x 512, and the cores of the machine it is in.
-WANTED, CORES = 750, 16
+# Images per second that an accelerator consumes at 512 x 512, and CPU cores of its host.
+REQUIRED_RATE, CORES = 750, 16
 
 
 def make_image(rng) -> Image.Image:
-  """Coarse colors with fine grain, which compresses to about the size of a photograph."""
+  """A coarse color pattern with fine noise, which compresses to about the size of a photo."""
   coarse = cv2.resize(rng.integers(0, 256, (12, 16, 3), np.uint8), (WIDTH, HEIGHT))
   grain = cv2.resize(rng.normal(0, 22, (HEIGHT // 2, WIDTH // 2)), (WIDTH, HEIGHT))
   return Image.fromarray(np.clip(coarse + grain[..., None], 0, 255).astype(np.uint8))
 
 
 def make_raw(root: pathlib.Path, images: int) -> None:
-  """A raw VOC tree with `images` training images and one to evaluate on."""
+  """Writes a raw VOC tree with `images` training images and one for evaluation."""
   voc = root / "VOCdevkit/VOC2012"
   for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
     (voc / folder).mkdir(parents=True)
@@ -69,7 +69,7 @@ def label_map() -> transforms.LabelMap:
 
 
 def throughput(source, workers: int) -> float:
-  """Images per second of wall time."""
+  """Images per second."""
   batches = pipeline.train_batches(
     source,
     transforms.train_transform(label_map()),
@@ -90,7 +90,7 @@ def throughput(source, workers: int) -> float:
 
 
 def stages(source) -> dict[str, float]:
-  """CPU milliseconds per image of every step, in order."""
+  """CPU milliseconds per image of every stage, in order."""
   spent: dict[str, float] = {}
 
   def timed(name, function, *args):
@@ -110,7 +110,7 @@ def stages(source) -> dict[str, float]:
 
 
 def libraries(source) -> list[list]:
-  """Rows of stage, OpenCV ms, Pillow ms."""
+  """Table rows: stage, OpenCV ms, Pillow ms."""
   data = source[0]["image"]
   image = np.array(Image.open(io.BytesIO(data)))
   size = (683, 512)
@@ -162,9 +162,10 @@ def main(argv) -> None:
   print(table(compared, ["stage", "OpenCV ms", "Pillow ms"], markdown=True))
   per_core = 1000 / total
   print(
-    f"\n{per_core:.0f} images/s per core; {CORES} cores: {CORES * per_core:.0f} of the {WANTED} "
-    f"one accelerator takes. JPEGs of {size:.0f} kB. {platform.machine()}, {os.cpu_count()} cores,"
-    f" OpenCV {cv2.__version__}, Pillow {PIL.__version__}, Python {platform.python_version()}."
+    f"\n{per_core:.0f} images/s per core; {CORES} cores: {CORES * per_core:.0f} of the "
+    f"{REQUIRED_RATE} that an accelerator consumes. JPEGs of {size:.0f} kB. {platform.machine()}, "
+    f"{os.cpu_count()} cores, OpenCV {cv2.__version__}, Pillow {PIL.__version__}, "
+    f"Python {platform.python_version()}."
   )
 
 

@@ -1,10 +1,10 @@
-"""Memory and time of segmenting one wide image with 847 classes on this machine.
+"""Memory and time for segmenting a wide image with 847 classes.
 
     python -m benchmarks.inference_memory --network=rpn
 
 `rpn` is RPN on ViT-B/16 with random weights; `stand_in` returns random logits of the same shape, so
-that what is measured is the merging of windows alone. The image has 512 x 2048 pixels; all its
-scores at once would be 3.6 GB, at twice the size 14.2 GB.
+that only the merging of windows is measured. The image has 512 x 2048 pixels; all its scores would
+take 3.6 GB, and 14.2 GB at twice the size.
 """
 
 import resource
@@ -23,7 +23,7 @@ from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.rpn import RPN
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("network", "rpn", ("rpn", "stand_in"), "What gives the logits")
+flags.DEFINE_enum("network", "rpn", ("rpn", "stand_in"), "Source of the logits")
 flags.DEFINE_integer("window_batch", 1, "Windows per call of the network")
 
 CLASSES = 847
@@ -36,7 +36,7 @@ def stand_in(windows):
 
 
 def rpn():
-  """The network with initial prompts and random text embeddings, as a function of windows."""
+  """RPN with initial prompts and random text embeddings, as a function of windows."""
   device_kernels = kernels.for_platform(jax.local_devices()[0].platform)
   model = RPN(CLIPConfig(), RPNConfig(), kernels=device_kernels)
   text = np.random.default_rng(0).normal(size=(CLASSES, 512)).astype(np.float32)
@@ -58,13 +58,13 @@ def main(argv) -> None:
   logging.set_verbosity(logging.WARNING)
   image = np.random.default_rng(1).normal(size=(*IMAGE, 3)).astype(np.float32)
   network = rpn() if FLAGS.network == "rpn" else stand_in
-  segmenter = SlidingWindow(network, CLASSES, crop=512, stride=426, window_batch=FLAGS.window_batch)
+  window = SlidingWindow(network, CLASSES, crop=512, stride=426, window_batch=FLAGS.window_batch)
   rows = [["before", "", "", f"{peak():.2f}"]]
   for size in SIZES:
     seconds = []
-    for _ in range(2):  # the first with compilation
+    for _ in range(2):  # the first one includes compilation
       began = time.perf_counter()
-      segmenter(image, size)
+      window(image, size)
       seconds.append(f"{time.perf_counter() - began:.1f}")
     rows.append([f"{size[0]} x {size[1]}", *seconds, f"{peak():.2f}"])
   print(table(rows, ["result, pixels", "first, s", "second, s", "peak memory, GB"], markdown=True))

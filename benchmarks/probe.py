@@ -2,8 +2,8 @@
 
     python -m benchmarks.probe --config=configs/shapes.py --workdir=runs/shapes
 
-Prints the scores of the newest checkpoint as trained and with the relationship prompts left out,
-and per layer the length of the prompt tokens beside that of the patch tokens they join.
+Prints the scores of the newest checkpoint with and without its relationship prompts, and for each
+layer the mean norm of the prompt tokens next to that of the patch tokens.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def main(argv) -> None:
   without = dataclasses.replace(trained.config, rpm_layers="none")
   rows = {
     "as trained": scores(trained),
-    "prompts left out at test": scores(trained.clone(config=without)),
+    "without relationship prompts": scores(trained.clone(config=without)),
   }
   print(evaluate.score_table(rows))
 
@@ -53,12 +53,12 @@ def main(argv) -> None:
   _, inside = trained.apply(variables, image, jnp.asarray(text), mutable=["intermediates"])
   inside = inside["intermediates"]
   project = lambda r: r @ prompts["prompt_proj"]["kernel"] + prompts["prompt_proj"]["bias"]
-  length = lambda x: float(np.linalg.norm(x, axis=-1).mean())
-  lengths = [
-    [i + 2, f"{length(project(r)):.2f}", f"{length(inside['hidden'][i][:, 1:]):.2f}"]
+  mean_norm = lambda x: float(np.linalg.norm(x, axis=-1).mean())
+  norms = [
+    [i + 2, f"{mean_norm(project(r)):.2f}", f"{mean_norm(inside['hidden'][i][:, 1:]):.2f}"]
     for i, r in enumerate(inside["relationship"])
   ]
-  print(table(lengths, ["layer", "prompt token length", "patch token length"]))
+  print(table(norms, ["layer", "norm of prompt tokens", "norm of patch tokens"]))
 
 
 if __name__ == "__main__":

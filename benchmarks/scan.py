@@ -1,9 +1,9 @@
-"""A tower's layers one by one, as the models have them, against one scan over stacked weights.
+"""Unrolled layers of a tower, as the models have them, against a scan over stacked weights.
 
     python -m benchmarks.scan
 
-Both compute the gradient of two 512 x 512 images' tokens through the twelve blocks of ViT-B/16,
-with everything stored and with blocks computed again in the backward pass.
+Both compute the gradient with respect to the tokens of two 512 x 512 images through the twelve
+blocks of ViT-B/16, with and without rematerialization of the blocks.
 """
 
 import jax
@@ -17,7 +17,7 @@ from rpn_jax.models import kernels
 from rpn_jax.models.clip import Block
 
 FLAGS = flags.FLAGS
-flags.DEFINE_float("seconds", 15.0, "Timed seconds of each row, at least two calls")
+flags.DEFINE_float("seconds", 15.0, "Seconds of timed calls for each row, at least two calls")
 
 TOKENS = 1 + (512 // 16) ** 2
 

@@ -1,10 +1,10 @@
-"""Speed and memory of the network on this machine, beside a PyTorch implementation of the same.
+"""Speed and memory of the network, compared with an implementation in PyTorch.
 
     make bench      or: python -m benchmarks.speed --torch=PYTHON_WITH_TORCH --cases=voc --batch=2
 
-Both frameworks get the same random weights of ViT-B/16 (or L/14) and the same pictures. Every
-measurement is a process of its own, so that its peak memory is its own; outputs are compared
-before times are. Without --torch, or where that Python has no torch, its columns stay empty.
+Both frameworks get the same random weights of ViT-B/16 (or L/14) and the same images, and their
+outputs are compared. Every measurement runs in its own process, for its peak memory. Without
+--torch, or if that Python has no torch, the columns of PyTorch stay empty.
 """
 
 import datetime
@@ -62,7 +62,7 @@ def config_of(case: str):
 
 
 def write_case(folder: pathlib.Path, case: str, what: str, batch: int) -> None:
-  """Weights, pictures and settings for the children."""
+  """Writes weights, images and settings for the child processes."""
   _, backbone, tested, trained = CASES[case]
   config, clip_config = config_of(case), costs.BACKBONES[backbone]
   classes = trained if what == "train" else tested
@@ -88,7 +88,7 @@ def write_case(folder: pathlib.Path, case: str, what: str, batch: int) -> None:
 
 
 def child(folder: pathlib.Path, what: str, dtype: str, remat: str) -> dict:
-  """One measurement of JAX, in this process."""
+  """Measures JAX once, in this process."""
   case = json.loads((folder / "case.json").read_text())
   config = config_of(case["case"])
   clip_config = costs.BACKBONES[CASES[case["case"]][1]]
@@ -150,13 +150,13 @@ def best(results: list[dict | None]) -> dict | None:
 
 
 def measure_case(case: str, what: str, batch: int) -> list[list]:
-  """Rows of the table: one per remat policy in training, one otherwise."""
+  """Table rows: one per remat policy for training, one otherwise."""
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     write_case(folder, case, what, batch)
     policies = FLAGS.remat if what == "train" else ["none"]
     ours, theirs = {remat: [] for remat in policies}, []
-    # Everything once, then again: a machine that others share changes by the minute.
+    # Round by round, since the speed of a shared machine changes by the minute.
     for _ in range(FLAGS.rounds):
       if FLAGS.torch:
         theirs.append(run([FLAGS.torch, "benchmarks/torch_rpn.py", name, what, FLAGS.dtype]))
@@ -197,7 +197,7 @@ def row(case, what, batch, remat, mine, other, difference) -> list:
   ]
 
 
-HEADS = [
+COLUMNS = [
   "case", "what", "batch", "remat", "images/s", "GFLOP/s", "peak GB", "compile s",
   "PyTorch images/s", "PyTorch peak GB", "speed ratio", "memory ratio", "outputs differ by",
 ]  # fmt: skip
@@ -220,16 +220,16 @@ def main(argv) -> None:
   began, rows = time.time(), []
   for item in progress(wanted, "bench", "case"):
     rows += measure_case(*item)
-  shown = table(rows, HEADS, markdown=True)
+  result = table(rows, COLUMNS, markdown=True)
   versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "jaxlib", "flax"))
-  print(shown)
+  print(result)
   print(
     f"\n{FLAGS.dtype}; {platform.machine()}, {os.cpu_count()} cores; {versions}; "
-    f"{datetime.date.today()}; {time.time() - began:.0f} s. Ratios above 1 in speed and below 1 in "
-    "memory are ours being better."
+    f"{datetime.date.today()}; {time.time() - began:.0f} s. JAX is better where "
+    "the speed ratio is above 1 and the memory ratio below 1."
   )
   if FLAGS.markdown:
-    pathlib.Path(FLAGS.markdown).write_text(shown + "\n")
+    pathlib.Path(FLAGS.markdown).write_text(result + "\n")
 
 
 if __name__ == "__main__":

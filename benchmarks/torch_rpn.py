@@ -1,8 +1,8 @@
-"""RPN's `released` network in PyTorch, to compare speed with; not part of the library.
+"""RPN with the preset `released` in PyTorch, for comparing speed; not part of the library.
 
-Written from the equations, with PyTorch's best practice: `scaled_dot_product_attention`, a fused
-input projection, text embeddings given, no gradient for the tower, optional bfloat16 autocast.
-Parameters come from rpn_jax's trees, so that outputs can be compared before times are.
+Written from the equations, with PyTorch's best practices: `scaled_dot_product_attention`, a fused
+input projection, given text embeddings, no gradients of the tower, optional bfloat16 autocast.
+Parameters come from rpn_jax's trees, so that outputs can be compared, too.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 
 def to_torch(tree: dict, device) -> dict:
-  """Nested numpy arrays as tensors."""
+  """Nested numpy arrays -> tensors."""
   return {
     k: to_torch(v, device) if isinstance(v, dict) else torch.tensor(v).to(device)
     for k, v in tree.items()
@@ -44,11 +44,11 @@ class Released(torch.nn.Module):
   """The forward pass (B, 3, H, W), (C, E) -> logits (B, C, h, w) of the `released` preset.
 
   Args:
-    tower: parameters of the vision tower, kept frozen.
-    prompts: the trained tree.
-    heads, patch: of the tower.
-    side: of the images, pixels; a multiple of the patch.
-    dropout: rate of projected prompts in training.
+    tower: parameters of the frozen vision tower.
+    prompts: the trained parameters.
+    heads, patch: attention heads and patch size of the tower.
+    side: side of the images, pixels; a multiple of the patch size.
+    dropout: dropout rate of projected prompts in training.
   """
 
   def __init__(self, tower, prompts, *, heads, patch, side, dropout=0.1, device="cpu"):
@@ -99,7 +99,7 @@ class Released(torch.nn.Module):
       if relationship is not None:
         extra.append(dense(relationship, p["prompt_proj"]))
       extra = F.dropout(torch.cat(extra, 1), self.rate, self.training)
-      # Type of the residual stream, which autocast lets grow to float32.
+      # The dtype of the residual stream, which is float32 under autocast.
       x = torch.cat([x[:, :1], extra.to(x.dtype), x[:, 1:]], 1)
       x = self.block(x, t[f"block_{i}"])
       x = torch.cat([x[:, :1], x[:, 1 + extra.shape[1] :]], 1)
@@ -117,7 +117,7 @@ class Released(torch.nn.Module):
 
 
 def loss(logits, label):
-  """Focal and dice loss of the release, upsampled to the labels' size."""
+  """Focal and dice loss of the official code, at the labels' size."""
   logits = F.interpolate(logits.float(), label.shape[1:], mode="bilinear", align_corners=False)
   valid = label != 255
   y = F.one_hot(torch.where(valid, label, 0), logits.shape[1]).movedim(-1, 1)
@@ -145,7 +145,7 @@ def nested(flat) -> dict:
 
 
 def main() -> None:
-  """Child of benchmarks.speed: folder with the case -> a line of JSON."""
+  """Child process of benchmarks.speed: folder with the case -> a line of JSON."""
   folder, what, dtype = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
   case = json.loads((folder / "case.json").read_text())
   device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -44,7 +44,7 @@ def test_a_folder_that_the_user_chose_is_kept(tmp_path):
 def test_without_a_place_nothing_is_kept_and_that_is_said_once(tmp_path):
   (tmp_path / ".cache").write_text("a file where the folder should be")
   folder, said = cache_dir(HOME=str(tmp_path))
-  assert folder == "None" and said.count("nothing is kept for the next run") == 1
+  assert folder == "None" and said.count("nothing is cached for later runs") == 1
 
 
 def test_a_container_without_a_home(monkeypatch):

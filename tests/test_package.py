@@ -169,7 +169,7 @@ def test_hooks_and_workflow_run_the_commands_of_make_and_the_readme():
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["segment", "none.jpg", "cat"], "error: none.jpg: expected a picture or a folder"),
+    (["segment", "none.jpg", "cat"], "error: none.jpg: expected an image or a folder"),
     (["segment", str(SCENE), "cat,,dog"], "error: class name 2 of 3 is empty"),
     (["segment", str(SCENE), "cat", "--model", "none"], "error: model='none': expected"),
     (["segment", str(SCENE), "cat", "--other", "2"], "threshold in [0, 1], got 2"),

@@ -1,4 +1,4 @@
-"""Config fields declared once, as those of dataclasses: their ConfigDict and their checks."""
+"""Config fields, declared once as dataclass fields: their ConfigDicts and their checks."""
 
 import dataclasses
 import functools
@@ -13,9 +13,9 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import check_known
 
-# Numbers beyond this are typing errors, or make a run that never ends.
+# Larger numbers are typos, or lead to runs that never end.
 MAX_VALUE = 1 << 40
-# The default of a field that only some configs have.
+# Default of fields that only some configs have.
 ABSENT = object()
 
 Config: TypeAlias = config_dict.ConfigDict | dict[str, Any]
@@ -23,15 +23,15 @@ Config: TypeAlias = config_dict.ConfigDict | dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """What is known about a field besides its type and default.
+  """Properties of a field besides its type and default.
 
   Attributes:
-    comment: its meaning and unit.
+    comment: meaning and unit.
     words: allowed values; () allows all.
     at_least, above, at_most: bounds of a number, or of every number in a tuple.
-    is_path: a leading `~` is expanded.
-    free: may differ when a run is continued: it changes neither what is trained nor the order.
-    evaluation: changes scores only: a trained run may be evaluated in many ways.
+    is_path: expand a leading `~`.
+    free: may change when a run is resumed, since it affects neither training nor its order.
+    evaluation: may change for an evaluation, since it affects scores only.
   """
 
   comment: str
@@ -45,13 +45,13 @@ class Spec:
 
   @property
   def bounds(self) -> list[str]:
-    """The bounds in words, such as "at least 1"; [] without any."""
+    """The bounds in words, such as "at least 1"."""
     bounds = [f"at least {self.at_least}"] if self.at_least > -MAX_VALUE else []
     bounds += [f"above {self.above}"] if self.above is not None else []
     return bounds + ([f"at most {self.at_most}"] if self.at_most < MAX_VALUE else [])
 
   def violated(self, number: float) -> str:
-    """The bound that a number is outside of, in words; "" if there is none. NaN is outside."""
+    """The bound that a number violates, in words; "" if none. NaN violates them."""
     if not number >= self.at_least:
       return f"at least {self.at_least}"
     if self.above is not None and not number > self.above:
@@ -59,30 +59,30 @@ class Spec:
     return "" if number <= self.at_most else f"at most {self.at_most}"
 
 
-def field(default: Any, comment: str = "", **about: Any) -> Any:
-  """A declared field, or a section of fields; see `Spec`.
+def field(default: Any, comment: str = "", **attributes: Any) -> Any:
+  """Declares a field, or a section of fields; see `Spec`.
 
   Args:
-    default: the default value; a section's is an instance of the class that declares its fields.
-    comment: its meaning and unit; that of a section is the first line of its class.
-    **about: the other attributes of Spec.
+    default: the default value; for a section, an instance of the class that declares its fields.
+    comment: meaning and unit; for a section, the first line of its class by default.
+    **attributes: the other attributes of Spec.
   """
   comment = comment or default.__doc__.splitlines()[0]
-  return dataclasses.field(default=default, metadata={"spec": Spec(comment, **about)})
+  return dataclasses.field(default=default, metadata={"spec": Spec(comment, **attributes)})
 
 
 def spec(declaration: dataclasses.Field) -> Spec:
-  """What `field` was told."""
+  """The Spec of a field declared with `field`."""
   return declaration.metadata["spec"]
 
 
 def is_section(declaration: dataclasses.Field) -> bool:
-  """Whether a field holds fields of its own: its default is a declared class."""
+  """Whether a field is a section of fields: its default is a dataclass instance."""
   return dataclasses.is_dataclass(declaration.default)
 
 
 def declared(of: type, prefix: str = "") -> dict[str, dataclasses.Field]:
-  """Path, such as `data.crop`, -> declaration; a section comes before its fields."""
+  """Path (such as `data.crop`) -> declaration; sections precede their fields."""
   found = {}
   for f in dataclasses.fields(of):
     found[prefix + f.name] = f
@@ -92,10 +92,10 @@ def declared(of: type, prefix: str = "") -> dict[str, dataclasses.Field]:
 
 
 def section(of: type, **changes: Any) -> config_dict.ConfigDict:
-  """The defaults of a declared class as a ConfigDict, with changes; not locked.
+  """An unlocked ConfigDict with the defaults of a declared class, with changes.
 
   Raises:
-    TypeError: a change of a field that is not declared.
+    TypeError: a change to an undeclared field.
   """
   c = config_dict.ConfigDict()
   for f in dataclasses.fields(of):
@@ -115,16 +115,16 @@ def section(of: type, **changes: Any) -> config_dict.ConfigDict:
 def check(config: Config, of: type) -> None:
   """Checks the values of a config.
 
-  Fields that are missing or not declared are passed over: another version may have written them.
+  Missing and undeclared fields are skipped, since another version may have written the config.
 
   Raises:
-    InputError: a value of another type, out of bounds, or an unknown word.
+    InputError: a value has the wrong type, is out of bounds or an unknown word.
   """
   for path, f in declared(of).items():
-    place, name = _place(config, path)
-    if name not in place:
+    parent, name = _parent(config, path)
+    if name not in parent:
       continue
-    value, known = place[name], spec(f)
+    value, known = parent[name], spec(f)
     if not _fits(value, f.type):
       expected = f.type.__name__ if isinstance(f.type, type) else str(f.type)
     else:
@@ -140,15 +140,15 @@ def check(config: Config, of: type) -> None:
 def expand_paths(config: Config, of: type) -> None:
   """Expands a leading `~` in the fields that are paths."""
   for path, f in declared(of).items():
-    place, name = _place(config, path)
-    if spec(f).is_path and str(place.get(name)).startswith("~"):
-      place[name] = str(expand(place[name]))
+    parent, name = _parent(config, path)
+    if spec(f).is_path and str(parent.get(name)).startswith("~"):
+      parent[name] = str(expand(parent[name]))
 
 
-def _place(config: Config, path: str) -> tuple[Any, str]:
-  """The section that a field is in, {} if it is missing, and the field's name."""
-  *parts, name = path.split(".")
-  return functools.reduce(lambda place, part: place.get(part, {}), parts, config), name
+def _parent(config: Config, path: str) -> tuple[Any, str]:
+  """The section that contains a field, {} if missing, and the field's name."""
+  *sections, name = path.split(".")
+  return functools.reduce(lambda parent, key: parent.get(key, {}), sections, config), name
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -156,7 +156,7 @@ def _fits(value: Any, kind: Any) -> bool:
     return any(_fits(value, k) for k in typing.get_args(kind))
   if typing.get_origin(kind) is tuple:
     parts = typing.get_args(kind)
-    if not isinstance(value, (tuple, list)):  # JSON has lists only
+    if not isinstance(value, (tuple, list)):  # JSON has no tuples
       return False
     if parts[-1] is Ellipsis:
       parts = parts[:1] * len(value)

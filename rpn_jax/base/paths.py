@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, locked, as JSON; where caches live."""
+"""Files and folders: atomic writes, locks, JSON, the cache folder."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ from rpn_jax.base.errors import InputError
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
-  """The path with a leading `~` resolved: behind `=` the shell leaves it as it is.
+  """Expands a leading `~`, which the shell does not do in `--flag=~/path`.
 
   Raises:
     InputError: there is no such home folder.
@@ -28,12 +28,12 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A temporary path in the folder of `path`, renamed to `path` when the block ends well.
+  """Atomic write: a temporary path in the folder of `path`, renamed to it when the block succeeds.
 
-  Readers see the old file or the new one, never a part of either.
+  Readers see either the old file or the new one, never a part.
 
   Raises:
-    OSError: the file cannot be written; nothing is left of it.
+    OSError: the file cannot be written; no temporary file remains.
   """
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -41,36 +41,36 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     yield temporary
     os.replace(temporary, path)
   finally:
-    with contextlib.suppress(OSError):  # the disk may be gone altogether
+    with contextlib.suppress(OSError):  # the disk may be gone
       temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes text in UTF-8; see `replacing`."""
+  """Writes UTF-8 text atomically."""
   with replacing(path) as temporary:
     temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, content: Mapping) -> None:
-  """Writes JSON, indented; see `replacing`."""
+  """Writes indented JSON atomically."""
   write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, resource: str, remedy: str = "") -> Iterator[None]:
-  """Holds a lock file while the block runs, so that one process at a time uses `resource`.
+  """Holds a lock file during the block, so that only one process at a time uses `resource`.
 
-  The system releases the lock when the process ends, however it ends: what a killed process leaves
-  is a file with its name and no lock.
+  The operating system releases the lock however the process ends; a killed process leaves behind an
+  unlocked file with its name.
 
   Args:
-    path: of the lock file; its folder exists.
+    path: path of the lock file; its folder must exist.
     resource: what is locked, for messages.
-    remedy: what else to do than wait, for messages.
+    remedy: alternative to waiting, for messages.
 
   Raises:
-    InputError: another process holds the lock, with its name.
-    OSError: the file cannot be opened.
+    InputError: another process, which is named, holds the lock.
+    OSError: the lock file cannot be opened.
   """
   with open(path, "a+", encoding="utf-8") as file:
     file.seek(0)
@@ -82,7 +82,7 @@ def locked(path: pathlib.Path, resource: str, remedy: str = "") -> Iterator[None
       raise InputError(
         f"{resource} is in use by {holder or 'another process'}: wait for it to end{remedy}"
       ) from None
-    except OSError as error:  # some network file systems have no locks
+    except OSError as error:  # some network file systems do not support locks
       print(
         f"{resource} cannot be locked ({error.strerror}): do not start a second process there",
         flush=True,
@@ -91,7 +91,7 @@ def locked(path: pathlib.Path, resource: str, remedy: str = "") -> Iterator[None
       return
     if holder:
       print(f"{resource} was left by {holder}, which is gone: taking over", flush=True)
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without its name
+    with contextlib.suppress(OSError):  # on a full disk the lock works without a name
       file.truncate(0)
       file.write(f"process {os.getpid()} on {socket.gethostname()}")
       file.flush()
@@ -102,15 +102,14 @@ def locked(path: pathlib.Path, resource: str, remedy: str = "") -> Iterator[None
 
 @functools.cache
 def cache_dir() -> pathlib.Path | None:
-  """The folder for what can be made again: `~/.cache/rpn_jax`, or that of XDG_CACHE_HOME.
+  """The cache folder: `rpn_jax` in XDG_CACHE_HOME, by default in `~/.cache`.
 
-  None where there is no place for it, as in a container without a home folder; a warning says so
-  once.
+  None, with a warning, if it cannot be created, as in a container without a home folder.
   """
-  given = os.environ.get("XDG_CACHE_HOME", "")
+  xdg = os.environ.get("XDG_CACHE_HOME", "")
   try:
-    # The standard says to ignore relative paths.
-    root = pathlib.Path(given) if os.path.isabs(given) else pathlib.Path.home() / ".cache"
+    # The XDG specification says to ignore relative paths.
+    root = pathlib.Path(xdg) if os.path.isabs(xdg) else pathlib.Path.home() / ".cache"
     folder = root / "rpn_jax"
     folder.mkdir(parents=True, exist_ok=True)
     if os.access(folder, os.W_OK | os.X_OK):
@@ -119,6 +118,6 @@ def cache_dir() -> pathlib.Path | None:
   except (OSError, RuntimeError) as error:
     reason = " ".join(str(error).split())
   logging.warning(
-    "nothing is kept for the next run (%s): set XDG_CACHE_HOME to a writable folder", reason
+    "nothing is cached for later runs (%s): set XDG_CACHE_HOME to a writable folder", reason
   )
   return None

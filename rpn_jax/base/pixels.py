@@ -1,7 +1,7 @@
-"""Images in: files read, resized and normalized, for prediction and data sets alike.
+"""Image input: reading, resizing and normalizing, for prediction and for data sets.
 
-`to_network` is what the data pipelines do to the images of a data set at evaluation, and `square`
-what OpenAI's preprocessing does for classification.
+`to_network` is the same preprocessing as that of the data pipelines for evaluation; `square` is
+OpenAI's for classification.
 """
 
 import functools
@@ -16,18 +16,17 @@ from PIL import Image, ImageOps
 
 from rpn_jax.base.errors import InputError
 
-# What `read` takes.
+# Argument of `read`.
 ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# 20,000 x 10,000, of an image or a mask. Larger ones are refused before they are decoded: they
-# would fill memory (three bytes a pixel are 600 MB; Pillow's own limit only warns).
+# 20,000 x 10,000, for images and masks. Larger ones are rejected before decoding, which would fill
+# the memory (600 MB at three bytes per pixel; Pillow's own limit only warns).
 MAX_PIXELS = 200_000_000
-# Long side to short side: images are enlarged until the short side fits a window.
+# Ratio of long to short side: images are resized by their short side.
 MAX_ASPECT = 100
-# Pillow's own limit would warn of images that are allowed here; it still raises at twice ours.
+# Keeps Pillow from warning about allowed images; it raises an error at twice its limit.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-# Per channel (R, G, B), of values in [0, 1]: what CLIP was trained with, and what the official RPN
-# code uses.
+# Per channel (R, G, B), for values in [0, 1]: CLIP's training, and the official RPN code.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -35,14 +34,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def find(path: str) -> list[pathlib.Path]:
-  """The image files a path names: itself, or those directly in the folder.
+  """The path itself if it is a file, or the image files directly in the folder.
 
   Raises:
-    InputError: nothing is there.
+    InputError: there are none.
   """
   root = pathlib.Path(path).expanduser()
   if not root.exists():
-    raise InputError(f"{path}: expected a picture or a folder of pictures, no such file or folder")
+    raise InputError(f"{path}: expected an image or a folder of images, no such file or folder")
   if root.is_file():
     return [root]
   files = sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES)
@@ -52,13 +51,13 @@ def find(path: str) -> list[pathlib.Path]:
 
 
 def read(image: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-  """A picture as uint8 RGB (H, W, 3), turned upright as its EXIF data says.
+  """An image as uint8 RGB (H, W, 3), rotated according to its EXIF orientation.
 
   Args:
     image: a path, an open binary file, a PIL image, or an array: (H, W, 3) or (H, W), uint8.
 
   Raises:
-    InputError: not a picture, damaged, a strip, or of more than `max_pixels` pixels.
+    InputError: not an image, damaged, too elongated, or more than `max_pixels` pixels.
   """
   if isinstance(image, np.ndarray):
     return _from_array(image)
@@ -69,32 +68,32 @@ def read(image: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     with Image.open(path) as file:
       return _decoded(file, image, max_pixels)
   except FileNotFoundError:
-    raise InputError(f"{image}: expected a picture, no such file") from None
+    raise InputError(f"{image}: expected an image, no such file") from None
   except InputError:
     raise
-  except Exception as error:  # damage surfaces as a dozen kinds, struct's and EXIF's among them
+  except Exception as error:  # damaged files raise all kinds of errors
     raise InputError(
-      f"{image}: expected a readable jpg, png or webp picture, got {type(error).__name__} "
+      f"{image}: expected a readable jpg, png or webp image, got {type(error).__name__} "
       f"({' '.join(str(error).split())}); open it in a viewer to see whether it is damaged"
     ) from error
 
 
 def check_size(where: object, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
-  """Refuses an image of (width, height) pixels before it is decoded.
+  """Checks the (width, height) of an image before it is decoded.
 
   Raises:
-    InputError: no pixels, too many, or a strip.
+    InputError: no pixels, too many, or too elongated.
   """
   width, height = size
   if not 0 < width * height <= max_pixels:
     raise InputError(
       f"{where}: expected at most {max_pixels:,} pixels, got {width} x {height}; "
-      "make the picture smaller"
+      "make the image smaller"
     )
   if max(size) > MAX_ASPECT * min(size):
     raise InputError(
-      f"{where}: expected a picture at most {MAX_ASPECT} times as long as wide, got "
-      f"{width} x {height}; cut it"
+      f"{where}: expected an image at most {MAX_ASPECT} times as long as wide, got "
+      f"{width} x {height}; crop it"
     )
 
 
@@ -114,24 +113,24 @@ def _from_array(image: np.ndarray) -> np.ndarray:
 
 
 def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-  """(height, width) with the short side exactly `short_side` pixels, however long the other."""
+  """(height, width) with a short side of exactly `short_side` pixels, whatever the other."""
   factor = short_side / min(height, width)
   return int(height * factor + 0.5), int(width * factor + 0.5)
 
 
 def resize(image_HxWx3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resized to (height, width): bilinear on uint8, no antialiasing, as the official code trains."""
+  """Resizes to (height, width): bilinear on uint8 without antialias, like the official code."""
   return cv2.resize(image_HxWx3, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def normalize(image_HxWx3: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-  """(value / 255 - mean) / std per channel of a uint8 image: float32."""
+  """(value / 255 - mean) / std per channel of a uint8 image, as float32."""
   return cv2.LUT(image_HxWx3, _normalization_table(tuple(mean), tuple(std)))
 
 
 @functools.cache
 def _normalization_table(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-  """The 256 values of each channel, normalized in float32 as recorded: one pass over an image."""
+  """The 256 values of each channel, normalized in float32: a lookup table, in a single pass."""
   offset, scale = ((np.asarray(x, np.float64) * 255).astype(np.float32) for x in (mean, std))
   return ((np.arange(256, dtype=np.float32)[:, None] - offset) / scale)[None]
 
@@ -139,25 +138,26 @@ def _normalization_table(mean: tuple[float, ...], std: tuple[float, ...]) -> np.
 def to_network(
   image_HxWx3: np.ndarray, short_side: int, mean: Sequence[float], std: Sequence[float]
 ) -> np.ndarray:
-  """Resized to a short side and normalized: float32."""
+  """Resizes to a short side and normalizes: float32."""
   height, width = image_HxWx3.shape[:2]
   size = short_side_size(height, width, short_side)
   return normalize(resize(image_HxWx3, size), mean, std)
 
 
 def for_classification(image: ImageSource, side: int) -> np.ndarray:
-  """A picture as OpenAI's preprocessing (`clip.load`) makes it: normalised f32 (side, side, 3).
+  """OpenAI's preprocessing (`clip.load`) after EXIF rotation: normalized float32 (side, side, 3).
 
-  Only the turning upright by EXIF data is not theirs. Raises what `read` does.
+  Raises:
+    InputError: see `read`.
   """
   return normalize(square(read(image), side), CLIP_MEAN, CLIP_STD)
 
 
 def square(image_HxWx3: np.ndarray, side: int) -> np.ndarray:
-  """Short side resized to `side`, bicubic with antialias, then the middle: uint8."""
+  """Resizes the short side to `side`, bicubic with antialias, and crops the center: uint8."""
   height, width = image_HxWx3.shape[:2]
   short = min(height, width)
-  # Integer division: torchvision cuts off the fraction of the long side.
+  # Integer division: torchvision truncates the long side.
   size = (side * width // short, side * height // short)
   resized = Image.fromarray(image_HxWx3).resize(size, Image.Resampling.BICUBIC)
   left, top = (round((length - side) / 2) for length in size)

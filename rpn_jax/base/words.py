@@ -1,4 +1,4 @@
-"""Words that people type: class lists, suggestions for a mistyped word, what differs."""
+"""Words typed by users: class lists, suggestions for typos, differences between configs."""
 
 import difflib
 import re
@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rpn_jax.base.errors import InputError
 
-# What `parse_names` takes.
+# Argument of `parse_names`.
 Names = str | Sequence[str | Sequence[str]]
-# Between the synonyms of a class, as vocabularies write them: "sea, ocean".
+# Separates the synonyms of a class in vocabularies: "sea, ocean".
 SEPARATOR = ", "
 
 
 def suggestion(word: object, known: Iterable[str]) -> str:
-  """The known word that is nearest to a mistyped one; "" if nothing is known."""
+  """The known word closest to a mistyped one; "" if there are none."""
   near = difflib.get_close_matches(str(word), list(known), 1, 0.0)
   return near[0] if near else ""
 
@@ -22,12 +22,12 @@ def check_known(what: str, word: object, known: Iterable[str]) -> None:
   """Checks a word against the allowed ones.
 
   Args:
-    what: what stands before the word in the message, such as `data set ` or `config.synonyms=`.
-    word: as typed.
+    what: text before the word in the message, such as `data set ` or `config.synonyms=`.
+    word: the word to check.
     known: the allowed words.
 
   Raises:
-    InputError: another word, with the nearest known one and all of them.
+    InputError: an unknown word; the message has the closest known one and all of them.
   """
   known = list(known)
   if word not in known:
@@ -38,26 +38,26 @@ def check_known(what: str, word: object, known: Iterable[str]) -> None:
 
 
 def parse_names(names: Names) -> tuple[str, ...]:
-  """Class names, each with its synonyms joined by SEPARATOR, as the vocabularies write them.
+  """Class names in the form of the vocabularies: synonyms joined by SEPARATOR.
 
   Args:
     names: "cat | kitten, grass", with commas or line breaks between classes and `|` between
-      synonyms; or a list of names, in which a list stands for synonyms.
+      synonyms; or a list whose items are names or lists of synonyms.
 
   Raises:
-    InputError: no name, an empty one, or a duplicate.
+    InputError: no names, an empty one, or a duplicate.
   """
   if isinstance(names, str):
     names = [name.split("|") for name in re.split(r"[,\n]", names.strip().strip(","))]
-  rows = [[name] if isinstance(name, str) else name for name in names]
-  return check_names([SEPARATOR.join(part.strip() for part in row) for row in rows])
+  classes = [[name] if isinstance(name, str) else name for name in names]
+  return check_names([SEPARATOR.join(name.strip() for name in synonyms) for synonyms in classes])
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
-  """The names without surrounding blanks.
+  """The names without surrounding whitespace.
 
   Raises:
-    InputError: no name, an empty one, or a duplicate.
+    InputError: no names, an empty one, or a duplicate.
   """
   names = tuple(name.strip() for name in names)
   if not names:
@@ -71,13 +71,13 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def without_articles(name: str) -> str:
-  """A class name without its articles: the sentence around it brings its own."""
+  """A class name without articles, since templates have their own."""
   parts = [re.sub(r"^(an?|the)\s+(?=\S)", "", part, flags=re.I) for part in name.split(SEPARATOR)]
   return SEPARATOR.join(parts)
 
 
 def differences(old: object, new: object, path: str = "") -> list[str]:
-  """What differs between two nested dictionaries: lines `path: old value -> new value`."""
+  """Differences between two nested dictionaries, as lines `path: old value -> new value`."""
   if isinstance(old, Mapping) and isinstance(new, Mapping):
     keys = sorted(old.keys() | new.keys())
     lines = [differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys]
