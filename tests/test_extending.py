@@ -102,5 +102,5 @@ def test_a_data_set_of_ones_own(folder):
       rows = ["".join(rng.choice(list("gsw"), 48)) for _ in range(40)]
       (folder / f"raw/{split}/{i}.txt").write_text("\n".join(rows))
   said = run(folder, "my_set.py", "raw")
-  assert "3 of 3 classes trained on" in said
+  assert "training on 3 of 3 classes" in said
   assert "grass" in (folder / "runs/letters/metrics.json").read_text()

@@ -141,7 +141,7 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
   """Everything the command prints.
 
   Args:
-    config: of an experiment.
+    config: config of a segmentation run.
     clip_config: architecture of the tower.
     tower: its parameters, the branch `visual`.
     classes: how many are prompted.

@@ -81,24 +81,24 @@ def is_section(declaration: dataclasses.Field) -> bool:
   return dataclasses.is_dataclass(declaration.default)
 
 
-def declared(of: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+def declared(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
   """Path (such as `data.crop`) -> declaration; sections precede their fields."""
   found = {}
-  for f in dataclasses.fields(of):
+  for f in dataclasses.fields(cls):
     found[prefix + f.name] = f
     if is_section(f):
       found |= declared(type(f.default), f"{prefix}{f.name}.")
   return found
 
 
-def section(of: type, **changes: Any) -> config_dict.ConfigDict:
+def section(cls: type, **changes: Any) -> config_dict.ConfigDict:
   """An unlocked ConfigDict with the defaults of a declared class, with changes.
 
   Raises:
     TypeError: a change to an undeclared field.
   """
   c = config_dict.ConfigDict()
-  for f in dataclasses.fields(of):
+  for f in dataclasses.fields(cls):
     value = changes.pop(f.name, f.default)
     if dataclasses.is_dataclass(value):
       value = section(type(value))
@@ -108,11 +108,11 @@ def section(of: type, **changes: Any) -> config_dict.ConfigDict:
     if value is not ABSENT:
       c[f.name] = value
   if changes:
-    raise TypeError(f"{of.__name__} has no field {', '.join(changes)}")
+    raise TypeError(f"{cls.__name__} has no field {', '.join(changes)}")
   return c
 
 
-def check(config: Config, of: type) -> None:
+def check(config: Config, cls: type) -> None:
   """Checks the values of a config.
 
   Missing and undeclared fields are skipped, since another version may have written the config.
@@ -120,7 +120,7 @@ def check(config: Config, of: type) -> None:
   Raises:
     InputError: a value has the wrong type, is out of bounds or an unknown word.
   """
-  for path, f in declared(of).items():
+  for path, f in declared(cls).items():
     parent, name = _parent(config, path)
     if name not in parent:
       continue
@@ -137,9 +137,9 @@ def check(config: Config, of: type) -> None:
       check_known(f"config.{path}=", value, known.words)
 
 
-def expand_paths(config: Config, of: type) -> None:
+def expand_paths(config: Config, cls: type) -> None:
   """Expands a leading `~` in the fields that are paths."""
-  for path, f in declared(of).items():
+  for path, f in declared(cls).items():
     parent, name = _parent(config, path)
     if spec(f).is_path and str(parent.get(name)).startswith("~"):
       parent[name] = str(expand(parent[name]))

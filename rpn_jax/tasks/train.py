@@ -100,9 +100,8 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
       state, best = resumed
     start = int(state.step)
     print(
-      f"{state.trained_parameters:,} trained parameters beside {predictor.clip_parameters:,} "
-      "frozen; "
-      f"{len(trained)} of {len(data.names)} classes trained on {devices.devices_text()}"
+      f"{state.trained_parameters:,} trained parameters, {predictor.clip_parameters:,} frozen; "
+      f"training on {len(trained)} of {len(data.names)} classes, on {devices.devices_text()}"
       + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
       + (f"; resuming at step {start} of {config.steps}" if start else ""),
       flush=True,

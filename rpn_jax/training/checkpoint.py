@@ -107,15 +107,13 @@ class Checkpoints:
   def __init__(self, workdir: pathlib.Path, identity: dict, *, read_only: bool = False):
     self.identity = identity
     self.directory = (pathlib.Path(workdir) / "checkpoints").absolute()
-    self.read_only = read_only
     self._policy = _LatestAndBest()
     import orbax.checkpoint as ocp  # takes a second, so only where it is needed
 
     with _quiet():
       options = ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
-        # A save takes a fraction of a second (docs/reliability.md), and its failure is known at
-        # once.
+        # A save takes a fraction of a second (docs/reliability.md); its failure shows at once.
         enable_async_checkpointing=False,
         lightweight_initialize=True,
         create=not read_only,

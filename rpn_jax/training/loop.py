@@ -118,7 +118,7 @@ class Loop:
     """Evaluates a state that has been saved, so that an interrupted evaluation can be resumed."""
     step = int(state.step)
     self.last = scores = {"step": step, **self._evaluate(state.prompts, step)}
-    if not self.best or rank(scores) >= rank(self.best):
+    if not self.best or selection_score(scores) >= selection_score(self.best):
       self.best = scores
     if self.writer:
       scalars = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, float)}
@@ -189,7 +189,7 @@ def _is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def rank(scores: dict) -> float:
+def selection_score(scores: dict) -> float:
   """The score that selects the best checkpoint: hIoU, or mIoU if no class is unseen."""
   value = scores["hiou"] if scores["hiou"] is not None else scores["miou_gt"]
   return float(value or 0.0)

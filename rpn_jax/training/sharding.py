@@ -19,6 +19,7 @@ from rpn_jax.training.step import TrainState
 
 
 def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
+  """Raises an InputError unless the global batch divides among the devices of a mesh."""
   if batch_size % mesh.size:
     raise InputError(
       f"config.data.batch_size={batch_size} does not divide among {mesh.size} devices: "

@@ -1,4 +1,4 @@
-"""Runs the training step in every mode and writes what it did; started by test_parallel.py."""
+"""Runs the training step in every mode and writes what it did; started by test_sharding.py."""
 
 import functools
 import json
