@@ -3,9 +3,10 @@
 import pathlib
 from collections.abc import Sequence
 
+import jax
+
 from rpn_jax.base.errors import InputError
 from rpn_jax.inference.predictor import open_run
-from rpn_jax.models.prompts import count
 from rpn_jax.weights import prompts_file
 
 FILE_NAME = "prompts.safetensors"
