@@ -33,7 +33,6 @@ def export(config, workdir, names: Sequence[str]) -> pathlib.Path:
   path = run.workdir / FILE_NAME
   content = prompts_file.Prompts(prompts, run.fingerprint, config.to_dict(), tuple(names), step)
   prompts_file.save(path, content)
-  print(
-    f"{count(prompts):,} parameters of step {step} in {path} ({path.stat().st_size / 1e6:.1f} MB)"
-  )
+  count = sum(x.size for x in jax.tree.leaves(prompts))
+  print(f"{count:,} parameters of step {step} in {path} ({path.stat().st_size / 1e6:.1f} MB)")
   return path

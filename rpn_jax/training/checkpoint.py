@@ -171,8 +171,8 @@ class Checkpoints:
           return True
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore: any failed write
           reason = _reason(error)
+        self._remove_leftovers()
         gc.collect()  # while quiet; see `_quiet`
-    self._remove_leftovers()
     steps = self.steps()
     last = f"the last good one is of step {steps[0]}" if steps else "there is none yet"
     _report(f"step {step}: no checkpoint written to {self.directory} ({reason}); {last}")
