@@ -1,4 +1,4 @@
-# make demo    install, train on the embedded world, evaluate, draw (about five minutes)
+# make demo    install, train on the shapes data set, evaluate, draw (about five minutes)
 # make test    install, lint, run the tests
 # make docs    the pages of docs/ as a site
 PYTHON ?= python3
@@ -39,7 +39,7 @@ bench: $(VENV)/.run
 bench-data: $(VENV)/.run
 	$(RUN) -m benchmarks.data
 
-# The shipped weights of the embedded world: half an hour or more on two cores.
+# The shipped weights of the shapes data set: half an hour or more on two cores.
 shapes-clip: $(VENV)/.run
 	$(RUN) main.py --config=configs/shapes_clip.py --workdir=runs/shapes_clip
 
