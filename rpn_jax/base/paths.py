@@ -95,9 +95,11 @@ def locked(path: pathlib.Path, resource: str, remedy: str = "") -> Iterator[None
       file.truncate(0)
       file.write(f"process {os.getpid()} on {socket.gethostname()}")
       file.flush()
-    yield
-    with contextlib.suppress(OSError):
-      file.truncate(0)
+    try:
+      yield
+    finally:  # after an error, too: the next process need not hear of this one
+      with contextlib.suppress(OSError):
+        file.truncate(0)
 
 
 @functools.cache

@@ -94,7 +94,9 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
     return latest.scores
 
   # Always closed, so that a save in progress is finished even after an error or Ctrl-C.
-  with contextlib.closing(run.checkpoints()) as checkpoints, devices.one_line_runtime_errors():
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(contextlib.closing(run.checkpoints()))
+    stack.enter_context(devices.one_line_runtime_errors())
     best = None
     if resumed := checkpoints.resume(state):
       state, best = resumed
@@ -106,7 +108,9 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
       + (f"; resuming at step {start} of {config.steps}" if start else ""),
       flush=True,
     )
-    writer = None if jax.process_index() else MetricWriter(run.workdir, resume_step=start)
+    writer = None
+    if not jax.process_index():
+      writer = stack.enter_context(MetricWriter(run.workdir, resume_step=start))
     loop = Loop(
       run,
       stepper,
@@ -153,7 +157,6 @@ def report(
   write_metrics(workdir / "metrics.json", last, best, run.config, parameters)
   draw_figures(workdir, latest, run.config)
   plot_curves(workdir / "curves.png", writer.history())
-  writer.close()
   rows = {f"last, step {last['step']}": last, f"best, step {best['step']}": best}
   print(f"\nTrained to step {run.config.steps} ({seconds:.0f} s in this call). Scores in %:")
   print(score_table(rows))
