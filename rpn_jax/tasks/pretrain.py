@@ -50,34 +50,33 @@ def pretrain(
     image = np.concatenate([trainer.embed_images(params, batch) for batch in batches])
     return float(((image @ text.T).argmax(-1) == test_labels).mean())
 
-  writer = MetricWriter(workdir, resume_step=0)
   stream = batches()
   started = time.time()
   accuracy = 0.0
   steps = progress(range(1, config.steps + 1), f"pre-train on {devices_text()}", "step")
-  for step in steps:
-    batch = next(stream)
-    tokens = tokenize(list(batch["caption"]), clip.context_length)
-    if tokens[:, config.caption_tokens :].any():
-      raise InputError(f"a caption is longer than config.caption_tokens={config.caption_tokens}")
-    masked = step <= config.steps - config.unmasked_steps
-    params, opt_state, loss = trainer.step(
-      params,
-      opt_state,
-      batch["image"],
-      tokens[:, : config.caption_tokens],
-      step,
-      kept_patches=round(clip.grid**2 * (config.kept_patches if masked else 1.0)),
-    )
-    if step % config.log_every == 0 or step == config.steps:
-      rate = float(trainer.schedule(step))
-      writer.write(step, {"loss": float(loss), "learning_rate": rate})
-    if step % config.eval_every == 0 or step == config.steps:
-      accuracy = top1(params)
-      writer.write(step, {"top1": accuracy})
-      clip_file.save(weights, clip, params, dtype=np.float16)
-    steps.set_postfix(loss=f"{float(loss):.3f}", top1=f"{accuracy:.3f}")
-  writer.close()
+  with MetricWriter(workdir, resume_step=0) as writer:
+    for step in steps:
+      batch = next(stream)
+      tokens = tokenize(list(batch["caption"]), clip.context_length)
+      if tokens[:, config.caption_tokens :].any():
+        raise InputError(f"a caption is longer than config.caption_tokens={config.caption_tokens}")
+      masked = step <= config.steps - config.unmasked_steps
+      params, opt_state, loss = trainer.step(
+        params,
+        opt_state,
+        batch["image"],
+        tokens[:, : config.caption_tokens],
+        step,
+        kept_patches=round(clip.grid**2 * (config.kept_patches if masked else 1.0)),
+      )
+      if step % config.log_every == 0 or step == config.steps:
+        rate = float(trainer.schedule(step))
+        writer.write(step, {"loss": float(loss), "learning_rate": rate})
+      if step % config.eval_every == 0 or step == config.steps:
+        accuracy = top1(params)
+        writer.write(step, {"top1": accuracy})
+        clip_file.save(weights, clip, params, dtype=np.float16)
+      steps.set_postfix(loss=f"{float(loss):.3f}", top1=f"{accuracy:.3f}")
   record = {
     "top1": accuracy,
     "images": config.steps * config.batch_size,

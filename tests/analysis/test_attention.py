@@ -151,14 +151,14 @@ def test_before_and_after_are_compared(picture, tmp_path):
   trained.prompts = {**initial, "lora": jax.tree.map(lambda x: x + 0.3, initial["lora"])}
   png, table = distance.distance(trained, [picture, picture], NAMES, tmp_path)
   assert len(np.unique(np.array(Image.open(png)))) > 50
-  rows = list(csv.DictReader(table.open()))
+  rows = list(csv.DictReader(table.read_text().splitlines()))
   assert [(int(r["layer"]), int(r["head"])) for r in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
   before, after = (np.array([float(r[f"{w}_pixels"]) for r in rows]) for w in ("before", "after"))
   assert (before > 0).all() and not np.allclose(before, after)
   # Without training the first layer, which sees no prompts, looks as CLIP's does.
   trained.prompts = initial
   distance.distance(trained, [picture], NAMES, tmp_path)
-  first = next(csv.DictReader(table.open()))
+  first = next(csv.DictReader(table.read_text().splitlines()))
   assert first["before_pixels"] == first["after_pixels"]
 
 
