@@ -51,8 +51,8 @@ def started(home, workdir, processes: int, devices: int, steps: int, *options):
       f"--config.steps={steps}", "--config.eval_every=10", "--config.log_every=1",
       *tiny.FLAGS, *options, *place,
     ]  # fmt: skip
-    log = open(home / f"{workdir.name}_{i}.log", "w")  # noqa: SIM115 (the process has it)
-    running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    with open(home / f"{workdir.name}_{i}.log", "w") as log:  # the process keeps its own
+      running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
   try:
     yield running
   finally:
