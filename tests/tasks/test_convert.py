@@ -84,7 +84,7 @@ def test_an_mmcv_checkpoint_becomes_prompts_and_goes_back(tmp_path, capsys):
   number_of_numpy = b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(" + text("f8")
   number_of_numpy += b"\x89\x88tR(K\x03" + text("<") + b"NNNK\xffK\xffK\x00tbc_codecs\nencode\n("
   number_of_numpy += text("\x00" * 8) + text("latin1") + b"tRtR"
-  best = {"best_score": number_of_numpy, "last_ckpt": text("/work/latest.pth")}
+  best = {"best_score": number_of_numpy, "last_ckpt": text("work_dirs/latest.pth")}
   meta = {"epoch": number(1), "env_info": text("Linux\n"), "hook_msgs": dictionary(best)}
 
   def mmcv(root):
