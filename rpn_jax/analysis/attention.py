@@ -200,7 +200,7 @@ def attention(
   return written
 
 
-def run_command(command: Callable, description: str, arguments: list[str]) -> int:
+def run_drawing(command: Callable, description: str, arguments: list[str]) -> int:
   """Runs a command that draws something of a trained network: `attention`, or `distance`."""
   parser = argparse.ArgumentParser(prog=f"rpn {command.__name__}", description=description)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -224,4 +224,4 @@ def run_command(command: Callable, description: str, arguments: list[str]) -> in
 
 
 def main(arguments: list[str]) -> int:
-  return run_command(attention, __doc__, arguments)
+  return run_drawing(attention, __doc__, arguments)

@@ -20,7 +20,7 @@ from rpn_jax.analysis.attention import (
   qkv_of_layers,
   queries_and_keys,
   read_image,
-  run_command,
+  run_drawing,
 )
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_text
@@ -121,4 +121,4 @@ def distance(predictor, files: Sequence[pathlib.Path], names, out) -> list[pathl
 
 
 def main(arguments: list[str]) -> int:
-  return run_command(distance, __doc__, arguments)
+  return run_drawing(distance, __doc__, arguments)

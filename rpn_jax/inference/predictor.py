@@ -100,24 +100,18 @@ class Predictor:
       )
 
   @classmethod
-  def from_config(
-    cls, config: ml_collections.ConfigDict, weights: tuple | None = None
-  ) -> "Predictor":
+  def from_config(cls, config: ml_collections.ConfigDict) -> "Predictor":
     """The predictor of a run's config, still without prompts; see `with_prompts`.
 
     Args:
       config: config of a segmentation run.
-      weights: the result of `load_clip(config.clip)`, if already loaded.
 
     Raises:
       InputError: an invalid config value, or weights that cannot be read or do not fit.
     """
     check(config)
-    clip, params = weights or clip_file.load_clip(config.clip)
+    clip, params = clip_file.load_clip(config.clip)
     network = make_network(config, clip)
-    encoder = TextEncoder(
-      clip, params, config.templates, config.synonyms, arrays.fingerprint(params)
-    )
     protocol = Protocol(
       short_side=config.data.short_side,
       mean=tuple(config.data.mean),
@@ -126,8 +120,7 @@ class Predictor:
       scales=tuple(config.eval.scales),
       seen_penalty=config.eval.seen_penalty,
     )
-    towers = jax.device_put({name: params[name] for name in network.towers})
-    return cls(network, towers, {}, encoder, protocol)
+    return cls._assemble(network, clip, params, config.templates, config.synonyms, protocol)
 
   @classmethod
   def from_weights(
@@ -149,8 +142,21 @@ class Predictor:
     clip, params = clip_file.load_clip(path)
     settings = {"method": method, "denoise": 0.0, "key_smoothing": False}
     network = _create("training_free", clip, settings, str(path))
-    encoder = TextEncoder(clip, params, templates, synonyms, arrays.fingerprint(params))
     protocol = Protocol(**network.windows(clip)._asdict())
+    return cls._assemble(network, clip, params, templates, synonyms, protocol)
+
+  @classmethod
+  def _assemble(
+    cls,
+    network: Network,
+    clip: CLIPConfig,
+    params: dict,
+    templates: str | Sequence[str],
+    synonyms: str,
+    protocol: Protocol,
+  ) -> "Predictor":
+    """A predictor without prompts around the parameters of both towers."""
+    encoder = TextEncoder(clip, params, templates, synonyms, arrays.fingerprint(params))
     towers = jax.device_put({name: params[name] for name in network.towers})
     return cls(network, towers, {}, encoder, protocol)
 
