@@ -370,6 +370,27 @@ def check(config: Config) -> None:
     )
 
 
+def check_whole_patches(field: str, side: int, clip: str, patch_size: int) -> None:
+  """Refuses a crop or window that is not made of whole patches.
+
+  Args:
+    field: where the side was set, e.g. "config.data.crop".
+    side: pixels.
+    clip: the weights, as the config names them.
+    patch_size: their patch size in pixels.
+
+  Raises:
+    InputError: the side is no multiple of the patch size.
+  """
+  if side % patch_size:
+    below = side // patch_size * patch_size
+    nearest = [str(s) for s in (below, below + patch_size) if s]
+    raise InputError(
+      f"{field}={side}: expected a multiple of the patch size of {clip}, {patch_size}; "
+      f"the nearest: {' and '.join(nearest)}"
+    )
+
+
 def expand_paths(config: Config) -> None:
   """Expands a leading `~` in the fields that are paths."""
   fields.expand_paths(config, declared_class(config))

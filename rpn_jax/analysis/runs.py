@@ -20,7 +20,7 @@ VALUE_LETTERS = 40
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class FinishedRun:
   """What the files of a workdir say.
 
   Attributes:
@@ -52,7 +52,7 @@ class Row:
   """
 
   label: str
-  runs: tuple[Run, ...]
+  runs: tuple[FinishedRun, ...]
   extra_columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def values(self, checkpoint: str, metric: str) -> list[float]:
@@ -89,7 +89,7 @@ def _unless_missing(values: Iterable[float | None]) -> list[float]:
   return found
 
 
-def read_run(directory) -> Run:
+def read_run(directory) -> FinishedRun:
   """The run in a workdir.
 
   Raises:
@@ -115,7 +115,7 @@ def read_run(directory) -> Run:
           f"{path}: of step {evaluated['step']}, and the run ended at {last['step']}; "
           "repeat --mode=eval"
         )
-  return Run(directory, config, last, best, history, evaluations, trained)
+  return FinishedRun(directory, config, last, best, history, evaluations, trained)
 
 
 def _read_scores(path: pathlib.Path) -> tuple[dict, dict, dict, int | None]:
@@ -201,7 +201,9 @@ def _text(value) -> str:
   return value if isinstance(value, str) else repr(value)
 
 
-def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> tuple[list[Row], list[str]]:
+def group_runs(
+  runs: Sequence[FinishedRun], labels: Sequence[str] = ()
+) -> tuple[list[Row], list[str]]:
   """Runs as rows, in order, and why some are left out.
 
   Args:

@@ -14,7 +14,7 @@ import numpy as np
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
-from rpn_jax.config import check
+from rpn_jax.config import check, check_whole_patches
 from rpn_jax.devices import data_mesh, platform_of, put_batch
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.models import NETWORKS, Network, kernels
@@ -93,11 +93,7 @@ class Predictor:
     self.network, self.params, self.prompts = network, params, prompts
     self.encoder, self.protocol = encoder, protocol
     self.clip = encoder.config
-    if protocol.crop % self.clip.patch_size:
-      raise InputError(
-        f"config.eval.crop={protocol.crop}: expected a multiple of the patch size of the CLIP "
-        f"weights, {self.clip.patch_size}"
-      )
+    check_whole_patches("config.eval.crop", protocol.crop, "the CLIP weights", self.clip.patch_size)
 
   @classmethod
   def from_config(cls, config: ml_collections.ConfigDict) -> "Predictor":

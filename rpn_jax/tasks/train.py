@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rpn_jax import devices
 from rpn_jax.base.errors import InputError
+from rpn_jax.config import check_whole_patches
 from rpn_jax.drawing.plots import plot_curves
 from rpn_jax.inference.evaluation import Evaluation, evaluate
 from rpn_jax.inference.predictor import Predictor, open_run
@@ -49,11 +50,7 @@ def train(config, workdir, data) -> dict:
   predictor, run = open_run(config, workdir)
   if not predictor.network.trainable:
     raise InputError(f"method {config.method!r} has nothing to train: use --mode=eval")
-  if config.data.crop % predictor.clip.patch_size:
-    raise InputError(
-      f"config.data.crop={config.data.crop}: expected a multiple of the patch size of "
-      f"{config.clip}, {predictor.clip.patch_size}"
-    )
+  check_whole_patches("config.data.crop", config.data.crop, config.clip, predictor.clip.patch_size)
   mesh = devices.global_mesh()
   sharding.check_batch_size(config.data.batch_size, mesh)
   with held_workdir(run.workdir), PreemptionGuard() as guard:
