@@ -62,4 +62,5 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
+  console.use_utf8()
   app.run(main, flags_parser=parse_or_exit)

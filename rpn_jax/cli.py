@@ -34,7 +34,9 @@ IN_CLONE = ("prepare", "sweep")
 
 def main(arguments: list[str] | None = None) -> int:
   """Runs a command; returns its exit status, see `console.run_command`."""
-  arguments = sys.argv[1:] if arguments is None else arguments
+  if arguments is None:
+    console.use_utf8()
+    arguments = sys.argv[1:]
   return console.run_command(lambda: _run(arguments))
 
 

@@ -107,12 +107,17 @@ def runtime(coordinator: Sequence[str] = (), matmul_precision: str = "default") 
     matmul_precision: precision of float32 matrix products: default, high or highest.
 
   Raises:
-    InputError: the processes do not find each other; later, when memory runs out.
+    InputError: the processes do not find each other, or JAX finds no device of the kind that
+      JAX_PLATFORMS asks for; later, when memory runs out.
   """
+  if jax.config.jax_enable_x64:
+    print("64-bit types are on (JAX_ENABLE_X64) and are turned off: rpn_jax computes in 32 bits")
+    jax.config.update("jax_enable_x64", False)
   configure_cpu()
   jax.config.update("jax_default_matmul_precision", matmul_precision)
   configure_compilation_cache()
   initialize(coordinator)
+  check_platform()
   if jax.process_index():
     console.silence()  # the first process speaks for all
   with one_line_runtime_errors():
@@ -184,6 +189,23 @@ def initialize(coordinator: Sequence[str] = ()) -> None:
     raise InputError(
       f"the processes of this run did not find each other ({' '.join(str(error).split())}): start "
       "all of them, with the same address of process 0"
+    ) from error
+
+
+def check_platform() -> None:
+  """Lets JAX look for its devices.
+
+  Raises:
+    InputError: there is none of the kind that was asked for.
+  """
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # the latter where the plugin is not installed
+    asked = jax.config.jax_platforms
+    reason = " ".join(str(error).split()).removesuffix(".") or "its plugin is not installed"
+    raise InputError(
+      f"JAX_PLATFORMS={asked}: expected devices that JAX can use here, got none ({reason}): unset "
+      'it to take what there is, or install JAX for them, as pip install "jax[cuda13]"'
     ) from error
 
 

@@ -11,6 +11,16 @@ from rpn_jax import devices
 from rpn_jax.base import paths
 from tests import ROOT
 
+RUNTIME = """
+import sys
+from rpn_jax import devices
+from rpn_jax.base import console
+def action():
+  with devices.runtime():
+    import jax.numpy as jnp
+    print(jnp.arange(2).dtype)
+sys.exit(console.run_command(action))
+"""
 CODE = """
 import jax
 from rpn_jax import devices
@@ -79,3 +89,19 @@ class _Lines(list):
 
   def __exit__(self, *_):
     pass
+
+
+@pytest.mark.parametrize(
+  ("settings", "status", "output", "error"),
+  [
+    ({"JAX_ENABLE_X64": "1"}, 0, "are turned off: rpn_jax computes in 32 bits\nint32", ""),
+    ({"JAX_PLATFORMS": "cuda"}, 2, "", "error: JAX_PLATFORMS=cuda: expected devices that JAX can"),
+    ({"JAX_PLATFORMS": "gpus"}, 2, "", "not in the list of known backends"),
+  ],
+)
+def test_settings_of_jax_that_commands_cannot_use(tmp_path, settings, status, output, error):
+  environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **settings}
+  command = [sys.executable, "-c", RUNTIME]
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == status and output in done.stdout and error in done.stderr
+  assert done.stderr.count("\n") <= 1

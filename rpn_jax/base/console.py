@@ -1,5 +1,7 @@
 """Terminal output: progress, tables, verbosity, exit status, the files of a workdir."""
 
+import codecs
+import io
 import os
 import pathlib
 import re
@@ -43,6 +45,16 @@ def set_verbosity(quiet: bool = False, verbose: bool = False) -> None:
     silence()
 
 
+def use_utf8() -> None:
+  """Restarts Python in UTF-8 mode where the locale is ASCII, as LC_ALL=C with PYTHONUTF8=0.
+
+  There neither arguments nor file names nor output could hold a name like "Straße". Call it first:
+  what the process has done so far is lost.
+  """
+  if codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def run_command(
   action: Callable[[], object], *, interrupted: str = "interrupted", verbose: bool = False
 ) -> int:
@@ -57,6 +69,9 @@ def run_command(
     0 on success; 2 after invalid input or a file that could not be read or written; 130 after
     Ctrl-C; 141, without a message, if the reader of the output is gone, as with `| head`.
   """
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks ends no command
+      stream.reconfigure(errors="backslashreplace")
   try:
     status = action()
     sys.stdout.flush()  # raises here, not at exit, if the reader is gone

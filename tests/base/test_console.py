@@ -1,5 +1,6 @@
 """How commands end."""
 
+import os
 import subprocess
 import sys
 
@@ -54,3 +55,22 @@ def test_a_reader_that_is_gone_ends_a_command_in_silence():
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 141
+
+
+def run_python(code: str, *arguments: bytes, **environment: str) -> subprocess.CompletedProcess:
+  environment = {"PATH": os.environ["PATH"], **environment}
+  command = [sys.executable, "-c", f"import sys; from rpn_jax.base import console; {code}"]
+  return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True)
+
+
+def test_names_beyond_ascii_survive_a_locale_of_ascii():
+  ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+  name = "Straße, 猫".encode()
+  code = "console.use_utf8(); print(sys.argv[1]); print(open(0).encoding)"
+  done = run_python(code, name, **ascii_only)
+  assert done.stdout.splitlines() == [name, b"utf-8"], done.stderr
+
+
+def test_a_letter_that_the_terminal_lacks_is_shown_by_its_code():
+  done = run_python("console.run_command(lambda: print('ß 猫'))", PYTHONIOENCODING="latin-1")
+  assert done.stdout == b"\xdf \\u732b\n", done.stderr
