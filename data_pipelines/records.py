@@ -21,7 +21,7 @@ from array_record.python import array_record_module
 from data_pipelines import registry, vocabularies
 from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.words import check_known
+from rpn_jax.base.words import check_known, composed
 
 # Beside the records of a set whose raw files bring the class names.
 NAMES_FILE = "names.json"
@@ -173,7 +173,7 @@ def config_name(cls: type, config: str | None, data_dir: str | os.PathLike = "")
     InputError: an unknown config, one too many, or none where a name is needed.
   """
   if cls.own_classes:
-    slug = re.sub(r"\W+", "_", config or "").strip("_").lower()
+    slug = re.sub(r"\W+", "_", composed(config or "")).strip("_").lower()
     if not slug:
       there = [folder.parent.name for folder in folders_of(cls, data_dir)]
       raise InputError(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.words import check_known, check_names
+from rpn_jax.base.words import check_known, check_names, composed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def register(
   if (builder is None) == (source is None):
     raise InputError(f"data set {name!r}: expected either a builder or a source")
   if isinstance(classes, (list, tuple)):
-    classes = check_names(classes)
+    classes, unseen = check_names(classes), [composed(name) for name in unseen]
     for unseen_name in unseen:
       check_known(f"unseen class of {name} ", unseen_name, classes)
   DATA_SETS[name] = DataSet(name, classes, tuple(unseen), builder, prepared or name, source)

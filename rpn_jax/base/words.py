@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from rpn_jax.base.errors import InputError
@@ -53,13 +54,18 @@ def parse_names(names: Names) -> tuple[str, ...]:
   return check_names([SEPARATOR.join(name.strip() for name in synonyms) for synonyms in classes])
 
 
+def composed(text: str) -> str:
+  """The text in Unicode's NFC, in which letters that look alike are alike: é is one character."""
+  return unicodedata.normalize("NFC", text)
+
+
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
-  """The names without surrounding whitespace.
+  """The names in NFC, without surrounding whitespace.
 
   Raises:
     InputError: no names, an empty one, or a duplicate.
   """
-  names = tuple(name.strip() for name in names)
+  names = tuple(composed(name.strip()) for name in names)
   if not names:
     raise InputError('no class names: expected at least one, as in --classes="red circle, sand"')
   for i, name in enumerate(names):

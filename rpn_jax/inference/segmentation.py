@@ -12,6 +12,7 @@ from PIL import Image
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json
+from rpn_jax.base.words import composed
 from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_prediction
 from rpn_jax.drawing.palette import class_colors
 from rpn_jax.inference.sliding import WindowLogits
@@ -95,7 +96,8 @@ class Segmentation:
   ):
     self.image, self.names, self.method, self.file = image, names, method, file
     self.class_scores = class_scores
-    self.other, self.emphasis = float(other), dict(emphasis or {})
+    self.other = float(other)
+    self.emphasis = {composed(name): value for name, value in (emphasis or {}).items()}
     check_adjustment(names, self.other, self.emphasis)
 
   def adjusted(
@@ -233,7 +235,7 @@ class Segmentation:
 
 def check_adjustment(names: Sequence[str], other: float, emphasis: Mapping) -> None:
   """Raises an InputError for an emphasis on an unknown name or a threshold outside [0, 1]."""
-  unknown = [name for name in emphasis if name not in names]
+  unknown = [name for name in emphasis if composed(name) not in names]
   if unknown:
     raise InputError(f"emphasis on {unknown[0]!r}: expected one of {', '.join(names)}")
   if not 0 <= other <= 1:

@@ -130,6 +130,7 @@ def test_a_name_can_be_registered_again():
   [
     ({"builder": Leaves, "classes": ["a", "a"]}, "duplicate class name 'a'"),
     ({"builder": Leaves, "classes": ["cat", "dog"], "unseen": ["dgo"]}, "did you mean 'dog'"),
+    ({"builder": Leaves, "classes": ["e\u0301", "\u00e9"]}, "duplicate class name"),
     ({"classes": ["a"]}, "either a builder or a source"),
     ({"builder": Leaves, "source": list, "classes": ["a"]}, "either a builder or a source"),
   ],

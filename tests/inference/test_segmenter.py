@@ -17,6 +17,7 @@ from rpn_jax.base.words import parse_names, without_articles
 from rpn_jax.drawing.palette import class_colors
 from rpn_jax.inference import segmenter, sliding
 from rpn_jax.inference.predictor import forward
+from rpn_jax.inference.segmentation import Segmentation
 
 NAMES = ["striped red", "plain blue", "dotted green", "sand", "grass", "water"]
 
@@ -137,6 +138,12 @@ def test_emphasis_moves_one_class_without_the_network(model, result, monkeypatch
   assert out == sorted(out) and out[0] == 0 < out[2]
   with pytest.raises(InputError, match="emphasis on 'zebra': expected one of striped red"):
     result.adjusted(emphasis={"zebra": 1})
+
+
+def test_emphasis_on_a_name_in_another_form_of_its_letters():
+  names, image = parse_names("cafe\u0301, sea"), np.zeros((2, 2, 3), np.uint8)
+  segmented = Segmentation(image, names, "", None, emphasis={"cafe\u0301": 0.5})
+  assert segmented.emphasis == {"caf\u00e9": 0.5}
 
 
 def test_saved_files_agree(model, scene, tmp_path):
