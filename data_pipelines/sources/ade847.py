@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
 from data_pipelines.sources.files import open_label, require
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.pixels import list_images
 
 _SPLITS = {"train": "training", "val": "validation"}
 _SHORT_SIDE = 512
@@ -40,7 +41,9 @@ ADE20K_2021_17_01/images/ADE/{training,validation}/**/*_seg.png"""
     for split, folder in _SPLITS.items():
       here = require(root / folder, f"the {folder} images", self.obtain)
       # By name: the folders in between are kinds of scenes.
-      images = sorted(here.rglob("*.jpg"), key=lambda path: path.name)
+      images = sorted(
+        list_images(here, suffixes=(".jpg",), recursive=True), key=lambda path: path.name
+      )
       if not images:
         raise InputError(
           f"{here}: expected .jpg files in folders of scenes, got none; {self.obtain}"

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import socket
+import unicodedata
 from collections.abc import Iterator, Mapping
 
 from absl import logging
@@ -17,13 +18,20 @@ from rpn_jax.base.errors import InputError
 def expand(path: str | os.PathLike) -> pathlib.Path:
   """Expands a leading `~`, which the shell does not do in `--flag=~/path`.
 
+  Letters like é are one character or two (Unicode's NFC and NFD, which macOS writes), and look
+  alike: where only a path of the other form exists, that one is meant.
+
   Raises:
     InputError: there is no such home folder.
   """
   try:
-    return pathlib.Path(path).expanduser()
+    path = pathlib.Path(path).expanduser()
   except RuntimeError as error:
     raise InputError(f"{path}: expected a path, {error}; write the whole path") from None
+  if not str(path).isascii() and not os.path.exists(path):
+    others = (pathlib.Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next((other for other in others if os.path.exists(other)), path)
+  return path
 
 
 @contextlib.contextmanager

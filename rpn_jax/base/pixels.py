@@ -4,6 +4,7 @@
 OpenAI's for classification.
 """
 
+import collections
 import functools
 import os
 import pathlib
@@ -14,11 +15,14 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
 
 # Argument of `read`.
 ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Of images that `list_images` does not take, and says so.
+_OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".tif", ".tiff")
 # 20,000 x 10,000, for images and masks. Larger ones are rejected before decoding, which would fill
 # the memory (600 MB at three bytes per pixel; Pillow's own limit only warns).
 MAX_PIXELS = 200_000_000
@@ -39,14 +43,48 @@ def find(path: str) -> list[pathlib.Path]:
   Raises:
     InputError: there are none.
   """
-  root = pathlib.Path(path).expanduser()
+  root = paths.expand(path)
   if not root.exists():
     raise InputError(f"{path}: expected an image or a folder of images, no such file or folder")
   if root.is_file():
     return [root]
-  files = sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES)
+  files = list_images(root)
   if not files:
     raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+  return files
+
+
+def list_images(
+  *folders: pathlib.Path, suffixes: Sequence[str] = SUFFIXES, recursive: bool = False
+) -> list[pathlib.Path]:
+  """The image files in some folders, by the order of the folders and by path.
+
+  A line is printed about what looks like an image and is left out: hidden files, as macOS puts
+  beside the images on other disks and in archives (`._a.jpg`), folders named like images, and
+  images of other formats.
+
+  Args:
+    folders: existing folders.
+    suffixes: of the files, in lower case; files may have them in upper case.
+    recursive: also take the files in subfolders.
+  """
+  files: list[pathlib.Path] = []
+  left_out: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
+  for folder in folders:
+    for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+      suffix = path.suffix.lower()
+      if suffix in suffixes:
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+          left_out["hidden"].append(path)
+        elif path.exists() and not path.is_file():  # who reads a broken link names it
+          left_out["not a file"].append(path)
+        else:
+          files.append(path)
+      elif suffix in _OTHER_SUFFIXES and not path.name.startswith("."):
+        left_out["of another format"].append(path)
+  told = [f"{len(found)} {why}, such as {found[0]}" for why, found in left_out.items()]
+  if told:
+    print(f"left out of the images: {'; '.join(told)}", flush=True)
   return files
 
 
@@ -64,7 +102,7 @@ def read(image: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   if isinstance(image, Image.Image):
     return _decoded(image, "the image", max_pixels)
   try:
-    path = pathlib.Path(image).expanduser() if isinstance(image, str) else image
+    path = paths.expand(image) if isinstance(image, str) else image
     with Image.open(path) as file:
       return _decoded(file, image, max_pixels)
   except FileNotFoundError:
@@ -99,7 +137,23 @@ def check_size(where: object, size: tuple[int, int], max_pixels: int = MAX_PIXEL
 
 def _decoded(file: Image.Image, name: object, max_pixels: int) -> np.ndarray:
   check_size(name, file.size, max_pixels)
-  return np.array(ImageOps.exif_transpose(file).convert("RGB"))
+  return to_rgb(ImageOps.exif_transpose(file), name)
+
+
+def to_rgb(image: Image.Image, name: object) -> np.ndarray:
+  """The pixels of an image as it is stored, uint8 (H, W, 3); 16 bits lose the lower eight.
+
+  Raises:
+    InputError: gray values of 32 bits, of which nothing says what is black and what is white.
+  """
+  if image.mode in ("I", "F"):
+    raise InputError(
+      f"{name}: expected an image of 8 or 16 bits per channel, got mode {image.mode} (32 bits); "
+      "convert it to 8 bits"
+    )
+  if image.mode.startswith("I;16"):  # Pillow's conversion clips: all values above 255 are white
+    return np.repeat((np.array(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+  return np.array(image.convert("RGB"))
 
 
 def _from_array(image: np.ndarray) -> np.ndarray:

@@ -4,10 +4,9 @@ import pathlib
 
 import numpy as np
 
-from rpn_jax.base import pixels
+from rpn_jax.base import paths, pixels
 from rpn_jax.base.console import progress, table
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import write_json
 from rpn_jax.base.words import check_names, parse_names
 from rpn_jax.devices import devices_text
 from rpn_jax.inference.classifier import class_probabilities
@@ -24,20 +23,28 @@ FILE_CLASSES = 20
 def find_labeled(folder: str) -> tuple[tuple[str, ...], list[tuple[pathlib.Path, int]]]:
   """Class names and (file, class id) pairs of a folder with a subfolder per class, like ImageNet.
 
-  The subfolder's name is the class name, with spaces for underscores.
+  The subfolder's name is the class name, with spaces for underscores; hidden ones are no classes.
 
   Raises:
-    InputError: there are no subfolders.
+    InputError: there are no subfolders, or one without images.
   """
-  root = pathlib.Path(folder)
-  subfolders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+  root = paths.expand(folder)
+  subfolders = sorted(
+    path
+    for path in (root.iterdir() if root.is_dir() else ())
+    if path.is_dir() and not path.name.startswith(".")
+  )
   if not subfolders:
     raise InputError(
       f'--image={folder}: --mode=classify needs --classes="a cat, a dog", or a folder here with '
       "one subfolder per class"
     )
   names = check_names([p.name.replace("_", " ") for p in subfolders])
-  return names, [(f, i) for i, p in enumerate(subfolders) for f in pixels.find(str(p))]
+  files = pixels.list_images(*subfolders)
+  if empty := sorted({*subfolders} - {file.parent for file in files}):
+    raise InputError(f"{empty[0]}: no {', '.join(pixels.SUFFIXES)} file in this folder")
+  ids = {path: i for i, path in enumerate(subfolders)}
+  return names, [(file, ids[file.parent]) for file in files]
 
 
 def classify(config, workdir, image: str | None, classes: str | None) -> dict:
@@ -90,7 +97,7 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
   content["images"] = results
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / "classify.json"
-  write_json(path, content)
+  paths.write_json(path, content)
   report(content, path)
   return content
 

@@ -75,6 +75,19 @@ def test_one_file(folder, tmp_path, capsys):
   assert line.split() == [file.name, "plain", "red", f"{100 * scores['plain red']:.1f}"]
 
 
+def test_hidden_files_and_folders_are_no_images_and_no_classes(tmp_path, capsys):
+  for name in ("cafe\u0301/a.png", "cafe\u0301/._a.png", ".ipynb_checkpoints/b.png", "sea/c.png"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+  names, files = classify.find_labeled(str(tmp_path))
+  assert names == ("caf\u00e9", "sea")
+  assert [(file.name, label) for file, label in files] == [("a.png", 0), ("c.png", 1)]
+  assert "left out of the images: 1 hidden, such as " in capsys.readouterr().out
+  (tmp_path / "sea/c.png").unlink()
+  with pytest.raises(InputError, match=r"sea: no .* file in this folder"):
+    classify.find_labeled(str(tmp_path))
+
+
 def test_bad_input(folder, tmp_path):
   file = next((folder / "plain_red").iterdir())
   for image, classes, message in [
