@@ -35,7 +35,8 @@ from rpn_jax.base.errors import InputError
 
 SHARD_EXAMPLES = 500
 # Of how images and labels are read. Shards made by other rules are not continued. 2: images are
-# turned upright by their EXIF data unless the label has the stored size.
+# turned upright by their EXIF data unless the label has the stored size; images of 16 bits are not
+# clipped; labels that were saved with loss are refused.
 READING_RULES = 2
 _THREADS = min(8, os.cpu_count() or 1)
 _PREVIEWED_EXAMPLES = 8
@@ -161,8 +162,8 @@ def _report_prepared(
     notes.append(f"published: {published}; to take in more images, delete the folder")
   if summary and summary.get("reading_rules") != READING_RULES:
     notes.append(
-      "by an earlier version, which did not turn all images as their EXIF data says; to read them "
-      "anew, delete the folder"
+      "by an earlier version, which did not turn all images as their EXIF data says and took masks "
+      "that were saved with loss; to read them anew, delete the folder"
     )
   note = f" ({'; '.join(notes)})" if notes else ""
   print(f"already prepared: {overview.count_text(counts)} in {folder}{note}")

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from data_pipelines import vocabularies
-from data_pipelines.sources.files import read_index_image
+from data_pipelines.sources.files import Colors, read_index_image
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 
@@ -148,7 +148,10 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
   def _read_label(self, raw: RawExample) -> np.ndarray:
     try:
-      label_HxW = read_index_image(raw.label) if raw.read_label is None else raw.read_label()
+      if raw.read_label is None:
+        label_HxW = read_index_image(raw.label, self._colors)
+      else:
+        label_HxW = raw.read_label()
     except FileNotFoundError as error:
       raise InputError(
         f"{raw.label}: expected the label of {raw.image}, got no such file; {self.obtain}"
@@ -169,6 +172,10 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         f"{self.wrong_values_remedy(values)}"
       )
     return label_HxW if self.wide else label_HxW.astype(np.uint8)
+
+  @functools.cached_property
+  def _colors(self) -> Colors:
+    return Colors()
 
   @functools.cached_property
   def _allowed_values(self) -> np.ndarray | None:
@@ -222,10 +229,10 @@ def _read_image(
       mode, kind = file.mode, file.format
       orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
       exif = "upright" if orientation in _TURNING else ""
-      image_HxWx3 = pixels.read(file)
+      image_HxWx3 = pixels.to_rgb(ImageOps.exif_transpose(file), path)
       if exif and image_HxWx3.shape[:2] != label_size == (file.height, file.width):
         exif = "stored"
-        image_HxWx3 = np.array(file.convert("RGB"))
+        image_HxWx3 = pixels.to_rgb(file, path)
   except FileNotFoundError as error:
     raise InputError(f"{path}: expected an image, got no such file; {obtain}") from error
   except InputError:

@@ -7,10 +7,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_pipelines.vocabularies import IGNORE
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.pixels import check_size
+from rpn_jax.base.pixels import check_size, list_images
 
 MAX_TEXT_BYTES = 16 << 20
+# What label files may be, by Pillow's names. The others lose values, scale them or may do so: a
+# JPEG of a mask has classes along the edges of others that nobody drew.
+_LOSSLESS = ("PNG", "BMP", "GIF", "TIFF")
+_LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
 def require(path: pathlib.Path, what: str, obtain: str) -> pathlib.Path:
@@ -27,13 +32,13 @@ def require(path: pathlib.Path, what: str, obtain: str) -> pathlib.Path:
 def list_files(
   folder: pathlib.Path, suffixes: Sequence[str], what: str, obtain: str
 ) -> list[pathlib.Path]:
-  """The folder's files with one of the (lower-case) suffixes, sorted by name.
+  """The folder's image files with one of the suffixes; see `pixels.list_images`.
 
   Raises:
     InputError: no such folder, or none of these files in it.
   """
   require(folder, what, obtain)
-  files = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes)
+  files = list_images(folder, suffixes=suffixes)
   if not files:
     raise InputError(f"{folder}: expected {what}, got no {' or '.join(suffixes)} file; {obtain}")
   return files
@@ -61,19 +66,52 @@ def open_label(path: pathlib.Path) -> Iterator[Image.Image]:
   """A label image, turned upright as its own EXIF data says; hardly any label has such data.
 
   Raises:
-    InputError: more pixels than allowed.
+    InputError: more pixels than allowed, or a format that does not keep values.
   """
   with Image.open(path) as file:
     check_size(path, file.size)
+    check_label_format(path, file)
     ImageOps.exif_transpose(file, in_place=True)
     yield file
 
 
-def read_index_image(path: pathlib.Path) -> np.ndarray:
-  """An image whose pixels are ids, uint8 or uint16 [H,W]; of a palette image its indices.
+def check_label_format(where: object, file: Image.Image) -> None:
+  """Checks that an opened label file, whatever its name, holds the values that were stored.
 
   Raises:
-    InputError: a color image, or ids beyond 16 bits.
+    InputError: a lossy or unknown format, several images in one file, or two or four bits per
+      pixel, which Pillow scales to 0…255.
+  """
+  kind, compression = file.format, file.info.get("compression")
+  if kind not in _LOSSLESS or compression in _LOSSY_IN_TIFF:
+    got = f"{kind} with {compression} compression" if kind in _LOSSLESS else kind
+    raise InputError(
+      f"{where}: expected a label file without loss ({', '.join(_LOSSLESS)}), got {got}, which may "
+      "change class ids; save the masks as PNG from where they were drawn: converting this file "
+      "keeps its wrong pixels"
+    )
+  if (count := getattr(file, "n_frames", 1)) > 1:
+    raise InputError(
+      f"{where}: expected one label image in the file, got {count}; save each image's own as PNG"
+    )
+  for _, _, _, arguments in file.tile:
+    rawmode = arguments if isinstance(arguments, str) else str((arguments or ("",))[0])
+    if rawmode.startswith(("L;2", "L;4")):
+      raise InputError(
+        f"{where}: expected gray values of 1, 8 or 16 bits, got {rawmode[2]} bits, which some "
+        "programs read as they are and others scaled to 0…255; save the mask with 8 bits"
+      )
+
+
+def read_index_image(path: pathlib.Path, colors: "Colors | None" = None) -> np.ndarray:
+  """An image whose pixels are ids, uint8 or uint16 [H,W]; of a palette image its indices.
+
+  Args:
+    path: of the file.
+    colors: of the set's palettes, to compare this one's with.
+
+  Raises:
+    InputError: a color image, ids beyond 16 bits, or a palette of grays that are other ids.
   """
   with open_label(path) as file:
     if file.mode not in ("L", "P", "1", "I;16", "I;16B", "I"):
@@ -82,8 +120,51 @@ def read_index_image(path: pathlib.Path) -> np.ndarray:
         f"{file.mode}; store class ids, not colors"
       )
     label_HxW = np.array(file)
+    if file.mode == "P":
+      palette_Cx3 = np.reshape(file.getpalette() or [], (-1, 3))
+      used = np.flatnonzero(np.bincount(label_HxW.ravel(), minlength=256)[: len(palette_Cx3)])
+      _check_gray_palette(path, palette_Cx3, used)
+      if colors is not None:
+        colors.compare(path, {i: tuple(palette_Cx3[i].tolist()) for i in used.tolist()})
   if label_HxW.dtype == np.int32:
     low, high = label_HxW.min(initial=0), label_HxW.max(initial=0)
     if low < 0 or high > 65535:
       raise InputError(f"{path}: expected ids 0…65535, got {low}…{high}")
   return label_HxW.astype(np.uint8 if label_HxW.dtype in (np.uint8, bool) else np.uint16)
+
+
+def _check_gray_palette(path: pathlib.Path, palette_Cx3: np.ndarray, used: np.ndarray) -> None:
+  """Refuses a palette of grays other than their indices, since either may be the ids.
+
+  Programs that make a gray image smaller number its grays anew, and so does Pillow in a GIF.
+  """
+  other = used[palette_Cx3[used, 0] != used]
+  if len(other) and (palette_Cx3 == palette_Cx3[:, :1]).all():
+    raise InputError(
+      f"{path}: expected class ids, got a palette of grays whose index {other[0]} is gray "
+      f"{palette_Cx3[other[0], 0]}, and either may be the id; save the mask as a gray PNG of ids"
+    )
+
+
+class Colors:
+  """The colors of the label values in a set's palettes, which should be the same in every file.
+
+  Where they differ, the masks may have been reduced to palettes one by one, and a value then stands
+  for another class in every file. That is said once, not refused: colors alone decide nothing.
+  """
+
+  def __init__(self):
+    self._first: dict[int, tuple[tuple[int, ...], pathlib.Path]] = {}
+    self._told = False
+
+  def compare(self, path: pathlib.Path, colors: dict[int, tuple[int, ...]]) -> None:
+    """Compares the colors of the values in a file with those of the files before."""
+    for value, color in colors.items():
+      known, file = self._first.setdefault(value, (color, path))
+      if color != known and value != IGNORE and not self._told:
+        self._told = True
+        print(
+          f"label {value} has the color {known} in {file} and {color} in {path}: if the palettes "
+          "were made one by one, the ids mean nothing; compare the masks in preview.png",
+          flush=True,
+        )

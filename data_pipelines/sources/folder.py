@@ -8,7 +8,8 @@ from data_pipelines import vocabularies
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
 from data_pipelines.sources.files import list_files, read_lines, require
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.pixels import SUFFIXES
+from rpn_jax.base.pixels import SUFFIXES, list_images
+from rpn_jax.base.words import composed
 
 _SPLITS = ("train", "val")
 
@@ -39,8 +40,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
     splits = [s for s in _SPLITS if (images / s).is_dir()]
     if not splits:
       return _split(_pairs(images, labels, self.obtain), images)
-    stray = [p for p in images.iterdir() if p.suffix.lower() in SUFFIXES]
-    if stray:
+    if stray := list_images(images):
       raise InputError(
         f"{stray[0]}: expected images in images/train and images/val or all in images, got both; "
         "move this one into one of the two"
@@ -97,7 +97,7 @@ def read_classes(
 
 def _read_names(path: pathlib.Path) -> list[str]:
   """Names of a text file, none blank and none twice, since the line number is the id."""
-  names = read_lines(path, "class names, one per line,")
+  names = [composed(line) for line in read_lines(path, "class names, one per line,")]
   if not names:
     raise InputError(f"{path}: expected one name per line, got an empty file; write the names")
   first = {}
@@ -110,26 +110,33 @@ def _read_names(path: pathlib.Path) -> list[str]:
 
 def _pairs(images: pathlib.Path, labels: pathlib.Path, obtain: str) -> list[RawExample]:
   """Images with their masks, sorted by name."""
-  files = list_files(images, SUFFIXES, "images", obtain)
-  masks = {p.stem: p for p in list_files(labels, (".png",), "masks", obtain)}
-  by_name = {}
-  for image in files:
-    if image.stem in by_name:
+  by_name = _by_name(list_files(images, SUFFIXES, "images", obtain), "image")
+  masks = _by_name(list_files(labels, (".png",), "masks", obtain), "mask")
+  for name, image in by_name.items():
+    if name not in masks:
       raise InputError(
-        f"{image}: expected one image of this name, got {by_name[image.stem].name} too; "
-        "rename one and its mask"
+        f"{labels / name}.png: expected the mask of {image}, got no such file; {obtain}"
       )
-    if image.stem not in masks:
-      raise InputError(
-        f"{labels / image.stem}.png: expected the mask of {image}, got no such file; {obtain}"
-      )
-    by_name[image.stem] = image
   for name, mask in masks.items():
     if name not in by_name:
       raise InputError(
         f"{images / name}.*: expected the image of {mask}, got no such file; {obtain}"
       )
   return [RawExample(name, by_name[name], masks[name]) for name in sorted(by_name)]
+
+
+def _by_name(files: list[pathlib.Path], what: str) -> dict[str, pathlib.Path]:
+  """Name without suffix -> file. Names that look alike are alike: an é is one letter or two."""
+  found: dict[str, pathlib.Path] = {}
+  for file in files:
+    name = composed(file.stem)
+    if name in found:
+      raise InputError(
+        f"{file}: expected one {what} of this name, got {found[name].name} too; rename one and its "
+        "partner"
+      )
+    found[name] = file
+  return found
 
 
 def _split(examples: list[RawExample], images: pathlib.Path) -> dict[str, list[RawExample]]:

@@ -1,5 +1,8 @@
 """Your own folder: layouts, names, pairs, mask values, and the way to a vocabulary."""
 
+import os
+import unicodedata
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -137,6 +140,42 @@ def test_ambiguous_images(raw, tmp_path):
   jpeg(raw / "images" / "stray.jpg", 5, 5)
   with pytest.raises(InputError, match=r"stray.jpg: expected images in images/train and"):
     Folder(data_dir=tmp_path).examples(raw)
+
+
+def test_names_in_two_forms_of_their_letters(raw, tmp_path):
+  """macOS writes é as two characters, others as one."""
+  painted = raw_ade_coco.folder(raw)
+  for place, form in (("images", "NFD"), ("labels", "NFC")):
+    for path in (raw / place / "train").iterdir():
+      path.rename(path.with_name(unicodedata.normalize(form, path.name)))
+  (raw / "names.txt").write_text("caf\u00e9\nx\ny\nz\n", encoding="utf-8")
+  (raw / "unseen.txt").write_text("cafe\u0301\n", encoding="utf-8")
+  _check(raw, painted, tmp_path)
+  builder = Folder(data_dir=tmp_path)
+  builder.examples(raw)
+  assert builder.classes.names[0] == "caf\u00e9" and builder.classes.unseen == (0,)
+  assert records.config_name(Folder, "cafe\u0301") == "caf\u00e9"
+
+
+def test_two_files_of_names_that_look_alike(raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  mask = raw / "labels/train/pic 4 ä.png"
+  for twin in (unicodedata.normalize("NFD", mask.name), "pic 4 ä.PNG"):
+    os.link(mask, mask.with_name(twin))
+    with pytest.raises(InputError, match=r"expected one mask of this name, got .* too"):
+      Folder(data_dir=tmp_path).examples(raw)
+    mask.with_name(twin).unlink()
+
+
+def test_what_macos_and_others_leave_in_folders(raw, tmp_path, capsys):
+  painted = raw_ade_coco.folder(raw)
+  for place in ("images", "images/train", "labels/train"):
+    (raw / place / "._pic 4 ä.jpg").write_bytes(b"\0\5\x16\7")
+    (raw / place / "._pic 4 ä.png").write_bytes(b"\0\5\x16\7")
+  (raw / "images/train/pic 4 ä.webp").mkdir()
+  _check(raw, painted, tmp_path)
+  out = capsys.readouterr().out
+  assert out.count("left out of the images: ") == 3 and "; 1 not a file, such as " in out
 
 
 def test_a_single_image_is_no_data_set(raw, tmp_path):
