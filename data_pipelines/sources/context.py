@@ -6,10 +6,10 @@ import pathlib
 import re
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from data_pipelines import vocabularies
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
+from data_pipelines.sources.coco_masks import count_empty, read_mask
 from data_pipelines.sources.files import read_index_image, require
 from data_pipelines.sources.pascal import read_names
 from rpn_jax.base.errors import InputError
@@ -78,6 +78,7 @@ VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt"""
       for annotation in data["annos_segmentation"]:
         found[annotation["image_id"]].append(annotation)
       splits = {split: [] for split in self.counts}
+      empty = {}
       for image in sorted(data["images"], key=lambda image: image["file_name"]):
         if image["phase"] not in splits:  # test images carry no segmentation
           continue
@@ -85,7 +86,10 @@ VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt"""
           raise ValueError(f"the path {image['file_name'][:60]!r}")
         file = images / image["file_name"]
         shape = int(image["height"]), int(image["width"])
-        paint = functools.partial(_paint, path, file.stem, found[image["image_id"]], shape)
+        annotations = found[image["image_id"]]
+        if count := sum(count_empty(annotation["segmentation"]) for annotation in annotations):
+          empty[file.stem] = count
+        paint = functools.partial(_paint, path, file.stem, annotations, shape)
         splits[image["phase"]].append(RawExample(file.stem, file, path, paint))
     except (OSError, ArithmeticError, LookupError, RecursionError, ValueError, TypeError,
             AttributeError) as error:  # fmt: skip
@@ -93,6 +97,11 @@ VOCdevkit/VOC2010/ImageSets/SegmentationContext/{train,val}.txt"""
         f"{path}: expected the annotations of PASCAL in Detail (images, annos_segmentation), got "
         f"{type(error).__name__} ({error}); fetch it again: {self.obtain}"
       ) from error
+    if empty:
+      print(
+        f"{path}: left out polygons of fewer than three points, which have no area: "
+        f"{sum(empty.values()):,} in {len(empty):,} images, such as {next(iter(empty))}"
+      )
     return splits
 
 
@@ -106,34 +115,16 @@ def _paint(path: pathlib.Path, name: str, annotations: list, shape: tuple[int, i
   label = np.zeros(shape, np.uint16)
   try:
     for annotation in annotations:
-      label[_mask(annotation["segmentation"], shape)] = annotation["category_id"]
+      category = annotation["category_id"]
+      if not isinstance(category, int):
+        raise TypeError(f"the category {category!r}")
+      label[read_mask(annotation["segmentation"], shape)] = category
   except Exception as error:  # pycocotools raises any kind, Exception itself among them
     raise InputError(
       f"{path}: expected masks of {name} as RLE or polygons on {shape[1]}x{shape[0]} pixels, got "
       f"{type(error).__name__} ({error}); fetch the file again"
     ) from error
   return label
-
-
-def _mask(segmentation: dict | list, shape: tuple[int, int]) -> np.ndarray:
-  """bool [H,W] of a COCO segmentation: RLE, compressed or not, or a list of polygons."""
-  if isinstance(segmentation, list):
-    corners = np.concatenate([np.asarray(polygon, np.float64) for polygon in segmentation])
-    # pycocotools walks along every edge, however long.
-    if not (np.abs(corners) <= 2 * max(shape)).all():
-      raise ValueError("corners far outside")
-    rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *shape))
-    return coco_mask.decode(rle).astype(bool)
-  if tuple(segmentation["size"]) != shape:
-    raise ValueError(f"a mask on {segmentation['size']}")
-  if isinstance(segmentation["counts"], list):
-    if min(segmentation["counts"], default=0) < 0:
-      raise ValueError("a negative run")
-    covered = sum(segmentation["counts"])
-    if covered != shape[0] * shape[1]:  # pycocotools leaves the rest as memory was
-      raise ValueError(f"a mask of {covered} pixels")
-    segmentation = coco_mask.frPyObjects(segmentation, *shape)
-  return coco_mask.decode(segmentation).astype(bool)
 
 
 def _read_converted(path: pathlib.Path) -> np.ndarray:

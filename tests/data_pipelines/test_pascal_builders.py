@@ -281,10 +281,13 @@ def test_context_bad_json(content, raw, tmp_path):
     {"segmentation": {"size": [25, 40], "counts": [0, 5000]}},
     {"segmentation": {"size": [25, 40], "counts": [0, 999]}},
     {"segmentation": {"size": [25, 40], "counts": [-1, 1001]}},
-    {"segmentation": []},
-    {"segmentation": [[1, 1]]},
+    {"segmentation": {"size": [25, 40], "counts": raw_pascal.packed([0, 999])}},
+    {"segmentation": {"size": [25, 40], "counts": raw_pascal.packed([0, 1000])[:-1]}},
+    {"segmentation": {"size": [25, 40], "counts": ""}},
+    {"segmentation": [[0, 0, 9, 0, 9, 9, 0]]},
     {"segmentation": None},
     {"category_id": -1},
+    {"category_id": 3.5},
     {"category_id": "sky"},
   ],
 )
@@ -296,6 +299,27 @@ def test_context_bad_mask(change, raw, tmp_path):
   path.write_text(json.dumps(data))
   builder = _builder(Context, tmp_path)
   _complaint(lambda: builder.read(builder.examples(raw)["val"][0]), path, "2008_000002")
+
+
+def test_context_polygons_without_area_are_left_out_and_counted(raw, tmp_path, capsys):
+  expected = raw_pascal.context(raw)
+  path = raw / "VOCdevkit/VOC2010/trainval_merged.json"
+  data = json.loads(path.read_text())
+  for name, segmentation in (
+    ("2008_000002", []),
+    ("2008_000003", [[], [1, 1], [1, 1, 9, 9]]),
+    ("2008_000003", [[], [0, 0, 2, 0, 2, 1, 0, 1]]),
+  ):
+    data["annos_segmentation"].append(
+      {"image_id": int(name.replace("_", "")), "category_id": 7, "segmentation": segmentation}
+    )
+  path.write_text(json.dumps(data))
+  expected["train"]["2008_000003"][0, :2] = 7
+  _check(_builder(Context, tmp_path), raw, expected)
+  assert capsys.readouterr().out == (
+    f"{path}: left out polygons of fewer than three points, which have no area: 5 in 2 images, "
+    "such as 2008_000002\n"
+  )
 
 
 def test_context_json_of_another_size(raw, tmp_path):
