@@ -32,7 +32,7 @@ from PIL import Image
 
 from configs import shapes as shapes_config
 from data_pipelines import datasets, pipeline, prepare
-from data_pipelines.sources import builder, context, folder, matlab, pascal
+from data_pipelines.sources import builder, coco_masks, context, files, folder, matlab, pascal
 from rpn_jax.analysis.runs import read_run
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
@@ -45,6 +45,7 @@ from rpn_jax.training.metric_log import read_history
 from rpn_jax.training.run import Run
 from rpn_jax.weights import architecture, clip_file, names, prompts_file, torch_archive
 from tests import tiny
+from tests.data_pipelines.raw_pascal import packed
 from tests.weights.files import (
   HEADS,
   TINY,
@@ -354,7 +355,72 @@ def test_masks(folder_builder, image, mask):
       assert set(np.unique(record["label"])) <= {0, 1, 2, 3, 255}
 
 
+def lossy_masks() -> list[bytes]:
+  """A mask as a program saves it that thinks it is a photograph, and its palette in a GIF."""
+  mask = Image.fromarray(np.random.default_rng(0).integers(0, 4, (9, 7), np.uint8))
+  made = []
+  for kind, options in (
+    ("JPEG", {}), ("JPEG2000", {}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("AVIF", {}),
+    ("TIFF", {"compression": "jpeg"}), ("TIFF", {"compression": "tiff_lzw"}), ("GIF", {}),
+    ("PPM", {}),
+  ):  # fmt: skip
+    file = io.BytesIO()
+    mask.save(file, kind, **options)
+    made.append(file.getvalue())
+  return made
+
+
+@fuzzed
+@given(damaged(lossy_masks()) | st.sampled_from(lossy_masks()))
+def test_masks_saved_with_loss(content):
+  """Whatever is read as a label was stored without loss."""
+  with file_of(content, "x.png") as path:
+    # Outside of a builder, Pillow's own complaints come through.
+    label = answered(files.read_index_image, path, own=Exception)
+    if label is not None:
+      with Image.open(path) as file:
+        assert file.format in ("GIF", "TIFF", "BMP", "PNG")
+        assert file.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
+        assert label.shape == (file.height, file.width) and label.dtype in (np.uint8, np.uint16)
+
+
 # Annotations and names
+
+
+def run_lengths(text: str) -> list[int]:
+  """COCO's compressed run lengths, as its C code reads them one by one (rleFrString)."""
+  lengths, at = [], 0
+  while at < len(text):
+    value, shift, more = 0, 0, True
+    while more:
+      code = ord(text[at]) - 48
+      value |= (code & 31) << shift
+      at, shift, more = at + 1, shift + 5, code & 32
+    value -= (code & 16) << 1 << (shift - 5)
+    lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+  return lengths
+
+
+RLE = [
+  packed(lengths).encode()
+  for lengths in ([30], [3, 20, 7], [0, 5, 6, 4, 15], [9, 1, 0, 1, 9, 1, 8, 1])
+]
+
+
+@fuzzed
+@given(damaged(RLE) | st.sampled_from(RLE) | st.lists(st.integers(48, 111), max_size=8).map(bytes))
+@example(b"")
+@example(b"n0")
+@example(packed([30]).encode())
+@example(packed([40, -10]).encode())
+def test_run_lengths(content):
+  text = content.decode("latin-1")
+  mask = answered(coco_masks.read_mask, {"size": [6, 5], "counts": text}, (6, 5), own=ValueError)
+  if mask is not None:
+    lengths = run_lengths(text)
+    assert min(lengths) >= 0 and sum(lengths) == 30
+    values = [i % 2 == 1 for i, length in enumerate(lengths) for _ in range(length)]
+    assert mask.T.ravel().tolist() == values
 
 
 ANNOTATIONS = {
