@@ -8,7 +8,7 @@ import collections
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import cv2
@@ -66,15 +66,18 @@ def list_images(
   Args:
     folders: existing folders.
     suffixes: of the files, in lower case; files may have them in upper case.
-    recursive: also take the files in subfolders.
+    recursive: also take the files in subfolders, but for hidden ones.
+
+  Raises:
+    OSError: a folder that cannot be read.
   """
   files: list[pathlib.Path] = []
   left_out: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
   for folder in folders:
-    for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+    for path in sorted(_walk(folder) if recursive else folder.iterdir()):
       suffix = path.suffix.lower()
       if suffix in suffixes:
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if path.name.startswith("."):
           left_out["hidden"].append(path)
         elif path.exists() and not path.is_file():  # who reads a broken link names it
           left_out["not a file"].append(path)
@@ -86,6 +89,17 @@ def list_images(
   if told:
     print(f"left out of the images: {'; '.join(told)}", flush=True)
   return files
+
+
+def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Files and folders at any depth; unlike `Path.rglob` it does not pass over unreadable ones."""
+
+  def refuse(error: OSError) -> None:
+    raise error
+
+  for parent, folders, files in os.walk(folder, onerror=refuse):
+    folders[:] = [name for name in folders if not name.startswith(".")]
+    yield from (pathlib.Path(parent, name) for name in (*folders, *files))
 
 
 def read(image: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -38,6 +38,12 @@ def test_images_of_subfolders(folder):
   assert [str(path.relative_to(folder)) for path in found] == ["b.JPG", "thumbnails.jpg/small.jpg"]
 
 
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path):
+  for recursive in (False, True):
+    with pytest.raises(FileNotFoundError):
+      pixels.list_images(tmp_path / "gone", recursive=recursive)
+
+
 def test_a_folder_of_images_says_nothing(tmp_path, capsys):
   (tmp_path / "a.png").write_bytes(b"")
   (tmp_path / "notes.txt").write_bytes(b"")
