@@ -554,7 +554,8 @@ def test_clip(golden_dir):
   recorded = Recorded(golden_dir / "clip" / "clip.npz")
   settings = json.loads(str(recorded["config"]))
   config, params = clip_file.load(
-    golden_dir / "clip" / "tiny_clip_state_dict.pt", {"activation": "quick_gelu"}
+    golden_dir / "clip" / "tiny_clip_state_dict.pt",
+    {"vision_heads": 2, "text_heads": settings["transformer_heads"], "activation": "quick_gelu"},
   )
   assert config.vision_layers == settings["vision_layers"]
   model = CLIP(config)

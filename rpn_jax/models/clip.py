@@ -46,6 +46,9 @@ class CLIPConfig:
     vision: what the vision tower is. "clip", or "vit": a plain vision transformer (ViT, MAE) beside
       CLIP's text tower, with exact GELU, other epsilons, no `ln_pre`, and no `proj`: what takes its
       tokens to the joint space is trained (Table 12).
+    mean: of the images it was trained on, per channel, for values in [0, 1]; None: not told.
+    std: their standard deviation; None: not told.
+    squash: whether they were squashed to a square, rather than one cropped from their middle.
   """
 
   embed_dim: int = 512
@@ -61,6 +64,9 @@ class CLIPConfig:
   vocab_size: int = 49408
   activation: str = "quick_gelu"
   vision: str = "clip"
+  mean: tuple[float, ...] | None = None
+  std: tuple[float, ...] | None = None
+  squash: bool = False
 
   def __post_init__(self) -> None:
     if self.vision not in ("clip", "vit"):

@@ -5,8 +5,10 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,6 @@ from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIP, CLIPConfig
-from rpn_jax.weights import torch_archive
-from rpn_jax.weights.arrays import WeightsFile, read_json
 from rpn_jax.weights.names import Naming, check_same_names
 
 # No published CLIP comes near; a file that declares more is damaged or hostile.
@@ -76,85 +76,76 @@ def fields_from_shapes(state: Mapping[str, np.ndarray], naming: Naming, where: s
   }
 
 
-def fields_from_publisher(file: WeightsFile, hf: bool) -> dict:
-  """CLIPConfig fields that no shape tells, from TorchScript code or the config beside the weights.
+def agreed(fields: Mapping, claims: Mapping, where: str, source: str) -> dict:
+  """Fields together with those of another source, which must not contradict them.
 
   Args:
-    file: the weights.
-    hf: whether they have the names of Hugging Face's transformers.
-
-  Returns:
-    Heads and activation, as far as they are told; {} where nothing tells them.
+    fields: of CLIPConfig.
+    claims: more of them.
+    where: what tells the first, for messages.
+    source: what tells the second, for messages.
 
   Raises:
-    InputError: a config that this project's CLIP cannot follow.
+    InputError: two values for a field.
   """
-  if file.kind == torch_archive.TORCHSCRIPT:
-    activation = torch_archive.activation(file.path)
-    return {"activation": activation} if activation else {}
-  beside = file.path.parent / ("config.json" if hf else "open_clip_config.json")
-  if not beside.is_file():
-    return {}
-  content = read_json(beside)
-  try:
-    return _fields_from_hf(content) if hf else _fields_from_openclip(content)
-  except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
-    raise InputError(f"expected the config of a CLIP model in {beside}, {error}") from None
+  for name, value in claims.items():
+    if name in fields and fields[name] != value:
+      raise InputError(
+        f"expected {name} {fields[name]!r} as in {where}, got {value!r} from {source}: use the one "
+        "that belongs to the weights"
+      )
+  return {**fields, **claims}
 
 
-def _fields_from_hf(content: Mapping) -> dict:
-  # Fields that are left out have these values there (CLIPVisionConfig, CLIPTextConfig).
-  vision, text = (content.get(f"{tower}_config") or {} for tower in ("vision", "text"))
-  activations = {x.get("hidden_act", "quick_gelu") for x in (vision, text)}
-  if len(activations) > 1:
-    raise ValueError(f"its towers have the activations {sorted(map(str, activations))}")
-  for tower in (vision, text):
-    if tower.get("layer_norm_eps", 1e-5) != 1e-5:
-      raise ValueError(f"its layer_norm_eps is {tower['layer_norm_eps']}, CLIP's is 1e-05")
-  return {
-    "activation": activations.pop(),
-    "vision_heads": vision.get("num_attention_heads", 12),
-    "text_heads": text.get("num_attention_heads", 8),
-  }
+# (width, layers) of the published towers whose heads are not 64 wide.
+_WIDE_HEADS = {
+  "vision": {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1792, 56): 16},
+  "text": {},
+}
+_HEADS_OF_64 = {
+  "vision": (384, 512, 640, 768, 896, 1024),
+  "text": (256, 384, 512, 640, 768, 1024, 1280),
+}
 
 
-def _fields_from_openclip(content: Mapping) -> dict:
-  model = content.get("model_cfg", content)
-  vision = model.get("vision_cfg") or {}
-  if "timm_model_name" in vision:
-    raise ValueError(f"its image tower is {vision['timm_model_name']}, not CLIP's")
-  fields: dict[str, str | int] = {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-  if heads := (model.get("text_cfg") or {}).get("heads"):
-    fields["text_heads"] = heads
-  if width := vision.get("width"):
-    fields["vision_heads"] = int(width) // int(vision.get("head_width", 64))
-  return fields
+def usual_heads(tower: str, width: int, layers: int) -> int | None:
+  """Heads of the published towers ("vision", "text") of a size; None where there is none.
+
+  Source: OpenAI's models and the model configs of open_clip 3.3.
+  """
+  if width in _HEADS_OF_64[tower]:
+    return width // 64
+  return _WIDE_HEADS[tower].get((width, layers))
 
 
 def complete_config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConfig:
   """A checked CLIPConfig from fields that a file tells and fields that a person gave.
 
-  Heads that nobody gave are width / 64, OpenAI's rule.
+  Heads that nobody gave are those of the published models of the same size.
 
   Raises:
     InputError: a field is missing, unknown or impossible.
   """
   names = [field.name for field in dataclasses.fields(CLIPConfig)]
   # Every format but our own is CLIP's, and our own did not always say so.
-  fields = {"vision": "clip", **fields, **overrides}
+  fields = agreed({"vision": "clip", **fields}, overrides, where, "what was passed")
+  images = {name: fields.pop(name, None) for name in ("mean", "std", "squash")}
+  names = [name for name in names if name not in images]
   for tower in ("vision", "text"):
-    width, heads = fields.get(f"{tower}_width"), f"{tower}_heads"
-    if heads not in fields and isinstance(width, int):
-      if width < 64:
+    width, layers = (fields.get(f"{tower}_{size}") for size in ("width", "layers"))
+    if f"{tower}_heads" not in fields and isinstance(width, int) and isinstance(layers, int):
+      heads = usual_heads(tower, width, layers)
+      if heads is None:
         raise InputError(
-          f"expected a {tower} tower at least 64 wide, got {width} in {where}: its number of heads "
-          f"is not in the file, pass {heads}"
+          f"the heads of the {tower} tower, {layers} layers {width} wide, are unknown, {where} "
+          f"does not tell them: convert it (rpn convert) with --{tower}_heads=NUMBER"
         )
-      fields[heads] = width // 64
+      fields[f"{tower}_heads"] = heads
   if set(names) - set(fields) == {"activation"}:
     raise InputError(
-      f"the activation is unknown, {where} does not tell it: pass --activation=quick_gelu "
-      "(OpenAI's models, and those of open_clip that say quickgelu) or --activation=gelu"
+      f"the activation is unknown, {where} does not tell it: convert it (rpn convert) with "
+      "--activation=quick_gelu (OpenAI's models, and those of open_clip that say quickgelu) or "
+      "--activation=gelu"
     )
   if set(fields) != set(names):
     wrong = sorted(set(fields) ^ set(names))
@@ -167,6 +158,16 @@ def complete_config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConf
       raise InputError(
         f"expected an integer from 1 to {maximum} for {name}, got {value!r} in {where}: correct it"
       )
+  for name in ("mean", "std"):
+    if (value := images[name]) is None:
+      continue
+    fits = isinstance(value, (list, tuple)) and len(value) == 3
+    if not fits or not all(type(x) in (int, float) and math.isfinite(x) for x in value):
+      raise InputError(f"expected three numbers for {name}, got {value!r} in {where}: correct it")
+    if name == "std" and min(value) <= 0:
+      raise InputError(f"expected std above 0, got {value!r} in {where}: correct it")
+    fields[name] = tuple(map(float, value))
+  fields["squash"] = bool(images["squash"])
   try:
     config = CLIPConfig(**fields)
   except (TypeError, ValueError) as error:
@@ -190,7 +191,7 @@ def expected_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
-def check_parameters(config: CLIPConfig, flat: Mapping[str, np.ndarray], where: str) -> None:
+def check_parameters(config: CLIPConfig, flat: Mapping[str, Any], where: str) -> None:
   """Compares arrays by '/'-joined path with the parameters of the model.
 
   Raises:
@@ -217,8 +218,10 @@ def check_parameters(config: CLIPConfig, flat: Mapping[str, np.ndarray], where: 
 def describe(config: CLIPConfig) -> str:
   """One line on an architecture."""
   c = config
+  normalized = "OpenAI's mean and std" if c.mean is None else f"mean {c.mean}, std {c.std}"
   return (
     f"image {c.image_size} px, patch {c.patch_size}, vision {c.vision_layers} x {c.vision_width} "
     f"({c.vision_heads} heads), text {c.text_layers} x {c.text_width} ({c.text_heads} heads), "
-    f"context {c.context_length}, vocabulary {c.vocab_size}, joint {c.embed_dim}, {c.activation}"
+    f"context {c.context_length}, vocabulary {c.vocab_size}, joint {c.embed_dim}, {c.activation}, "
+    f"images {'squashed' if c.squash else 'cropped'} to a square, {normalized}"
   )

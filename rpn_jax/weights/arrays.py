@@ -47,12 +47,14 @@ class WeightsFile(NamedTuple):
     kind: SAFETENSORS, SHARDS, `torch_archive.STATE_DICT` or `torch_archive.TORCHSCRIPT`.
     arrays: by the file's own names, in the stored types; views that cost nothing until used.
     metadata: the header entries of safetensors.
+    attributes: of the modules in a TorchScript archive, by name; what is neither array nor module.
   """
 
   path: pathlib.Path
   kind: str
   arrays: Mapping[str, np.ndarray]
-  metadata: Mapping[str, str]
+  metadata: Mapping[str, str] = {}
+  attributes: Mapping[str, object] = {}
 
 
 def read_arrays(path) -> WeightsFile:
@@ -78,14 +80,15 @@ def read_arrays(path) -> WeightsFile:
   with path.open("rb") as file:
     head = file.read(9)
   if head.startswith(b"PK"):
-    return WeightsFile(path, *torch_archive.read(path), {})
-  if head[:2] == b"\x80\x02":
+    content = torch_archive.read(path)
+    return WeightsFile(path, content.kind, content.tensors, attributes=content.attributes)
+  if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
     raise InputError(
       f"expected a PyTorch zip file, {path} has the format before PyTorch 1.6: "
       "load and save it once with a newer PyTorch"
     )
   if path.name.endswith(".index.json"):
-    return WeightsFile(path, SHARDS, _read_shards(path), {})
+    return WeightsFile(path, SHARDS, _read_shards(path))
   if head[8:] != b"{":
     raise InputError(
       f"expected CLIP weights (PyTorch zip or safetensors), {path} begins with {head[:4]!r} and is "
@@ -180,8 +183,8 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
   return state
 
 
-def float32(value: np.ndarray, name: str, where: str) -> np.ndarray:
-  """A float32 copy of weights.
+def check_float(value: np.ndarray, name: str, where: str) -> None:
+  """Checks the type of weights.
 
   Raises:
     InputError: another type than float16, bfloat16 or float32, with the array's name.
@@ -191,6 +194,15 @@ def float32(value: np.ndarray, name: str, where: str) -> np.ndarray:
       f"expected float16, bfloat16 or float32 weights, {name!r} is {value.dtype} in {where}: "
       "save it with one of these types"
     )
+
+
+def float32(value: np.ndarray, name: str, where: str) -> np.ndarray:
+  """A float32 copy of weights.
+
+  Raises:
+    InputError: see `check_float`.
+  """
+  check_float(value, name, where)
   return np.array(value, np.float32, order="C")
 
 

@@ -10,7 +10,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIPConfig, resize_positions
 from rpn_jax.weights import torch_archive
 from rpn_jax.weights.architecture import check_parameters, complete_config, fields_from_shapes
-from rpn_jax.weights.arrays import writing
+from rpn_jax.weights.arrays import float32, writing
 from rpn_jax.weights.names import AUTHORS, AUTHORS_PROMPTS, clip_rules, to_ours, to_theirs
 
 # In their state dict, but no computation reads them.
@@ -18,8 +18,8 @@ UNUSED = ("prompt_norm.weight", "prompt_norm.bias")
 
 
 def is_authors(state: Mapping[str, np.ndarray]) -> bool:
-  """Whether arrays have the names of the authors' segmentor."""
-  return any(name.startswith("decode_head.") for name in state)
+  """Whether arrays have the names of the authors' segmentor, which no other one of mmseg has."""
+  return "decode_head.vis_proj_1.weight" in state and "backbone.deep_prompt_embeddings" in state
 
 
 def from_authors(state: Mapping[str, np.ndarray], where: str = "the authors' state") -> tuple:
@@ -43,6 +43,7 @@ def from_authors(state: Mapping[str, np.ndarray], where: str = "the authors' sta
   tower_rules = clip_rules(AUTHORS, config.vision_layers, config.text_layers)
   used = {name: value for name, value in state.items() if name not in UNUSED}
   flat = to_ours([*tower_rules, *AUTHORS_PROMPTS], used, where)
+  flat = {name: float32(value, name, where) for name, value in flat.items()}
   clip = {rule.ours: flat[rule.ours] for rule in tower_rules}
   prompts = {rule.ours: flat[rule.ours] for rule in AUTHORS_PROMPTS}
   check_parameters(config, {**clip, "logit_scale": np.zeros((), np.float32)}, where)

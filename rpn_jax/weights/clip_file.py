@@ -7,6 +7,7 @@ header says `format`, `version` and the architecture as JSON.
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,10 +16,11 @@ from flax import traverse_util
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.weights import publisher
 from rpn_jax.weights.architecture import (
+  agreed,
   check_parameters,
   complete_config,
-  fields_from_publisher,
   fields_from_shapes,
 )
 from rpn_jax.weights.arrays import WeightsFile, float32, read_arrays, write_safetensors
@@ -55,18 +57,19 @@ def load(path, overrides: Mapping | None = None) -> tuple[CLIPConfig, dict]:
     path: a TorchScript archive, a PyTorch state dict (zip format, bare or under `state_dict`),
       safetensors, the index of shards of these, or a folder with one of them; with the names of
       OpenAI, open_clip or transformers; or safetensors written by `save`.
-    overrides: CLIPConfig fields that the file does not tell or that it tells wrongly:
-      `vision_heads`, `text_heads` (else width / 64) and `activation` ("quick_gelu" or "gelu").
-      Files written by `save` know them, TorchScript archives and a config beside the weights the
-      activation.
+    overrides: CLIPConfig fields that the file does not tell: `vision_heads`, `text_heads` (else
+      those of published models of the same size) and `activation` ("quick_gelu" or "gelu"). Files
+      written by `save`, scripted archives and configs beside the weights know them, traced
+      archives the activation.
 
   Returns:
     The architecture, and the parameters as a nested dictionary of float32 arrays for
     `CLIP(config).apply({"params": ...})`.
 
   Raises:
-    InputError: no such file, a damaged or foreign one, an array missing, unknown or misshapen, or
-      an activation that nothing tells.
+    InputError: no such file, a damaged or foreign one, an array missing, unknown or misshapen, a
+      model that computes something else, another tokenizer than CLIP's, heads or an activation
+      that nothing tells, or that `overrides` contradict.
   """
   return parse(read_arrays(path), overrides)[1:]
 
@@ -77,17 +80,30 @@ def parse(file: WeightsFile, overrides: Mapping | None = None) -> tuple[str, CLI
   if file.metadata.get("format") == FORMAT:
     kind = "rpn_jax safetensors"
     config = complete_config(_own_fields(file.metadata, where), overrides, where)
-    flat = {name: float32(value, name, where) for name, value in file.arrays.items()}
+    views = file.arrays
   else:
     hf = any(name.startswith("vision_model.") for name in file.arrays)
     kind = f"{file.kind} with the names of {'Hugging Face' if hf else 'OpenAI'}"
-    publisher = fields_from_publisher(file, hf)
-    state = from_hf(file.arrays, where) if hf else from_openclip(file.arrays)
+    # Before the arrays: a model of another kind is named by its config.
+    told = publisher.read(file, hf)
+    state = from_hf(file.arrays, where) if hf else from_openclip(file.arrays, where)
     fields = fields_from_shapes(state, OPENAI, where)
-    config = complete_config({**fields, **publisher}, overrides, where)
-    rules = clip_rules(OPENAI, fields["vision_layers"], fields["text_layers"])
-    flat = to_ours(rules, _without_extras(state, fields, where), where)
-  check_parameters(config, flat, where)
+    if fields["vocab_size"] > publisher.CLIP_TOKENS:
+      raise InputError(
+        f"expected at most the {publisher.CLIP_TOKENS} tokens of CLIP's tokenizer, got "
+        f"{fields['vocab_size']} in {where}, which needs another tokenizer: use other weights"
+      )
+    fields = agreed(fields, told.fields, where, told.source)
+    if "input_resolution" in state:  # an archive of OpenAI's, whose code has heads of 64 channels
+      for tower in ("vision", "text"):
+        if fields[f"{tower}_width"] % 64 == 0:
+          fields.setdefault(f"{tower}_heads", fields[f"{tower}_width"] // 64)
+    config = complete_config(fields, overrides, where)
+    rules = clip_rules(OPENAI, config.vision_layers, config.text_layers)
+    views = to_ours(rules, _without_extras(state, fields, where), where)
+  # Shapes first: nothing is copied of a file that does not fit.
+  check_parameters(config, views, where)
+  flat = {name: float32(value, name, where) for name, value in views.items()}
   return kind, config, traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -123,7 +139,7 @@ def _without_extras(state: Mapping[str, np.ndarray], fields: Mapping, where: str
           f"expected {name} {sizes[name]} as the weights have it, got "
           f"{value.ravel()[:3].tolist()} in {where}: the file is damaged"
         )
-    elif name.startswith("transformer.") and name.endswith(".attn_mask"):
+    elif name == "attn_mask" or re.fullmatch(r"transformer\..*\.attn_mask", name):
       length = fields["context_length"]
       if value.shape != (length, length) or not np.array_equal(
         np.isneginf(value.astype(np.float32)), np.triu(np.ones((length, length), bool), 1)
@@ -158,10 +174,12 @@ def save(path, config: CLIPConfig, params, dtype=np.float32, metadata=None) -> N
   for name, value in flat.items():
     with np.errstate(over="ignore"):  # infinity is refused below, with the name
       arrays[name] = np.asarray(value, dtype if value.ndim > 1 else np.float32, order="C")
+  # What is not told is left out, and then earlier versions of this package read the file too.
+  fields = {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, False)}
   header = {
     **(metadata or {}),
     "format": FORMAT,
     "version": VERSION,
-    "config": json.dumps(dataclasses.asdict(config)),
+    "config": json.dumps(fields),
   }
   write_safetensors(path, arrays, header)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.weights.arrays import float32
+from rpn_jax.weights.arrays import check_float
 
 # How an array of theirs becomes ours: the order of its axes. PyTorch multiplies by the transpose.
 LAYOUTS = {
@@ -189,18 +189,29 @@ def _hf_name(name: str) -> str | None:
   return None
 
 
-def from_openclip(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-  """The state by OpenAI's names, without the prefixes of open_clip's training and newer models."""
-  for prefix in ("module.", "_orig_mod."):
-    if state and all(name.startswith(prefix) for name in state):
-      state = {name.removeprefix(prefix): value for name, value in state.items()}
+def from_openclip(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+  """The state by OpenAI's names, without the prefixes of open_clip's training and newer models.
+
+  Raises:
+    InputError: the bias of a sigmoid loss, or another number than one of logit scales.
+  """
+  prefixes = ("module.", "_orig_mod.")  # of DDP and of torch.compile, in the order of wrapping
+  while state and (found := [x for x in prefixes if all(name.startswith(x) for name in state)]):
+    state = {name.removeprefix(found[0]): value for name, value in state.items()}
   if "text.text_projection" in state:
     state = {name.removeprefix("text."): value for name, value in state.items()}
-  return state
+  if "logit_bias" in state:
+    raise InputError(
+      f"expected a CLIP, {where} has a logit_bias, as SigLIP and others with a sigmoid loss have: "
+      "use weights that were trained with CLIP's loss"
+    )
+  if (scale := state.get("logit_scale")) is not None and scale.shape == (1,):
+    state = {**state, "logit_scale": scale.reshape(())}
+  return dict(state)
 
 
 def to_ours(rules: Iterable[Rule], state: Mapping[str, np.ndarray], where: str) -> dict:
-  """Our flat arrays from theirs: every name on both sides used exactly once.
+  """Our flat arrays from theirs, views in the stored types: every name is used exactly once.
 
   Raises:
     InputError: a name is missing or unknown, or an array has another rank than its rule needs.
@@ -215,7 +226,8 @@ def to_ours(rules: Iterable[Rule], state: Mapping[str, np.ndarray], where: str) 
         f"not a CLIP ViT checkpoint: expected {rule.theirs!r} with {len(axes)} axes, got shape "
         f"{value.shape} in {where}; use another file"
       )
-    flat[rule.ours] = float32(np.transpose(value, axes) if axes else value, rule.theirs, where)
+    check_float(value, rule.theirs, where)
+    flat[rule.ours] = np.transpose(value, axes) if axes else value
   return flat
 
 

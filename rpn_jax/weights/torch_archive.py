@@ -9,11 +9,10 @@ import collections
 import math
 import pathlib
 import pickle
-import re
 import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,21 +42,46 @@ _STORAGES = {
   "LongStorage": np.dtype("<i8"),
 }
 
-# What `torch.save` and TorchScript write: pickle protocol 2 without its ways to name classes by
-# number (EXT) or to make objects in other ways (INST, OBJ).
-_FLOW = pickle.PROTO + pickle.STOP + pickle.MARK + pickle.POP + pickle.POP_MARK
-_MEMO = pickle.BINGET + pickle.LONG_BINGET + pickle.BINPUT + pickle.LONG_BINPUT
-_CONSTANTS = pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE + pickle.BINFLOAT + pickle.BINUNICODE
+# What `torch.save` and TorchScript write: pickle protocols 2 to 5 without their ways to name
+# classes by number (EXT) or to make objects in other ways (INST, OBJ, NEWOBJ_EX).
+_FLOW = pickle.PROTO + pickle.FRAME + pickle.STOP + pickle.MARK + pickle.POP + pickle.POP_MARK
+_MEMO = pickle.BINGET + pickle.LONG_BINGET + pickle.BINPUT + pickle.LONG_BINPUT + pickle.MEMOIZE
+_CONSTANTS = pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE + pickle.BINFLOAT
+_STRINGS = pickle.BINUNICODE + pickle.SHORT_BINUNICODE + pickle.BINBYTES + pickle.SHORT_BINBYTES
 _INTEGERS = pickle.BININT + pickle.BININT1 + pickle.BININT2 + pickle.LONG1 + pickle.LONG4
 _TUPLES = pickle.EMPTY_TUPLE + pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
 _LISTS = pickle.EMPTY_LIST + pickle.APPEND + pickle.APPENDS
 _DICTS = pickle.EMPTY_DICT + pickle.SETITEM + pickle.SETITEMS
-_OBJECTS = pickle.GLOBAL + pickle.REDUCE + pickle.NEWOBJ + pickle.BUILD + pickle.BINPERSID
-_OPCODES = _FLOW + _MEMO + _CONSTANTS + _INTEGERS + _TUPLES + _LISTS + _DICTS + _OBJECTS
+_OBJECTS = (
+  pickle.GLOBAL
+  + pickle.STACK_GLOBAL
+  + pickle.REDUCE
+  + pickle.NEWOBJ
+  + pickle.BUILD
+  + pickle.BINPERSID
+)
+_OPCODES = _FLOW + _MEMO + _CONSTANTS + _STRINGS + _INTEGERS + _TUPLES + _LISTS + _DICTS + _OBJECTS
+
+# Where checkpoints of trainings have the weights.
+_IN_CHECKPOINT = ("state_dict", "model_state_dict", "model")
 
 
 class Refused(Exception):
   """The file holds something else than tensors and plain containers."""
+
+
+class Content(NamedTuple):
+  """What a file holds.
+
+  Attributes:
+    kind: STATE_DICT or TORCHSCRIPT.
+    tensors: read-only arrays by name, in the stored type: views of the file.
+    attributes: of TorchScript modules, by name; what is neither tensor nor module.
+  """
+
+  kind: str
+  tensors: dict[str, np.ndarray]
+  attributes: dict[str, object]
 
 
 class _Module:
@@ -221,8 +245,8 @@ _FUNCTIONS = {
 }
 
 
-def _flatten(module: _Module, prefix: str, depth: int, tensors: dict, visits: list) -> None:
-  """Adds the tensors below a TorchScript object, named as its state dict names them."""
+def _flatten(module: _Module, prefix: str, depth: int, found: Content, visits: list) -> None:
+  """Adds what is below a TorchScript object, named as its state dict names it."""
   # A file can tie a module into itself.
   if depth > _MAX_DEPTH:
     raise Refused(f"its modules are nested more than {_MAX_DEPTH} deep")
@@ -230,37 +254,36 @@ def _flatten(module: _Module, prefix: str, depth: int, tensors: dict, visits: li
   if len(visits) > _MAX_MODULES:
     raise Refused(f"it has more than {_MAX_MODULES:,} modules")
   for name, value in module.attributes.items():
-    if isinstance(value, np.ndarray):
-      tensors[f"{prefix}{name}"] = value
-    elif isinstance(value, _Module):
-      _flatten(value, f"{prefix}{name}.", depth + 1, tensors, visits)
+    if isinstance(value, _Module):
+      _flatten(value, f"{prefix}{name}.", depth + 1, found, visits)
+    elif isinstance(value, np.ndarray):
+      found.tensors[f"{prefix}{name}"] = value
+    else:
+      found.attributes[f"{prefix}{name}"] = value
 
 
-def _tensors_of(root) -> tuple[str, dict[str, np.ndarray]]:
+def _content_of(root) -> Content:
   if isinstance(root, _Module):
-    tensors: dict[str, np.ndarray] = {}
-    _flatten(root, "", 0, tensors, [])
-    return TORCHSCRIPT, tensors
-  if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
-    root = root["state_dict"]
+    found = Content(TORCHSCRIPT, {}, {})
+    _flatten(root, "", 0, found, [])
+    return found
+  if isinstance(root, dict):
+    root = next((root[x] for x in _IN_CHECKPOINT if isinstance(root.get(x), dict)), root)
   if not isinstance(root, dict):
     raise Refused(f"it holds a {type(root).__name__}, not a state dict")
   for name, value in root.items():
     if not isinstance(name, str) or not isinstance(value, np.ndarray):
       raise Refused(f"entry {str(name)[:60]!r} of its state dict is not a tensor")
-  return STATE_DICT, dict(root)
+  return Content(STATE_DICT, dict(root), {})
 
 
-def read(path) -> tuple[str, dict[str, np.ndarray]]:
+def read(path) -> Content:
   """The tensors of a file written by `torch.save` or `torch.jit.save`.
 
   Args:
     path: a zip-format `.pt` or `.pth`: a TorchScript module, a state dict, or a dictionary that
-      holds one under `state_dict`.
-
-  Returns:
-    STATE_DICT or TORCHSCRIPT, and read-only arrays by name, in the stored type. They are views of
-    the file's bytes: what a file declares is never allocated.
+      holds one under `state_dict`, `model_state_dict` or `model`. What else is in it, such as the
+      state of an optimizer, is not read.
 
   Raises:
     InputError: the file is missing, damaged or another kind of file, or its pickle asks for
@@ -270,7 +293,7 @@ def read(path) -> tuple[str, dict[str, np.ndarray]]:
   again = "get it again, from a source you trust"
   try:
     with zipfile.ZipFile(path) as archive:
-      return _read(archive, path.stat().st_size)
+      return _read(archive, np.memmap(path, np.uint8, "r"))
   except FileNotFoundError:
     raise InputError(f"expected a PyTorch file, {path} does not exist: check the path") from None
   except IsADirectoryError:
@@ -296,7 +319,7 @@ def _line(error) -> str:
   return " ".join(str(error).split())[:100]
 
 
-def _read(archive: zipfile.ZipFile, file_bytes: int) -> tuple[str, dict[str, np.ndarray]]:
+def _read(archive: zipfile.ZipFile, content: np.ndarray) -> Content:
   pickles = [x for x in archive.namelist() if x.count("/") == 1 and x.endswith("/data.pkl")]
   if len(pickles) != 1:
     raise Refused("the archive has no data.pkl in its top folder")
@@ -306,7 +329,8 @@ def _read(archive: zipfile.ZipFile, file_bytes: int) -> tuple[str, dict[str, np.
   order = f"{folder}byteorder"
   if order in archive.namelist() and archive.open(order).read(16) != b"little":
     raise Refused("its numbers are not little-endian")
-  storages, total = {}, 0
+  storages: dict[str, tuple[int, zipfile.ZipInfo]] = {}
+  total = 0
 
   def read_storage(dtype, key, count):
     nonlocal total
@@ -317,39 +341,42 @@ def _read(archive: zipfile.ZipFile, file_bytes: int) -> tuple[str, dict[str, np.
         raise Refused(f"storage {key[:20]!r} is missing from it") from None
       # Stored bytes are part of the file; compressed or overlapping ones could unfold to any size.
       total += info.file_size
-      if info.compress_type != zipfile.ZIP_STORED or total > file_bytes:
+      if info.compress_type != zipfile.ZIP_STORED or total > len(content):
         raise Refused(f"storage {key[:20]!r} is compressed or larger than the file")
-      storages[key] = archive.read(info)
-    data = storages[key]
-    if count * dtype.itemsize > len(data):
+      storages[key] = _begin(content, info), info
+    begin, info = storages[key]
+    size = count * dtype.itemsize
+    if size > info.file_size:
       raise Refused(
-        f"storage {key[:20]!r} is declared as {count} values of {dtype} and has {len(data)} bytes"
+        f"storage {key[:20]!r} is declared as {count} values of {dtype} and has {info.file_size} "
+        "bytes"
       )
-    return np.frombuffer(data, dtype, count)
+    return content[begin : begin + size].view(dtype)
 
   with archive.open(pickles[0]) as file:
-    return _tensors_of(_Unpickler(file, read_storage).load())
+    found = _content_of(_Unpickler(file, read_storage).load())
+  _check_sums(content, found.tensors, storages.values())
+  return found
 
 
-def activation(path) -> str | None:
-  """The activation between the layers of an MLP, by a text search in a TorchScript archive's code.
+def _begin(content: np.ndarray, info: zipfile.ZipInfo) -> int:
+  """Where the bytes of a stored entry begin, behind a header with its name and padding."""
+  header = content[info.header_offset : info.header_offset + 30].tobytes()
+  lengths = sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+  begin = info.header_offset + 30 + lengths
+  if header[:4] != b"PK\x03\x04" or begin + info.file_size > len(content):
+    raise zipfile.BadZipFile(f"bad header of {info.filename[:40]}")
+  return begin
 
-  Returns:
-    "quick_gelu", which is x * sigmoid(1.702 x), or "gelu", the exact one; None where the code has
-    neither or both, or where there is no code.
-  """
-  found: set[str] = set()
-  try:
-    with zipfile.ZipFile(path) as archive:
-      codes = [x for x in archive.infolist() if re.search(r"/code/.*\.py$", x.filename)]
-      if sum(info.file_size for info in codes) > _MAX_PICKLE_BYTES:
-        return None
-      for info in codes:
-        calls = re.findall(rb"torch\.(gelu|sigmoid)\(", archive.read(info))
-        found.update("gelu" if call == b"gelu" else "quick_gelu" for call in calls)
-  except (zipfile.BadZipFile, OSError, NotImplementedError, zlib.error):
-    return None
-  return found.pop() if len(found) == 1 else None
+
+def _check_sums(content: np.ndarray, tensors: Mapping[str, np.ndarray], storages) -> None:
+  """Compares the checksums of the storages that tensors are views of, and of no others."""
+  start = content.__array_interface__["data"][0]
+  used = np.sort([x.__array_interface__["data"][0] - start for x in tensors.values() if x.size])
+  for begin, info in storages:
+    first, last = np.searchsorted(used, (begin, begin + info.file_size))
+    if first < last and zlib.crc32(content[begin : begin + info.file_size].data) != info.CRC:
+      raise zipfile.BadZipFile(f"Bad CRC-32 for file {info.filename[:40]!r}")
 
 
 def write(path, state: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:

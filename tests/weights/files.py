@@ -34,7 +34,8 @@ TINY = CLIPConfig(
   vocab_size=7,
 )
 HEADS = {"vision_heads": 4, "text_heads": 3, "activation": "quick_gelu"}
-QUICK = {"activation": "quick_gelu"}
+# Of the recorded tiny CLIP.
+QUICK = {"vision_heads": 2, "text_heads": 1, "activation": "quick_gelu"}
 
 STORAGES = {"float32": b"FloatStorage", "float16": b"HalfStorage", "int64": b"LongStorage"}
 
@@ -122,11 +123,25 @@ def hf_names(state: dict, vision: int, text: int) -> dict:
   return renamed
 
 
-def hf_config(act="quick_gelu") -> dict:
-  return {
-    "vision_config": {"num_attention_heads": 4, "hidden_act": act},
-    "text_config": {"num_attention_heads": 3, "hidden_act": act},
+def hf_config(clip=TINY) -> dict:
+  """The config.json of an architecture."""
+  towers = {}
+  for tower in ("vision", "text"):
+    width = getattr(clip, f"{tower}_width")
+    towers[f"{tower}_config"] = {
+      "hidden_size": width,
+      "intermediate_size": 4 * width,
+      "num_hidden_layers": getattr(clip, f"{tower}_layers"),
+      "num_attention_heads": getattr(clip, f"{tower}_heads"),
+      "hidden_act": clip.activation,
+    }
+  towers["vision_config"] |= {"image_size": clip.image_size, "patch_size": clip.patch_size}
+  towers["text_config"] |= {
+    "vocab_size": clip.vocab_size,
+    "max_position_embeddings": clip.context_length,
+    "eos_token_id": clip.vocab_size - 1,
   }
+  return {"model_type": "clip", "projection_dim": clip.embed_dim, **towers}
 
 
 def write_shards(folder, state, count=3) -> pathlib.Path:

@@ -22,16 +22,35 @@ def test_shapes_of_published_models():
 
 def test_config_given_by_a_person(tmp_path, state):
   path = write_state(tmp_path / "x.pt", state)
-  one_line("its number of heads is not in the file, pass vision_heads", clip_file.load, path)
+  one_line("heads of the vision tower, 1 layers 8 wide.*--vision_heads=", clip_file.load, path)
   heads = {"vision_heads": 4, "text_heads": 3}
-  one_line("does not tell it: pass --activation=quick_gelu", clip_file.load, path, heads)
+  one_line("rpn convert. with --activation=quick_gelu", clip_file.load, path, heads)
   for wrong, match in (
     ({"vision_heads": 3}, "divide the width 8"),
     ({"vision_heads": 0}, "integer from 1"),
     ({"activation": "relu"}, "activation must be"),
     ({"activation": []}, "unhashable"),
     ({"depth": 3}, "depth"),
-    ({"embed_dim": 5}, "with shape"),
-    ({"vision_layers": 2}, "expected 2 visual layers"),
+    ({"embed_dim": 5}, "expected embed_dim 4"),
+    ({"vision_layers": 2}, "expected vision_layers 1"),
   ):
     one_line(match, clip_file.load, path, {**HEADS, **wrong})
+
+
+def test_heads_of_published_models():
+  """From open_clip's model configs: heads of 64 channels, but in the largest image towers."""
+  for tower, width, layers, heads in (
+    ("vision", 768, 12, 12),
+    ("vision", 896, 12, 14),
+    ("vision", 1024, 24, 16),
+    ("vision", 1280, 32, 16),  # H/14
+    ("vision", 1408, 40, 16),  # g/14
+    ("vision", 1664, 48, 16),  # bigG/14
+    ("vision", 1792, 56, 16),
+    ("text", 512, 12, 8),
+    ("text", 1280, 32, 20),
+    ("vision", 1280, 24, None),
+    ("vision", 1152, 27, None),
+    ("text", 1408, 24, None),
+  ):
+    assert architecture.usual_heads(tower, width, layers) == heads

@@ -127,7 +127,7 @@ def test_own_format(tmp_path, tiny, dtype):
     assert file.get_tensor("visual/patch_embed/kernel").dtype == dtype
     assert file.get_tensor("logit_scale").dtype == np.float32
   assert list(tmp_path.iterdir()) == [path]
-  assert clip_file.load(path, {"activation": "quick_gelu"})[0].activation == "quick_gelu"
+  one_line("expected activation 'gelu' as in", clip_file.load, path, {"activation": "quick_gelu"})
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
@@ -140,9 +140,11 @@ def test_a_folder_of_transformers_tells_all(tmp_path, tiny, state, dtype):
   assert config == TINY
   rounded = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), tiny)
   same(params, rounded)
-  (tmp_path / "config.json").write_text(json.dumps(hf_config("gelu")))
+  (tmp_path / "config.json").write_text(
+    json.dumps(hf_config(dataclasses.replace(TINY, activation="gelu")))
+  )
   assert clip_file.load(tmp_path / "model.safetensors")[0].activation == "gelu"
-  assert clip_file.load(tmp_path, QUICK)[0].activation == "quick_gelu"  # a person knows better
+  one_line("expected activation 'gelu' as in", clip_file.load, tmp_path, HEADS)
 
 
 def test_open_clip(tmp_path, tiny, state):
@@ -157,8 +159,8 @@ def test_open_clip(tmp_path, tiny, state):
     same(clip_file.load(path, HEADS)[1], tiny)
   model = {
     "embed_dim": 4,
-    "vision_cfg": {"width": 8, "head_width": 2},
-    "text_cfg": {"heads": 3},
+    "vision_cfg": {"width": 8, "layers": 1, "head_width": 2, "patch_size": 2, "image_size": 4},
+    "text_cfg": {"width": 6, "layers": 2, "heads": 3, "context_length": 5, "vocab_size": 7},
   }
   beside = tmp_path / "open_clip_config.json"
   for quick, activation in (({}, "gelu"), ({"quick_gelu": True}, "quick_gelu")):
@@ -166,8 +168,9 @@ def test_open_clip(tmp_path, tiny, state):
     assert clip_file.load(path)[0] == dataclasses.replace(TINY, activation=activation)
   for wrong, match in (
     ({"vision_cfg": {"timm_model_name": "convnext"}}, "convnext"),
-    ({"vision_cfg": {"width": 8, "head_width": 0}}, "division"),
-    ({"vision_cfg": 3}, "config of a CLIP"),
+    ({"vision_cfg": {"width": 8, "head_width": 0}}, "malformed"),
+    ({"vision_cfg": {"layers": [3, 4, 6, 3]}}, "a ResNet"),
+    ({"vision_cfg": 3}, "no vision_cfg"),
   ):
     beside.write_text(json.dumps({"model_cfg": {**model, **wrong}}))
     one_line(match, clip_file.load, path)

@@ -25,10 +25,6 @@ def test_towers_of_transformers_that_do_not_fit(tmp_path, state):
     ({query: np.zeros((3, 3), "f")}, hf_config(), "queries, keys and values"),
     ({query: None}, hf_config(), "in_proj_weight' missing"),
     ({"text_projection.weight": np.zeros(3, "f")}, hf_config(), "2 axes"),
-    ({}, {**hf_config(), "text_config": {"hidden_act": "gelu"}}, "activations"),
-    ({}, {"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps"),
-    ({}, {"vision_config": [1]}, "config of a CLIP"),
-    ({}, {**hf_config(), "vision_config": {"num_attention_heads": "4"}}, "integer from 1"),
   ):
     changed = {k: v for k, v in {**theirs, **changes}.items() if v is not None}
     (tmp_path / "model.safetensors").write_bytes(safetensors.numpy.save(changed))

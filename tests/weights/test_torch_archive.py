@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.weights import torch_archive
+from rpn_jax.weights import torch_archive, torch_code
 from tests.weights.files import (
   STATE_DICT,
   STORAGES,
@@ -32,13 +32,13 @@ MATRIX = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
 def test_state_dict_of_pytorch():
-  kind, state = torch_archive.read(STATE_DICT)
+  kind, state, _ = torch_archive.read(STATE_DICT)
   assert kind == torch_archive.STATE_DICT and len(state) == 74
   assert state["visual.conv1.weight"].shape == (128, 3, 8, 8)
 
 
 def test_torchscript_of_pytorch():
-  kind, state = torch_archive.read(TORCHSCRIPT)
+  kind, state, _ = torch_archive.read(TORCHSCRIPT)
   assert kind == torch_archive.TORCHSCRIPT
   assert state["context_length"] == 16 and state["context_length"].dtype == np.int64
   assert state["visual.conv1.weight"].dtype == np.float16
@@ -57,7 +57,7 @@ def test_values_types_and_strides(tmp_path, dtype):
       "empty": tensor("0", array, shape=(0, 3)),
     }
   )
-  _, state = torch_archive.read(write(tmp_path / "x.pt", root, {"0": array}))
+  _, state, _ = torch_archive.read(write(tmp_path / "x.pt", root, {"0": array}))
   assert all(value.dtype == array.dtype for value in state.values())
   np.testing.assert_array_equal(state["whole"], array)
   np.testing.assert_array_equal(state["transposed"], array.T)
@@ -80,23 +80,12 @@ def test_state_dict_in_a_checkpoint(tmp_path):
 def test_what_is_written_is_read(tmp_path):
   state = {"a.w": MATRIX.T, "scalar": np.float32(3), "empty": np.zeros((0, 2), np.float32)}
   torch_archive.write(tmp_path / "x.pth", state, {"note": "é"})
-  kind, again = torch_archive.read(tmp_path / "x.pth")
+  kind, again, _ = torch_archive.read(tmp_path / "x.pth")
   assert kind == torch_archive.STATE_DICT and list(again) == list(state)
   for name, value in state.items():
     np.testing.assert_array_equal(again[name], value)
     assert again[name].shape == np.shape(value)
-  assert torch_archive.activation(tmp_path / "x.pth") is None
-
-
-@pytest.mark.parametrize(("calls", "want"), [
-  (("sigmoid", "sigmoid"), "quick_gelu"), (("gelu",), "gelu"), (("gelu", "sigmoid"), None),
-])  # fmt: skip
-def test_the_code_of_an_archive_tells_the_activation(tmp_path, calls, want):
-  with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
-    for i, call in enumerate(calls):
-      archive.writestr(f"m/code/__torch__/{i}.py", f"_1 = torch.{call}(_0)\n")
-    archive.writestr("m/code/__torch__/0.py.debug_pkl", "torch.gelu(")
-  assert torch_archive.activation(tmp_path / "x.pt") == want
+  assert torch_code.read(tmp_path / "x.pth") == torch_code.Code()
 
 
 @pytest.mark.parametrize("wrapper", ["build_intlist", "restore_type_tag"])
@@ -105,8 +94,9 @@ def test_torchscript_attributes_that_are_no_tensors(tmp_path, wrapper):
   attributes = {"training": b"\x89", "hook": b"N", "sizes": sizes, "w": tensor("0", MATRIX)}
   inner = b"c__torch__.a.___torch_mangle_1\nB\n)\x81" + dictionary(attributes) + b"b"
   outer = b"c__torch__.a\nA\n)\x81" + dictionary({"inner": inner}) + b"b"
-  kind, state = torch_archive.read(write(tmp_path / "x.pt", outer, {"0": MATRIX}))
+  kind, state, rest = torch_archive.read(write(tmp_path / "x.pt", outer, {"0": MATRIX}))
   assert kind == torch_archive.TORCHSCRIPT and list(state) == ["inner.w"]
+  assert rest == {"inner.training": False, "inner.hook": None, "inner.sizes": [1, 2]}
 
 
 def attack(tmp_path, name):

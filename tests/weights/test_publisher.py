@@ -1,0 +1,244 @@
+"""Files of other libraries, as these write them: computed rightly, or refused by name."""
+
+import dataclasses
+import functools
+import io
+import json
+import pathlib
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+from rpn_jax.base import pixels
+from rpn_jax.models.clip import CLIP
+from rpn_jax.text import tokenizer
+from rpn_jax.weights import clip_file, publisher
+from tests import FIXTURES
+from tests.weights.checks import one_line
+
+HEADS = {"vision_heads": 2, "text_heads": 4}
+# How images are prepared is no part of the program.
+NO_IMAGES = {"mean": None, "std": None, "squash": False}
+
+
+@functools.cache
+def archive() -> zipfile.ZipFile:
+  return zipfile.ZipFile(FIXTURES / "clip_files.zip")
+
+
+def unpack(case: str, folder: pathlib.Path) -> pathlib.Path:
+  """The folder of a case; `tests/tools/make_clip_files.py` wrote it."""
+  for name in archive().namelist():
+    if name.startswith(f"{case}/"):
+      (folder / name.rpartition("/")[2]).write_bytes(archive().read(name))
+  return folder
+
+
+def arrays_of(name: str):
+  return np.load(io.BytesIO(archive().read(name)))
+
+
+@functools.cache
+def features():
+  """One program for all configs that compute the same."""
+  return jax.jit(
+    lambda config, params, image, tokens: CLIP(config).apply(
+      {"params": params}, image, tokens, method="encode"
+    ),
+    static_argnums=0,
+  )
+
+
+LOADED = {
+  "hf": {},
+  "hf_gelu": {},
+  "hf_older": {},
+  "hf_eos_2": {},
+  "hf_half": {},
+  "openclip": {},
+  "openclip_custom": {},
+  "openclip_half": {},
+  "openclip_training": {},
+  "openclip_model": {},
+  "openclip_model_state_dict": {},
+  "openclip_protocol_4": {},
+  "openclip_protocol_5": {},
+  "openclip_scale_of_one_axis": {},
+  "openclip_script/model.pt": {},
+  "openclip_script_gelu/model.pt": {},
+  "openai_state/model.pt": {"vision_heads": 1, "text_heads": 1, "activation": "quick_gelu"},
+}
+
+
+@pytest.mark.parametrize("case", LOADED)
+def test_features_of_the_library(case, tmp_path):
+  name, _, file = case.partition("/")
+  config, params = clip_file.load(unpack(name, tmp_path) / file, LOADED[case])
+  inputs, right = arrays_of("inputs.npz"), arrays_of(f"{name}/right.npz")
+  image, tokens = np.moveaxis(inputs["image"], 1, -1), inputs["tokens"].astype(np.int32)
+  got = features()(dataclasses.replace(config, **NO_IMAGES), params, image, tokens)
+  for key, value in zip(("image_features", "text_features"), got):
+    np.testing.assert_allclose(value, right[key], rtol=0, atol=1e-5 * np.abs(right[key]).max())
+  if name.endswith("half"):
+    assert config.mean == config.std == (0.5, 0.5, 0.5) and config.squash
+  else:
+    assert config.mean in (None, pixels.CLIP_MEAN) and not config.squash
+  clip_file.save(tmp_path / "own", config, params)
+  assert clip_file.load(tmp_path / "own")[0] == config
+
+
+REFUSED = {
+  "hf_tanh": "vision_config.hidden_act is 'gelu_pytorch_tanh'",
+  "hf_two_activations": "towers have the activations gelu, quick_gelu",
+  "hf_epsilon": "vision_config.layer_norm_eps is 1e-06, CLIP's is 1e-05",
+  "hf_eos": "text_config.eos_token_id is 320",
+  "hf_vocabulary": "at most the 49408 tokens of CLIP's tokenizer, got 49500",
+  "metaclip_2": "model_type is 'metaclip_2', not 'clip'",
+  "siglip": "model_type is 'siglip'",
+  "altclip": "model_type is 'altclip'",
+  "chinese_clip": "model_type is 'chinese_clip'",
+  "blip": "model_type is 'blip'",
+  "openclip_image_pool": "vision_cfg.pool_type is 'avg', CLIP's is 'tok'",
+  "openclip_text_pool": "text_cfg.pool_type is 'last'",
+  "openclip_no_mask": "text_cfg.no_causal_mask is True",
+  "openclip_tanh": "vision_cfg.act_kwargs is {'approximate': 'tanh'}",
+  "openclip_epsilon": "text_cfg.norm_kwargs is {'eps': 1e-06}",
+  "openclip_not_square": r"vision_cfg.image_size is \[32, 8\], not square",
+  "openclip_logit_bias": "model_cfg.init_logit_bias is -10.0",
+  "openclip_tokenizer": "tokenizer is 'bert-base-uncased', not CLIP's",
+  "openclip_script_avg/model.pt": "visual.pool_type is 'avg', unlike CLIP's",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_compute_something_else(case, tmp_path):
+  name, _, file = case.partition("/")
+  message = one_line(REFUSED[case], clip_file.load, unpack(name, tmp_path) / file)
+  assert str(tmp_path) in message
+
+
+def test_a_logit_bias_without_a_config(tmp_path):
+  (unpack("openclip_logit_bias", tmp_path) / "open_clip_config.json").unlink()
+  one_line("logit_bias, as SigLIP", clip_file.load, tmp_path, HEADS)
+
+
+def changed(path: pathlib.Path, *keys: str, value: object) -> None:
+  """Sets an entry of a JSON file; None removes it."""
+  content = json.loads(path.read_text())
+  section = content
+  for key in keys[:-1]:
+    section = section.setdefault(key, {})
+  section[keys[-1]] = value
+  if value is None:
+    del section[keys[-1]]
+  path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+  ("keys", "value", "match"),
+  [
+    (["model_type"], None, "model_type is None, not 'clip'"),
+    (["model_type"], "bert", "model_type is 'bert'"),
+    (["vision_config"], None, "expected patch_size 8 as in .* got 32|expected embed_dim|vision_"),
+    (["projection_dim"], 16, "expected embed_dim 8 .* got 16 from .*config.json"),
+    (["vision_config", "hidden_size"], 32, "intermediate_size is 64, CLIP's is 128"),
+    (["vision_config", "num_hidden_layers"], 3, "expected vision_layers 2 .* got 3"),
+    (["vision_config", "patch_size"], 16, "expected patch_size 8 .* got 16"),
+    (["vision_config", "image_size"], [16, 8], "not square"),
+    (["vision_config", "num_channels"], 4, "num_channels is 4"),
+    (["vision_config", "rotary"], True, "vision_config.rotary = 'True' is not known"),
+    (["text_config", "model_type"], "t5", "text_config.model_type is 't5'"),
+    (["text_config", "max_position_embeddings"], 77, "expected context_length 8 .* got 77"),
+    (["text_config", "num_attention_heads"], "4", "integer from 1"),
+    (["text_config", "layer_norm_eps"], "small", "layer_norm_eps is 'small'"),
+    (["text_config"], [1], "malformed|no object"),
+    (["quantization_config"], {"bits": 4}, "quantization_config = .* is not known"),
+  ],
+)
+def test_configs_of_something_else(keys, value, match, tmp_path):
+  folder = unpack("hf", tmp_path)
+  changed(folder / "config.json", *keys, value=value)
+  one_line(match, clip_file.load, folder)
+
+
+def test_a_config_of_another_program(tmp_path):
+  folder = unpack("hf", tmp_path)
+  for content, match in (
+    ("{}", "model_type is None"),
+    ('{"optimizer": "adam"}', "model_type is None"),
+    ("[]", "expected a JSON object"),
+  ):
+    (folder / "config.json").write_text(content)
+    one_line(match, clip_file.load, folder)
+  folder = unpack("openclip", tmp_path)
+  for file in folder.glob("*.safetensors"):
+    file.unlink()
+  (folder / "open_clip_config.json").write_text("{}")
+  one_line("no vision_cfg and text_cfg", clip_file.load, folder)
+
+
+@pytest.mark.parametrize(
+  ("keys", "value", "match"),
+  [
+    (["image_mean"], [0.5], "three numbers for mean"),
+    (["image_std"], [0.5, 0.5, 0], "std above 0"),
+    (["do_rescale"], False, "do_rescale is False"),
+    (["do_normalize"], False, "do_normalize is False"),
+    (["rescale_factor"], 1 / 127.5, "rescale_factor is"),
+    (["resample"], 2, "resample is 2, CLIP's is 3"),
+    (["size"], {"shortest_edge": 18}, "size is {'shortest_edge': 18}"),
+    (["size"], {"shortest_edge": 16}, "do_center_crop is False"),
+    (["pad"], 3, "images.pad = '3' is not known"),
+  ],
+)
+def test_images_of_another_kind(keys, value, match, tmp_path):
+  folder = unpack("hf_half", tmp_path)
+  changed(folder / "preprocessor_config.json", *keys, value=value)
+  one_line(match, clip_file.load, folder)
+
+
+def words() -> dict[str, int]:
+  _, model = tokenizer._load()
+  return {model.id_to_token(i): i for i in range(tokenizer.VOCAB_SIZE)}
+
+
+def test_tokenizers(tmp_path):
+  folder = unpack("hf", tmp_path)
+  lower = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}
+  own = words()
+  assert publisher.digest(own) == publisher.CLIP_WORDS
+  swapped = {**own, "a</w>": own["b</w>"], "b</w>": own["a</w>"]}
+
+  def whole(vocab, normalizer=lower, kind="BPE"):
+    return {"normalizer": normalizer, "model": {"type": kind, "vocab": vocab}}
+
+  for name, content, match in (
+    ("tokenizer.json", whole(own), None),
+    ("tokenizer.json", whole(swapped), "got BPE of 49408 words"),
+    ("tokenizer.json", whole(own, None), "got BPE of 49408 words"),
+    ("tokenizer.json", whole([["<pad>", 0.0]], None, "Unigram"), "got Unigram of 1 words"),
+    ("tokenizer.json", whole({str(i) * 30: i for i in range(99999)}), "more than 8 MiB"),
+    ("tokenizer.json", {}, "got None of 0 words"),
+    ("vocab.json", own, None),
+    ("vocab.json", swapped, "another vocabulary"),
+    ("tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer"}, None),
+    ("tokenizer_config.json", {"tokenizer_class": "XLMRobertaTokenizer"}, "XLMRobertaTokenizer"),
+  ):
+    (folder / name).write_text(json.dumps(content))
+    if match:
+      one_line(f"expected CLIP's tokenizer in .*{match}", clip_file.load, folder)
+    else:
+      clip_file.load(folder)
+    (folder / name).unlink()
+
+
+def test_what_a_file_tells_is_not_overridden(tmp_path):
+  folder = unpack("openclip_script", tmp_path)
+  for passed, match in (
+    ({"activation": "gelu"}, "expected activation 'quick_gelu' as in .* got 'gelu' from what was"),
+    ({"vision_heads": 4}, "expected vision_heads 2"),
+  ):
+    one_line(match, clip_file.load, folder / "model.pt", passed)
+  clip_file.load(folder / "model.pt", {"activation": "quick_gelu", **HEADS})
