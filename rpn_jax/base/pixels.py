@@ -8,7 +8,7 @@ import collections
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import cv2
@@ -113,12 +113,21 @@ def read(image: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """
   if isinstance(image, np.ndarray):
     return _from_array(image)
+  return _decoded(image, max_pixels, to_rgb)
+
+
+def _decoded(
+  image: str | os.PathLike | BinaryIO | Image.Image, max_pixels: int, finish: Callable
+) -> np.ndarray:
+  """`finish(picture, name)` of an image, upright and in its own mode, while its file is open."""
   if isinstance(image, Image.Image):
-    return _decoded(image, "the image", max_pixels)
+    check_size("the image", image.size, max_pixels)
+    return finish(ImageOps.exif_transpose(image), "the image")
   try:
     path = paths.expand(image) if isinstance(image, str) else image
     with Image.open(path) as file:
-      return _decoded(file, image, max_pixels)
+      check_size(image, file.size, max_pixels)
+      return finish(ImageOps.exif_transpose(file), image)
   except FileNotFoundError:
     raise InputError(f"{image}: expected an image, no such file") from None
   except InputError:
@@ -147,11 +156,6 @@ def check_size(where: object, size: tuple[int, int], max_pixels: int = MAX_PIXEL
       f"{where}: expected an image at most {MAX_ASPECT} times as long as wide, got "
       f"{width} x {height}; crop it"
     )
-
-
-def _decoded(file: Image.Image, name: object, max_pixels: int) -> np.ndarray:
-  check_size(name, file.size, max_pixels)
-  return to_rgb(ImageOps.exif_transpose(file), name)
 
 
 def to_rgb(image: Image.Image, name: object) -> np.ndarray:
@@ -212,21 +216,51 @@ def to_network(
   return normalize(resize(image_HxWx3, size), mean, std)
 
 
-def for_classification(image: ImageSource, side: int) -> np.ndarray:
+def for_classification(
+  image: ImageSource,
+  side: int,
+  mean: Sequence[float] = CLIP_MEAN,
+  std: Sequence[float] = CLIP_STD,
+  squash: bool = False,
+) -> np.ndarray:
   """OpenAI's preprocessing (`clip.load`) after EXIF rotation: normalized float32 (side, side, 3).
+
+  As there, an image is resized in its own mode and converted to RGB then: one with a palette by
+  its nearest pixels, one with transparency by how opaque they are.
+
+  Args:
+    image: see `read`.
+    side: of the square, pixels.
+    mean: subtracted per channel, in [0, 1].
+    std: divided by per channel.
+    squash: whether the model was trained on images squashed to a square, not on the middle ones.
 
   Raises:
     InputError: see `read`.
   """
-  return normalize(square(read(image), side), CLIP_MEAN, CLIP_STD)
+
+  def finish(picture: Image.Image, name: object) -> np.ndarray:
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+      picture = Image.fromarray(to_rgb(picture, name))
+    return np.array(square(picture, side, squash).convert("RGB"))
+
+  if isinstance(image, np.ndarray):
+    image = Image.fromarray(_from_array(image))
+  return normalize(_decoded(image, MAX_PIXELS, finish), mean, std)
 
 
-def square(image_HxWx3: np.ndarray, side: int) -> np.ndarray:
-  """Resizes the short side to `side`, bicubic with antialias, and crops the center: uint8."""
-  height, width = image_HxWx3.shape[:2]
-  short = min(height, width)
+def square(image: Image.Image, side: int, squash: bool = False) -> Image.Image:
+  """Resizes the short side to `side`, bicubic with antialias, and crops the middle.
+
+  Args:
+    image: of any mode.
+    side: of the square, pixels.
+    squash: resize both sides to `side`, and crop nothing.
+  """
+  if squash:
+    return image.resize((side, side), Image.Resampling.BICUBIC)
   # Integer division: torchvision truncates the long side.
-  size = (side * width // short, side * height // short)
-  resized = Image.fromarray(image_HxWx3).resize(size, Image.Resampling.BICUBIC)
-  left, top = (round((length - side) / 2) for length in size)
-  return np.asarray(resized)[top : top + side, left : left + side]
+  width, height = (side * length // min(image.size) for length in image.size)
+  left, top = round((width - side) / 2), round((height - side) / 2)
+  resized = image.resize((width, height), Image.Resampling.BICUBIC)
+  return resized.crop((left, top, left + side, top + side))

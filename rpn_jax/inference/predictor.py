@@ -107,6 +107,7 @@ class Predictor:
     """
     check(config)
     clip, params = clip_file.load_clip(config.clip)
+    _check_images(config, clip)
     network = make_network(config, clip)
     protocol = Protocol(
       short_side=config.data.short_side,
@@ -138,7 +139,11 @@ class Predictor:
     clip, params = clip_file.load_clip(path)
     settings = {"method": method, "denoise": 0.0, "key_smoothing": False}
     network = _create("training_free", clip, settings, str(path))
-    protocol = Protocol(**network.windows(clip)._asdict())
+    protocol = Protocol(
+      **network.windows(clip)._asdict(),
+      mean=clip.mean or pixels.CLIP_MEAN,
+      std=clip.std or pixels.CLIP_STD,
+    )
     return cls._assemble(network, clip, params, templates, synonyms, protocol)
 
   @classmethod
@@ -274,6 +279,21 @@ def open_run(
   """The predictor of a config, still without prompts, and the run in a workdir."""
   predictor = Predictor.from_config(config)
   return predictor, Run(config, workdir, predictor.encoder.fingerprint)
+
+
+def _check_images(config: ml_collections.ConfigDict, clip: CLIPConfig) -> None:
+  """Checks that the default normalization is that of the weights; another one is a choice.
+
+  Raises:
+    InputError: the weights were trained with another one than OpenAI's, the config's default.
+  """
+  for name, default in (("mean", pixels.CLIP_MEAN), ("std", pixels.CLIP_STD)):
+    trained = getattr(clip, name) or default
+    if tuple(config.data[name]) == default and not np.allclose(trained, default, atol=1e-4):
+      raise InputError(
+        f"{config.clip} was trained on images with {name} {trained}, config.data.{name} is that of "
+        f'OpenAI\'s CLIP: pass --config.data.{name}="{trained}"'
+      )
 
 
 def make_network(config: ml_collections.ConfigDict, clip: CLIPConfig) -> Network:

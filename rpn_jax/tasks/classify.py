@@ -1,5 +1,6 @@
 """Zero-shot classification of whole images with CLIP (Radford et al., 2021, section 3.1)."""
 
+import functools
 import pathlib
 
 import numpy as np
@@ -75,13 +76,20 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
     files, labels = [file for file, _ in pairs], [label for _, label in pairs]
   predictor = Predictor.from_config(config)
   apply = class_probabilities(predictor, names)
-  side, workdir = predictor.clip.image_size, pathlib.Path(workdir)
+  clip, workdir = predictor.clip, pathlib.Path(workdir)
+  prepare = functools.partial(
+    pixels.for_classification,
+    side=clip.image_size,
+    mean=clip.mean or pixels.CLIP_MEAN,
+    std=clip.std or pixels.CLIP_STD,
+    squash=clip.squash,
+  )
   orders, results = [], {}
   for start in progress(
     range(0, len(files), BATCH_IMAGES), f"classify on {devices_text()}", "batch"
   ):
     batch = files[start : start + BATCH_IMAGES]
-    inputs = np.stack([pixels.for_classification(file, side) for file in batch])
+    inputs = np.stack([prepare(file) for file in batch])
     missing = min(BATCH_IMAGES, len(files)) - len(batch)
     padded = np.pad(inputs, [(0, missing), (0, 0), (0, 0), (0, 0)])  # one program for all batches
     for file, probabilities in zip(batch, apply(padded)):

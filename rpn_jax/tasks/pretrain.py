@@ -1,5 +1,6 @@
 """Contrastive pre-training of a CLIP model: a config with task="pretrain"."""
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -75,7 +76,8 @@ def pretrain(
       if step % config.eval_every == 0 or step == config.steps:
         accuracy = top1(params)
         writer.write(step, {"top1": accuracy})
-        clip_file.save(weights, clip, params, dtype=np.float16)
+        trained = dataclasses.replace(clip, mean=tuple(config.mean), std=tuple(config.std))
+        clip_file.save(weights, trained, params, dtype=np.float16)
       steps.set_postfix(loss=f"{float(loss):.3f}", top1=f"{accuracy:.3f}")
   record = {
     "top1": accuracy,

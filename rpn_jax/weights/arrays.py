@@ -33,10 +33,22 @@ _MAX_JSON_BYTES = 8 << 20
 _MAX_SHARDS = 1000
 _MAX_HEADER_BYTES = 16 << 20
 # What a folder of a published model holds, in the order of preference.
-_IN_FOLDER = (
-  "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
-  "pytorch_model.bin", "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin",
-)  # fmt: skip
+_OF_TRANSFORMERS, _OF_OPEN_CLIP = (
+  tuple(
+    name
+    for stem, suffix in ((arrays, "safetensors"), (pickle, "bin"))
+    for name in (
+      f"{stem}.{suffix}",
+      f"{stem}.{suffix}.index.json",
+      f"{stem}.fp16.{suffix}",
+      f"{stem}.{suffix}.index.fp16.json",
+    )
+  )
+  for arrays, pickle in (
+    ("model", "pytorch_model"),
+    ("open_clip_model", "open_clip_pytorch_model"),
+  )
+)
 
 
 class WeightsFile(NamedTuple):
@@ -68,13 +80,7 @@ def read_arrays(path) -> WeightsFile:
   """
   path = pathlib.Path(path)
   if path.is_dir():
-    found = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
-    if found is None:
-      raise InputError(
-        f"expected a file of CLIP weights, {path} is a folder without any of "
-        f"{', '.join(_IN_FOLDER)}: check the path"
-      )
-    path = found
+    path = _in_folder(path)
   if not path.is_file():
     raise InputError(f"expected a file of CLIP weights, {path} does not exist: check the path")
   with path.open("rb") as file:
@@ -87,7 +93,7 @@ def read_arrays(path) -> WeightsFile:
       f"expected a PyTorch zip file, {path} has the format before PyTorch 1.6: "
       "load and save it once with a newer PyTorch"
     )
-  if path.name.endswith(".index.json"):
+  if path.suffix == ".json":
     return WeightsFile(path, SHARDS, _read_shards(path))
   if head[8:] != b"{":
     raise InputError(
@@ -95,6 +101,30 @@ def read_arrays(path) -> WeightsFile:
       "neither: check the path and the download"
     )
   return WeightsFile(path, SAFETENSORS, *read_safetensors(path))
+
+
+def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+  """The weights in the folder of a model: files of the usual names, or the only one there is.
+
+  Raises:
+    InputError: none, or several of other names.
+  """
+  known = _OF_TRANSFORMERS + _OF_OPEN_CLIP
+  if (folder / "open_clip_config.json").is_file():
+    # First, since `model.safetensors` beside them may be timm's, of the image tower alone.
+    known = _OF_OPEN_CLIP + _OF_TRANSFORMERS
+  suffixes = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+  others = [x for x in sorted(folder.iterdir()) if x.name.endswith(suffixes) and x.is_file()]
+  for name in known:
+    if (folder / name).is_file():
+      return folder / name
+  if len(others) != 1:
+    found = f"several, such as {others[0].name} and {others[1].name}" if others else "none"
+    raise InputError(
+      f"expected a file of CLIP weights in the folder {folder}, such as {known[0]}, got {found}: "
+      "name the file"
+    )
+  return others[0]
 
 
 def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -211,8 +241,12 @@ def writing(path) -> Iterator[pathlib.Path]:
   """A temporary path that becomes `path`; see `paths.replacing`.
 
   Raises:
-    InputError: the file cannot be written.
+    InputError: the file cannot be written, or `path` is a device, a link, or a folder.
   """
+  # As root a rename replaces `/dev/null` as well.
+  if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+    kind = "a link" if os.path.islink(path) else "a folder or a device"
+    raise InputError(f"cannot write {path}, which is {kind}: name a new file or one to replace")
   try:
     with replacing(path) as temporary:
       yield temporary

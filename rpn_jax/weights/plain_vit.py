@@ -125,6 +125,7 @@ def vision_tower(state: Mapping[str, np.ndarray], where: str) -> tuple[dict, dic
   fields = {
     "vision": "vit", "vision_width": width, "vision_layers": layers, "vision_heads": width // 64,
     "patch_size": patch, "image_size": side * patch,
+    "mean": None, "std": None, "squash": False,  # those of the CLIP were of its own image tower
   }  # fmt: skip
   return traverse_util.unflatten_dict(flat, sep="/"), fields
 

@@ -1,7 +1,10 @@
 """Zero-shot classification of whole images."""
 
+import dataclasses
+import io
 import json
 import pathlib
+import zipfile
 
 import jax
 import numpy as np
@@ -12,10 +15,12 @@ from configs import training_free
 from data_pipelines import shapes
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
+from rpn_jax.inference.predictor import Predictor
 from rpn_jax.models.clip import CLIP
 from rpn_jax.tasks import classify
 from rpn_jax.text.tokenizer import tokenize
 from rpn_jax.weights import clip_file
+from tests import FIXTURES
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +108,16 @@ def test_bad_input(folder, tmp_path):
   assert not (tmp_path / "w").exists()
 
 
+def square(image, side):
+  return np.asarray(pixels.square(Image.fromarray(image), side))
+
+
 def test_square_is_the_middle():
   columns = np.broadcast_to(np.arange(60, dtype=np.uint8)[None, :, None], (20, 60, 3))
   # The side stays: nothing is resized, and (60 - 20) / 2 = 20 columns are cut on the left.
-  np.testing.assert_array_equal(pixels.square(columns, 20), columns[:, 20:40])
+  np.testing.assert_array_equal(square(columns, 20), columns[:, 20:40])
   np.testing.assert_array_equal(
-    pixels.square(columns.transpose(1, 0, 2), 20), columns[:, 20:40].transpose(1, 0, 2)
+    square(columns.transpose(1, 0, 2), 20), columns[:, 20:40].transpose(1, 0, 2)
   )
 
 
@@ -116,7 +125,7 @@ def test_resize_has_antialias():
   """Rows of one pixel become grey; picking every fourth row would leave them black or white."""
   stripes = np.zeros((64, 96, 3), np.uint8)
   stripes[::2] = 255
-  small = pixels.square(stripes, 16)
+  small = square(stripes, 16)
   assert small.shape == (16, 16, 3) and np.abs(small[2:-2].astype(int) - 128).max() < 8
 
 
@@ -124,7 +133,7 @@ def test_long_side_is_cut_off():
   """30 x 47 to a short side of 16: 25 columns (25.07), of which 4 (4.5, to even) are cut."""
   image = np.random.default_rng(0).integers(0, 255, (30, 47, 3), np.uint8)
   whole = np.asarray(Image.fromarray(image).resize((25, 16), Image.Resampling.BICUBIC))
-  np.testing.assert_array_equal(pixels.square(image, 16), whole[:, 4:20])
+  np.testing.assert_array_equal(square(image, 16), whole[:, 4:20])
 
 
 def test_normalised_as_clip(tmp_path):
@@ -132,3 +141,44 @@ def test_normalised_as_clip(tmp_path):
   image = pixels.for_classification(tmp_path / "red.png", 16)
   want = [(1 - 0.48145466) / 0.26862954, -0.4578275 / 0.26130258, -0.40821073 / 0.27577711]
   np.testing.assert_allclose(image, np.broadcast_to(want, (16, 16, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA", "CMYK"])
+def test_modes_are_resized_before_they_are_converted(mode):
+  """The values that OpenAI's own preprocessing gives; see `tests/tools/make_clip_files.py`."""
+  with zipfile.ZipFile(FIXTURES / "clip_files.zip") as archive:
+    recorded = np.load(io.BytesIO(archive.read("images.npz")))
+  image = Image.frombytes(mode, (40, 30), recorded[mode].tobytes())
+  if mode == "P":
+    image.putpalette(recorded["palette"].tobytes())
+  got = pixels.for_classification(image, 16)
+  values = 255 * (got * pixels.CLIP_STD + pixels.CLIP_MEAN)
+  np.testing.assert_array_equal(np.round(values), recorded[f"{mode}_right"])
+
+
+def test_squashed_images_and_other_statistics():
+  image = np.random.default_rng(0).integers(0, 255, (30, 60, 3), np.uint8)
+  got = pixels.for_classification(image, 16, (0.5,) * 3, (0.25,) * 3, squash=True)
+  small = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC))
+  np.testing.assert_allclose(got, (small / 255 - 0.5) / 0.25, atol=1e-5)
+
+
+def test_the_statistics_of_the_weights(folder, tmp_path):
+  """Classification follows them; a config with OpenAI's as default is refused, one that says so is
+  not."""
+  config, params = clip_file.load_clip("shapes_clip.safetensors")
+  half = dataclasses.replace(config, mean=(0.5,) * 3, std=(0.25,) * 3, squash=True)
+  clip_file.save(tmp_path / "half.safetensors", half, params)
+  settings = training_free.get_config()
+  settings.clip = str(tmp_path / "half.safetensors")
+  file = next((folder / "plain_red").iterdir())
+  arguments = (settings, tmp_path / "w", str(file), "plain red, plain blue")
+  with pytest.raises(InputError, match=r'pass --config.data.mean="\(0.5, 0.5, 0.5\)"'):
+    classify.classify(*arguments)
+  settings.data.mean, settings.data.std = (0.5,) * 3, (0.25,) * 3
+  scores = classify.classify(*arguments)["images"][str(file)]
+  image = pixels.for_classification(file, 64, half.mean, half.std, squash=True)
+  tokens = tokenize([f"a photo of a {name}" for name in scores], config.context_length)
+  want = jax.nn.softmax(jax.jit(CLIP(config).apply)({"params": params}, image[None], tokens))
+  np.testing.assert_allclose(list(scores.values()), want[0], atol=1e-4)
+  assert Predictor.from_weights(settings.clip).protocol.mean == (0.5, 0.5, 0.5)

@@ -20,13 +20,16 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 
+import clip.clip
 import clip.model
 import numpy as np
 import open_clip.model
 import open_clip.transform
 import torch
 import transformers
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.push_to_hf_hub import save_config_for_hf
+from PIL import Image
 
 TARGET = pathlib.Path(__file__).parent.parent / "fixtures/clip_files.zip"
 IMAGE, PATCH, CONTEXT, JOINT, VOCAB = 16, 8, 8, 8, 49408
@@ -230,11 +233,33 @@ def openai(archive) -> None:
     record(folder, model.encode_image, model.encode_text)
 
 
+def images(archive) -> None:
+  """Images of all modes, and what OpenAI's preprocessing makes of them, in steps of 1 / 255."""
+  rng = np.random.default_rng(3)
+  found = {"palette": rng.integers(0, 256, 768, np.uint8)}
+  for mode, channels in (("RGB", 3), ("L", 1), ("P", 1), ("1", 1), ("RGBA", 4), ("LA", 2),
+                         ("CMYK", 4)):  # fmt: skip
+    # A row of mode "1" has its 40 pixels in 5 bytes.
+    shape = (30, 5) if mode == "1" else (30, 40 * channels)
+    found[mode] = rng.integers(0, 256, shape, np.uint8)
+    image = Image.frombytes(mode, (40, 30), found[mode].tobytes())
+    if mode == "P":
+      image.putpalette(found["palette"].tobytes())
+    right = clip.clip._transform(IMAGE)(image).numpy()
+    mean, std = (np.array(x)[:, None, None] for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    right = np.round(255 * (right * std + mean)).astype(np.uint8)
+    found[f"{mode}_right"] = np.moveaxis(right, 0, -1)
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, **found)
+  archive.writestr(zipfile.ZipInfo("images.npz"), buffer.getvalue())
+
+
 def main() -> None:
   with zipfile.ZipFile(TARGET, "w") as archive:
     inputs = io.BytesIO()
     np.savez_compressed(inputs, image=PIXELS.numpy(), tokens=TOKENS.numpy())
     archive.writestr(zipfile.ZipInfo("inputs.npz"), inputs.getvalue())
+    images(archive)
     hf(archive, "hf")
     hf(archive, "hf_gelu", vision={"hidden_act": "gelu"}, text={"hidden_act": "gelu"})
     hf(

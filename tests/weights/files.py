@@ -144,6 +144,13 @@ def hf_config(clip=TINY) -> dict:
   return {"model_type": "clip", "projection_dim": clip.embed_dim, **towers}
 
 
+OPENCLIP_CONFIG = {
+  "embed_dim": 4,
+  "vision_cfg": {"width": 8, "layers": 1, "head_width": 2, "patch_size": 2, "image_size": 4},
+  "text_cfg": {"width": 6, "layers": 2, "heads": 3, "context_length": 5, "vocab_size": 7},
+}
+
+
 def write_shards(folder, state, count=3) -> pathlib.Path:
   names = sorted(state)
   places = {}

@@ -1,15 +1,27 @@
 """Arrays from files of every kind, shards among them; what is not weights refused."""
 
+import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import safetensors.numpy
 
 from rpn_jax.weights import arrays, clip_file
 from tests.weights.checks import one_line, same
-from tests.weights.files import OPENCLIP, TINY, TORCHSCRIPT, hf_config, hf_names, write_shards
+from tests.weights.files import (
+  HEADS,
+  OPENCLIP,
+  OPENCLIP_CONFIG,
+  TINY,
+  TORCHSCRIPT,
+  hf_config,
+  hf_names,
+  write_shards,
+)  # fmt: skip
 
 
 def test_fingerprint(tiny):
@@ -60,4 +72,44 @@ def test_files_of_another_kind(tmp_path, tiny):
     path.write_bytes(content)
     assert str(path) in one_line(match, clip_file.load, path)
   one_line("does not exist", clip_file.load, tmp_path / "missing.pt")
-  one_line("is a folder without any of", clip_file.load, tmp_path)
+  (tmp_path / "empty").mkdir()
+  one_line("such as model.safetensors, got none", clip_file.load, tmp_path / "empty")
+  (tmp_path / "y.pt").write_bytes(b"")
+  one_line("got several, such as x.pt and y.pt: name the file", clip_file.load, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "weights.safetensors"])
+def test_the_only_file_in_a_folder(tmp_path, tiny, state, name):
+  (tmp_path / name).write_bytes(safetensors.numpy.save(state))
+  same(clip_file.load(tmp_path, HEADS)[1], tiny)
+
+
+def test_files_of_several_libraries_in_a_folder(tmp_path, tiny, state):
+  """As in timm's repositories: its own file holds the image tower alone."""
+  (tmp_path / "model.safetensors").write_bytes(safetensors.numpy.save({"a": np.zeros(1, "f")}))
+  (tmp_path / "config.json").write_text('{"architecture": "vit"}')
+  index = write_shards(tmp_path, state)
+  index.rename(tmp_path / "open_clip_model.safetensors.index.json")
+  (tmp_path / "open_clip_config.json").write_text(json.dumps(OPENCLIP_CONFIG))
+  config, params = clip_file.load(tmp_path)
+  assert config == dataclasses.replace(TINY, activation="gelu")
+  same(params, tiny)
+  (tmp_path / "open_clip_config.json").unlink()
+  one_line("visual.conv1.weight", clip_file.load, tmp_path)
+
+
+def test_only_files_are_replaced(tmp_path, tiny):
+  os.mkfifo(tmp_path / "fifo")
+  (tmp_path / "file").write_text("old")
+  (tmp_path / "link").symlink_to("file")
+  (tmp_path / "nowhere").symlink_to("missing")
+  (tmp_path / "folder").mkdir()
+  before = sorted(tmp_path.iterdir())
+  for name, kind in (
+    ("fifo", "a device"), ("link", "a link"), ("nowhere", "a link"), ("folder", "a folder"),
+  ):  # fmt: skip
+    one_line(
+      f"cannot write .*/{name}, which is .*{kind}", clip_file.save, tmp_path / name, TINY, tiny
+    )
+  assert sorted(tmp_path.iterdir()) == before and (tmp_path / "fifo").is_fifo()
+  assert (tmp_path / "file").read_text() == "old"

@@ -16,6 +16,7 @@ from tests.weights.files import (
   HEADS,
   HF,
   OPENCLIP,
+  OPENCLIP_CONFIG,
   QUICK,
   STATE_DICT,
   TINY,
@@ -157,14 +158,9 @@ def test_open_clip(tmp_path, tiny, state):
   for renamed in (state, newer, trained):
     path = write_state(tmp_path / "x.pt", renamed)
     same(clip_file.load(path, HEADS)[1], tiny)
-  model = {
-    "embed_dim": 4,
-    "vision_cfg": {"width": 8, "layers": 1, "head_width": 2, "patch_size": 2, "image_size": 4},
-    "text_cfg": {"width": 6, "layers": 2, "heads": 3, "context_length": 5, "vocab_size": 7},
-  }
   beside = tmp_path / "open_clip_config.json"
   for quick, activation in (({}, "gelu"), ({"quick_gelu": True}, "quick_gelu")):
-    beside.write_text(json.dumps({"model_cfg": {**model, **quick}}))
+    beside.write_text(json.dumps({"model_cfg": {**OPENCLIP_CONFIG, **quick}}))
     assert clip_file.load(path)[0] == dataclasses.replace(TINY, activation=activation)
   for wrong, match in (
     ({"vision_cfg": {"timm_model_name": "convnext"}}, "convnext"),
@@ -172,7 +168,7 @@ def test_open_clip(tmp_path, tiny, state):
     ({"vision_cfg": {"layers": [3, 4, 6, 3]}}, "a ResNet"),
     ({"vision_cfg": 3}, "no vision_cfg"),
   ):
-    beside.write_text(json.dumps({"model_cfg": {**model, **wrong}}))
+    beside.write_text(json.dumps({"model_cfg": {**OPENCLIP_CONFIG, **wrong}}))
     one_line(match, clip_file.load, path)
 
 
