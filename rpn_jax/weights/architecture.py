@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIP, CLIPConfig
-from rpn_jax.weights.names import Naming, check_same_names
+from rpn_jax.weights.names import Naming, check_same_names, other_model
 
 # No published CLIP comes near; a file that declares more is damaged or hostile.
 _MAX_SIZE = 1 << 20
@@ -38,10 +38,10 @@ def fields_from_shapes(state: Mapping[str, np.ndarray], naming: Naming, where: s
 
   def shape(name: str, rank: int) -> tuple[int, ...]:
     if name not in state:
-      hint = " (a ResNet)" if f"{naming.vision}layer1.0.conv1.weight" in state else ""
       raise InputError(
         f"expected a CLIP ViT with OpenAI's names or this project's, {name!r} is missing in "
-        f"{where}, which has {sorted(state)[:2]}{hint}: use a ViT file of OpenAI or open_clip"
+        f"{where}, which has {sorted(state)[:2]}{other_model(state)}: use a ViT file of OpenAI or "
+        "open_clip"
       )
     if len(state[name].shape) != rank or not all(state[name].shape):
       raise InputError(

@@ -155,8 +155,8 @@ def from_hf(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray
     new = _hf_name(name)
     if new is None:
       raise InputError(
-        f"expected the arrays of a CLIPModel of transformers, {name!r} is unknown in {where}: use "
-        "the complete, unchanged file of such a model"
+        f"expected the arrays of a CLIPModel of transformers, {name!r} is unknown in {where}"
+        f"{other_model(state)}: use the complete, unchanged file of such a model"
       )
     if new.endswith("/T"):
       if value.ndim != 2:
@@ -180,6 +180,28 @@ def from_hf(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray
         )
       joined[base] = np.concatenate(parts)
   return joined
+
+
+# Names that only other models have.
+_OTHER_MODELS = (
+  (r"logit_bias|vision_model\.head\.", "SigLIP"),
+  (r"text_model\.roberta\.", "AltCLIP"),
+  (r"text_decoder\.", "BLIP"),
+  (r"text_model\.encoder\.layer\.", "a text tower of BERT, as in ChineseCLIP and BLIP"),
+  (r"(visual|backbone)\.layer1\.", "a ResNet"),
+  (r"decode_head\.", "a segmentor of mmseg that is not the authors' RPN"),
+  (r"visual\.trunk\.", "an image tower of timm"),
+  (r"blocks\.", "an image tower alone"),
+  (r"image_encoder\.", "MobileCLIP"),
+)
+
+
+def other_model(state: Iterable[str]) -> str:
+  """What names tell of a model that is no CLIP ViT, for the middle of a message; "" if nothing."""
+  for pattern, kind in _OTHER_MODELS:
+    if any(re.match(pattern, name) for name in state):
+      return f" ({kind})"
+  return ""
 
 
 def _hf_name(name: str) -> str | None:

@@ -135,7 +135,11 @@ def others(archive) -> None:
   vision = {**tiny, "image_size": IMAGE, "patch_size": PATCH}
   text = {**tiny, "vocab_size": 60, "max_position_embeddings": CONTEXT}
   kinds: dict[str, tuple] = {
-    "metaclip_2": (transformers.MetaClip2Model, transformers.MetaClip2Config, text),
+    "metaclip_2": (
+      transformers.MetaClip2Model,
+      transformers.MetaClip2Config,
+      {**text, "vocab_size": 60000},
+    ),
     "siglip": (transformers.SiglipModel, transformers.SiglipConfig, text),
     "altclip": (transformers.AltCLIPModel, transformers.AltCLIPConfig, {**text, "project_dim": 8}),
     "chinese_clip": (transformers.ChineseCLIPModel, transformers.ChineseCLIPConfig, text),

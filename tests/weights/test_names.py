@@ -45,7 +45,11 @@ def replaced(state, **changes):
     ({"visual__conv1__weight": None}, "visual.conv1.weight"),
     (
       {"visual__conv1__weight": None, "visual__layer1__0__conv1__weight": np.ones(1, "f")},
-      "a ResNet",
+      r"\(a ResNet\)",
+    ),
+    (
+      {"visual__conv1__weight": None, "decode_head__conv_seg__weight": np.ones(1, "f")},
+      r"\(a segmentor of mmseg that is not the authors' RPN\)",
     ),
     ({"transformer__resblocks__0__ln_1__bias": None}, "resblocks.0.ln_1.bias' missing"),
     ({"visual__extra": np.zeros(3, np.float32)}, "'visual.extra' unknown"),

@@ -119,6 +119,21 @@ def test_models_that_compute_something_else(case, tmp_path):
   assert str(tmp_path) in message
 
 
+@pytest.mark.parametrize(
+  ("case", "match"),
+  [
+    ("metaclip_2", "at most the 49408 tokens of CLIP.s tokenizer, got 60000"),
+    ("siglip", "SigLIP"),
+    ("altclip", "AltCLIP"),
+    ("chinese_clip", "text tower of BERT"),
+    ("blip", "text tower of BERT|BLIP"),
+  ],
+)
+def test_other_models_without_their_config(case, match, tmp_path):
+  (unpack(case, tmp_path) / "config.json").unlink()
+  one_line(match, clip_file.load, tmp_path)
+
+
 def test_a_logit_bias_without_a_config(tmp_path):
   (unpack("openclip_logit_bias", tmp_path) / "open_clip_config.json").unlink()
   one_line("logit_bias, as SigLIP", clip_file.load, tmp_path, HEADS)
