@@ -4,7 +4,8 @@
 
 Reads TorchScript archives, PyTorch state dicts and safetensors, whole or in shards with an index,
 with the names of OpenAI, open_clip or Hugging Face's transformers, and this project's own files.
-Where a model's config.json or open_clip_config.json is beside its weights it is read, too.
+What the publisher of a model put beside its weights is read, too: config.json,
+open_clip_config.json, preprocessor_config.json, and whether the tokenizer is CLIP's.
 
 A checkpoint of the official RPN code becomes a file of prompts, and such a file becomes theirs:
 
@@ -22,7 +23,7 @@ from rpn_jax.base import paths
 from rpn_jax.base.console import run_command, table
 from rpn_jax.base.errors import InputError
 from rpn_jax.text.embeddings import class_embeddings
-from rpn_jax.weights import authors, clip_file, prompts_file
+from rpn_jax.weights import authors, clip_file, prompts_file, publisher
 from rpn_jax.weights.architecture import describe
 from rpn_jax.weights.arrays import WeightsFile, fingerprint, read_arrays, sha256
 
@@ -60,8 +61,8 @@ def main(arguments=None) -> int:
   parser.add_argument(
     "--activation", choices=("quick_gelu", "gelu"), help="if neither file nor config tell it"
   )
-  parser.add_argument("--vision_heads", type=int, help="if not width / 64")
-  parser.add_argument("--text_heads", type=int, help="if not width / 64")
+  parser.add_argument("--vision_heads", type=int, help="if nothing tells them")
+  parser.add_argument("--text_heads", type=int, help="if nothing tells them")
   parser.add_argument("--verify", action="store_true", help="checksum, and similarities of texts")
   parser.add_argument(
     "--clip", help="with an official RPN checkpoint: the CLIP it was trained around"
@@ -91,6 +92,11 @@ def _convert_clip(
   count = sum(value.size for value in jax.tree.leaves(params))
   lines = [f"{file.path}: {kind}", describe(config)]
   lines.append(f"{count:,} parameters, fingerprint {fingerprint(params)}")
+  if config.vocab_size < publisher.CLIP_TOKENS:
+    lines.append(
+      f"the text tower knows {config.vocab_size} tokens, CLIP's tokenizer makes ids up to "
+      f"{publisher.CLIP_TOKENS - 1}: no text can be embedded by these weights"
+    )
   if verify:
     lines.append(verification(file.path, config, params))
   return [*lines, f"wrote {destination} ({dtype})"]

@@ -63,9 +63,10 @@ def _settled(path: pathlib.Path, reader, *arguments) -> dict[str, Any]:
     return reader(*arguments)
   except (_Other, TypeError, AttributeError, ValueError, ArithmeticError, KeyError) as error:
     reason = str(error) if isinstance(error, _Other) else f"it is malformed ({error})"
+    # A file beside the weights may be there by chance.
+    remedy = ", or move it if it does not belong to them" if path.suffix == ".json" else ""
     raise InputError(
-      f"expected a CLIP that this project computes in {path}, {reason}: use other weights, or a "
-      "folder of their own if the file does not belong to them"
+      f"expected a CLIP that this project computes in {path}, {reason}: use other weights{remedy}"
     ) from None
 
 
@@ -186,7 +187,7 @@ def _images_from_hf(content: Mapping, told: Mapping) -> dict[str, Any]:
   square: tuple = (side, {"height": side, "width": side})
   yes = (True, None)
   fixed: dict[str, Collection] = {
-    "do_resize": yes, "do_rescale": yes, "do_normalize": yes, "do_convert_rgb": yes,
+    "do_resize": yes, "do_rescale": yes, "do_normalize": yes, "use_square_size": _NONE,
     "do_pad": _NONE, "resample": (3, None), "rescale_factor": (1 / 255, None),
     "size": (side, {"shortest_edge": side}, {"height": side, "width": side}),
     "do_center_crop": (True, False, None) if squash else yes,
@@ -198,7 +199,7 @@ def _images_from_hf(content: Mapping, told: Mapping) -> dict[str, Any]:
   free = {
     "crop_size", "data_format", "default_to_square", "device", "disable_grouping",
     "feature_extractor_type", "image_processor_type", "input_data_format", "pad_size",
-    "processor_class", "return_tensors", "size", "use_square_size", "_valid_processor_keys",
+    "do_convert_rgb", "processor_class", "return_tensors", "size", "_valid_processor_keys",
   }  # fmt: skip
   compared = {"image_mean": ("mean", None), "image_std": ("std", None)}
   return {**_take("images", content, compared, fixed, free), "squash": squash}
@@ -277,18 +278,26 @@ def _from_openclip(content: Mapping) -> dict[str, Any]:
   model = content.get("model_cfg", content)
   if not all(isinstance(model.get(x), Mapping) for x in ("vision_cfg", "text_cfg")):
     raise _Other("it has no vision_cfg and text_cfg")
+  vision, text = model["vision_cfg"], model["text_cfg"]
+  tokenizer = text.get("hf_tokenizer_name")
+  for value, meaning in (
+    (vision.get("timm_model_name"), "its image tower is {} of timm"),
+    (text.get("hf_model_name"), "its text tower is {} of transformers"),
+    (tokenizer, "its tokenizer is {}, not CLIP's"),
+    (model.get("init_logit_bias"), "it has a logit bias of {}, as SigLIP has"),
+    (model.get("multimodal_cfg") and "multimodal_cfg", "it is CoCa: it has a {}"),
+  ):
+    if value and not str(value).startswith("openai/clip-vit-"):
+      raise _Other(meaning.format(str(value)[:60]))
+  if isinstance(vision.get("layers"), list):
+    raise _Other("its image tower is a ResNet")
   free = {"custom_text", "init_logit_scale", "nonscalar_logit_scale", "cast_dtype", "output_dict",
           "vision_cfg", "text_cfg", "preprocess_cfg"}  # fmt: skip
   fields = _take("model_cfg", model, {"embed_dim": ("embed_dim", None)}, _OPENCLIP_TOP, free)
   for tower, compared in _OPENCLIP_COMPARED.items():
     fields |= _take(tower, model[tower], compared, _OPENCLIP_FIXED[tower], _OPENCLIP_FREE[tower])
-  if isinstance(fields["vision_layers"], list):
-    raise _Other("its image tower is a ResNet")
-  name = model["text_cfg"].get("hf_tokenizer_name")
-  if name and not str(name).startswith("openai/clip-vit-"):
-    raise _Other(f"its tokenizer is {name!r}, not CLIP's")
   fields["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
-  fields["vision_heads"] = fields["vision_width"] // model["vision_cfg"].get("head_width", 64)
+  fields["vision_heads"] = fields["vision_width"] // vision.get("head_width", 64)
   return {**fields, **_images_from_openclip(content.get("preprocess_cfg"), fields["image_size"])}
 
 
@@ -334,8 +343,8 @@ def _check_tokenizer(folder: pathlib.Path) -> None:
     return
   if digest(words) != CLIP_WORDS:
     raise InputError(
-      f"expected CLIP's tokenizer in {beside}, got {kind[:60]}: use weights whose texts are cut by "
-      "CLIP's, or a folder of their own if the tokenizer does not belong to them"
+      f"expected CLIP's tokenizer in {beside}, got {kind[:60]}: use other weights, or move it if "
+      "it does not belong to them"
     )
 
 

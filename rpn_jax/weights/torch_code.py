@@ -36,8 +36,8 @@ def read(path) -> Code:
     return Code()
   calls = set(re.findall(rb"torch\.(gelu|sigmoid)\(", text))
   names = {b"gelu": "gelu", b"sigmoid": "quick_gelu"}
-  # Smaller ones are of normalizations to unit length.
-  numbers = map(float, re.findall(rb"\b\d\.?\d*e-0[3-9]\b", text))
+  # Behind the shape, the scale and the bias of a layer norm.
+  numbers = map(float, re.findall(rb"\], [\w.]+, [\w.]+, (\d\.?\d*e-\d+)\b", text))
   return Code(
     names[calls.pop()] if len(calls) == 1 else None,
     re.search(rb"torch\.gelu\([^)]*tanh", text) is not None,

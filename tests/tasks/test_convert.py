@@ -40,7 +40,9 @@ def test_command_line(tmp_path, capsys):
   assert convert.main([str(TORCHSCRIPT), str(target), "--dtype", "float16"]) == 0
   printed = capsys.readouterr().out
   count = sum(value.size for value in jax.tree.leaves(clip_file.load(target)[1]))
-  for part in ("TorchScript archive", f"{count:,} parameters", "1 x 128 (2 heads)", str(target)):
+  note = "knows 64 tokens, CLIP's tokenizer makes ids up to 49407: no text can be embedded"
+  told = ("TorchScript archive", "1 x 128 (2 heads)", "images cropped to a square, OpenAI's mean")
+  for part in (*told, f"{count:,} parameters", str(target), note):
     assert part in printed
   assert convert.main([str(TORCHSCRIPT), str(target), "--activation", "gelu"]) == 2
   assert "'quick_gelu' as in" in capsys.readouterr().err

@@ -106,8 +106,8 @@ REFUSED = {
   "openclip_tanh": "vision_cfg.act_kwargs is {'approximate': 'tanh'}",
   "openclip_epsilon": "text_cfg.norm_kwargs is {'eps': 1e-06}",
   "openclip_not_square": r"vision_cfg.image_size is \[32, 8\], not square",
-  "openclip_logit_bias": "model_cfg.init_logit_bias is -10.0",
-  "openclip_tokenizer": "tokenizer is 'bert-base-uncased', not CLIP's",
+  "openclip_logit_bias": "logit bias of -10.0, as SigLIP has",
+  "openclip_tokenizer": "tokenizer is bert-base-uncased, not CLIP's",
   "openclip_script_avg/model.pt": "visual.pool_type is 'avg', unlike CLIP's",
 }
 
@@ -137,6 +137,27 @@ def test_other_models_without_their_config(case, match, tmp_path):
 def test_a_logit_bias_without_a_config(tmp_path):
   (unpack("openclip_logit_bias", tmp_path) / "open_clip_config.json").unlink()
   one_line("logit_bias, as SigLIP", clip_file.load, tmp_path, HEADS)
+
+
+def test_fields_that_older_versions_wrote(tmp_path):
+  """Settings of text generation, `dropout`, and empty `*_config_dict`, as in OpenAI's own files."""
+  folder = unpack("hf", tmp_path)
+  content = json.loads((folder / "config.json").read_text())
+  generic = {
+    "add_cross_attention": False, "bad_words_ids": None, "cross_attention_hidden_size": None,
+    "do_sample": False, "dropout": 0.0, "is_decoder": False, "length_penalty": 1.0,
+    "max_length": 20, "pruned_heads": {}, "tie_word_embeddings": True, "tokenizer_class": None,
+    "top_k": 50, "torch_dtype": None, "torchscript": False, "typical_p": 1.0,
+  }  # fmt: skip
+  for tower in ("text", "vision"):
+    content[f"{tower}_config"] |= generic
+    content[f"{tower}_config_dict"] = None
+  content["text_config"]["eos_token_id"] = 2
+  (folder / "config.json").write_text(json.dumps(content))
+  assert clip_file.load(folder)[0].text_heads == 4
+  content["vision_config"]["pruned_heads"] = {"0": [1]}
+  (folder / "config.json").write_text(json.dumps(content))
+  one_line("vision_config.pruned_heads is", clip_file.load, folder)
 
 
 def changed(path: pathlib.Path, *keys: str, value: object) -> None:
