@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIP, CLIPConfig
 from rpn_jax.weights.names import Naming, check_same_names, other_model
@@ -218,7 +219,10 @@ def check_parameters(config: CLIPConfig, flat: Mapping[str, Any], where: str) ->
 def describe(config: CLIPConfig) -> str:
   """One line on an architecture."""
   c = config
-  normalized = "OpenAI's mean and std" if c.mean is None else f"mean {c.mean}, std {c.std}"
+  mean, std = c.mean or pixels.CLIP_MEAN, c.std or pixels.CLIP_STD
+  normalized = f"mean {mean}, std {std}"
+  if (mean, std) == (pixels.CLIP_MEAN, pixels.CLIP_STD):
+    normalized = "OpenAI's mean and std" + (", which nothing tells" if c.mean is None else "")
   return (
     f"image {c.image_size} px, patch {c.patch_size}, vision {c.vision_layers} x {c.vision_width} "
     f"({c.vision_heads} heads), text {c.text_layers} x {c.text_width} ({c.text_heads} heads), "

@@ -24,7 +24,7 @@ from rpn_jax.weights.architecture import (
   fields_from_shapes,
 )
 from rpn_jax.weights.arrays import WeightsFile, float32, read_arrays, write_safetensors
-from rpn_jax.weights.names import OPENAI, clip_rules, from_hf, from_openclip, to_ours
+from rpn_jax.weights.names import OPENAI, clip_rules, from_hf, from_openclip, to_ours, unwrapped
 
 FORMAT, VERSION = "rpn_jax.clip", "1"
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
@@ -82,11 +82,12 @@ def parse(file: WeightsFile, overrides: Mapping | None = None) -> tuple[str, CLI
     config = complete_config(_own_fields(file.metadata, where), overrides, where)
     views = file.arrays
   else:
-    hf = any(name.startswith("vision_model.") for name in file.arrays)
+    hf = any(re.match(r"((module|_orig_mod)\.)*vision_model\.", name) for name in file.arrays)
     kind = f"{file.kind} with the names of {'Hugging Face' if hf else 'OpenAI'}"
     # Before the arrays: a model of another kind is named by its config.
     told = publisher.read(file, hf)
-    state = from_hf(file.arrays, where) if hf else from_openclip(file.arrays, where)
+    state = unwrapped(file.arrays, where)
+    state = from_hf(state, where) if hf else from_openclip(state)
     fields = fields_from_shapes(state, OPENAI, where)
     if fields["vocab_size"] > publisher.CLIP_TOKENS:
       raise InputError(

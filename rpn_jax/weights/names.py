@@ -184,12 +184,12 @@ def from_hf(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray
 
 # Names that only other models have.
 _OTHER_MODELS = (
-  (r"logit_bias|vision_model\.head\.", "SigLIP"),
+  (r"vision_model\.head\.", "SigLIP"),
   (r"text_model\.roberta\.", "AltCLIP"),
   (r"text_decoder\.", "BLIP"),
   (r"text_model\.encoder\.layer\.", "a text tower of BERT, as in ChineseCLIP and BLIP"),
-  (r"(visual|backbone)\.layer1\.", "a ResNet"),
   (r"decode_head\.", "a segmentor of mmseg that is not the authors' RPN"),
+  (r"(visual|backbone)\.layer1\.", "a ResNet"),
   (r"visual\.trunk\.", "an image tower of timm"),
   (r"blocks\.", "an image tower alone"),
   (r"image_encoder\.", "MobileCLIP"),
@@ -211,17 +211,15 @@ def _hf_name(name: str) -> str | None:
   return None
 
 
-def from_openclip(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
-  """The state by OpenAI's names, without the prefixes of open_clip's training and newer models.
+def unwrapped(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+  """The state without what trainings add: prefixes in any order, an axis of the logit scale.
 
   Raises:
-    InputError: the bias of a sigmoid loss, or another number than one of logit scales.
+    InputError: the bias of a sigmoid loss.
   """
-  prefixes = ("module.", "_orig_mod.")  # of DDP and of torch.compile, in the order of wrapping
+  prefixes = ("module.", "_orig_mod.")  # of DDP and of torch.compile
   while state and (found := [x for x in prefixes if all(name.startswith(x) for name in state)]):
     state = {name.removeprefix(found[0]): value for name, value in state.items()}
-  if "text.text_projection" in state:
-    state = {name.removeprefix("text."): value for name, value in state.items()}
   if "logit_bias" in state:
     raise InputError(
       f"expected a CLIP, {where} has a logit_bias, as SigLIP and others with a sigmoid loss have: "
@@ -230,6 +228,13 @@ def from_openclip(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.n
   if (scale := state.get("logit_scale")) is not None and scale.shape == (1,):
     state = {**state, "logit_scale": scale.reshape(())}
   return dict(state)
+
+
+def from_openclip(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The state by OpenAI's names, without the prefix of open_clip's newer models."""
+  if "text.text_projection" in state:
+    return {name.removeprefix("text."): value for name, value in state.items()}
+  return state
 
 
 def to_ours(rules: Iterable[Rule], state: Mapping[str, np.ndarray], where: str) -> dict:

@@ -190,6 +190,18 @@ def test_own_files_that_do_not_fit(tmp_path, tiny):
     assert str(path) in one_line(match, clip_file.load, path)
 
 
+def test_shapes_are_compared_before_anything_is_copied(tmp_path, tiny, state, monkeypatch):
+  state["visual.proj"] = np.zeros((8, 5), np.float32)
+  (tmp_path / "x").write_bytes(safetensors.numpy.save(state))
+  clip_file.save(tmp_path / "own", TINY, tiny)
+  copied = []
+  monkeypatch.setattr(clip_file, "float32", lambda value, *_: copied.append(value))
+  one_line("visual/proj with shape", clip_file.load, tmp_path / "x", HEADS)
+  assert not copied
+  clip_file.load(tmp_path / "own")
+  assert copied
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, tiny):
   path = tmp_path / "x.safetensors"
   path.write_text("old")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from rpn_jax.tasks import convert
 from rpn_jax.weights import clip_file, names
-from tests.weights.checks import one_line
+from tests.weights.checks import one_line, same
 from tests.weights.files import HEADS, hf_config, hf_names, write_state
 
 
@@ -30,6 +31,21 @@ def test_towers_of_transformers_that_do_not_fit(tmp_path, state):
     (tmp_path / "model.safetensors").write_bytes(safetensors.numpy.save(changed))
     (tmp_path / "config.json").write_text(json.dumps(config))
     one_line(match, clip_file.load, tmp_path)
+
+
+def test_prefixes_of_trainings(tmp_path, tiny, state):
+  for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+    wrapped = {f"{prefix}{name}": value for name, value in state.items()}
+    same(clip_file.load(write_state(tmp_path / "x.pt", wrapped), HEADS)[1], tiny)
+    wrapped = {f"{prefix}{name}": value for name, value in hf_names(state, 1, 2).items()}
+    same(clip_file.load(write_state(tmp_path / "x.pt", wrapped), HEADS)[1], tiny)
+
+
+def test_segmentors_that_are_not_the_authors(tmp_path, capsys):
+  state = {"backbone.layer1.0.conv1.weight": np.ones(1, "f"), "decode_head.b": np.ones(1, "f")}
+  path = write_state(tmp_path / "x.pth", state)
+  assert convert.main([str(path), str(tmp_path / "y.safetensors")]) == 2
+  assert "a segmentor of mmseg that is not the authors' RPN" in capsys.readouterr().err
 
 
 def replaced(state, **changes):

@@ -123,7 +123,7 @@ def test_models_that_compute_something_else(case, tmp_path):
   ("case", "match"),
   [
     ("metaclip_2", "at most the 49408 tokens of CLIP.s tokenizer, got 60000"),
-    ("siglip", "SigLIP"),
+    ("siglip", "logit_bias, as SigLIP"),
     ("altclip", "AltCLIP"),
     ("chinese_clip", "text tower of BERT"),
     ("blip", "text tower of BERT|BLIP"),

@@ -77,6 +77,26 @@ def test_state_dict_in_a_checkpoint(tmp_path):
   np.testing.assert_array_equal(torch_archive.read(path)[1]["w"], MATRIX)
 
 
+def test_the_state_of_an_optimizer_is_not_read(tmp_path):
+  """A flipped bit in its storage is no matter, one in the weights is."""
+  moments = dictionary({"exp_avg": tensor("9", np.full(5, 7, np.float32))})
+
+  def wrap(root):
+    return dictionary({"optimizer": dictionary({"state": moments}), "state_dict": root})
+
+  path = tmp_path / "x.pt"
+  write_state(path, {"w": MATRIX}, wrap)
+  with zipfile.ZipFile(path, "a") as archive:
+    archive.writestr("model/data/9", np.full(5, 7, np.float32).tobytes())
+  good = path.read_bytes()
+  for old, new in ((np.float32(7), np.float32(8)), (np.float32(4), np.float32(9))):
+    path.write_bytes(good.replace(old.tobytes(), new.tobytes()))
+    if old == 7:
+      np.testing.assert_array_equal(torch_archive.read(path).tensors["w"], MATRIX)
+    else:
+      refused(path, "Bad CRC-32")
+
+
 def test_what_is_written_is_read(tmp_path):
   state = {"a.w": MATRIX.T, "scalar": np.float32(3), "empty": np.zeros((0, 2), np.float32)}
   torch_archive.write(tmp_path / "x.pth", state, {"note": "é"})
