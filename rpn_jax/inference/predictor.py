@@ -287,13 +287,18 @@ def _check_images(config: ml_collections.ConfigDict, clip: CLIPConfig) -> None:
   Raises:
     InputError: the weights were trained with another one than OpenAI's, the config's default.
   """
-  for name, default in (("mean", pixels.CLIP_MEAN), ("std", pixels.CLIP_STD)):
-    trained = getattr(clip, name) or default
-    if tuple(config.data[name]) == default and not np.allclose(trained, default, atol=1e-4):
-      raise InputError(
-        f"{config.clip} was trained on images with {name} {trained}, config.data.{name} is that of "
-        f'OpenAI\'s CLIP: pass --config.data.{name}="{trained}"'
-      )
+  trained = {"mean": clip.mean or pixels.CLIP_MEAN, "std": clip.std or pixels.CLIP_STD}
+  defaults = {"mean": pixels.CLIP_MEAN, "std": pixels.CLIP_STD}
+  flags = [
+    f'--config.data.{name}="{trained[name]}"'
+    for name, default in defaults.items()
+    if tuple(config.data[name]) == default and not np.allclose(trained[name], default, atol=1e-4)
+  ]
+  if flags:
+    raise InputError(
+      f"{config.clip} was trained on images with mean {trained['mean']} and std {trained['std']}, "
+      f"the config has those of OpenAI's CLIP: pass {' '.join(flags)}"
+    )
 
 
 def make_network(config: ml_collections.ConfigDict, clip: CLIPConfig) -> Network:

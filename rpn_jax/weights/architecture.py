@@ -168,6 +168,8 @@ def complete_config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConf
     if name == "std" and min(value) <= 0:
       raise InputError(f"expected std above 0, got {value!r} in {where}: correct it")
     fields[name] = tuple(map(float, value))
+  if images["squash"] not in (None, False, True):
+    raise InputError(f"expected true or false for squash, got {images['squash']!r} in {where}")
   fields["squash"] = bool(images["squash"])
   try:
     config = CLIPConfig(**fields)
@@ -222,7 +224,7 @@ def describe(config: CLIPConfig) -> str:
   mean, std = c.mean or pixels.CLIP_MEAN, c.std or pixels.CLIP_STD
   normalized = f"mean {mean}, std {std}"
   if (mean, std) == (pixels.CLIP_MEAN, pixels.CLIP_STD):
-    normalized = "OpenAI's mean and std" + (", which nothing tells" if c.mean is None else "")
+    normalized = "OpenAI's mean and std" + (" for want of others" if c.mean is None else "")
   return (
     f"image {c.image_size} px, patch {c.patch_size}, vision {c.vision_layers} x {c.vision_width} "
     f"({c.vision_heads} heads), text {c.text_layers} x {c.text_width} ({c.text_heads} heads), "

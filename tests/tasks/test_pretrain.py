@@ -33,6 +33,7 @@ def test_a_short_pretraining_writes_weights_that_load(tmp_path):
     config.clip.update(vision_width=16, vision_layers=1, vision_heads=2, text_layers=1)
   record = pretrain.pretrain(config, tmp_path, **datasets.captions(config))
   clip, params = clip_file.load(tmp_path / "clip.safetensors")
+  assert (clip.mean, clip.std) == (tuple(config.mean), tuple(config.std))
   assert clip.vision_width == 16 and record["fingerprint"] == arrays.fingerprint(params)
   assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(record))
   assert 0 <= record["top1"] <= 1 and record["images"] == 4 * 8

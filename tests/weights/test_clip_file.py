@@ -184,6 +184,9 @@ def test_own_files_that_do_not_fit(tmp_path, tiny):
     ({**good, "config": json.dumps({**fields, "text_layers": 10**9})}, "integer from 1"),
     ({**good, "config": json.dumps({**fields, "text_layers": 100})}, "100 text layers"),
     ({**good, "config": json.dumps({**fields, "vocab_size": 8})}, "token_embedding"),
+    ({**good, "config": json.dumps({**fields, "mean": [0.5, "a", 0.5]})}, "three numbers for mean"),
+    ({**good, "config": json.dumps({**fields, "std": [1, 1, 0]})}, "std above 0"),
+    ({**good, "config": json.dumps({**fields, "squash": "no"})}, "true or false for squash"),
     ({}, "visual.conv1.weight"),
   ):
     path.write_bytes(safetensors.numpy.save(flat, metadata))
