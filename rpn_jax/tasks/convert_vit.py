@@ -27,17 +27,18 @@ def main(arguments=None) -> int:
   )
   parser.add_argument("clip", help="CLIP weights of any form, or the name of shipped ones")
   parser.add_argument("destination", type=paths.expand, help="the safetensors file to write")
+  parser.add_argument("--heads", type=int, help="attention heads, if no published ViT is as large")
   args = parser.parse_args(arguments)
-  return run_command(lambda: convert(args.encoder, args.clip, args.destination))
+  return run_command(lambda: convert(args.encoder, args.clip, args.destination, args.heads))
 
 
-def convert(encoder, clip, destination) -> None:
+def convert(encoder, clip, destination, heads: int | None = None) -> None:
   """Writes weights with the image tower of `encoder` and the text tower of `clip`.
 
   Raises:
     InputError: a file that cannot be read or written, or one that is not a plain ViT.
   """
   file = read_arrays(encoder)
-  config, params = plain_vit.join(file.arrays, str(file.path), *clip_file.load_clip(clip))
+  config, params = plain_vit.join(file.arrays, str(file.path), *clip_file.load_clip(clip), heads)
   clip_file.save(destination, config, params)
   print(f"{describe(config)}, plain vision transformer\nwrote {destination}")

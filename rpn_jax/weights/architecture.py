@@ -104,7 +104,7 @@ _WIDE_HEADS = {
   "text": {},
 }
 _HEADS_OF_64 = {
-  "vision": (384, 512, 640, 768, 896, 1024),
+  "vision": (192, 384, 512, 640, 768, 896, 1024),
   "text": (256, 384, 512, 640, 768, 1024, 1280),
 }
 
@@ -112,7 +112,8 @@ _HEADS_OF_64 = {
 def usual_heads(tower: str, width: int, layers: int) -> int | None:
   """Heads of the published towers ("vision", "text") of a size; None where there is none.
 
-  Source: OpenAI's models and the model configs of open_clip 3.3.
+  Source: OpenAI's models, the model configs of open_clip 3.3, and ViT's own (Dosovitskiy et al.,
+  2021; Zhai et al., 2022), whose towers CLIP's are.
   """
   if width in _HEADS_OF_64[tower]:
     return width // 64

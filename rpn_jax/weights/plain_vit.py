@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.weights.architecture import usual_heads
 from rpn_jax.weights.arrays import float32
 
 # Hugging Face's names to timm's, in a block and outside of the blocks.
@@ -73,15 +74,18 @@ def to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return found
 
 
-def vision_tower(state: Mapping[str, np.ndarray], where: str) -> tuple[dict, dict]:
+def vision_tower(
+  state: Mapping[str, np.ndarray], where: str, heads: int | None = None
+) -> tuple[dict, dict]:
   """The tower's parameters, and the fields of CLIPConfig that they tell.
 
   Args:
     state: by timm's names; see `to_timm`.
     where: the file, for messages.
+    heads: of attention; None: those of the published models of the same size.
 
   Raises:
-    InputError: an array is missing, unknown or misshapen.
+    InputError: an array is missing, unknown or misshapen, or heads that nothing tells.
   """
   remaining = dict(state)
 
@@ -98,10 +102,10 @@ def vision_tower(state: Mapping[str, np.ndarray], where: str) -> tuple[dict, dic
   positions = take("pos_embed", 1, None, width)[0].copy()
   positions[1:] += take("patch_embed.proj.bias", width)
   side = round((len(positions) - 1) ** 0.5)
-  if side**2 != len(positions) - 1 or kernel.shape[3] != patch or width % 64:
+  if side**2 != len(positions) - 1 or kernel.shape[3] != patch:
     raise InputError(
-      f"{where}: expected square patches, a class token before a square grid and a width of whole "
-      f"heads of 64, got patch {kernel.shape[2:]}, {len(positions)} positions, width {width}"
+      f"{where}: expected square patches and a class token before a square grid, got patch "
+      f"{kernel.shape[2:]}, {len(positions)} positions"
     )
   flat = {
     "patch_embed/kernel": kernel.transpose(2, 3, 1, 0),
@@ -122,8 +126,14 @@ def vision_tower(state: Mapping[str, np.ndarray], where: str) -> tuple[dict, dic
       f"{where}: expected a plain ViT (class token, absolute positions, no layer scale, no "
       f"registers), got {layers} blocks and unknown arrays such as {min(remaining, default='none')}"
     )
+  heads = heads or usual_heads("vision", width, layers)
+  if heads is None or heads < 1 or width % heads:
+    raise InputError(
+      f"{where}: expected the number of attention heads of {layers} layers {width} wide, got "
+      f"{heads}, and the file does not tell it: pass --heads=NUMBER to rpn convert_vit"
+    )
   fields = {
-    "vision": "vit", "vision_width": width, "vision_layers": layers, "vision_heads": width // 64,
+    "vision": "vit", "vision_width": width, "vision_layers": layers, "vision_heads": heads,
     "patch_size": patch, "image_size": side * patch,
     "mean": None, "std": None, "squash": False,  # those of the CLIP were of its own image tower
   }  # fmt: skip
@@ -131,7 +141,11 @@ def vision_tower(state: Mapping[str, np.ndarray], where: str) -> tuple[dict, dic
 
 
 def join(
-  state: Mapping[str, np.ndarray], where: str, clip: CLIPConfig, params: Mapping
+  state: Mapping[str, np.ndarray],
+  where: str,
+  clip: CLIPConfig,
+  params: Mapping,
+  heads: int | None = None,
 ) -> tuple[CLIPConfig, dict]:
   """Config and parameters of a plain encoder beside a CLIP's text tower.
 
@@ -140,9 +154,10 @@ def join(
     where: its file, for messages.
     clip: architecture of the CLIP.
     params: its parameters.
+    heads: of the encoder; see `vision_tower`.
 
   Raises:
-    InputError: not a plain ViT.
+    InputError: not a plain ViT, or heads that nothing tells.
   """
-  visual, fields = vision_tower(to_timm(state), where)
+  visual, fields = vision_tower(to_timm(state), where, heads)
   return dataclasses.replace(clip, **fields), {**params, "visual": visual}

@@ -51,10 +51,9 @@ def read(file: WeightsFile, hf: bool) -> Told:
   if config.is_file():
     fields = _settled(config, _from_hf if hf else _from_openclip, read_json(config))
   _check_tokenizer(folder)
-  for name in ("preprocessor_config.json", "processor_config.json") if hf else ():
-    if (folder / name).is_file():
+  for name in ("preprocessor_config.json", "processor_config.json"):
+    if (folder / name).is_file() and fields.get("mean") is None:
       fields |= _settled(folder / name, _images_from_hf, read_json(folder / name), fields)
-      break
   return Told(fields, str(config))
 
 

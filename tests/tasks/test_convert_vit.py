@@ -15,11 +15,14 @@ def test_command_line(state, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("HOME", str(tmp_path))
   tiny.save(tmp_path / "clip.safetensors")
   safetensors.numpy.save_file(state(), tmp_path / "vit.safetensors")
-  assert convert_vit.main(["~/vit.safetensors", "~/clip.safetensors", "~/out.safetensors"]) == 0
+  assert (
+    convert_vit.main(["~/vit.safetensors", "~/clip.safetensors", "~/out.safetensors", "--heads=1"])
+    == 0
+  )
   assert f"wrote {tmp_path}/out.safetensors" in capsys.readouterr().out
   config, params = clip_file.load(tmp_path / "out.safetensors")
   clip = clip_file.load(tmp_path / "clip.safetensors")
-  want_config, want = plain_vit.join(timm_state(), "vit.safetensors", *clip)
+  want_config, want = plain_vit.join(timm_state(), "vit.safetensors", *clip, heads=1)
   assert config == want_config and config.vision == "vit"
   same(params, want)
 

@@ -11,6 +11,7 @@ from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
 from rpn_jax.models.trained import init_prompts
 from rpn_jax.weights import clip_file, plain_vit
+from rpn_jax.weights.architecture import usual_heads
 from tests import tiny
 
 WIDTH, LAYERS, PATCH, GRID = 64, 2, 8, 3
@@ -101,7 +102,7 @@ def clip(tmp_path):
 
 @pytest.mark.parametrize("state", [timm_state, hf_state])
 def test_it_computes_what_the_original_does(state, clip):
-  config, params = plain_vit.join(state(), "vit.safetensors", *clip_file.load(clip))
+  config, params = plain_vit.join(state(), "vit.safetensors", *clip_file.load(clip), heads=1)
   assert (config.vision, config.image_size, config.vision_heads) == ("vit", PATCH * GRID, 1)
   image = np.random.default_rng(1).normal(size=(1, PATCH * GRID, PATCH * GRID, 3))
   got = VisionTransformer(config).apply({"params": params["visual"]}, jnp.float32(image))
@@ -109,7 +110,7 @@ def test_it_computes_what_the_original_does(state, clip):
 
 
 def test_rpn_trains_what_takes_it_to_the_words(tmp_path, clip):
-  config, params = plain_vit.join(timm_state(), "vit", *clip_file.load(clip))
+  config, params = plain_vit.join(timm_state(), "vit", *clip_file.load(clip), heads=1)
   model = RPN(config, RPNConfig())
   text = l2_normalize(jax.random.normal(jax.random.key(0), (3, config.embed_dim)))
   tower = {"visual": params["visual"]}
@@ -134,4 +135,12 @@ def test_other_networks_are_refused(change, message, clip):
   state = timm_state()
   change(state)
   with pytest.raises(InputError, match=message):
-    plain_vit.join(state, "vit.safetensors", *clip_file.load(clip))
+    plain_vit.join(state, "vit.safetensors", *clip_file.load(clip), heads=1)
+
+
+def test_heads_are_asked_for(clip):
+  """MAE's largest encoder has 16 heads of 80 channels, not 20 of 64."""
+  for heads in (None, 3):
+    with pytest.raises(InputError, match=f"2 layers 64 wide, got {heads}.*pass --heads=NUMBER"):
+      plain_vit.join(timm_state(), "vit.safetensors", *clip_file.load(clip), heads=heads)
+  assert usual_heads("vision", 1280, 32) == 16 and usual_heads("vision", 192, 12) == 3

@@ -242,6 +242,19 @@ def test_images_of_another_kind(keys, value, match, tmp_path):
   one_line(match, clip_file.load, folder)
 
 
+def test_images_told_beside_other_files(tmp_path):
+  """In a folder of open_clip whose config leaves them out, and under `image_processor`."""
+  folder = unpack("openclip", tmp_path)
+  config = json.loads((folder / "open_clip_config.json").read_text())
+  del config["preprocess_cfg"]
+  (folder / "open_clip_config.json").write_text(json.dumps(config))
+  assert clip_file.load(folder)[0].mean is None
+  half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 16, "crop_size": 16}
+  (folder / "processor_config.json").write_text(json.dumps({"image_processor": half}))
+  config = clip_file.load(folder)[0]
+  assert config.mean == config.std == (0.5, 0.5, 0.5) and not config.squash
+
+
 def words() -> dict[str, int]:
   _, model = tokenizer._load()
   return {model.id_to_token(i): i for i in range(tokenizer.VOCAB_SIZE)}
