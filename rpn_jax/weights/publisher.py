@@ -65,7 +65,7 @@ def _settled(path: pathlib.Path, reader, *arguments) -> dict[str, Any]:
     # A file beside the weights may be there by chance.
     remedy = ", or move it if it does not belong to them" if path.suffix == ".json" else ""
     raise InputError(
-      f"expected a CLIP that this project computes in {path}, {reason}: use other weights{remedy}"
+      f"expected a CLIP that this project computes in {path}, {reason[:300]}: use other weights{remedy}"
     ) from None
 
 
@@ -320,7 +320,7 @@ def _check_tokenizer(folder: pathlib.Path) -> None:
     InputError: another tokenizer, by name.
   """
   words = None
-  whole, vocabulary, named = (
+  whole, listed, named = (
     folder / name for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")
   )
   if whole.is_file():
@@ -329,11 +329,13 @@ def _check_tokenizer(folder: pathlib.Path) -> None:
       content = read_json(whole)
       model = content.get("model")
       model = model if isinstance(model, dict) else {}
-      kind = f"{model.get('type')} of {len(model.get('vocab') or ())} words"
+      vocabulary = model.get("vocab")
+      count = len(vocabulary) if isinstance(vocabulary, (dict, list)) else 0
+      kind = f"{model.get('type')} of {count} words"
       # CLIP's has this among its normalizers; without it other texts come out.
-      words = model.get("vocab") if "Lowercase" in str(content.get("normalizer")) else None
-  elif vocabulary.is_file():
-    beside, kind, words = vocabulary, "another vocabulary", read_json(vocabulary)
+      words = vocabulary if "Lowercase" in str(content.get("normalizer")) else None
+  elif listed.is_file():
+    beside, kind, words = listed, "another vocabulary", read_json(listed)
   elif named.is_file():
     beside, kind = named, str(read_json(named).get("tokenizer_class"))
     if kind in ("CLIPTokenizer", "CLIPTokenizerFast"):

@@ -277,6 +277,7 @@ def test_tokenizers(tmp_path):
     ("tokenizer.json", whole([["<pad>", 0.0]], None, "Unigram"), "got Unigram of 1 words"),
     ("tokenizer.json", whole({str(i) * 30: i for i in range(99999)}), "more than 8 MiB"),
     ("tokenizer.json", {}, "got None of 0 words"),
+    ("tokenizer.json", {"model": {"vocab": True}}, "got None of 0 words"),
     ("vocab.json", own, None),
     ("vocab.json", swapped, "another vocabulary"),
     ("tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer"}, None),
