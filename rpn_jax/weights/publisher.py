@@ -61,11 +61,11 @@ def _settled(path: pathlib.Path, reader, *arguments) -> dict[str, Any]:
   try:
     return reader(*arguments)
   except (_Other, TypeError, AttributeError, ValueError, ArithmeticError, KeyError) as error:
-    reason = str(error) if isinstance(error, _Other) else f"it is malformed ({error})"
+    reason = str(error)[:300] if isinstance(error, _Other) else f"it is malformed ({error})"
     # A file beside the weights may be there by chance.
     remedy = ", or move it if it does not belong to them" if path.suffix == ".json" else ""
     raise InputError(
-      f"expected a CLIP that this project computes in {path}, {reason[:300]}: use other weights{remedy}"
+      f"expected a CLIP that this project computes in {path}, {reason}: use other weights{remedy}"
     ) from None
 
 
