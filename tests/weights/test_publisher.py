@@ -26,7 +26,7 @@ NO_IMAGES = {"mean": None, "std": None, "squash": False}
 
 @functools.cache
 def archive() -> zipfile.ZipFile:
-  return zipfile.ZipFile(FIXTURES / "clip_files.zip")
+  return zipfile.ZipFile(io.BytesIO((FIXTURES / "clip_files.zip").read_bytes()))
 
 
 def unpack(case: str, folder: pathlib.Path) -> pathlib.Path:
