@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 # Compilation is most of the time of the tests. Read when JAX first looks for devices.
-QUICK = ["--xla_backend_optimization_level=0"]
+QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 # What commands set (devices.configure_cpu): with the same flags they share compiled programs.
 QUICK += ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
 if jax.__version_info__ < (0, 11):  # three times as fast; later versions do not have the flag
