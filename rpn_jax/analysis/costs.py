@@ -128,7 +128,7 @@ def measure(
 
 
 class RandomEncoder(NamedTuple):
-  """Unit-length embeddings of any names: what they are does not change what a network costs."""
+  """Random unit-length embeddings: what a network costs does not depend on them."""
 
   embed_dim: int
 

@@ -74,7 +74,7 @@ def claim(root: pathlib.Path, words: str, flags: Sequence[str]) -> None:
 
 
 def run(command: Sequence[str], workdir: pathlib.Path) -> str:
-  """Runs a command with its output in the workdir's log; what went wrong, "" if nothing did."""
+  """Runs a command with its output in the workdir's log; returns what went wrong, or ""."""
   workdir.mkdir(parents=True, exist_ok=True)
   with open(workdir / LOG, "w") as log:
     code = subprocess.run(command, stdout=log, stderr=log).returncode
@@ -85,8 +85,8 @@ def run(command: Sequence[str], workdir: pathlib.Path) -> str:
 
 
 def core_shares(jobs: int) -> list[list[int]]:
-  """The cores for each of several runs at a time, which get more done side by side than sharing
-  all cores; empty where nothing is to be shared or pinned."""
+  """The cores of each of several simultaneous runs, which are faster on cores of their own than
+  when they share all; empty where there is nothing to pin."""
   if jobs == 1 or not hasattr(os, "sched_setaffinity"):
     return [[]] * jobs
   cores = sorted(os.sched_getaffinity(0))
