@@ -1,6 +1,7 @@
 """What README.md and docs/ say can be done is done here in a smaller form; links lead somewhere."""
 
 import ast
+import contextlib
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines import shapes
+from rpn_jax import cli
 from tests import ROOT, tiny
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -109,11 +111,15 @@ def place(tmp_path_factory):
   return root
 
 
-def run(place, command: str) -> str:
+def run(place, command: str) -> None:
+  """Runs a command in the folder; those of `rpn` in this process, where all is loaded."""
   words = shlex.split(command.replace(".venv/bin/python", sys.executable))
+  if words[1:3] == ["-m", "rpn_jax"]:
+    with contextlib.chdir(place):
+      assert cli.main(words[3:]) == 0, command
+    return
   result = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=600)
   assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-  return result.stdout
 
 
 def tiny_flags(*more: str) -> str:
