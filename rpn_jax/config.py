@@ -132,6 +132,11 @@ class Loss:
   mask_ignored: bool = field(
     False, "leave ignored pixels out of the focal loss; in the official code they are negatives"
   )
+  skip_empty: bool = field(
+    False,
+    "sigmoid: a batch whose pixels are all ignored adds nothing; in the official code its focal "
+    "loss is divided by 1 in place of a number of masks, so it outweighs other batches",
+  )
 
 
 @dataclasses.dataclass(frozen=True)
