@@ -1,5 +1,7 @@
 """Trains, evaluates or predicts: python main.py --config=configs/shapes.py --workdir=runs/shapes"""
 
+import signal
+
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -14,6 +16,7 @@ flags.DEFINE_enum("mode", "train", ("train", "eval", "predict", "classify", "exp
 flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
 flags.DEFINE_list("distributed", [], "HOST:PORT,PROCESSES,PROCESS; pods and Slurm need none")
 flags.DEFINE_string("classes", None, 'predict, classify: class names, e.g. "red circle, sand"')
+flags.DEFINE_bool("restart", False, "train: move what is in the workdir aside, begin at step 0")
 flags.DEFINE_bool("quiet", False, "Print nothing but errors")
 flags.DEFINE_bool("verbose", False, "Print what the libraries log and compile, and tracebacks")
 flags.mark_flags_as_required(["config", "workdir"])
@@ -29,7 +32,8 @@ def run(config, workdir) -> None:
     if config.task == "pretrain":
       pretrain.pretrain(config, workdir, **datasets.captions(config))
     elif FLAGS.mode == "train":
-      train.train(config, workdir, datasets.load(config, devices.process()))
+      data = datasets.load(config, devices.process())
+      train.train(config, workdir, data, restart=FLAGS.restart)
     elif FLAGS.mode == "eval":
       evaluate.evaluate_run(config, workdir, datasets.load_evaluations(config))
     elif FLAGS.mode == "export":
@@ -46,13 +50,27 @@ def command(arguments) -> None:
   if arguments:
     raise InputError(f"unexpected argument {arguments[0]!r}: every setting is a --flag=value")
   check(FLAGS.config)
+  if FLAGS.restart and (FLAGS.mode != "train" or FLAGS.config.get("task") == "pretrain"):
+    raise InputError("--restart is for --mode=train of a segmentation run: leave it out here")
   expand_paths(FLAGS.config)
   workdir = paths.expand(FLAGS.workdir)
   run(FLAGS.config, workdir)
   print(console.describe_workdir(workdir))
 
 
+def interrupt(*_) -> None:
+  """The first Ctrl-C ends the command, whose cleanup can take seconds; the second ends that, too.
+
+  By the system's own action, which is at once even within a compilation. Python's would raise in
+  the middle of the cleanup, after which threads of JAX and grain can crash.
+  """
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  raise KeyboardInterrupt
+
+
 def main(argv) -> int:
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+    signal.signal(signal.SIGINT, interrupt)
   console.set_verbosity(FLAGS.quiet, FLAGS.verbose)
   return console.run_command(
     lambda: command(argv[1:]),
