@@ -16,9 +16,10 @@ import grain
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_pipelines.sources.files import check_label_format
 from data_pipelines.workers import read_in_processes
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.pixels import check_size
+from rpn_jax.base.pixels import check_size, to_rgb
 
 Example = dict[str, Any]
 
@@ -70,8 +71,10 @@ def _decode(value, name: str, what: str) -> np.ndarray:
   try:
     with Image.open(io.BytesIO(value)) as file:
       check_size(f"example {name}", file.size)
+      if what == "label":
+        check_label_format(f"example {name}", file)
       ImageOps.exif_transpose(file, in_place=True)
-      return np.array(file.convert("RGB") if what == "image" else file)
+      return to_rgb(file, f"example {name}") if what == "image" else np.array(file)
   except InputError:
     raise
   except Exception as error:  # Pillow raises a dozen kinds on damaged files

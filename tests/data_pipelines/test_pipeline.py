@@ -226,6 +226,12 @@ def test_gray_and_cmyk_become_rgb():
     assert got["id"] == "x"
 
 
+def test_sixteen_bits_are_not_white():
+  levels = np.full((2, 2), 0x8040, np.uint16)
+  got = pipeline.check_example({"image": encoded(levels, "I;16", "PNG"), "id": "x"})
+  assert (got["image"] == 0x80).all()
+
+
 def test_label_files_keep_their_values():
   image = np.zeros((2, 2, 3), np.uint8)
   label = np.array([[0, 1], [20, 255]], np.uint8)
@@ -254,6 +260,7 @@ IMAGE, LABEL = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8)
     (b"\x89PNG no image", LABEL, "a readable image file, got 13 bytes"),
     (encoded(IMAGE, "RGB", "PNG")[:40], LABEL, "a readable image file, got 40 bytes"),
     (IMAGE, b"", "a readable label file, got 0 bytes"),
+    (IMAGE, encoded(LABEL, "L", "JPEG"), "a label file without loss .* got JPEG"),
   ],
 )
 def test_a_bad_example_is_named(image, label, message):

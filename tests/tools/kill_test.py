@@ -5,10 +5,10 @@
 A run of the tiny network is killed with SIGKILL, then started again, until it has ended; its final
 parameters, optimizer state and curves must be those of a run that nobody touched, to the bit. The
 moments are drawn within a phase: in training, while a checkpoint is written, in an evaluation,
-while the data are prepared. Every second run has a reader process, which must be gone with it. In
-between, some are started under JAX_ENABLE_X64 or with a checkpoint that cannot be read: they must
-be refused and leave everything as it is. Other runs get SIGTERM and must end by themselves, with
-status 0.
+while the data are prepared. Every second run has a reader process, which must be gone with it, and
+some starts are under JAX_ENABLE_X64, which must change nothing. In between, some find a checkpoint
+that cannot be read: they must be refused and leave everything as it is. Other runs get SIGTERM and
+must end by themselves, with status 0.
 """
 
 import argparse
@@ -163,25 +163,18 @@ def reach(run: Run, phase: str, draw: random.Random) -> bool:
   return there
 
 
-def refused(run: Run, draw: random.Random) -> str:
-  """A start that must fail, and leave every file of the checkpoints as it is; says which."""
-  files = lambda: sorted(p for p in (run.workdir / "checkpoints").rglob("*"))
-  before = files()
-  if not run.saved() or draw.random() < 0.5:
-    run.start(JAX_ENABLE_X64="1").end(2)
-    what = "64 bits"
-  else:
-    # root may read everything, but not follow a link to itself
-    newest = run.workdir / f"checkpoints/{max(run.saved())}"
-    file = draw.choice([p for p in newest.rglob("*") if p.is_file()])
-    kept = file.rename(run.home / "kept")
-    file.symlink_to(file)
-    run.start().end(2)
-    assert "cannot be read" in run.said()
-    kept.rename(file)
-    what = f"unreadable {file.name}"
-  assert files() == before, what
-  return what
+def refuse(run: Run, draw: random.Random) -> str:
+  """A start that must fail and leave the checkpoints as they are; returns what was unreadable."""
+  checkpoints = run.workdir / "checkpoints"
+  before = sorted(checkpoints.rglob("*"))
+  file = draw.choice([p for p in (checkpoints / f"{max(run.saved())}").rglob("*") if p.is_file()])
+  kept = file.rename(run.home / "kept")
+  file.symlink_to(file)  # root may read everything, but not follow a link to itself
+  run.start().end(2)
+  assert "cannot be read" in run.said()
+  kept.rename(file)
+  assert sorted(checkpoints.rglob("*")) == before
+  return file.name
 
 
 def attempt(home: pathlib.Path, number: int, phase: str, draw: random.Random) -> str:
@@ -189,17 +182,21 @@ def attempt(home: pathlib.Path, number: int, phase: str, draw: random.Random) ->
   run = Run(home, f"run{number}", f"data{number}" if phase == "preparation" else "data")
   options = (f"--config.data.workers={number % 2}",)
   moments = []
+
+  def start() -> None:
+    run.start(*options, JAX_ENABLE_X64=draw.choice("01"))
+
   for _ in range(draw.randint(1, 2)):
-    run.start(*options)
+    start()
     if not reach(run, phase, draw):
       break
     doing = [name for name in ("saving", "evaluating", "preparing") if getattr(run, f"is_{name}")()]
     run.kill()
     moments.append(f"step {run.trained()} ({', '.join(doing) or 'training'})")
-    if draw.random() < 0.3:
-      moments[-1] += f", refused with {refused(run, draw)}"
+    if run.saved() and draw.random() < 0.3:
+      moments[-1] += f", refused with an unreadable {refuse(run, draw)}"
   else:
-    run.start(*options)
+    start()
   run.end()
   return f"{phase}: killed at " + "; ".join(moments) if moments else f"{phase}: ended too early"
 
