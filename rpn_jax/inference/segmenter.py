@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
-import jax.numpy as jnp
 import numpy as np
 
 from rpn_jax.base import pixels
@@ -30,6 +29,9 @@ METHODS = training_free.METHODS
 # Weights in rpn_jax/assets: name -> (file, templates they were trained with).
 SHIPPED = {"shapes_clip": ("shapes_clip.safetensors", "single")}
 NOTE = {"shapes_clip": "it was trained on the shapes data set, not on photographs"}
+
+# Rows of text that independent classes are filled up to; further ones are rounded up.
+MIN_ROWS = 8
 
 
 class Segmenter:
@@ -204,8 +206,11 @@ class Segmenter:
     ids = [*range(len(names)), *[-1] * len(background)]
     text, class_of_row = self._text_rows(tuple(words), tuple(ids))
     count = len(class_of_row)
-    fillers = round_up(count) - count if self.predictor.network.independent else 0
-    text = jnp.concatenate([jnp.asarray(text), *[text[:1]] * fillers])
+    fillers = 0
+    if self.predictor.network.independent:
+      fillers = max(MIN_ROWS, round_up(count)) - count
+    # Joined by NumPy: JAX would compile and keep a program for every number of words.
+    text = np.concatenate([text, *[text[:1]] * fillers])
     return self.predictor.sliding_window(text), class_of_row, fillers
 
   def __repr__(self) -> str:

@@ -174,17 +174,19 @@ def test_many_pictures_and_words_share_programs(scene):
     return model(image, names, **options).labels
 
   run(128, 96, NAMES[:4])
-  network = forward(model.predictor.network)
-  programs = lambda: (network._cache_size(), sliding.strip._cache_size())
+  programs = lambda: tuple(cached.cache_info().misses for cached in (forward, sliding.tile_program))
   before = programs()
   run(128, 96, ["other words", "of the same", "number", "here"])  # another person's words
-  run(120, 96, ["w1", "w2", "w3", "w4"])  # another size of the same bucket
-  run(124, 94, ["w1", "w2"], background=["w3", "w4"])
-  run(127, 95, NAMES[:4], other=0.5, emphasis={NAMES[0]: 0.5})
+  run(120, 96, ["w1", "w2", "w3", "w4"])  # other sizes
+  run(134, 100, ["w1", "w2"], background=["w3", "w4"])
+  run(133, 97, NAMES[:4], other=0.5, emphasis={NAMES[0]: 0.5})
   assert programs() == before
-  run(128, 96, NAMES[:5])  # five and six words are one program, and so are seven and eight
+  many = [f"word {i}" for i in range(11)]
+  run(128, 96, many[:1])  # up to eight words are one program, and so are nine to twelve
+  assert programs() == before
+  run(128, 96, many[:9])
   grown = programs()
-  run(128, 96, NAMES[:6])
+  run(128, 96, many)
   assert programs() == grown and grown[0] == before[0] + 1
 
 
@@ -193,9 +195,10 @@ def test_fillers_change_nothing(scene):
   plain = model(scene[0], NAMES[:5])
   monkey = pytest.MonkeyPatch()
   with monkey.context() as patch:
+    patch.setattr(segmenter, "MIN_ROWS", 0)
     patch.setattr(segmenter, "round_up", lambda size: size)
     exact = model(scene[0], NAMES[:5])
-  assert (plain.class_scores.fillers, exact.class_scores.fillers) == (1, 0)
+  assert (plain.class_scores.fillers, exact.class_scores.fillers) == (3, 0)
   np.testing.assert_array_equal(plain.labels, exact.labels)
   np.testing.assert_allclose(plain.scores, exact.scores, atol=1e-5)
 

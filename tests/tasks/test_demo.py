@@ -82,9 +82,7 @@ def test_bad_pictures_are_refused_without_the_servers_paths(models, tmp_path, mo
 
 def test_users_share_one_model_and_its_programs(models, monkeypatch):
   segment(models)
-  loaded = models.get("shapes_clip")
-  network = forward(loaded.predictor.network)
-  programs = lambda: (network._cache_size(), sliding.strip._cache_size())
+  programs = lambda: tuple(cached.cache_info().misses for cached in (forward, sliding.tile_program))
   before, results = programs(), {}
   monkeypatch.setattr(segmenter.Segmenter, "load", None)
 

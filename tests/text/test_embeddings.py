@@ -123,7 +123,7 @@ def test_a_class_is_the_mean_over_templates(params, unit):
 def test_batches_and_their_padding_change_nothing(params, monkeypatch):
   names = [f"thing {i}" for i in range(25)]
   whole = class_embeddings(TINY, params, names)
-  monkeypatch.setattr(embeddings, "BATCH_SENTENCES", 2)
+  monkeypatch.setattr(embeddings, "BATCH_SENTENCES", (2,))
   np.testing.assert_allclose(class_embeddings(TINY, params, names), whole, atol=1e-6)
 
 
