@@ -227,7 +227,10 @@ class Eval:
     (), "data sets of --mode=eval, every class prompted; (): the training set, in its setting"
   )
   crop: int = field(512, "side of the sliding window, pixels", at_least=1)
-  stride: int = field(426, "step of the sliding window, pixels", at_least=1)
+  stride: int = field(
+    426, "step of the sliding window, pixels; at most its side, so that no pixel is left out",
+    at_least=1,
+  )  # fmt: skip
   window_batch: int = field(4, "windows per call of the network", at_least=1)
   scales: tuple[float, ...] = field(
     (1.0,), "scores are averaged over these sizes, factors on data.short_side", above=0
@@ -365,9 +368,18 @@ def check(config: Config) -> None:
   What another version wrote is accepted: missing and unknown fields are passed over.
 
   Raises:
-    InputError: a value of another type, out of bounds, or an unknown word.
+    InputError: a value of another type, out of bounds, or an unknown word; windows that leave
+      pixels out.
   """
   fields.check(config, declared_class(config))
+  windows = config.get("eval", {})
+  crop, stride = windows.get("crop"), windows.get("stride")
+  if crop and stride and stride > crop:
+    raise InputError(
+      f"config.eval.stride={stride}: expected at most config.eval.crop={crop}, since the pixels "
+      f"between windows would get no class; lower the stride, as to {max(1, crop * 5 // 6)}, or "
+      "raise the crop"
+    )
   if config.get("shard_state") and config.get("parallel") == "pmap":
     raise InputError(
       'config.shard_state=True needs config.parallel="shard_map": under pmap every device has the '

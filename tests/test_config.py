@@ -157,7 +157,10 @@ def test_bounds_are_enforced(path):
     """The number in the form of the field."""
     of = {"model.h_grid": 2, "eval.scales": 1}.get(path)
     count = of or (len(default) if isinstance(default, tuple) else None)
-    config.check(changed(path, (number,) * count if count else number))
+    c = changed(path, (number,) * count if count else number)
+    if path == "eval.crop":  # not below the stride
+      c["eval"]["stride"] = 1
+    config.check(c)
 
   step = 1 if "int" in str(f.type) else 1e-3
   low = spec.above if spec.above is not None else spec.at_least
@@ -218,6 +221,16 @@ def test_pmap_holds_the_whole_state():
   c = config.defaults()
   c.shard_state, c.parallel = True, "pmap"
   with pytest.raises(InputError, match=r'shard_state=True needs config\.parallel="shard_map"'):
+    config.check(c)
+
+
+def test_windows_leave_no_pixel_out():
+  c = config.defaults()
+  c.eval.stride = c.eval.crop
+  config.check(c)
+  c.eval.crop = 256
+  message = r"config\.eval\.stride=512: expected at most config\.eval\.crop=256, .* as to 213, or"
+  with pytest.raises(InputError, match=message):
     config.check(c)
 
 

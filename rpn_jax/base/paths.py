@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import secrets
 import socket
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -44,7 +45,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     OSError: the file cannot be written; no temporary file remains.
   """
   path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  # Random: in containers that share a folder every process may be number 1, and threads share one.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
   try:
     yield temporary
     os.replace(temporary, path)

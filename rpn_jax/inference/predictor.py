@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import traverse_util
 
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
@@ -180,7 +181,8 @@ class Predictor:
     training-free network has step 0 and no prompts.
 
     Raises:
-      InputError: there is no checkpoint, or it belongs to another run.
+      InputError: there is no checkpoint, it belongs to another run, or it has values that are NaN
+        or infinite.
     """
     if not self.network.trainable:
       return {"last": (0, {})}
@@ -189,7 +191,16 @@ class Predictor:
       content = prompts_file.load(path)
       prompts_file.check(content, path, run.config.to_dict(), run.fingerprint, like)
       return {"last": (content.step, content.prompts)}
-    return run.read(like)
+    restored = run.read(like)
+    for step, prompts in restored.values():
+      for name, value in traverse_util.flatten_dict(prompts, sep="/").items():
+        if wrong := int(np.size(value) - np.isfinite(value).sum()):
+          raise InputError(
+            f"expected finite prompts, {wrong:,} of the {np.size(value):,} values of {name!r} are "
+            f"NaN or infinite in the checkpoint of step {step} in {run.workdir}: train again, or "
+            "remove that checkpoint to use the one before it"
+          )
+    return restored
 
   @property
   def frozen(self) -> dict:

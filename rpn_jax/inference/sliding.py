@@ -169,7 +169,7 @@ def tile_scores(part: tuple, *, merged: int, crop: int, activation: Callable) ->
   _, h, w, classes = logits_NxhxwxC.shape
 
   def within(start: jax.Array, corner: jax.Array, patches: int) -> tuple[jax.Array, ...]:
-    """For one axis of the tile: which pixels a window has, and how they are interpolated."""
+    """For one axis of the tile: which pixels a window has, and their interpolation."""
     at = start + jnp.arange(merged) - corner
     index = jnp.clip(at, 0, crop - 1)
     neighbor, weight = map(jnp.asarray, interpolation_weights(patches, crop))
@@ -177,17 +177,18 @@ def tile_scores(part: tuple, *, merged: int, crop: int, activation: Callable) ->
 
   def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     y, x = corners_Nx2[order_N[i]]
-    rows, *row = within(top, y, h)
-    columns, *column = within(left, x, w)
+    rows, row_left, row_weight = within(top, y, h)
+    columns, column_left, column_weight = within(left, x, w)
     inside = (rows[:, None] & columns).astype(jnp.float32)[..., None]
-    logits = interpolate(logits_NxhxwxC[order_N[i]], *row, 0)
-    scores = activation(interpolate(logits, *column, 1)) * inside
+    logits = interpolate(logits_NxhxwxC[order_N[i]], row_left, row_weight, 0)
+    scores = activation(interpolate(logits, column_left, column_weight, 1)) * inside
     return carry[0] + scores, carry[1] + inside
 
   zeros = jnp.zeros((merged, merged, classes)), jnp.zeros((merged, merged, 1))
   total, count = jax.lax.fori_loop(0, overlapping, add, zeros)
   scores = total / jnp.maximum(count, 1)  # 0 for padding; windows cover the image itself
-  return interpolate(interpolate(scores, *column_pair, 1), *row_pair, 0)
+  (left_W, weight_W), (left_R, weight_R) = column_pair, row_pair
+  return interpolate(interpolate(scores, left_W, weight_W, 1), left_R, weight_R, 0)
 
 
 def class_ids(scores_TxTxC: jax.Array) -> jax.Array:
@@ -309,7 +310,8 @@ class SlidingWindow:
     class_of_row: class id of every row of the logits, if several rows belong to one class.
 
   Raises:
-    ValueError: no scale, or one that is not above 0; a stride above the crop.
+    ValueError: no scale, or one that is not above 0; a stride above the crop; a penalty that is
+      not finite.
   """
 
   def __init__(
@@ -332,6 +334,8 @@ class SlidingWindow:
     self.crop, self.stride, self.window_batch = crop, stride, window_batch
     self.penalty_C = np.zeros(classes, np.float32)
     self.penalty_C[list(penalized)] = penalty
+    if not np.isfinite(penalty):
+      raise ValueError(f"penalty: expected a finite number, got {penalty}")
     self.activation = activation
     if not scales or min(scales) <= 0:
       raise ValueError(f"scales: expected factors above 0, as in (1.0,), got {scales}")

@@ -184,14 +184,22 @@ def float32(value: np.ndarray, name: str, where: str) -> np.ndarray:
   """A float32 copy of weights.
 
   Raises:
-    InputError: another type than float16, bfloat16 or float32, with the array's name.
+    InputError: another type than float16, bfloat16 or float32, or values that are NaN or infinite,
+      with the array's name.
   """
   if value.dtype not in (np.float16, np.float32, jnp.bfloat16):
     raise InputError(
       f"expected float16, bfloat16 or float32 weights, {name!r} is {value.dtype} in {where}: "
       "save it with one of these types"
     )
-  return np.array(value, np.float32, order="C")
+  copy = np.array(value, np.float32, order="C")
+  finite = np.isfinite(copy)
+  if not finite.all():
+    raise InputError(
+      f"expected finite weights, {copy.size - finite.sum():,} of the {copy.size:,} values of "
+      f"{name!r} are NaN or infinite in {where}: get the file again, or save it as float32"
+    )
+  return copy
 
 
 @contextlib.contextmanager

@@ -89,9 +89,6 @@ def load(path) -> Prompts:
   except (KeyError, TypeError, ValueError, RecursionError):
     raise InputError(f"expected config and names in the header of {path}: get it again") from None
   flat = {name: float32(value, name, str(path)) for name, value in state.items()}
-  for name, value in flat.items():
-    if not np.isfinite(value).all():
-      raise InputError(f"expected finite prompts, {name} has infinity or NaN in {path}: refused")
   # In this order a name that is also the start of others stands directly before one of them.
   keys = sorted(name.split("/") for name in flat)
   if any(b[: len(a)] == a for a, b in itertools.pairwise(keys)):

@@ -1,6 +1,7 @@
 """One line from a picture and words to a segmentation."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import parse_names, without_articles
 from rpn_jax.drawing.palette import class_colors
-from rpn_jax.inference import segmenter, sliding
+from rpn_jax.inference import forks, segmenter, sliding
+from rpn_jax.inference.classifier import class_probabilities
 from rpn_jax.inference.predictor import forward
 from rpn_jax.inference.segmentation import Segmentation
 
@@ -230,6 +232,30 @@ def test_what_is_no_picture_is_refused(model, tmp_path):
   ]:
     with pytest.raises(InputError, match=message):
       model(picture, NAMES)
+
+
+def test_a_forked_process_is_told_what_to_do(model, scene, monkeypatch):
+  """Without the refusal it would wait forever for threads that a fork does not copy."""
+  result = model(scene[0], NAMES)
+  there = os.getpid()
+  monkeypatch.setattr(os, "getpid", lambda: there + 1)  # as in a child
+  message = f"process {there + 1} was forked from {there}, .*get_context"
+  for call in (
+    lambda: model(scene[0], ["other", "words"]),
+    lambda: result.labels,
+    lambda: result.scores,
+    lambda: class_probabilities(model.predictor, NAMES),
+    Segmenter.load,
+  ):
+    with pytest.raises(InputError, match=message):
+      call()
+
+
+def test_a_process_may_load_what_its_parent_has_not(monkeypatch):
+  monkeypatch.setattr(forks, "_owner", None)
+  monkeypatch.setattr(os, "getpid", lambda: 12345)
+  forks.check_not_forked()
+  forks.check_not_forked()
 
 
 def test_importing_the_package_is_quick():
