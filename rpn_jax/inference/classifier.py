@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.inference.forks import check_not_forked
 from rpn_jax.inference.predictor import Predictor
+from rpn_jax.inference.process import check_process
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.text.templates import expand
 
@@ -24,7 +24,7 @@ def class_probabilities(predictor: Predictor, names: Sequence[str]) -> Callable:
     (B, side, side, 3) normalized images -> softmax(scale * cosine) (B, C), as numpy. It raises an
     InputError if they are NaN.
   """
-  check_not_forked()
+  check_process()
   encoder, network = predictor.encoder, predictor.network
   prompted, class_of_row = expand(names, range(len(names)), encoder.synonyms)
   text, ids = encoder.embed(prompted), np.asarray(class_of_row)

@@ -17,7 +17,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
 from rpn_jax.config import check, check_whole_patches
 from rpn_jax.devices import data_mesh, platform_of, put_batch
-from rpn_jax.inference.forks import check_not_forked
+from rpn_jax.inference.process import check_process
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.models import NETWORKS, Network, kernels
 from rpn_jax.models.clip import CLIPConfig
@@ -95,15 +95,15 @@ class Predictor:
     protocol: the inference protocol.
 
   Raises:
-    InputError: the window size is not a multiple of the patch size, or the process is a fork
-      that JAX does not work in (`check_not_forked`), here and in every method that computes.
+    InputError: the window size is not a multiple of the patch size, or `check_process` refuses the
+      process, here and in every method that computes.
   """
 
   def __init__(
     self, network: Network, params: dict, prompts: dict, encoder: TextEncoder,
     protocol: Protocol,
   ):  # fmt: skip
-    check_not_forked()
+    check_process()
     self.network, self.params, self.prompts = network, params, prompts
     self.encoder, self.protocol = encoder, protocol
     self.clip = encoder.config
@@ -249,7 +249,7 @@ class Predictor:
       names: C class names, synonyms joined by `words.SEPARATOR`.
       class_ids: ids of the names; None counts from 0.
     """
-    check_not_forked()
+    check_process()
     ids = range(len(names)) if class_ids is None else class_ids
     prompted, class_of_row = expand(names, ids, self.encoder.synonyms)
     return self.network.text_input(self.encoder, prompted), np.array(class_of_row)
@@ -267,7 +267,7 @@ class Predictor:
       penalized: rows of `text` whose scores are lowered.
       class_of_row: class id of every row, if several belong to one class.
     """
-    check_not_forked()
+    check_process()
     mesh = data_mesh()
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     network, params, prompts = self.network.merged(self.params, self.prompts)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.inference.forks import check_not_forked
+from rpn_jax.inference.process import check_process
 
 # Sides of a tile, in pixels: the small one wastes less on small images, the large one takes fewer
 # calls for large ones, which are those with a side above LARGE_IMAGE.
@@ -280,9 +280,9 @@ class WindowLogits:
     """`output` of the scores (height, width, C) at `size`, with `bias_C` added to them.
 
     Raises:
-      InputError: in a forked process; see `check_not_forked`.
+      InputError: `check_process` refuses the process.
     """
-    check_not_forked()
+    check_process()
     w = self.window
     penalty_C = np.asarray(w.penalty_C - bias_C, np.float32)
     return merge_views(
@@ -374,19 +374,24 @@ class SlidingWindow:
     pending: collections.deque[list[View]] = collections.deque()
     windows: list[np.ndarray] = []
     logits: list[np.ndarray] = []
+    # One call is always under way, so that the device need not wait for the host.
+    running: tuple[jax.Array, int] | None = None
     for image in images_hxwx3:
       views, new = self._views(np.asarray(image))
       pending.append(views)
       windows += new
       while len(windows) >= self.window_batch:
-        logits += self._run(windows[: self.window_batch])
+        started = self._start(windows[: self.window_batch])
         windows = windows[self.window_batch :]
+        logits += self._fetch(running)
+        running = started
       while pending and sum(len(v.corners) for v in pending[0]) <= len(logits):
         views = pending.popleft()
         parts, logits = _split(logits, views)
         yield WindowLogits(self, views, parts)
-    if windows:
-      logits += self._run(windows)
+    last = self._start(windows) if windows else None
+    logits += self._fetch(running)
+    logits += self._fetch(last)
     for views in pending:
       parts, logits = _split(logits, views)
       yield WindowLogits(self, views, parts)
@@ -405,10 +410,16 @@ class SlidingWindow:
         windows += [view[y : y + self.crop, x : x + self.crop] for y, x in corners]
     return views, windows
 
-  def _run(self, windows: list[np.ndarray]) -> list[np.ndarray]:
-    """Logits (h, w, C) of up to `window_batch` windows, which are padded to that number."""
+  def _start(self, windows: list[np.ndarray]) -> tuple[jax.Array, int]:
+    """Logits of up to `window_batch` windows, which are padded to that number, and how many."""
     padding = [windows[0]] * (self.window_batch - len(windows))
-    logits = np.asarray(self.logits_fn(np.stack([*windows, *padding])))[: len(windows)]
+    return self.logits_fn(np.stack([*windows, *padding])), len(windows)
+
+  def _fetch(self, running: tuple[jax.Array, int] | None) -> list[np.ndarray]:
+    """Waits for logits (h, w, C) of `_start`, one for each window."""
+    if running is None:
+      return []
+    logits = np.asarray(running[0])[: running[1]]
     if not np.isfinite(logits).all():
       count = logits.size - np.isfinite(logits).sum()
       raise InputError(

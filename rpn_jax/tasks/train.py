@@ -50,8 +50,6 @@ def train(config, workdir, data, *, restart: bool = False) -> dict:
     InputError: JAX computes in 64 bits, the method has nothing to train, the config does not fit
       weights or devices, or a run was in the workdir whose checkpoints are missing.
   """
-  if jnp.zeros(()).dtype != jnp.float32:
-    raise InputError("expected a run in 32 bits, but JAX_ENABLE_X64 is set: unset it")
   predictor, run = open_run(config, workdir)
   if not predictor.network.trainable:
     raise InputError(f"method {config.method!r} has nothing to train: use --mode=eval")

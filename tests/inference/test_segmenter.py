@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +17,7 @@ from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import parse_names, without_articles
 from rpn_jax.drawing.palette import class_colors
-from rpn_jax.inference import forks, segmenter, sliding
+from rpn_jax.inference import process, segmenter, sliding
 from rpn_jax.inference.classifier import class_probabilities
 from rpn_jax.inference.predictor import forward
 from rpn_jax.inference.segmentation import Segmentation
@@ -130,7 +131,7 @@ def test_background_words_and_a_threshold_leave_pixels_out(model, scene, result)
 
 
 def test_emphasis_moves_one_class_without_the_network(model, result, monkeypatch):
-  monkeypatch.setattr(sliding.SlidingWindow, "_run", None)
+  monkeypatch.setattr(sliding.SlidingWindow, "_start", None)
   name = NAMES[3]
   share = [
     result.adjusted(emphasis={name: value}).shares().get(name, 0.0) for value in (-1, 0, 0.3, 1)
@@ -251,11 +252,16 @@ def test_a_forked_process_is_told_what_to_do(model, scene, monkeypatch):
       call()
 
 
+def test_types_of_64_bits_are_told_what_to_do(model, scene):
+  with jax.enable_x64(True), pytest.raises(InputError, match=r"32-bit types.*enable_x64\(False\)"):
+    model(scene[0], NAMES)
+
+
 def test_a_process_may_load_what_its_parent_has_not(monkeypatch):
-  monkeypatch.setattr(forks, "_owner", None)
+  monkeypatch.setattr(process, "_owner", None)
   monkeypatch.setattr(os, "getpid", lambda: 12345)
-  forks.check_not_forked()
-  forks.check_not_forked()
+  process.check_process()
+  process.check_process()
 
 
 def test_importing_the_package_is_quick():
