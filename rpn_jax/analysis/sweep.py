@@ -64,7 +64,7 @@ def claim(root: pathlib.Path, words: str, flags: Sequence[str]) -> None:
   """
   path, settings = root / "settings.json", {"config": words, "flags": sorted(flags)}
   try:
-    there = json.loads(path.read_text()) if path.exists() else settings
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
   except ValueError:
     there = "unreadable"
   if there != settings:
@@ -76,11 +76,12 @@ def claim(root: pathlib.Path, words: str, flags: Sequence[str]) -> None:
 def run(command: Sequence[str], workdir: pathlib.Path) -> str:
   """Runs a command with its output in the workdir's log; returns what went wrong, or ""."""
   workdir.mkdir(parents=True, exist_ok=True)
-  with open(workdir / LOG, "w") as log:
+  with open(workdir / LOG, "w", encoding="utf-8") as log:
     code = subprocess.run(command, stdout=log, stderr=log).returncode
   if code == 0 and is_done(workdir):
     return ""
-  lines = (workdir / LOG).read_text(errors="replace").strip().splitlines()[-SHOWN_LOG_LINES:]
+  log_text = (workdir / LOG).read_text(encoding="utf-8", errors="replace")
+  lines = log_text.strip().splitlines()[-SHOWN_LOG_LINES:]
   return f"{workdir}: exit status {code}, see {workdir / LOG}: {' / '.join(lines)}"
 
 

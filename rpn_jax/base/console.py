@@ -27,7 +27,7 @@ def silence() -> None:
   """Turns off all output but errors, for --quiet and for all processes but the first."""
   global _silent
   _silent = True
-  sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until exit)
+  sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until exit)
 
 
 def set_verbosity(quiet: bool = False, verbose: bool = False) -> None:

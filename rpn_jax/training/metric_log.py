@@ -45,7 +45,7 @@ class MetricWriter:
     if resume_step is not None:
       entries = [entry for entry in entries if entry["step"] <= resume_step]
     kept = "".join(json.dumps(entry) + "\n" for entry in entries)
-    if self._path.exists() and self._path.read_text(errors="replace") != kept:
+    if self._path.exists() and self._path.read_text(encoding="utf-8", errors="replace") != kept:
       write_text(self._path, kept)
     # Unbuffered, so that `write` returns how much a full disk has taken. Closed by `close`.
     self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115

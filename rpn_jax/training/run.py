@@ -81,7 +81,7 @@ class Run:
       write_json(path, {"clip": self.fingerprint, "config": self.config.to_dict()})
       return
     try:
-      stored = json.loads(path.read_text())
+      stored = json.loads(path.read_text(encoding="utf-8"))
       config = ml_collections.ConfigDict(dict(stored["config"].items()))
       stored = identity(config, stored["clip"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -165,7 +165,7 @@ class Run:
   def _best_step(self) -> int | None:
     """The step of the best evaluation according to `best.json`; None if it is unreadable."""
     try:
-      return json.loads((self.workdir / BEST).read_text())["best"]["step"]
+      return json.loads((self.workdir / BEST).read_text(encoding="utf-8"))["best"]["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
       return None
 
@@ -191,7 +191,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   if not path.exists():
     raise InputError(f"{workdir}: expected the workdir of a run, with a {CONFIG}; train first")
   try:
-    config = json.loads(path.read_text())["config"]
+    config = json.loads(path.read_text(encoding="utf-8"))["config"]
     _ = config["eval"]["crop"], config["data"]["short_side"], config["method"]
   except (ValueError, KeyError, TypeError):
     raise InputError(
