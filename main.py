@@ -1,7 +1,5 @@
 """Trains, evaluates or predicts: python main.py --config=configs/shapes.py --workdir=runs/shapes"""
 
-import signal
-
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -58,19 +56,7 @@ def command(arguments) -> None:
   print(console.describe_workdir(workdir))
 
 
-def interrupt(*_) -> None:
-  """The first Ctrl-C ends the command, whose cleanup can take seconds; the second ends that, too.
-
-  By the system's own action, which is at once even within a compilation. Python's would raise in
-  the middle of the cleanup, after which threads of JAX and grain can crash.
-  """
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
-  raise KeyboardInterrupt
-
-
 def main(argv) -> int:
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
-    signal.signal(signal.SIGINT, interrupt)
   console.set_verbosity(FLAGS.quiet, FLAGS.verbose)
   return console.run_command(
     lambda: command(argv[1:]),
