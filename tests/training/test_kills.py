@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 import signal
+import time
 
 import ml_collections
 import pytest
@@ -33,6 +34,7 @@ def read_while_training(run: Run) -> set[int]:
       like = like or prompts_of(checkpoints)
       if like:
         steps.add(checkpoints.read(like)["last"][0])
+      time.sleep(0.1)
   return steps
 
 
