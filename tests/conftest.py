@@ -16,6 +16,9 @@ if jax.__version_info__ < (0, 11):  # three times as fast; later versions do not
   QUICK += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 
+# No test downloads weights by mistake. Read when huggingface_hub is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # grain's worker processes read absl flags.
 flags.FLAGS.mark_as_parsed()
 

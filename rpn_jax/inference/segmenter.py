@@ -1,7 +1,7 @@
 """Your image, your words: `Segmenter.load(model)("photo.jpg", ["a cat", "grass"])`.
 
 A model is the workdir of a training run, whose prompts are used, or a file of CLIP weights or the
-name of shipped ones, which are used by a training-free method.
+name of shipped or public ones, which are used by a training-free method.
 """
 
 import functools
@@ -23,6 +23,7 @@ from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adju
 from rpn_jax.inference.sliding import SlidingWindow, round_up
 from rpn_jax.models import training_free
 from rpn_jax.training.run import Run, read_config
+from rpn_jax.weights import checkpoints, clip_file, hub
 
 # Training-free methods.
 METHODS = training_free.METHODS
@@ -61,10 +62,11 @@ class Segmenter:
     synonyms: str | None = None,
     clip: str | None = None,
   ) -> "Segmenter":
-    """Loads a segmenter from the workdir of a run, a file of CLIP weights, or a shipped name.
+    """Loads a segmenter from the workdir of a run, a file of CLIP weights, or a name.
 
     Args:
-      model: a folder, a file, or one of SHIPPED.
+      model: a folder, a file, one of SHIPPED, or the name of public weights, as "ViT-B/16" or
+        "hf://owner/name": these are fetched once (`weights.checkpoints`).
       method: None uses the trained network of a run, and "sclip" for weights; one of METHODS uses
         CLIP without training, also that of a run.
       checkpoint: for runs: "last", or "best", the one with the highest evaluation score.
@@ -82,19 +84,21 @@ class Segmenter:
     if checkpoint not in ("last", "best"):
       raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
     path = expand(model)
-    if path.is_dir():
+    if path.is_dir() and not hub.holds_weights(path):
       choices = {"templates": templates, "synonyms": synonyms, "clip": clip}
       return cls._from_workdir(path, method, checkpoint, choices)
     name = str(model)
     file: str | pathlib.Path
     if name in SHIPPED and not path.exists():
       file, own_templates = SHIPPED[name]
-    elif path.is_file():
-      file, own_templates, name = path, "imagenet80", path.stem
+    elif path.exists():
+      file, own_templates, name = clip_file.find_weights(model), "imagenet80", path.stem
+    elif public := checkpoints.find(model):
+      file, own_templates, name = clip_file.find_weights(model), "imagenet80", public.name
     else:
       raise InputError(
         f"model={name!r}: expected the workdir of a run, a file of CLIP weights, or one of "
-        f"{', '.join(SHIPPED)}; nothing is there"
+        f"{', '.join(SHIPPED)}, {', '.join(checkpoints.CHECKPOINTS)}; nothing is there"
       )
     if method == "rpn":
       raise InputError(f"method='rpn' needs the workdir of a training run, got {model}")
