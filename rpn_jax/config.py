@@ -251,7 +251,11 @@ class Run:
     0, "for initial prompts, data order, augmentation, dropout and gate noise",
     at_least=0, at_most=1 << 62,
   )  # fmt: skip
-  clip: str = field("", "CLIP weights: a file, or one in rpn_jax/assets", is_path=True)
+  clip: str = field(
+    "",
+    "CLIP weights: a file, one in rpn_jax/assets, or a name in the list of `rpn weights`",
+    is_path=True,
+  )
   prompts: str = field(
     "",
     "trained prompts to evaluate or predict with, a file; none: the workdir's",
@@ -418,8 +422,7 @@ class Backbone:
   """One of OpenAI's CLIPs.
 
   Attributes:
-    title: as papers call it.
-    weights: where recipes look for its file.
+    title: as papers call it, and `rpn weights`.
     crop: side of training crops and windows, pixels: whole patches.
     stride: step of the windows, pixels.
     architecture: fields of CLIPConfig: `vision_width`, `patch_size` and what differs from its
@@ -427,7 +430,6 @@ class Backbone:
   """
 
   title: str
-  weights: str
   crop: int
   stride: int
   architecture: Mapping[str, Any]
@@ -435,10 +437,10 @@ class Backbone:
 
 BACKBONES = {
   "b16": Backbone(
-    "ViT-B/16", "weights/ViT-B-16.safetensors", 512, 426, {"vision_width": 768, "patch_size": 16}
+    "ViT-B/16", 512, 426, {"vision_width": 768, "patch_size": 16}
   ),
   "l14": Backbone(  # 512 is no multiple of 14
-    "ViT-L/14", "weights/ViT-L-14.safetensors", 518, 432,
+    "ViT-L/14", 518, 432,
     {
       "embed_dim": 768, "patch_size": 14, "vision_width": 1024, "vision_layers": 24,
       "vision_heads": 16, "text_width": 768, "text_heads": 12,

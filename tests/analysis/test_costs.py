@@ -93,7 +93,7 @@ def test_wrong_words_are_named(run):
 
 
 def test_missing_weights_are_named(run):
-  status, _, error = run("costs", "--config=configs/voc.py")
+  status, _, error = run("costs", "--config=configs/voc.py", "--config.clip=ViT-B-16.safetensors")
   lines = error.strip().splitlines()
   assert status == 2 and len(lines) == 1
   assert "ViT-B-16.safetensors: no such file; give --backbone=b16" in lines[0]
