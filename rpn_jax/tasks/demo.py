@@ -1,6 +1,6 @@
 """A page in the browser: drop an image, type words, see the segmentation.
 
-    python -m rpn_jax demo --model=runs/shapes --model=weights/ViT-B-16.safetensors
+    python -m rpn_jax demo --model=runs/shapes --model=ViT-B/16
 
 The page is Gradio's (`pip install ".[demo]"`), what its buttons do are plain functions.
 """
