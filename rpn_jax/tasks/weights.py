@@ -50,10 +50,11 @@ def main(arguments=None) -> int:
 def _get(args: argparse.Namespace) -> None:
   checkpoint = check_name(args.name)
   if args.source:
-    path = hub.adopt(checkpoint, args.source, clip_file.convert)
+    hub.adopt(checkpoint, args.source, clip_file.convert)
+  elif hub.cached(checkpoint).exists():
+    print(f"{checkpoint.name} is here already: {hub.cached(checkpoint)}")
   else:
-    path = hub.get(checkpoint, clip_file.convert)
-  print(f"{path}\nlicense: {checkpoint.license or f'see {checkpoint.page}'}")
+    hub.get(checkpoint, clip_file.convert)
 
 
 def _listing() -> str:

@@ -68,6 +68,7 @@ def adopt(checkpoint: Checkpoint, source: pathlib.Path, convert: Convert) -> pat
   """
   with _locked(checkpoint):
     convert(source, checkpoint, cached(checkpoint), {"origin": str(source)})
+  _say_here(checkpoint)
   return cached(checkpoint)
 
 
@@ -127,7 +128,12 @@ def _fetch(checkpoint: Checkpoint, path: pathlib.Path, convert: Convert) -> None
     shutil.rmtree(staging, ignore_errors=True)
     raise
   shutil.rmtree(staging, ignore_errors=True)
-  print(f"{checkpoint.name} is here now: {path}", flush=True)
+  _say_here(checkpoint)
+
+
+def _say_here(checkpoint: Checkpoint) -> None:
+  license = checkpoint.license or f"see {checkpoint.page}"
+  print(f"{checkpoint.name} is here now: {cached(checkpoint)} (license: {license})", flush=True)
 
 
 def _download(checkpoint: Checkpoint, staging: pathlib.Path) -> tuple[pathlib.Path, dict[str, str]]:
@@ -168,13 +174,15 @@ def _from_hub(checkpoint: Checkpoint, staging: pathlib.Path) -> tuple[pathlib.Pa
     url = hf_hub_url(checkpoint.repository, name, revision=commit, endpoint=endpoint)
     with transfer.explained():
       known = get_hf_file_metadata(url, timeout=timeout, endpoint=endpoint)
-      if not known.commit_hash or not known.size:
+      if not known.commit_hash or not known.etag:
         raise ValueError("these headers are not the hub's")
-    if name == wanted and len(known.etag or "") not in (40, 64):
+    if name == wanted and len(known.etag) not in (40, 64):
+      if known.size is None:
+        raise TransferError(f"{endpoint} tells neither size nor checksum of {wanted}")
       print(f"{endpoint} tells no checksum of {wanted}: only its size is compared", flush=True)
     transfer.fetch(
       url, staging / os.path.basename(name), checkpoint.name if name == wanted else name,
-      size=known.size, checksum=known.etag or "", headers=build_hf_headers(),
+      size=known.size, checksum=known.etag, headers=build_hf_headers(),
     )  # fmt: skip
   origin = f"hf://{checkpoint.repository}@{commit}/{wanted}"
   return staging / os.path.basename(wanted), {"origin": origin}

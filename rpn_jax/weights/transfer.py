@@ -42,8 +42,10 @@ def explain(error: Exception) -> TransferError:
     return TransferError(_of_status(error.response))
   if isinstance(error, httpx2.TimeoutException):
     return TransferError("no answer in time: check the network, or try again later")
+  reason = " ".join(str(error).split()) or type(error).__name__
+  if isinstance(error, (httpx2.ReadError, httpx2.RemoteProtocolError)):
+    return TransferError(f"the connection broke ({reason}): the same command continues")
   if isinstance(error, httpx2.HTTPError):
-    reason = " ".join(str(error).split()) or type(error).__name__
     return TransferError(
       f"no connection ({reason}): check the network and HTTPS_PROXY, or set HF_ENDPOINT to a mirror"
     )
@@ -169,11 +171,14 @@ def _receive(
     check_space(part.parent, total - have)
     with (
       _writing(part, "ab" if have else "wb") as file,
-      progress(max(1, total // MB), label, "MB", have // MB) as bar,
+      progress(total // MB, label, "MB", have // MB)
+      if total > MB
+      else contextlib.nullcontext() as bar,
     ):
       for chunk in response.iter_bytes():  # as they come, so that none is lost
         file.write(chunk)
-        bar.update((have + len(chunk)) // MB - have // MB)
+        if bar:
+          bar.update((have + len(chunk)) // MB - have // MB)
         have += len(chunk)
 
 

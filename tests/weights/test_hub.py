@@ -207,7 +207,7 @@ def test_an_interrupted_transfer_resumes(server):
   (part / "model.safetensors.0123.part").write_bytes(b"of an older version")
   (part / f"model.safetensors.{digest[:12]}.part").write_bytes(content[:700_000])
   message = one_line("could not be fetched: ", clip_file.find_weights, NAME)
-  assert "no connection (peer closed connection" in message
+  assert "the connection broke (peer closed connection" in message
   assert [file.name for file in part.glob("*.part")] == [f"model.safetensors.{digest[:12]}.part"]
   assert hub.state(row()) == "1 MB so far"
   del server.faults["cdn"]
@@ -301,6 +301,15 @@ def test_a_small_file_is_checked_too(server):
   server.faults["small"] = Fault(body=b'{"vision_config": {}, "text_config": {}}' + b" " * 30)
   message = one_line("could not be fetched", clip_file.find_weights, f"hf://{REPOSITORY}")
   assert "bytes, got" in message or "checksum" in message
+
+
+def test_without_a_checksum_only_the_size_is_compared(server, capsys):
+  server.faults["resolve"] = Fault(headers={"X-Linked-Etag": '"unusual"'})
+  clip_file.find_weights(NAME)
+  assert "tells no checksum of model.safetensors" in capsys.readouterr().out
+  server.faults["resolve"].headers["X-Linked-Size"] = ""
+  hub.remove(row())
+  one_line("tells neither size nor checksum", clip_file.find_weights, NAME)
 
 
 def test_no_network(server, monkeypatch):
@@ -404,7 +413,8 @@ def test_the_list_fits_a_terminal(server, capsys):
 
 def test_get_and_remove(server, tmp_path, capsys):
   assert command("get", NAME) == 0
-  assert str(hub.cached(row())) in capsys.readouterr().out
+  assert f"is here now: {hub.cached(row())}" in capsys.readouterr().out
+  assert command("get", NAME) == 0 and "is here already" in capsys.readouterr().out
   assert command("rm", NAME) == 0 and "removed 2 MB" in capsys.readouterr().out
   assert command("rm", NAME) == 0 and "is not here" in capsys.readouterr().out
   assert kept() == []
