@@ -433,3 +433,9 @@ def test_what_was_downloaded_by_hand(server, tmp_path, capsys):
   assert "got another architecture" in capsys.readouterr().err
   assert command("get", NAME, f"--from={tmp_path}/nothing") == 2
   assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_converter_takes_a_name(server, tmp_path):
+  out = tmp_path / "half.safetensors"
+  assert cli.main(["convert", f"hf://{REPOSITORY}", str(out), "--dtype=float16"]) == 0
+  assert clip_file.load(out)[0] == tiny.TINY
