@@ -87,14 +87,14 @@ class Segmenter:
     if path.is_dir() and not hub.holds_weights(path):
       choices = {"templates": templates, "synonyms": synonyms, "clip": clip}
       return cls._from_workdir(path, method, checkpoint, choices)
-    name = str(model)
-    file: str | pathlib.Path
+    name, own_templates = str(model), "imagenet80"
+    file: str | pathlib.Path = path
     if name in SHIPPED and not path.exists():
       file, own_templates = SHIPPED[name]
     elif path.exists():
-      file, own_templates, name = clip_file.find_weights(model), "imagenet80", path.stem
+      name = path.stem
     elif public := checkpoints.find(model):
-      file, own_templates, name = clip_file.find_weights(model), "imagenet80", public.name
+      name = public.name
     else:
       raise InputError(
         f"model={name!r}: expected the workdir of a run, a file of CLIP weights, or one of "
@@ -102,6 +102,8 @@ class Segmenter:
       )
     if method == "rpn":
       raise InputError(f"method='rpn' needs the workdir of a training run, got {model}")
+    if file == path:  # fetched now, not before everything else was checked
+      file = clip_file.find_weights(model)
     predictor = Predictor.from_weights(
       file,
       method=method or "sclip",

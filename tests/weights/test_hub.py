@@ -146,6 +146,8 @@ def test_a_row_needs_the_file_of_weights_only_and_is_fetched_once(server, monkey
   monkeypatch.setitem(
     server.repositories, REPOSITORY, {"model.safetensors": files["model.safetensors"]}
   )
+  one_line("needs the workdir of a training run", Segmenter.load, NAME, method="rpn")
+  assert server.log == []  # nothing is fetched in vain
   segmenter = Segmenter.load("vit-t-8", templates="single")
   assert NAME in segmenter.method
   requests = list(server.log)
