@@ -69,7 +69,7 @@ def _segment(arguments: list[str]) -> int:
   add("image", help="a jpg, png or webp file, or a folder of them")
   add("words", help='class names, e.g. "cat | kitten, grass": | joins synonyms')
   add(
-    "--model", default="shapes_clip",
+    "--model", default="shapes",
     help="workdir of a training run, file of CLIP weights, or a name: ViT-B/16 and others of "
     "`rpn weights`, fetched once; shapes_clip (%(default)s), the tiny CLIP of the shapes data set",
   )  # fmt: skip

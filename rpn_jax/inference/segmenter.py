@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
+import ml_collections
 import numpy as np
 
 from rpn_jax.base import pixels
@@ -23,12 +24,15 @@ from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adju
 from rpn_jax.inference.sliding import SlidingWindow, round_up
 from rpn_jax.models import training_free
 from rpn_jax.training.run import Run, read_config
-from rpn_jax.weights import checkpoints, clip_file, hub
+from rpn_jax.weights import checkpoints, clip_file, hub, prompts_file
 
 # Training-free methods.
 METHODS = training_free.METHODS
 # Weights in rpn_jax/assets: name -> (file, templates they were trained with).
 SHIPPED = {"shapes_clip": ("shapes_clip.safetensors", "single")}
+# Trained prompts around one of these.
+SHIPPED_PROMPTS = {"shapes": "shapes_prompts.safetensors"}
+# By the CLIP's name: what must be known of every result that it makes.
 NOTE = {"shapes_clip": "it was trained on the shapes data set, not on photographs"}
 
 # Rows of text that independent classes are filled up to; further ones are rounded up.
@@ -54,7 +58,7 @@ class Segmenter:
   @classmethod
   def load(
     cls,
-    model: str | os.PathLike = "shapes_clip",
+    model: str | os.PathLike = "shapes",
     *,
     method: str | None = None,
     checkpoint: str = "last",
@@ -62,11 +66,11 @@ class Segmenter:
     synonyms: str | None = None,
     clip: str | None = None,
   ) -> "Segmenter":
-    """Loads a segmenter from the workdir of a run, a file of CLIP weights, or a name.
+    """Loads a segmenter from the workdir of a run, a file of prompts or CLIP weights, or a name.
 
     Args:
-      model: a folder, a file, one of SHIPPED, or the name of public weights, as "ViT-B/16" or
-        "hf://owner/name": these are fetched once (`weights.checkpoints`).
+      model: a folder, a file, one of SHIPPED_PROMPTS or SHIPPED, or the name of public weights, as
+        "ViT-B/16" or "hf://owner/name": these are fetched once (`weights.checkpoints`).
       method: None uses the trained network of a run, and "sclip" for weights; one of METHODS uses
         CLIP without training, also that of a run.
       checkpoint: for runs: "last", or "best", the one with the highest evaluation score.
@@ -74,7 +78,7 @@ class Segmenter:
         of the run, and ImageNet's 80 for weights.
       synonyms: how several words for a class are joined, see `text.templates`; None uses the run's
         setting, and "mean" for weights.
-      clip: new location of the CLIP weights of a run, if they have been moved.
+      clip: the CLIP weights of a run or of prompts, if they are not where they were in training.
 
     Raises:
       InputError: no such model, or a damaged one.
@@ -83,11 +87,16 @@ class Segmenter:
       check_known("method=", method, ("rpn", *METHODS))
     if checkpoint not in ("last", "best"):
       raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
-    path = expand(model)
+    path, name, own_templates = expand(model), str(model), "imagenet80"
+    choices = {"templates": templates, "synonyms": synonyms, "clip": clip}
     if path.is_dir() and not hub.holds_weights(path):
-      choices = {"templates": templates, "synonyms": synonyms, "clip": clip}
-      return cls._from_workdir(path, method, checkpoint, choices)
-    name, own_templates = str(model), "imagenet80"
+      return cls._from_config(read_config(path), path, method, checkpoint, choices)
+    prompts = path
+    if name in SHIPPED_PROMPTS and not path.exists():
+      prompts = clip_file.ASSETS / SHIPPED_PROMPTS[name]
+    if prompts_file.holds_prompts(prompts):
+      config = prompts_file.config_of(prompts)
+      return cls._from_config(config, name, method, checkpoint, choices)
     file: str | pathlib.Path = path
     if name in SHIPPED and not path.exists():
       file, own_templates = SHIPPED[name]
@@ -97,11 +106,11 @@ class Segmenter:
       name = public.name
     else:
       raise InputError(
-        f"model={name!r}: expected the workdir of a run, a file of CLIP weights, or one of "
-        f"{', '.join(SHIPPED)}, {', '.join(checkpoints.CHECKPOINTS)}; nothing is there"
+        f"model={name!r}: expected the workdir of a run, a file of prompts or CLIP weights, or one "
+        f"of {', '.join([*SHIPPED_PROMPTS, *SHIPPED, *checkpoints.CHECKPOINTS])}; nothing is there"
       )
     if method == "rpn":
-      raise InputError(f"method='rpn' needs the workdir of a training run, got {model}")
+      raise InputError(f"method='rpn' needs a training run or its prompts, got {model}")
     if file == path:  # fetched now, not before everything else was checked
       file = clip_file.find_weights(model)
     predictor = Predictor.from_weights(
@@ -113,16 +122,17 @@ class Segmenter:
     return cls(predictor, _training_free(predictor, name))
 
   @classmethod
-  def _from_workdir(
-    cls, workdir: pathlib.Path, method: str | None, checkpoint: str, choices: dict
-  ) -> "Segmenter":
-    config = read_config(workdir)
+  def _from_config(
+    cls, config: ml_collections.ConfigDict, where: str | os.PathLike, method: str | None,
+    checkpoint: str, choices: dict,
+  ) -> "Segmenter":  # fmt: skip
+    """The segmenter of a run's config; `where` is its workdir, or what its prompts are called."""
     if method in METHODS:
       config.method, config.dense.method = "training_free", method
     for field, value in choices.items():
       if value is not None:
         config[field] = value
-    return cls.from_run(*open_run(config.lock(), workdir), checkpoint)
+    return cls.from_run(*open_run(config.lock(), where), checkpoint)
 
   @classmethod
   def from_run(cls, predictor: Predictor, run: Run, checkpoint: str = "last") -> "Segmenter":
@@ -135,10 +145,11 @@ class Segmenter:
     """
     restored = predictor.read_prompts(run)
     step, prompts = restored.get(checkpoint, restored["last"])  # the best may be the last
+    clip = pathlib.Path(run.config.clip).stem
     if predictor.network.trainable:
-      method = f"{type(predictor.network).__name__}, step {step} of {run.workdir}"
+      method = _noted(f"{type(predictor.network).__name__}, step {step} of {run.workdir}", clip)
     else:
-      method = _training_free(predictor, pathlib.Path(run.config.clip).stem)
+      method = _training_free(predictor, clip)
     return cls(predictor.with_prompts(prompts), method, step)
 
   @overload
@@ -223,6 +234,9 @@ class Segmenter:
     return f"Segmenter({self.method})"
 
 
-def _training_free(predictor: Predictor, name: str) -> str:
-  method = f"training-free {predictor.network.title} on {name}, no trained prompts"
-  return f"{method}; {NOTE[name]}" if name in NOTE else method
+def _training_free(predictor: Predictor, clip: str) -> str:
+  return _noted(f"training-free {predictor.network.title} on {clip}, no trained prompts", clip)
+
+
+def _noted(method: str, clip: str) -> str:
+  return f"{method}; {NOTE[clip]}" if clip in NOTE else method

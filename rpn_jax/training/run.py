@@ -5,8 +5,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import ml_collections
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 from rpn_jax.base.console import WORKDIR_FILES
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import locked, write_json
+from rpn_jax.config import with_tuples
 from rpn_jax.training.checkpoint import Checkpoints
 from rpn_jax.training.identity import check_identity, identity
 from rpn_jax.training.metric_log import METRICS, read_history
@@ -197,11 +197,4 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     raise InputError(
       f"{path}: expected the whole config of a segmentation run; repeat the run with this version"
     ) from None
-  return ml_collections.ConfigDict(_with_tuples(config))
-
-
-def _with_tuples(value: Any) -> Any:
-  """Turns the lists of JSON back into tuples, which modules can hash."""
-  if isinstance(value, Mapping):
-    return {k: _with_tuples(v) for k, v in value.items()}
-  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+  return ml_collections.ConfigDict(with_tuples(config))

@@ -77,7 +77,7 @@ class Checkpoint:
 
 
 def _sized(size: str, activation: str) -> dict[str, Any]:
-  """Architecture and number of parameters, the latter from open_clip's docs/model_profile.csv."""
+  """Architecture, and the number of parameters that follows from it (a test counts them)."""
   b16, l14 = (BACKBONES[name].architecture for name in ("b16", "l14"))
   fields, millions = {
     "B/32": ({**b16, "patch_size": 32}, 151_277_313),

@@ -6,15 +6,18 @@ config, the class names, and the fingerprint of the CLIP weights around them.
 
 import itertools
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import differences
+from rpn_jax.config import defaults, with_tuples
 from rpn_jax.weights.arrays import float32, read_safetensors, write_safetensors
 
 FORMAT, VERSION = "rpn_jax.prompts", "1"
@@ -59,6 +62,40 @@ def save(path, content: Prompts) -> None:
     "step": str(content.step),
   }
   write_safetensors(path, arrays, header)
+
+
+def holds_prompts(path: pathlib.Path) -> bool:
+  """Whether a path is a file of prompts, by its header.
+
+  Raises:
+    InputError: a damaged safetensors file.
+  """
+  if not path.is_file():
+    return False
+  with path.open("rb") as file:
+    if file.read(9)[8:] != b"{":  # where the header of safetensors begins
+      return False
+  return read_safetensors(path)[1].get("format") == FORMAT
+
+
+def config_of(path: pathlib.Path) -> ml_collections.ConfigDict:
+  """The config that a file of prompts was trained with, unlocked, and set to read this file.
+
+  Fields that the file does not know, as those of the authors' checkpoints, have their defaults.
+
+  Raises:
+    InputError: see `load`; or a config that is not one of a segmentation run.
+  """
+  config = defaults().unlock()
+  try:
+    with config.ignore_type():
+      config.update(with_tuples(load(path).config))
+  except (KeyError, TypeError, ValueError, AttributeError):
+    raise InputError(
+      f"expected the config of a segmentation run in {path}: export it again"
+    ) from None
+  config.prompts = str(path)
+  return config
 
 
 def load(path) -> Prompts:
