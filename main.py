@@ -14,6 +14,7 @@ flags.DEFINE_enum("mode", "train", ("train", "eval", "predict", "classify", "exp
 flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
 flags.DEFINE_list("distributed", [], "HOST:PORT,PROCESSES,PROCESS; pods and Slurm need none")
 flags.DEFINE_string("classes", None, 'predict, classify: class names, e.g. "red circle, sand"')
+flags.DEFINE_bool("restart", False, "train: move what is in the workdir aside, begin at step 0")
 flags.DEFINE_bool("quiet", False, "Print nothing but errors")
 flags.DEFINE_bool("verbose", False, "Print what the libraries log and compile, and tracebacks")
 flags.mark_flags_as_required(["config", "workdir"])
@@ -29,7 +30,8 @@ def run(config, workdir) -> None:
     if config.task == "pretrain":
       pretrain.pretrain(config, workdir, **datasets.captions(config))
     elif FLAGS.mode == "train":
-      train.train(config, workdir, datasets.load(config, devices.process()))
+      data = datasets.load(config, devices.process())
+      train.train(config, workdir, data, restart=FLAGS.restart)
     elif FLAGS.mode == "eval":
       evaluate.evaluate_run(config, workdir, datasets.load_evaluations(config))
     elif FLAGS.mode == "export":
@@ -46,6 +48,8 @@ def command(arguments) -> None:
   if arguments:
     raise InputError(f"unexpected argument {arguments[0]!r}: every setting is a --flag=value")
   check(FLAGS.config)
+  if FLAGS.restart and (FLAGS.mode != "train" or FLAGS.config.get("task") == "pretrain"):
+    raise InputError("--restart is for --mode=train of a segmentation run: leave it out here")
   expand_paths(FLAGS.config)
   workdir = paths.expand(FLAGS.workdir)
   run(FLAGS.config, workdir)

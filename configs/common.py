@@ -67,7 +67,7 @@ def benchmark(
   backbone = config.BACKBONES[args.backbone]
   patch = backbone.architecture["patch_size"]
   c = segmentation(args.preset, name, crop=backbone.crop, patch=patch, deep_tokens=deep_tokens)
-  c.clip = backbone.weights
+  c.clip = backbone.title
   c.templates = templates
   c.data.setting = args.setting
   c.eval.stride = backbone.stride

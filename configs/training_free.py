@@ -54,7 +54,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     patch = backbone.architecture["patch_size"]
     # Both towers were trained at 224 pixels, where no position embedding has to be resized.
     c = common.segmentation("paper", args.data, crop=224, patch=patch, deep_tokens=0)
-    c.clip, c.method = backbone.weights, "training_free"
+    c.clip, c.method = backbone.title, "training_free"
     c.templates = "imagenet80"
     c.data.setting = "supervised"  # every class is scored alike
     c.data.short_side, c.eval.stride = 336, 112

@@ -10,7 +10,7 @@ Published (ViT-B/16; pAcc / mIoU seen / unseen / hIoU in %):
   supervised    97.2 / 94.0 / 94.6 / 94.3
 
 Prepare the data first: python -m data_pipelines.prepare voc --manual_dir=RAW --data_dir=data
-(docs/data.md), and CLIP: python -m rpn_jax convert ViT-B-16.pt weights/ViT-B-16.safetensors.
+(docs/data.md). CLIP's weights are fetched by their name (python -m rpn_jax weights).
 Arguments: setting=zero_shot|transductive|supervised, preset=paper|released, tuner=…,
 backbone=b16|l14, runlocal.
 """

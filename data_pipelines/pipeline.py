@@ -16,8 +16,10 @@ import grain
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_pipelines.sources.files import check_label_format
+from data_pipelines.workers import read_in_processes
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.pixels import check_size
+from rpn_jax.base.pixels import check_size, to_rgb
 
 Example = dict[str, Any]
 
@@ -69,8 +71,10 @@ def _decode(value, name: str, what: str) -> np.ndarray:
   try:
     with Image.open(io.BytesIO(value)) as file:
       check_size(f"example {name}", file.size)
+      if what == "label":
+        check_label_format(f"example {name}", file)
       ImageOps.exif_transpose(file, in_place=True)
-      return np.array(file.convert("RGB") if what == "image" else file)
+      return to_rgb(file, f"example {name}") if what == "image" else np.array(file)
   except InputError:
     raise
   except Exception as error:  # Pillow raises a dozen kinds on damaged files
@@ -182,7 +186,8 @@ def train_batches(
     start_step: steps already done.
     shard: (index, count) of this process.
     num_threads: threads that each build a whole batch; 0 builds in the caller's thread.
-    workers: extra processes (spawned; absl flags must be parsed); 0 uses threads only.
+    workers: extra processes (spawned; absl flags must be parsed), which end with this one and pass
+      batches through shared memory, if there is enough; 0 uses threads only.
     prefetch: batches held ready; 0 only together with num_threads 0.
 
   Returns:
@@ -191,7 +196,7 @@ def train_batches(
 
   Raises:
     InputError: fewer examples than one batch, a batch that the processes cannot share evenly, or,
-      while iterating, a bad example.
+      while iterating, a bad example or the end of a reader process.
   """
   index, count = shard
   if not 0 <= index < count:
@@ -213,8 +218,10 @@ def train_batches(
   batches = part.batch(batch_size // count, drop_remainder=True)[start_step:]
   iterator = batches.to_iter_dataset(grain.ReadOptions(num_threads, prefetch))
   if workers:
-    per_worker = max(1, prefetch // workers)
-    iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker))
+    rows = batch_size // count
+    example = part[start_step * rows]  # its size is known to the transform only
+    batch_bytes = rows * sum(value.nbytes for value in example.values())
+    return read_in_processes(iterator, workers, prefetch, batch_bytes)
   return iter(iterator)
 
 

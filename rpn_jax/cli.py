@@ -19,6 +19,7 @@ from rpn_jax.drawing.palette import PALETTES
 COMMANDS = {
   "segment": ("rpn_jax.tasks.segment", "images into the classes you name"),
   "demo": ("rpn_jax.tasks.demo", "a page in the browser: an image, words, the segmentation"),
+  "weights": ("rpn_jax.tasks.weights", "public CLIP weights by name: list, get, remove"),
   "convert": ("rpn_jax.tasks.convert", "CLIP's weights into the form that this package reads"),
   "convert_vit": ("rpn_jax.tasks.convert_vit", "a plain ViT or MAE beside CLIP's text tower"),
   "report": ("rpn_jax.analysis.report", "many runs side by side: a table, curves"),
@@ -68,9 +69,9 @@ def _segment(arguments: list[str]) -> int:
   add("image", help="a jpg, png or webp file, or a folder of them")
   add("words", help='class names, e.g. "cat | kitten, grass": | joins synonyms')
   add(
-    "--model", default="shapes_clip",
-    help="workdir of a training run, file of CLIP weights, or shapes_clip (%(default)s), the tiny "
-    "CLIP of the shapes data set",
+    "--model", default="shapes",
+    help="workdir of a training run, file of CLIP weights, or a name: ViT-B/16 and others of "
+    "`rpn weights`, fetched once; shapes_clip (%(default)s), the tiny CLIP of the shapes data set",
   )  # fmt: skip
   add("--method", help="rpn, vanilla, maskclip, sclip, clearclip; else what the model has")
   add("--checkpoint", default="last", choices=("last", "best"), help="of a run")

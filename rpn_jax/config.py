@@ -132,6 +132,11 @@ class Loss:
   mask_ignored: bool = field(
     False, "leave ignored pixels out of the focal loss; in the official code they are negatives"
   )
+  skip_empty: bool = field(
+    False,
+    "sigmoid: a batch whose pixels are all ignored adds nothing; in the official code its focal "
+    "loss is divided by 1 in place of a number of masks, so it outweighs other batches",
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +227,10 @@ class Eval:
     (), "data sets of --mode=eval, every class prompted; (): the training set, in its setting"
   )
   crop: int = field(512, "side of the sliding window, pixels", at_least=1)
-  stride: int = field(426, "step of the sliding window, pixels", at_least=1)
+  stride: int = field(
+    426, "step of the sliding window, pixels; at most its side, so that no pixel is left out",
+    at_least=1,
+  )  # fmt: skip
   window_batch: int = field(4, "windows per call of the network", at_least=1)
   scales: tuple[float, ...] = field(
     (1.0,), "scores are averaged over these sizes, factors on data.short_side", above=0
@@ -243,7 +251,11 @@ class Run:
     0, "for initial prompts, data order, augmentation, dropout and gate noise",
     at_least=0, at_most=1 << 62,
   )  # fmt: skip
-  clip: str = field("", "CLIP weights: a file, or one in rpn_jax/assets", is_path=True)
+  clip: str = field(
+    "",
+    "CLIP weights: a file, one in rpn_jax/assets, or a name in the list of `rpn weights`",
+    is_path=True,
+  )
   prompts: str = field(
     "",
     "trained prompts to evaluate or predict with, a file; none: the workdir's",
@@ -360,14 +372,30 @@ def check(config: Config) -> None:
   What another version wrote is accepted: missing and unknown fields are passed over.
 
   Raises:
-    InputError: a value of another type, out of bounds, or an unknown word.
+    InputError: a value of another type, out of bounds, or an unknown word; windows that leave
+      pixels out.
   """
   fields.check(config, declared_class(config))
+  windows = config.get("eval", {})
+  crop, stride = windows.get("crop"), windows.get("stride")
+  if crop and stride and stride > crop:
+    raise InputError(
+      f"config.eval.stride={stride}: expected at most config.eval.crop={crop}, since the pixels "
+      f"between windows would get no class; lower the stride, as to {max(1, crop * 5 // 6)}, or "
+      "raise the crop"
+    )
   if config.get("shard_state") and config.get("parallel") == "pmap":
     raise InputError(
       'config.shard_state=True needs config.parallel="shard_map": under pmap every device has the '
       "whole state"
     )
+
+
+def with_tuples(value: Any) -> Any:
+  """Turns the lists of JSON back into tuples, which modules can hash."""
+  if isinstance(value, Mapping):
+    return {k: with_tuples(v) for k, v in value.items()}
+  return tuple(map(with_tuples, value)) if isinstance(value, list) else value
 
 
 def check_whole_patches(field: str, side: int, clip: str, patch_size: int) -> None:
@@ -401,8 +429,7 @@ class Backbone:
   """One of OpenAI's CLIPs.
 
   Attributes:
-    title: as papers call it.
-    weights: where recipes look for its file.
+    title: as papers call it, and `rpn weights`.
     crop: side of training crops and windows, pixels: whole patches.
     stride: step of the windows, pixels.
     architecture: fields of CLIPConfig: `vision_width`, `patch_size` and what differs from its
@@ -410,7 +437,6 @@ class Backbone:
   """
 
   title: str
-  weights: str
   crop: int
   stride: int
   architecture: Mapping[str, Any]
@@ -418,10 +444,10 @@ class Backbone:
 
 BACKBONES = {
   "b16": Backbone(
-    "ViT-B/16", "weights/ViT-B-16.safetensors", 512, 426, {"vision_width": 768, "patch_size": 16}
+    "ViT-B/16", 512, 426, {"vision_width": 768, "patch_size": 16}
   ),
   "l14": Backbone(  # 512 is no multiple of 14
-    "ViT-L/14", "weights/ViT-L-14.safetensors", 518, 432,
+    "ViT-L/14", 518, 432,
     {
       "embed_dim": 768, "patch_size": 14, "vision_width": 1024, "vision_layers": 24,
       "vision_heads": 16, "text_width": 768, "text_heads": 12,

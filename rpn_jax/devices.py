@@ -110,7 +110,7 @@ def runtime(coordinator: Sequence[str] = (), matmul_precision: str = "default") 
     InputError: the processes do not find each other, or JAX finds no device of the kind that
       JAX_PLATFORMS asks for; later, when memory runs out.
   """
-  if jax.config.jax_enable_x64:
+  if jax.config.values["jax_enable_x64"]:
     print("64-bit types are on (JAX_ENABLE_X64) and are turned off: rpn_jax computes in 32 bits")
     jax.config.update("jax_enable_x64", False)
   configure_cpu()
@@ -201,7 +201,7 @@ def check_platform() -> None:
   try:
     jax.devices()
   except (RuntimeError, AssertionError) as error:  # the latter where the plugin is not installed
-    asked = jax.config.jax_platforms
+    asked = jax.config.values["jax_platforms"]
     reason = " ".join(str(error).split()).removesuffix(".") or "its plugin is not installed"
     raise InputError(
       f"JAX_PLATFORMS={asked}: expected devices that JAX can use here, got none ({reason}): unset "

@@ -9,12 +9,15 @@ import pytest
 from absl import flags
 
 # Compilation is most of the time of the tests. Read when JAX first looks for devices.
-QUICK = ["--xla_backend_optimization_level=0"]
+QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 # What commands set (devices.configure_cpu): with the same flags they share compiled programs.
 QUICK += ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
 if jax.__version_info__ < (0, 11):  # three times as fast; later versions do not have the flag
   QUICK += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
+
+# No test downloads weights by mistake. Read when huggingface_hub is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # grain's worker processes read absl flags.
 flags.FLAGS.mark_as_parsed()

@@ -89,7 +89,9 @@ def test_a_run_of_0_2_0_has_the_same_config():
     "data.short_side", "eval.crop", "eval.stride",
   )}  # fmt: skip
   c.update_from_flattened_dict({**given, "data.scale": (128, 32)})
-  assert json.loads(json.dumps(c.to_dict())) == old
+  new = json.loads(json.dumps(c.to_dict()))
+  assert new["loss"].pop("skip_empty") is False  # added since
+  assert new == old
   config.check(old)  # as lists
 
 
@@ -124,7 +126,7 @@ def test_backbones():
 
 def test_sections_take_changes_of_their_fields_only():
   c = config.section(config.Loss, name="softmax")
-  assert c.to_dict() == {"name": "softmax", "mask_ignored": False}
+  assert c.to_dict() == {"name": "softmax", "mask_ignored": False, "skip_empty": False}
   with pytest.raises(TypeError, match="Loss has no field nam"):
     config.section(config.Loss, nam="softmax")
   grid = config.section(config.RPNConfig)
@@ -155,7 +157,10 @@ def test_bounds_are_enforced(path):
     """The number in the form of the field."""
     of = {"model.h_grid": 2, "eval.scales": 1}.get(path)
     count = of or (len(default) if isinstance(default, tuple) else None)
-    config.check(changed(path, (number,) * count if count else number))
+    c = changed(path, (number,) * count if count else number)
+    if path == "eval.crop":  # not below the stride
+      c["eval"]["stride"] = 1
+    config.check(c)
 
   step = 1 if "int" in str(f.type) else 1e-3
   low = spec.above if spec.above is not None else spec.at_least
@@ -216,6 +221,16 @@ def test_pmap_holds_the_whole_state():
   c = config.defaults()
   c.shard_state, c.parallel = True, "pmap"
   with pytest.raises(InputError, match=r'shard_state=True needs config\.parallel="shard_map"'):
+    config.check(c)
+
+
+def test_windows_leave_no_pixel_out():
+  c = config.defaults()
+  c.eval.stride = c.eval.crop
+  config.check(c)
+  c.eval.crop = 256
+  message = r"config\.eval\.stride=512: expected at most config\.eval\.crop=256, .* as to 213, or"
+  with pytest.raises(InputError, match=message):
     config.check(c)
 
 

@@ -55,7 +55,7 @@ def read_image(path, protocol, patch_size: int) -> tuple[np.ndarray, np.ndarray]
 def relationship_maps(
   predictor: Predictor, inputs_1xHxWx3, names: Sequence[str]
 ) -> list[np.ndarray]:
-  """m of every layer that makes relationship prompts, each (h, w, C); see `rpm.itp`.
+  """The map m of every layer that makes relationship prompts, each (h, w, C); see `rpm.itp`.
 
   Where synonyms compete ("max"), a class's map is at each pixel that of its best synonym, as its
   score is.
@@ -83,7 +83,7 @@ def relationship_maps(
 
 
 def attention_from(predictor: Predictor, inputs_1xHxWx3, place: tuple[float, float]) -> np.ndarray:
-  """What one patch of CLIP as it is looks at, the mean over the heads: (layers, h, w).
+  """What one patch attends to in frozen CLIP, averaged over the heads: (layers, h, w).
 
   The weights over the patches, without the class token; a layer's sum is 1.
 
@@ -104,7 +104,7 @@ def attention_from(predictor: Predictor, inputs_1xHxWx3, place: tuple[float, flo
 
 
 def inside_frozen(predictor: Predictor, inputs_1xHxWx3) -> dict:
-  """The intermediates of CLIP's vision tower as it is."""
+  """The intermediates of CLIP's frozen vision tower."""
   variables = {"params": predictor.params["visual"]}
   return _inside(VisionTransformer(predictor.clip), variables, inputs_1xHxWx3)
 

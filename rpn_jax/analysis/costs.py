@@ -30,7 +30,7 @@ from rpn_jax.models.prompts import count
 from rpn_jax.models.trained import TOWERS, init_prompts, join, split
 from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, train_step
-from rpn_jax.weights import clip_file
+from rpn_jax.weights import checkpoints, clip_file
 
 BACKBONES = {name: CLIPConfig(**b.architecture) for name, b in declared.BACKBONES.items()}
 
@@ -128,7 +128,7 @@ def measure(
 
 
 class RandomEncoder(NamedTuple):
-  """Unit-length embeddings of any names: what they are does not change what a network costs."""
+  """Random unit-length embeddings: what a network costs does not depend on them."""
 
   embed_dim: int
 
@@ -243,6 +243,11 @@ def main(arguments: list[str]) -> int:
   devices.configure_cpu()  # no cache of programs: how long they compile is measured
   if args.backbone:
     clip_config = BACKBONES[args.backbone]
+    tower = random_tower(clip_config, jax.random.key(0))
+  elif (
+    not expand(config.clip).exists() and (named := checkpoints.find(config.clip)) and named.config
+  ):
+    clip_config = named.config  # what it costs depends on no weight: nothing is fetched
     tower = random_tower(clip_config, jax.random.key(0))
   else:
     path = clip_file.find_weights(config.clip)

@@ -29,7 +29,7 @@ from rpn_jax.drawing.plots import figure, legend_beside, line_style
 
 
 def distances(predictor, inputs_1xHxWx3, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-  """Mean attention distance in CLIP as it is, and as trained: (layers, heads) pixels each.
+  """Mean attention distance in frozen CLIP and in the trained network: pixels (layers, heads).
 
   Args:
     predictor: of a trained run.
@@ -78,7 +78,7 @@ def draw_distances(path, before: np.ndarray, after: np.ndarray, images: int) -> 
   Args:
     path: of the PNG.
     before, after: (layers, heads) pixels.
-    images: how many they are means of.
+    images: how many images were averaged.
   """
   fig, ((ax,),) = figure((8, 4.5))
   layers = np.arange(1, len(before) + 1)

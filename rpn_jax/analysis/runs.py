@@ -121,7 +121,7 @@ def read_run(directory) -> FinishedRun:
 def _read_scores(path: pathlib.Path) -> tuple[dict, dict, dict, int | None]:
   """Config, last and best metrics and size of a file that `evaluate.write_metrics` wrote."""
   with _complaint(path):
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     config = dict(content["config"])
     if not config["data"]["name"]:
       raise ValueError
@@ -132,7 +132,7 @@ def _read_scores(path: pathlib.Path) -> tuple[dict, dict, dict, int | None]:
 def _read_evaluations(path: pathlib.Path, trained_on: str) -> dict[str, dict]:
   """Data set -> metrics of the last checkpoint, of one set or of `config.eval.sets`."""
   with _complaint(path):
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     sets = content.get("sets") or {trained_on: content}
     return {name: _numbers(result["last"]) for name, result in sets.items()}
 
@@ -164,7 +164,7 @@ def _why_missing(directory: pathlib.Path) -> str:
   if config.exists() or history.exists():
     steps = [s for points in read_history(history).values() for s, _ in points]
     try:
-      total = json.loads(config.read_text())["config"]["steps"]
+      total = json.loads(config.read_text(encoding="utf-8"))["config"]["steps"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
       total = "?"
     return f"{directory}: not finished, step {max(steps, default=0)} of {total}; repeat its command"

@@ -64,7 +64,7 @@ def claim(root: pathlib.Path, words: str, flags: Sequence[str]) -> None:
   """
   path, settings = root / "settings.json", {"config": words, "flags": sorted(flags)}
   try:
-    there = json.loads(path.read_text()) if path.exists() else settings
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
   except ValueError:
     there = "unreadable"
   if there != settings:
@@ -74,19 +74,20 @@ def claim(root: pathlib.Path, words: str, flags: Sequence[str]) -> None:
 
 
 def run(command: Sequence[str], workdir: pathlib.Path) -> str:
-  """Runs a command with its output in the workdir's log; what went wrong, "" if nothing did."""
+  """Runs a command with its output in the workdir's log; returns what went wrong, or ""."""
   workdir.mkdir(parents=True, exist_ok=True)
-  with open(workdir / LOG, "w") as log:
+  with open(workdir / LOG, "w", encoding="utf-8") as log:
     code = subprocess.run(command, stdout=log, stderr=log).returncode
   if code == 0 and is_done(workdir):
     return ""
-  lines = (workdir / LOG).read_text(errors="replace").strip().splitlines()[-SHOWN_LOG_LINES:]
+  log_text = (workdir / LOG).read_text(encoding="utf-8", errors="replace")
+  lines = log_text.strip().splitlines()[-SHOWN_LOG_LINES:]
   return f"{workdir}: exit status {code}, see {workdir / LOG}: {' / '.join(lines)}"
 
 
 def core_shares(jobs: int) -> list[list[int]]:
-  """The cores for each of several runs at a time, which get more done side by side than sharing
-  all cores; empty where nothing is to be shared or pinned."""
+  """The cores of each of several simultaneous runs, which are faster on cores of their own than
+  when they share all; empty where there is nothing to pin."""
   if jobs == 1 or not hasattr(os, "sched_setaffinity"):
     return [[]] * jobs
   cores = sorted(os.sched_getaffinity(0))

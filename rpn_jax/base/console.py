@@ -1,6 +1,7 @@
 """Terminal output: progress, tables, verbosity, exit status, the files of a workdir."""
 
 import codecs
+import contextlib
 import io
 import os
 import pathlib
@@ -27,7 +28,7 @@ def silence() -> None:
   """Turns off all output but errors, for --quiet and for all processes but the first."""
   global _silent
   _silent = True
-  sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until exit)
+  sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until exit)
 
 
 def set_verbosity(quiet: bool = False, verbose: bool = False) -> None:
@@ -67,11 +68,15 @@ def run_command(
 
   Returns:
     0 on success; 2 after invalid input or a file that could not be read or written; 130 after
-    Ctrl-C; 141, without a message, if the reader of the output is gone, as with `| head`.
+    Ctrl-C, of which a second one ends the process at once; 141, without a message, if the reader
+    of the output is gone, as with `| head`.
   """
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks ends no command
       stream.reconfigure(errors="backslashreplace")
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+    with contextlib.suppress(ValueError):  # only the main thread may
+      signal.signal(signal.SIGINT, interrupt)
   try:
     status = action()
     sys.stdout.flush()  # raises here, not at exit, if the reader is gone
@@ -88,6 +93,19 @@ def run_command(
       raise
     print(f"error: {error}", file=sys.stderr)
     return 2
+  finally:
+    if signal.getsignal(signal.SIGINT) is interrupt:
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupt(*_: object) -> None:
+  """The first Ctrl-C ends the command, whose cleanup can take seconds; the second ends that, too.
+
+  By the system's own action, which is at once even within a compilation. Python's would raise in
+  the middle of the cleanup, after which threads of JAX and grain can crash.
+  """
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  raise KeyboardInterrupt
 
 
 # Files of a workdir, in the order in which one looks at them.

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import secrets
 import socket
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -44,7 +45,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     OSError: the file cannot be written; no temporary file remains.
   """
   path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  # Random: in containers that share a folder every process may be number 1, and threads share one.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
   try:
     yield temporary
     os.replace(temporary, path)
@@ -65,7 +67,9 @@ def write_json(path: str | os.PathLike, content: Mapping) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, resource: str, remedy: str = "") -> Iterator[None]:
+def locked(
+  path: pathlib.Path, resource: str, remedy: str = "", *, wait: bool = False
+) -> Iterator[None]:
   """Holds a lock file during the block, so that only one process at a time uses `resource`.
 
   The operating system releases the lock however the process ends; a killed process leaves behind an
@@ -75,16 +79,28 @@ def locked(path: pathlib.Path, resource: str, remedy: str = "") -> Iterator[None
     path: path of the lock file; its folder must exist.
     resource: what is locked, for messages.
     remedy: alternative to waiting, for messages.
+    wait: wait for another process, which is named, to release the lock.
 
   Raises:
-    InputError: another process, which is named, holds the lock.
+    InputError: without `wait`, another process, which is named, holds the lock.
     OSError: the lock file cannot be opened.
   """
   with open(path, "a+", encoding="utf-8") as file:
-    file.seek(0)
-    holder = " ".join(file.read(200).split())
+
+    def read_holder() -> str:
+      file.seek(0)
+      return " ".join(file.read(200).split())
+
+    holder = read_holder()
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        if not wait:
+          raise
+        print(f"{resource} is in use by {holder or 'another process'}: waiting", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        holder = read_holder()  # empty, unless that process was killed
     except BlockingIOError:
       remedy = f", or {remedy}" if remedy else ""
       raise InputError(

@@ -257,7 +257,16 @@ def _draw_matrix(
   matrix = ax.imshow(shares, cmap="Blues", vmin=0, vmax=100)
   for i, j in np.argwhere(shares >= 1):
     color = "white" if shares[i, j] > 60 else "0.15"
-    ax.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=8, color=color)
+    ax.text(
+      j,
+      i,
+      f"{shares[i, j]:.0f}",
+      ha="center",
+      va="center",
+      fontsize=8,
+      color=color,
+      in_layout=False,
+    )
   turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
   ax.set_xticks(range(count), texts, fontproperties=font, **turned)
   ax.set_yticks(range(count), texts, fontproperties=font)

@@ -6,7 +6,9 @@ from typing import cast
 import jax
 import numpy as np
 
+from rpn_jax.base.errors import InputError
 from rpn_jax.inference.predictor import Predictor
+from rpn_jax.inference.process import check_process
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.text.templates import expand
 
@@ -19,8 +21,10 @@ def class_probabilities(predictor: Predictor, names: Sequence[str]) -> Callable:
     names: C class names. If the encoder's synonyms are "max", the best synonym counts.
 
   Returns:
-    (B, side, side, 3) normalized images -> softmax(scale * cosine) (B, C), as numpy.
+    (B, side, side, 3) normalized images -> softmax(scale * cosine) (B, C), as numpy. It raises an
+    InputError if they are NaN.
   """
+  check_process()
   encoder, network = predictor.encoder, predictor.network
   prompted, class_of_row = expand(names, range(len(names)), encoder.synonyms)
   text, ids = encoder.embed(prompted), np.asarray(class_of_row)
@@ -34,6 +38,11 @@ def class_probabilities(predictor: Predictor, names: Sequence[str]) -> Callable:
 
   def probabilities(image: np.ndarray) -> np.ndarray:
     by_row = np.asarray(apply(predictor.params["visual"], image))
+    if not np.isfinite(by_row).all():
+      raise InputError(
+        "expected finite scores of CLIP, some are NaN: use config.dtype=float32, or get the "
+        "weights again"
+      )
     return np.stack([by_row[:, ids == i].max(1) for i in range(len(names))], 1)
 
   return probabilities

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import traverse_util
 
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
 from rpn_jax.config import check, check_whole_patches
 from rpn_jax.devices import data_mesh, platform_of, put_batch
+from rpn_jax.inference.process import check_process
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.models import NETWORKS, Network, kernels
 from rpn_jax.models.clip import CLIPConfig
@@ -25,6 +27,9 @@ from rpn_jax.text.embeddings import TextEncoder
 from rpn_jax.text.templates import expand
 from rpn_jax.training.run import Run
 from rpn_jax.weights import arrays, clip_file, prompts_file
+
+# Programs of networks that are kept, the most recently used: one for each number of text rows.
+KEPT_PROGRAMS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +58,16 @@ class Protocol:
   seen_penalty: float = 0.0
 
 
-@functools.cache
-def forward(network: Network) -> Callable[[dict, Any, jax.Array], jax.Array]:
-  """The jitted network (variables, text, image) -> logits; equal networks share a program."""
+@functools.lru_cache(KEPT_PROGRAMS)
+def forward(
+  network: Network, text_shape: tuple[int, ...]
+) -> Callable[[dict, Any, jax.Array], jax.Array]:
+  """The jitted network (variables, text, image) -> logits, for texts of one shape.
+
+  Equal networks share it. JAX frees a program with its function, and so the one that was not used
+  for the longest time.
+  """
+  del text_shape
   return jax.jit(lambda variables, text, image: network.apply(variables, image, text))
 
 
@@ -83,13 +95,15 @@ class Predictor:
     protocol: the inference protocol.
 
   Raises:
-    InputError: the window size is not a multiple of the patch size.
+    InputError: the window size is not a multiple of the patch size, or `check_process` refuses the
+      process, here and in every method that computes.
   """
 
   def __init__(
     self, network: Network, params: dict, prompts: dict, encoder: TextEncoder,
     protocol: Protocol,
   ):  # fmt: skip
+    check_process()
     self.network, self.params, self.prompts = network, params, prompts
     self.encoder, self.protocol = encoder, protocol
     self.clip = encoder.config
@@ -172,7 +186,8 @@ class Predictor:
     training-free network has step 0 and no prompts.
 
     Raises:
-      InputError: there is no checkpoint, or it belongs to another run.
+      InputError: there is no checkpoint, it belongs to another run, or it has values that are NaN
+        or infinite.
     """
     if not self.network.trainable:
       return {"last": (0, {})}
@@ -181,7 +196,16 @@ class Predictor:
       content = prompts_file.load(path)
       prompts_file.check(content, path, run.config.to_dict(), run.fingerprint, like)
       return {"last": (content.step, content.prompts)}
-    return run.read(like)
+    restored = run.read(like)
+    for step, prompts in restored.values():
+      for name, value in traverse_util.flatten_dict(prompts, sep="/").items():
+        if wrong := int(np.size(value) - np.isfinite(value).sum()):
+          raise InputError(
+            f"expected finite prompts, {wrong:,} of the {np.size(value):,} values of {name!r} are "
+            f"NaN or infinite in the checkpoint of step {step} in {run.workdir}: train again, or "
+            "remove that checkpoint to use the one before it"
+          )
+    return restored
 
   @property
   def frozen(self) -> dict:
@@ -230,6 +254,7 @@ class Predictor:
       names: C class names, synonyms joined by `words.SEPARATOR`.
       class_ids: ids of the names; None counts from 0.
     """
+    check_process()
     ids = range(len(names)) if class_ids is None else class_ids
     prompted, class_of_row = expand(names, ids, self.encoder.synonyms)
     return self.network.text_input(self.encoder, prompted), np.array(class_of_row)
@@ -247,11 +272,12 @@ class Predictor:
       penalized: rows of `text` whose scores are lowered.
       class_of_row: class id of every row, if several belong to one class.
     """
+    check_process()
     mesh = data_mesh()
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     network, params, prompts = self.network.merged(self.params, self.prompts)
     variables, text = jax.device_put((join(params, prompts), jnp.asarray(text)), replicated)
-    apply = forward(network)
+    apply = forward(network, text.shape)
 
     def logits(windows: np.ndarray) -> jax.Array:
       # Windows are merged on one device, which takes a fraction of the network's time.

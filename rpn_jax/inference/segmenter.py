@@ -1,7 +1,7 @@
 """Your image, your words: `Segmenter.load(model)("photo.jpg", ["a cat", "grass"])`.
 
 A model is the workdir of a training run, whose prompts are used, or a file of CLIP weights or the
-name of shipped ones, which are used by a training-free method.
+name of shipped or public ones, which are used by a training-free method.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
-import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from rpn_jax.base import pixels
@@ -24,12 +24,19 @@ from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adju
 from rpn_jax.inference.sliding import SlidingWindow, round_up
 from rpn_jax.models import training_free
 from rpn_jax.training.run import Run, read_config
+from rpn_jax.weights import checkpoints, clip_file, hub, prompts_file
 
 # Training-free methods.
 METHODS = training_free.METHODS
 # Weights in rpn_jax/assets: name -> (file, templates they were trained with).
 SHIPPED = {"shapes_clip": ("shapes_clip.safetensors", "single")}
+# Trained prompts around one of these.
+SHIPPED_PROMPTS = {"shapes": "shapes_prompts.safetensors"}
+# By the CLIP's name: what must be known of every result that it makes.
 NOTE = {"shapes_clip": "it was trained on the shapes data set, not on photographs"}
+
+# Rows of text that independent classes are filled up to; further ones are rounded up.
+MIN_ROWS = 8
 
 
 class Segmenter:
@@ -51,7 +58,7 @@ class Segmenter:
   @classmethod
   def load(
     cls,
-    model: str | os.PathLike = "shapes_clip",
+    model: str | os.PathLike = "shapes",
     *,
     method: str | None = None,
     checkpoint: str = "last",
@@ -59,10 +66,11 @@ class Segmenter:
     synonyms: str | None = None,
     clip: str | None = None,
   ) -> "Segmenter":
-    """Loads a segmenter from the workdir of a run, a file of CLIP weights, or a shipped name.
+    """Loads a segmenter from the workdir of a run, a file of prompts or CLIP weights, or a name.
 
     Args:
-      model: a folder, a file, or one of SHIPPED.
+      model: a folder, a file, one of SHIPPED_PROMPTS or SHIPPED, or the name of public weights, as
+        "ViT-B/16" or "hf://owner/name": these are fetched once (`weights.checkpoints`).
       method: None uses the trained network of a run, and "sclip" for weights; one of METHODS uses
         CLIP without training, also that of a run.
       checkpoint: for runs: "last", or "best", the one with the highest evaluation score.
@@ -70,7 +78,7 @@ class Segmenter:
         of the run, and ImageNet's 80 for weights.
       synonyms: how several words for a class are joined, see `text.templates`; None uses the run's
         setting, and "mean" for weights.
-      clip: new location of the CLIP weights of a run, if they have been moved.
+      clip: the CLIP weights of a run or of prompts, if they are not where they were in training.
 
     Raises:
       InputError: no such model, or a damaged one.
@@ -79,23 +87,32 @@ class Segmenter:
       check_known("method=", method, ("rpn", *METHODS))
     if checkpoint not in ("last", "best"):
       raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
-    path = expand(model)
-    if path.is_dir():
-      choices = {"templates": templates, "synonyms": synonyms, "clip": clip}
-      return cls._from_workdir(path, method, checkpoint, choices)
-    name = str(model)
-    file: str | pathlib.Path
+    path, name, own_templates = expand(model), str(model), "imagenet80"
+    choices = {"templates": templates, "synonyms": synonyms, "clip": clip}
+    if path.is_dir() and not hub.holds_weights(path):
+      return cls._from_config(read_config(path), path, method, checkpoint, choices)
+    prompts = path
+    if name in SHIPPED_PROMPTS and not path.exists():
+      prompts = clip_file.ASSETS / SHIPPED_PROMPTS[name]
+    if prompts_file.holds_prompts(prompts):
+      config = prompts_file.config_of(prompts)
+      return cls._from_config(config, name, method, checkpoint, choices)
+    file: str | pathlib.Path = path
     if name in SHIPPED and not path.exists():
       file, own_templates = SHIPPED[name]
-    elif path.is_file():
-      file, own_templates, name = path, "imagenet80", path.stem
+    elif path.exists():
+      name = path.stem
+    elif public := checkpoints.find(model):
+      name = public.name
     else:
       raise InputError(
-        f"model={name!r}: expected the workdir of a run, a file of CLIP weights, or one of "
-        f"{', '.join(SHIPPED)}; nothing is there"
+        f"model={name!r}: expected the workdir of a run, a file of prompts or CLIP weights, or one "
+        f"of {', '.join([*SHIPPED_PROMPTS, *SHIPPED, *checkpoints.CHECKPOINTS])}; nothing is there"
       )
     if method == "rpn":
-      raise InputError(f"method='rpn' needs the workdir of a training run, got {model}")
+      raise InputError(f"method='rpn' needs a training run or its prompts, got {model}")
+    if file == path:  # fetched now, not before everything else was checked
+      file = clip_file.find_weights(model)
     predictor = Predictor.from_weights(
       file,
       method=method or "sclip",
@@ -105,16 +122,17 @@ class Segmenter:
     return cls(predictor, _training_free(predictor, name))
 
   @classmethod
-  def _from_workdir(
-    cls, workdir: pathlib.Path, method: str | None, checkpoint: str, choices: dict
-  ) -> "Segmenter":
-    config = read_config(workdir)
+  def _from_config(
+    cls, config: ml_collections.ConfigDict, where: str | os.PathLike, method: str | None,
+    checkpoint: str, choices: dict,
+  ) -> "Segmenter":  # fmt: skip
+    """The segmenter of a run's config; `where` is its workdir, or what its prompts are called."""
     if method in METHODS:
       config.method, config.dense.method = "training_free", method
     for field, value in choices.items():
       if value is not None:
         config[field] = value
-    return cls.from_run(*open_run(config.lock(), workdir), checkpoint)
+    return cls.from_run(*open_run(config.lock(), where), checkpoint)
 
   @classmethod
   def from_run(cls, predictor: Predictor, run: Run, checkpoint: str = "last") -> "Segmenter":
@@ -127,10 +145,11 @@ class Segmenter:
     """
     restored = predictor.read_prompts(run)
     step, prompts = restored.get(checkpoint, restored["last"])  # the best may be the last
+    clip = pathlib.Path(run.config.clip).stem
     if predictor.network.trainable:
-      method = f"{type(predictor.network).__name__}, step {step} of {run.workdir}"
+      method = _noted(f"{type(predictor.network).__name__}, step {step} of {run.workdir}", clip)
     else:
-      method = _training_free(predictor, pathlib.Path(run.config.clip).stem)
+      method = _training_free(predictor, clip)
     return cls(predictor.with_prompts(prompts), method, step)
 
   @overload
@@ -204,14 +223,20 @@ class Segmenter:
     ids = [*range(len(names)), *[-1] * len(background)]
     text, class_of_row = self._text_rows(tuple(words), tuple(ids))
     count = len(class_of_row)
-    fillers = round_up(count) - count if self.predictor.network.independent else 0
-    text = jnp.concatenate([jnp.asarray(text), *[text[:1]] * fillers])
+    fillers = 0
+    if self.predictor.network.independent:
+      fillers = max(MIN_ROWS, round_up(count)) - count
+    # Joined by NumPy: JAX would compile and keep a program for every number of words.
+    text = np.concatenate([text, *[text[:1]] * fillers])
     return self.predictor.sliding_window(text), class_of_row, fillers
 
   def __repr__(self) -> str:
     return f"Segmenter({self.method})"
 
 
-def _training_free(predictor: Predictor, name: str) -> str:
-  method = f"training-free {predictor.network.title} on {name}, no trained prompts"
-  return f"{method}; {NOTE[name]}" if name in NOTE else method
+def _training_free(predictor: Predictor, clip: str) -> str:
+  return _noted(f"training-free {predictor.network.title} on {clip}, no trained prompts", clip)
+
+
+def _noted(method: str, clip: str) -> str:
+  return f"{method}; {NOTE[clip]}" if clip in NOTE else method

@@ -2,17 +2,18 @@
 
 The network is compiled once, for a fixed number of windows, which may come from several images. The
 scores of an image, (height, width, C), would take gigabytes with 847 classes, so they are computed
-for a strip of a few rows at a time, from the windows' logits on the patch grid to the argmax. The
-shapes in that program are rounded up (`round_up`) and everything else is data, so that images of
-many sizes share it.
+for one square tile of the result at a time, from the windows' logits on the patch grid to the
+argmax. A tile's shapes depend on the image only by the ratio of its size to the network's, rounded
+(`tile_sides`), and everything else is data, so that images of all sizes share a few programs.
 
-Shape letters: N windows, h/w patch grid, C rows of logits (classes or synonyms); M rows and S
-columns of the merged scores at the network's resolution, R rows and W columns of the result.
+Shape letters: N windows, h/w patch grid, C rows of logits (classes or synonyms); M side of a tile
+at the network's resolution, T side of a tile of the result.
 """
 
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,8 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Scalars in one strip of scores: 128 MB in float32.
-STRIP_ELEMENTS = 2**25
+from rpn_jax.base.errors import InputError
+from rpn_jax.inference.process import check_process
+
+# Sides of a tile, in pixels: the small one wastes less on small images, the large one takes fewer
+# calls for large ones, which are those with a side above LARGE_IMAGE.
+SMALL_TILE, LARGE_TILE, LARGE_IMAGE = 128, 256, 384
+# Scalars in the scores of one tile: 128 MB in float32.
+TILE_ELEMENTS = 2**25
+# Windows are padded to at least so many: their logits are small.
+MIN_WINDOWS = 8
+# Programs that are kept, the most recently used; each takes 4 MB (docs/reliability.md).
+KEPT_PROGRAMS = 48
 
 
 def window_corners(height: int, width: int, crop: int, stride: int) -> list[tuple[int, int]]:
@@ -29,7 +40,12 @@ def window_corners(height: int, width: int, crop: int, stride: int) -> list[tupl
 
   The last window of a row or column is shifted back into the image. If the image is smaller than
   the crop there is one window, which extends beyond it.
+
+  Raises:
+    ValueError: a stride above the crop, which leaves pixels between the windows without a score.
   """
+  if not 1 <= stride <= crop:
+    raise ValueError(f"expected a stride of 1 to {crop} pixels, the crop, got {stride}")
 
   def starts(size: int) -> list[int]:
     count = max(size - crop + stride - 1, 0) // stride + 1
@@ -42,6 +58,31 @@ def round_up(size: int) -> int:
   """The smallest number of 1, 2, 3, 4, 6, 8, 12, … that is at least `size`."""
   power = 1 << (size - 1).bit_length()
   return 3 * power // 4 if power >= 4 and size <= 3 * power // 4 else power
+
+
+def round_down(size: int) -> int:
+  """The largest number of 1, 2, 3, 4, 6, 8, 12, … that is at most `size`."""
+  power = 1 << (size.bit_length() - 1)
+  return 3 * power // 2 if size >= 3 * power // 2 else power
+
+
+def tile_sides(
+  size: tuple[int, int], views: Sequence["View"], classes: int
+) -> tuple[int, tuple[int, ...]]:
+  """T of a result of `size`, and M for each of its views.
+
+  The larger of the two is about SMALL_TILE or LARGE_TILE, so that a tile is as much work whether
+  the result is larger than the network's input or smaller.
+  """
+  largest = max(*size, *(side for view in views for side in (view.height, view.width)))
+  limit = LARGE_TILE if largest > LARGE_IMAGE else SMALL_TILE
+  while limit > 1 and limit**2 * classes > TILE_ELEMENTS:
+    limit //= 2
+  ratios = [max(view.height / size[0], view.width / size[1]) for view in views]
+  tile = round_down(min(limit, int(limit / max(ratios)) + 1))
+  # T neighboring pixels of the result read ceil((T - 1) * ratio) + 2 of a view.
+  spans = [max(1, math.ceil((tile - 1) * ratio)) for ratio in ratios]
+  return tile, tuple(3 + (1 << (span - 1).bit_length()) for span in spans)
 
 
 def interpolation_weights(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,86 +129,95 @@ class View:
   corners: tuple[tuple[int, int], ...]
   mirrored: bool
 
-  def strip(
-    self, logits_NxhxwxC: jax.Array, top: int, rows: int, size: tuple[int, int], crop: int
-  ) -> tuple:
-    """The `part` of `strip_scores` for rows `top` to `top + rows` of a result of `size`."""
-    height, width = size
-    left, weight = (x[top : top + rows] for x in interpolation_weights(self.height, height))
-    first, last = int(left[0]), int(left[-1]) + 1
-    # Windows are in row-major order: those that overlap with a range of rows are consecutive.
-    overlapping = [i for i, (y, _) in enumerate(self.corners) if y <= last and y + crop > first]
-    pad = ((0, rows - len(left)),)
-    row_pair = np.pad(left - first, pad, "edge"), np.pad(weight, pad, "edge")
-    step = -1 if self.mirrored else 1
-    pair = (x[::step] for x in interpolation_weights(self.width, width))
-    column_pair = tuple(np.pad(x, ((0, round_up(width) - width),), "edge") for x in pair)
+  def tile(
+    self, logits_NxhxwxC: jax.Array, corner: tuple[int, int], side: int, size: tuple[int, int],
+    crop: int,
+  ) -> tuple:  # fmt: skip
+    """The `part` of `tile_scores` for the tile at `corner`, in a result of `size`."""
+    first, last, pairs = [], [], []
+    for axis, inputs in enumerate((self.height, self.width)):
+      left, weight = interpolation_weights(inputs, size[axis])
+      if axis == 1 and self.mirrored:
+        left, weight = left[::-1], weight[::-1]
+      left, weight = (x[corner[axis] : corner[axis] + side] for x in (left, weight))
+      first.append(int(left.min()))
+      last.append(int(left.max()) + 1)
+      pad = (0, side - len(left))
+      pairs.append((np.pad(left - first[axis], pad, "edge"), np.pad(weight, pad, "edge")))
+    overlapping = [
+      i for i, window in enumerate(self.corners)
+      if all(at <= end and at + crop > begin for at, begin, end in zip(window, first, last))
+    ]  # fmt: skip
     corners_Nx2 = np.zeros((len(logits_NxhxwxC), 2), np.int32)
     corners_Nx2[: len(self.corners)] = self.corners
-    position = np.array([first, overlapping[0], overlapping[-1] + 1], np.int32)
-    return logits_NxhxwxC, corners_Nx2, position, row_pair, column_pair
+    order_N = np.zeros(len(logits_NxhxwxC), np.int32)
+    order_N[: len(overlapping)] = overlapping
+    position = np.array([*first, len(overlapping)], np.int32)
+    return logits_NxhxwxC, corners_Nx2, order_N, position, *pairs
 
 
-def strip_scores(
-  part: tuple, *, merged: tuple[int, int], crop: int, activation: Callable
-) -> jax.Array:
-  """Upsampled scores averaged over windows and resized to a strip of the result: (R, W, C).
+def tile_scores(part: tuple, *, merged: int, crop: int, activation: Callable) -> jax.Array:
+  """Upsampled scores averaged over windows and resized to a tile of the result: (T, T, C).
 
   Args:
-    part: result of `View.strip`.
-    merged: (M, S), rows and columns of the merged scores.
+    part: result of `View.tile`.
+    merged: M, side of the tile before it is resized.
     crop: window side, pixels.
     activation: logits -> scores.
   """
-  logits_NxhxwxC, corners_Nx2, (first, begin, end), row_pair, column_pair = part
+  logits_NxhxwxC, corners_Nx2, order_N, (top, left, overlapping), row_pair, column_pair = part
   _, h, w, classes = logits_NxhxwxC.shape
-  (left_h, weight_h), (left_w, weight_w) = (
-    map(jnp.asarray, interpolation_weights(n, crop)) for n in (h, w)
-  )
-  rows = first + jnp.arange(merged[0])
 
-  def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    y, x = corners_Nx2[i]
-    inside = ((rows >= y) & (rows < y + crop)).astype(jnp.float32)[:, None, None]
-    row = jnp.clip(rows - y, 0, crop - 1)
-    logits = interpolate(logits_NxhxwxC[i], left_h[row], weight_h[row], 0)
-    scores = activation(interpolate(logits, left_w, weight_w, 1)) * inside
-    new = scores, jnp.broadcast_to(inside, (merged[0], crop, 1))
-    old = (jax.lax.dynamic_slice(c, (0, x, 0), n.shape) for c, n in zip(carry, new))
-    return tuple(
-      jax.lax.dynamic_update_slice(c, o + n, (0, x, 0)) for c, o, n in zip(carry, old, new)
-    )
+  def within(start: jax.Array, corner: jax.Array, patches: int) -> tuple[jax.Array, ...]:
+    """For one axis of the tile: which pixels a window has, and their interpolation."""
+    at = start + jnp.arange(merged) - corner
+    index = jnp.clip(at, 0, crop - 1)
+    neighbor, weight = map(jnp.asarray, interpolation_weights(patches, crop))
+    return (at >= 0) & (at < crop), neighbor[index], weight[index]
 
-  zeros = jnp.zeros((*merged, classes)), jnp.zeros((*merged, 1))
-  total, count = jax.lax.fori_loop(begin, end, add, zeros)
-  scores = total / jnp.maximum(count, 1)  # 0 for padding beyond the image
+  def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    y, x = corners_Nx2[order_N[i]]
+    rows, row_left, row_weight = within(top, y, h)
+    columns, column_left, column_weight = within(left, x, w)
+    inside = (rows[:, None] & columns).astype(jnp.float32)[..., None]
+    logits = interpolate(logits_NxhxwxC[order_N[i]], row_left, row_weight, 0)
+    scores = activation(interpolate(logits, column_left, column_weight, 1)) * inside
+    return carry[0] + scores, carry[1] + inside
+
+  zeros = jnp.zeros((merged, merged, classes)), jnp.zeros((merged, merged, 1))
+  total, count = jax.lax.fori_loop(0, overlapping, add, zeros)
+  scores = total / jnp.maximum(count, 1)  # 0 for padding; windows cover the image itself
   (left_W, weight_W), (left_R, weight_R) = column_pair, row_pair
   return interpolate(interpolate(scores, left_W, weight_W, 1), left_R, weight_R, 0)
 
 
-def class_ids(scores_RxWxC: jax.Array) -> jax.Array:
-  return scores_RxWxC.argmax(-1)
+def class_ids(scores_TxTxC: jax.Array) -> jax.Array:
+  return scores_TxTxC.argmax(-1)
 
 
-def all_scores(scores_RxWxC: jax.Array) -> jax.Array:
-  return scores_RxWxC
+def all_scores(scores_TxTxC: jax.Array) -> jax.Array:
+  return scores_TxTxC
 
 
-@functools.partial(jax.jit, static_argnames=("merged", "crop", "activation", "output"))
-def strip(
-  parts: tuple[tuple, ...],
-  penalty_C: np.ndarray,
-  *,
-  merged: tuple[tuple[int, int], ...],
-  crop: int,
-  activation: Callable,
-  output: Callable,
-) -> Any:
-  """`output` of the strip scores, averaged over views and minus a penalty per class."""
-  scores = [
-    strip_scores(part, merged=m, crop=crop, activation=activation) for part, m in zip(parts, merged)
-  ]
-  return output(sum(scores[1:], scores[0]) / len(scores) - penalty_C)
+@functools.lru_cache(KEPT_PROGRAMS)
+def tile_program(
+  shapes: tuple, merged: tuple[int, ...], crop: int, activation: Callable, output: Callable
+) -> Callable[[tuple[tuple, ...], np.ndarray], Any]:
+  """(parts, penalty_C) -> `output` of scores averaged over views and minus the penalty.
+
+  A jitted function of its own for each set of `shapes`: JAX frees a program with its function, and
+  so the program that was not used for the longest time.
+  """
+  del shapes
+
+  def merge_tile(parts: tuple[tuple, ...], penalty_C: jax.Array) -> Any:
+    scores = [
+      tile_scores(part, merged=m, crop=crop, activation=activation)
+      for part, m in zip(parts, merged)
+    ]
+    return output(sum(scores[1:], scores[0]) / len(scores) - penalty_C)
+
+  return jax.jit(merge_tile)
 
 
 def merge_views(
@@ -189,33 +239,27 @@ def merge_views(
     size: (height, width) of the result.
     crop: window side, pixels.
     activation: logits -> scores.
-    output: scores of a strip -> arrays (rows, columns, …). Pass the same function object each
+    output: scores of a tile -> arrays (rows, columns, …). Pass the same function object each
       time: another one means another program.
   """
   height, width = size
-  columns = [round_up(max(view.width, crop)) for view in views]
-  # Pixels per row of the result, in the largest of the intermediate arrays.
-  row_pixels = max(round_up(width), *(s * v.height // height for v, s in zip(views, columns)))
-  rows = max(1, STRIP_ELEMENTS // (row_pixels * len(penalty_C)))
-  rows = min(1 << (rows.bit_length() - 1), round_up(height))
-  merged = tuple(
-    (round_up(min((rows - 1) * v.height // height + 3, max(v.height, 2))), s)
-    for v, s in zip(views, columns)
-  )
-  strips = [
-    strip(
-      tuple(v.strip(part, top, rows, size, crop) for v, part in zip(views, logits)),
-      penalty_C,
-      merged=merged,
-      crop=crop,
-      activation=activation,
-      output=output,
-    )
-    for top in range(0, height, rows)
-  ]
-  return jax.tree.map(
-    lambda *parts: np.concatenate([np.asarray(p) for p in parts])[:height, :width], *strips
-  )
+  side, merged = tile_sides(size, views, len(penalty_C))
+  shapes = side, *((x.shape, str(x.dtype)) for x in logits)
+  program = tile_program(shapes, merged, crop, activation, output)
+
+  def row_of_tiles(top: int) -> list:
+    return [
+      program(
+        tuple(v.tile(x, (top, left), side, size, crop) for v, x in zip(views, logits)), penalty_C
+      )
+      for left in range(0, width, side)
+    ]
+
+  # All are dispatched before the first one is fetched.
+  tiles = [row_of_tiles(top) for top in range(0, height, side)]
+  join = lambda axis: lambda *parts: np.concatenate([np.asarray(p) for p in parts], axis)
+  rows = [jax.tree.map(join(1), *row) for row in tiles]
+  return jax.tree.map(lambda *parts: join(0)(*parts)[:height, :width], *rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +277,12 @@ class WindowLogits:
   logits: list[jax.Array]
 
   def merge(self, output: Callable, size: tuple[int, int], bias_C: np.ndarray | float = 0.0) -> Any:
-    """`output` of the scores (height, width, C) at `size`, with `bias_C` added to them."""
+    """`output` of the scores (height, width, C) at `size`, with `bias_C` added to them.
+
+    Raises:
+      InputError: `check_process` refuses the process.
+    """
+    check_process()
     w = self.window
     penalty_C = np.asarray(w.penalty_C - bias_C, np.float32)
     return merge_views(
@@ -261,7 +310,8 @@ class SlidingWindow:
     class_of_row: class id of every row of the logits, if several rows belong to one class.
 
   Raises:
-    ValueError: no scale, or one that is not above 0.
+    ValueError: no scale, or one that is not above 0; a stride above the crop; a penalty that is
+      not finite.
   """
 
   def __init__(
@@ -279,10 +329,13 @@ class SlidingWindow:
     flip: bool = False,
     class_of_row: Sequence[int] | np.ndarray | None = None,
   ):
+    window_corners(1, 1, crop, stride)  # raises early
     self.logits_fn = logits_fn
     self.crop, self.stride, self.window_batch = crop, stride, window_batch
     self.penalty_C = np.zeros(classes, np.float32)
     self.penalty_C[list(penalized)] = penalty
+    if not np.isfinite(penalty):
+      raise ValueError(f"penalty: expected a finite number, got {penalty}")
     self.activation = activation
     if not scales or min(scales) <= 0:
       raise ValueError(f"scales: expected factors above 0, as in (1.0,), got {scales}")
@@ -312,23 +365,33 @@ class SlidingWindow:
       yield self.class_of_row[row].astype(np.int32)
 
   def window_logits(self, images_hxwx3: Iterable[np.ndarray]) -> Iterator[WindowLogits]:
-    """The logits of each image, in order; windows of several images share a call."""
+    """The logits of each image, in order; windows of several images share a call.
+
+    Raises:
+      InputError: logits are NaN or infinite.
+    """
     # Views of images that still miss the logits of some windows.
     pending: collections.deque[list[View]] = collections.deque()
-    windows, logits = [], []
+    windows: list[np.ndarray] = []
+    logits: list[np.ndarray] = []
+    # One call is always under way, so that the device need not wait for the host.
+    running: tuple[jax.Array, int] | None = None
     for image in images_hxwx3:
       views, new = self._views(np.asarray(image))
       pending.append(views)
       windows += new
       while len(windows) >= self.window_batch:
-        logits += self._run(windows[: self.window_batch])
+        started = self._start(windows[: self.window_batch])
         windows = windows[self.window_batch :]
+        logits += self._fetch(running)
+        running = started
       while pending and sum(len(v.corners) for v in pending[0]) <= len(logits):
         views = pending.popleft()
         parts, logits = _split(logits, views)
         yield WindowLogits(self, views, parts)
-    if windows:
-      logits += self._run(windows)
+    last = self._start(windows) if windows else None
+    logits += self._fetch(running)
+    logits += self._fetch(last)
     for views in pending:
       parts, logits = _split(logits, views)
       yield WindowLogits(self, views, parts)
@@ -347,20 +410,34 @@ class SlidingWindow:
         windows += [view[y : y + self.crop, x : x + self.crop] for y, x in corners]
     return views, windows
 
-  def _run(self, windows: list[np.ndarray]) -> list[jax.Array]:
-    """Logits (h, w, C) of up to `window_batch` windows, which are padded to that number."""
+  def _start(self, windows: list[np.ndarray]) -> tuple[jax.Array, int]:
+    """Logits of up to `window_batch` windows, which are padded to that number, and how many."""
     padding = [windows[0]] * (self.window_batch - len(windows))
-    out = self.logits_fn(np.stack([*windows, *padding]))
-    return [out[i] for i in range(len(windows))]
+    return self.logits_fn(np.stack([*windows, *padding])), len(windows)
+
+  def _fetch(self, running: tuple[jax.Array, int] | None) -> list[np.ndarray]:
+    """Waits for logits (h, w, C) of `_start`, one for each window."""
+    if running is None:
+      return []
+    logits = np.asarray(running[0])[: running[1]]
+    if not np.isfinite(logits).all():
+      count = logits.size - np.isfinite(logits).sum()
+      raise InputError(
+        f"expected finite scores of the network, {count:,} of {logits.size:,} are NaN or infinite: "
+        "use config.dtype=float32, or get the weights and the prompts again"
+      )
+    return list(logits)
 
 
 def _split(
-  logits: list[jax.Array], views: Sequence[View]
-) -> tuple[list[jax.Array], list[jax.Array]]:
+  logits: list[np.ndarray], views: Sequence[View]
+) -> tuple[list[jax.Array], list[np.ndarray]]:
   """The first logits stacked for each view, padded to a rounded-up number, and the rest."""
   parts = []
   for view in views:
     count = len(view.corners)
     part, logits = logits[:count], logits[count:]
-    parts.append(jnp.stack([*part, *part[:1] * (round_up(count) - count)]))
+    padded = max(MIN_WINDOWS, 1 << (count - 1).bit_length())
+    # Stacked by NumPy: JAX would compile and keep a program for every number of windows.
+    parts.append(jax.device_put(np.stack([*part, *part[:1] * (padded - count)])))
   return parts, logits

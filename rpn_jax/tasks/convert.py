@@ -23,17 +23,12 @@ from rpn_jax.base import paths
 from rpn_jax.base.console import run_command, table
 from rpn_jax.base.errors import InputError
 from rpn_jax.text.embeddings import class_embeddings
-from rpn_jax.weights import authors, clip_file, prompts_file, publisher
+from rpn_jax.weights import authors, checkpoints, clip_file, prompts_file, publisher
 from rpn_jax.weights.architecture import describe
 from rpn_jax.weights.arrays import WeightsFile, fingerprint, read_arrays, sha256
 
-# SHA-256 of OpenAI's published files; they are part of the addresses these are downloaded from.
-PUBLISHED = {
-  "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af": "ViT-B/32",
-  "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f": "ViT-B/16",
-  "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "ViT-L/14",
-  "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L/14@336px",
-}
+# SHA-256 of OpenAI's published files -> name.
+PUBLISHED = {row.sha256: row.name for row in checkpoints.CHECKPOINTS.values() if row.sha256}
 # In a trained CLIP the first two are closer to each other than the first and the third.
 TRIPLES = (
   ("a photo of a cat", "a photo of a kitten", "a photo of a truck"),
@@ -52,7 +47,7 @@ def main(arguments=None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
-    "source", type=paths.expand, help="weights of CLIP, prompts, or an official RPN checkpoint"
+    "source", help="weights of CLIP or their name, prompts, or an official RPN checkpoint"
   )
   parser.add_argument(
     "destination", type=paths.expand, help="the safetensors (or, of prompts, .pth) file to write"
@@ -70,7 +65,7 @@ def main(arguments=None) -> int:
   args = parser.parse_args(arguments)
 
   def convert() -> None:
-    file = read_arrays(args.source)
+    file = read_arrays(clip_file.find_weights(args.source))
     if authors.is_authors(file.arrays):
       lines = _authors_to_prompts(file, args.destination, args.clip)
     elif file.metadata.get("format") == prompts_file.FORMAT:

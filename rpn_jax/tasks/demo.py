@@ -1,6 +1,6 @@
 """A page in the browser: drop an image, type words, see the segmentation.
 
-    python -m rpn_jax demo --model=runs/shapes --model=weights/ViT-B-16.safetensors
+    python -m rpn_jax demo --model=runs/shapes --model=ViT-B/16
 
 The page is Gradio's (`pip install ".[demo]"`), what its buttons do are plain functions.
 """
@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import os
 import pathlib
 import shutil
 import tempfile
@@ -244,7 +245,12 @@ def build(models: Models, root: pathlib.Path):
 
 
 def launch(models: Models, root: pathlib.Path, *, host="127.0.0.1", port=None, block=True):
-  """Serves the page and returns (server, its address)."""
+  """Serves the page and returns (server, its address).
+
+  Uploads are kept below `root`, or in GRADIO_TEMP_DIR if the user has set it.
+  """
+  # Gradio's own choice, /tmp/gradio, belongs to whoever used it first on this machine.
+  os.environ.setdefault("GRADIO_TEMP_DIR", str(root / "gradio"))
   import gradio as gr
 
   # Fonts of the reader's machine: the page asks no other server for anything.

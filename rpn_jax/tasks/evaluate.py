@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from rpn_jax.base.console import table
-from rpn_jax.base.paths import write_json
+from rpn_jax.base.paths import write_json, write_text
 from rpn_jax.drawing.images import prediction_grid
 from rpn_jax.drawing.plots import plot_confusion
 from rpn_jax.inference import published
@@ -163,7 +163,7 @@ def report(predictor: Predictor, run: Run, evaluations, results: dict) -> None:
   heads = ["set", "%", *COLUMNS]
   sections = [class_table(data, results[data.name]) for data in evaluations]
   sections = ["# Evaluation", table(rows, heads, markdown=True), *notes, *sections]
-  (workdir / "eval.md").write_text("\n\n".join(sections) + "\n")
+  write_text(workdir / "eval.md", "\n\n".join(sections) + "\n")
 
   lines = [extremes(name, result["last"]["per_class"]) for name, result in results.items()]
   print("\n" + "\n\n".join([table(rows, heads), *notes, *lines]))

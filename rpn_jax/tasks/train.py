@@ -29,23 +29,26 @@ from rpn_jax.training.run import Run, held_workdir
 from rpn_jax.training.step import TrainState
 
 
-def train(config, workdir, data) -> dict:
+def train(config, workdir, data, *, restart: bool = False) -> dict:
   """Trains the network of `config`, or resumes the run found in the workdir.
 
   All processes of a run call this with their own part of the data; the first one writes metrics and
-  figures. On SIGTERM the run is saved and the process exits with status 0.
+  figures. On SIGTERM the run is saved and the process exits with status 0; on Ctrl-C it is saved
+  and `KeyboardInterrupt` is raised.
 
   Args:
     config: locked; see `rpn_jax.config` for the fields.
     workdir: directory of the run.
     data: has `names`, `seen`, `unseen`, `train_batches(start_step)`, `train_indices(step)` and
       `eval_examples()`.
+    restart: move aside what is in the workdir and begin at step 0.
 
   Returns:
     The last and best scores, as in `metrics.json`.
 
   Raises:
-    InputError: the method has nothing to train, or the config does not fit weights or devices.
+    InputError: JAX computes in 64 bits, the method has nothing to train, the config does not fit
+      weights or devices, or a run was in the workdir whose checkpoints are missing.
   """
   predictor, run = open_run(config, workdir)
   if not predictor.network.trainable:
@@ -54,6 +57,8 @@ def train(config, workdir, data) -> dict:
   mesh = devices.global_mesh()
   sharding.check_batch_size(config.data.batch_size, mesh)
   with held_workdir(run.workdir), PreemptionGuard() as guard:
+    if restart:
+      run.restart()
     run.claim()
     return _train(run, predictor, data, mesh, guard)
 
@@ -97,6 +102,8 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
     best = None
     if resumed := checkpoints.resume(state):
       state, best = resumed
+    else:
+      run.check_new()
     start = int(state.step)
     print(
       f"{state.trained_parameters:,} trained parameters, {predictor.clip_parameters:,} frozen; "
@@ -128,7 +135,9 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
 
 def make_loss(config):
   """The configured loss as a function of logits and labels."""
-  options = {"mask_ignored": config.mask_ignored} if config.name == "sigmoid" else {}
+  options = {}
+  if config.name == "sigmoid":
+    options = {"mask_ignored": config.mask_ignored, "skip_empty": config.get("skip_empty", False)}
   return functools.partial(LOSSES[config.name], **options)
 
 

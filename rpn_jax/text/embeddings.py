@@ -23,8 +23,9 @@ from rpn_jax.models.clip import CLIPConfig, TextTransformer, l2_normalize
 from rpn_jax.text.templates import check_synonyms, phrases, template_sentences
 from rpn_jax.text.tokenizer import tokenize
 
-# Sentences per call of the text tower; the last call is padded, so that one program serves all.
-BATCH_SENTENCES = 128
+# Sentences per call of the text tower, the first of these numbers that is enough. Calls are padded
+# to them, and sentences to 8, 16, 32, … tokens, so that few programs serve all.
+BATCH_SENTENCES = (8, 32, 128)
 # Part of every key on disk: raise it when the tokenizer or the tower computes something else.
 CACHE_VERSION = 1
 
@@ -103,7 +104,8 @@ def class_embeddings(
     device: to compute on; None is the first one of this process.
 
   Raises:
-    InputError: no names, an empty or over-long one, unknown templates or synonyms.
+    InputError: no names, an empty or over-long one, unknown templates or synonyms, or weights
+      that give NaN or infinity.
   """
   sentences = template_sentences(templates)
   parts = _checked_phrases(names, synonyms)
@@ -164,9 +166,10 @@ def _embed(
 ) -> np.ndarray:
   """Unit-length embeddings (len(texts), E) float32 of whole texts."""
   tokens = _token_ids(config, texts)
-  # A few sizes, each compiled once.
-  size = min(BATCH_SENTENCES, 1 << (len(tokens) - 1).bit_length())
-  padded = np.pad(tokens, ((0, -len(tokens) % size), (0, 0)), mode="edge")
+  size = next((n for n in BATCH_SENTENCES if n >= len(tokens)), BATCH_SENTENCES[-1])
+  length = min(1 << (tokens.shape[1] - 1).bit_length(), config.context_length)
+  padded = np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])))
+  padded = np.pad(padded, ((0, -len(tokens) % size), (0, 0)), mode="edge")
   starts = range(0, len(padded), size)
   # A display for the thousands of texts of a large vocabulary, not for a few names.
   displayed = progress(starts, "embed class names", "batch") if len(starts) > 8 else starts
@@ -174,7 +177,14 @@ def _embed(
   tower = TextTransformer(config, kernels=kernels.for_platform(device.platform))
   params = jax.device_put(params["text"], device)
   rows = [np.asarray(_encode(tower, params, padded[i : i + size])) for i in displayed]
-  return np.concatenate(rows)[: len(tokens)]
+  embeddings = np.concatenate(rows)[: len(tokens)]
+  if not np.isfinite(embeddings).all():
+    text = texts[int(np.argmin(np.isfinite(embeddings).all(-1)))]
+    raise InputError(
+      f"expected a finite embedding of {text!r}, the text tower gave NaN or infinity: the weights "
+      "are damaged, get them again"
+    )
+  return embeddings
 
 
 def _normalized_mean(embeddings: np.ndarray) -> np.ndarray:

@@ -1,10 +1,10 @@
 """Checkpoints of a run: prompts, optimizer state and metadata, never the frozen tower.
 
 A checkpoint is a folder `checkpoints/<step>`, written atomically. Its `meta` item holds checksums
-of the other items and of itself, so that later damage on disk is detected.
+of the other items and of itself, so that later damage on disk is detected. What cannot be read at
+the moment is not damaged: it stops the run and is left as it is (see `training.unreadable`).
 """
 
-import contextlib
 import errno
 import gc
 import hashlib
@@ -12,21 +12,25 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.words import differences
 from rpn_jax.training.identity import check_identity
 from rpn_jax.training.step import TrainState
+from rpn_jax.training.stored_trees import check_shapes, check_types, digest, with_stored_types
+from rpn_jax.training.unreadable import (
+  DamagedCheckpoint,
+  quiet,
+  read_files,
+  reason_of,
+  system_error,
+)
 
 # Format of the `meta` item. Format 1 had neither checksums nor a version field.
 FORMAT_VERSION = 2
@@ -36,16 +40,6 @@ KEPT_CHECKPOINTS = 2
 
 # How long to retry removing the temporary folders of a failed save.
 CLEANUP_SECONDS = 5
-
-
-def digest(tree: Any) -> str:
-  """SHA-256 over names, types, shapes and bytes of a tree of arrays."""
-  total = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    value = np.asarray(leaf)
-    total.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
-    total.update(np.ascontiguousarray(value).tobytes())
-  return total.hexdigest()
 
 
 def _seal(meta: dict) -> str:
@@ -79,10 +73,6 @@ def upgrade(meta: dict, where: object) -> dict:
   return meta
 
 
-class DamagedCheckpoint(Exception):
-  """The content of a checkpoint differs from what was saved."""
-
-
 class _LatestAndBest:
   """Orbax preservation policy: keeps the newest checkpoints and the best one."""
 
@@ -106,11 +96,18 @@ class Checkpoints:
 
   def __init__(self, workdir: pathlib.Path, identity: dict, *, read_only: bool = False):
     self.identity = identity
+    self._read_only = read_only
     self.directory = (pathlib.Path(workdir) / "checkpoints").absolute()
     self._policy = _LatestAndBest()
     import orbax.checkpoint as ocp  # takes a second, so only where it is needed
 
-    with _quiet():
+    # Named, so that a new process knows the types of what another one has saved.
+    handlers = {
+      "prompts": ocp.StandardCheckpointHandler(),
+      "opt_state": ocp.StandardCheckpointHandler(),
+      "meta": ocp.JsonCheckpointHandler(),
+    }
+    with quiet():
       options = ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
         # A save takes a fraction of a second (docs/reliability.md); its failure shows at once.
@@ -119,14 +116,17 @@ class Checkpoints:
         create=not read_only,
         read_only=read_only,
       )
-      self.manager = ocp.CheckpointManager(
-        self.directory, item_names=("prompts", "opt_state", "meta"), options=options
-      )
+      self.manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
   def steps(self) -> list[int]:
-    """Steps of the checkpoints on disk, newest first."""
+    """Steps of the checkpoints on disk, newest first.
+
+    Raises:
+      OSError: the folder cannot be listed. Orbax would then take it for an empty one.
+    """
     while True:
       try:
+        os.listdir(self.directory)
         self.manager.reload()
         return sorted(self.manager.all_steps(), reverse=True)
       except FileNotFoundError:  # a running job deleted one in the meantime
@@ -165,16 +165,19 @@ class Checkpoints:
         opt_state=ocp.args.StandardSave(state.opt_state),
         meta=ocp.args.JsonSave(meta),
       )
-      with _quiet():
+      with quiet():
         try:
           self.manager.save(step, args=args)
           return True
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore: any failed write
-          reason = _reason(error)
+          reason = reason_of(error)
         self._remove_leftovers()
-        gc.collect()  # while quiet; see `_quiet`
-    steps = self.steps()
-    last = f"the last good one is of step {steps[0]}" if steps else "there is none yet"
+        gc.collect()  # while quiet; see `quiet`
+    try:
+      steps = self.steps()
+      last = f"the last good one is of step {steps[0]}" if steps else "there is none yet"
+    except OSError as error:
+      last = f"the folder cannot be listed: {reason_of(error)}"
     _report(f"step {step}: no checkpoint written to {self.directory} ({reason}); {last}")
     return False
 
@@ -213,38 +216,59 @@ class Checkpoints:
   def resume(self, like: TrainState) -> tuple[TrainState, dict | None] | None:
     """The newest intact state, as numpy, and the best scores so far; None for a new run.
 
-    A damaged checkpoint is reported and renamed to `<step>.damaged`, and the one before it is used.
+    Damaged checkpoints that are newer are renamed to `<step>.damaged`, which is reported. Several
+    processes agree on what is damaged.
 
     Raises:
-      InputError: the checkpoints belong to another run, or none of them is intact.
+      InputError: a checkpoint cannot be read at the moment, all of them are damaged, or they belong
+        to another run. All are left as they are.
     """
-    self._remove_leftovers()
     like = jax.device_get(like)
     wanted = {"prompts": like.prompts, "opt_state": like.opt_state}
-    steps = self.steps()
-    for step in steps:
-      if (intact := self._intact(step, wanted)) is None:
-        self._set_aside(step)
+    damaged: dict[int, str] = {}
+    for step in self.steps():
+      try:
+        meta, items = self._intact(step, wanted)
+      except DamagedCheckpoint as error:
+        damaged[step] = str(error)
         continue
+      # Only now: that an older one is intact shows that it is not all reading that fails.
+      for other, reason in damaged.items():
+        name = self._set_aside(other)
+        _report(f"the checkpoint of step {other} is damaged ({reason}): renamed to {name}, using "
+                f"that of step {step}")  # fmt: skip
+      self._remove_leftovers()
       self.manager.reload()
-      meta, items = intact
       skipped, consecutive = map(np.int32, meta["skipped"])
       state = TrainState(np.int32(step), items["prompts"], items["opt_state"], skipped, consecutive)
       return state, meta["best"]
-    if steps:
+    if damaged:
       raise InputError(
-        f"no intact checkpoint in {self.directory}: those of steps {steps[::-1]} are damaged; "
-        "start over with a new --workdir"
+        f"no intact checkpoint in {self.directory}: {_listed(damaged)}, and left as they are; "
+        "start over with --restart or a new --workdir"
       )
+    aside = sorted(name for name in os.listdir(self.directory) if ".damaged" in name)
+    if aside:
+      raise InputError(
+        f"{self.directory} has only checkpoints that were set aside: {', '.join(aside)}; rename "
+        "one to its step to have it checked again, or start over with --restart"
+      )
+    self._remove_leftovers()
     return None
 
-  def _set_aside(self, step: int) -> None:
+  def _set_aside(self, step: int) -> str:
+    """Renames a damaged checkpoint in the first process; returns its new name."""
+    name, count = f"{step}.damaged", 1
+    while (self.directory / name).exists():  # of an earlier time; may be worth keeping
+      count += 1
+      name = f"{step}.damaged{count}"
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("damaged checkpoint named")
     if jax.process_index() == 0:
-      target = self.directory / f"{step}.damaged"
-      shutil.rmtree(target, ignore_errors=True)
-      os.rename(self.directory / str(step), target)
+      os.rename(self.directory / str(step), self.directory / name)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("damaged checkpoint set aside")
+    return name
 
   def read(self, like: dict, best_step: int | None = None) -> dict[str, tuple[int, dict]]:
     """Step and prompts of the newest intact checkpoint, "last", and of the "best" one.
@@ -260,32 +284,87 @@ class Checkpoints:
     """
     wanted = {"prompts": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)}
     seen: list[int] = []
+    damaged: dict[int, str] = {}
     # Retried in case a running job replaced all of them in the meantime.
     while (steps := self.steps()) != seen:
-      seen = steps
+      seen, damaged = steps, {}
       for step in steps:
-        if (intact := self._intact(step, wanted)) is None:
+        if (intact := self._intact_or_none(step, wanted, damaged)) is None:
           continue
+        for other, reason in damaged.items():
+          _report(
+            f"the checkpoint of step {other} is damaged ({reason}): using that of step {step}"
+          )
         meta, items = intact
         found = {"last": (step, items["prompts"])}
         if best_step not in steps and meta["best"]:
           best_step = meta["best"]["step"]
         # With ties for the best score, a different one may have been kept.
-        if best_step in steps and best_step < step and (best := self._intact(best_step, wanted)):
-          found["best"] = (best_step, best[1]["prompts"])
+        if best_step in steps and best_step < step:
+          if best := self._intact_or_none(best_step, wanted, damaged):
+            found["best"] = (best_step, best[1]["prompts"])
+          elif best_step in damaged:
+            _report(f"the best checkpoint, of step {best_step}, is damaged ({damaged[best_step]})")
         return found
-    what = f"those of steps {seen[::-1]} are damaged" if seen else "train first"
+    what = _listed(damaged) if damaged else "train first"
     raise InputError(f"no complete checkpoint in {self.directory}: {what}")
 
-  def _intact(self, step: int, like: dict) -> tuple[dict, dict] | None:
-    """Metadata and the requested items of a checkpoint; None, with a warning, if damaged."""
+  def _intact_or_none(
+    self, step: int, like: dict, damaged: dict[int, str]
+  ) -> tuple[dict, dict] | None:
+    """`_intact`; None if it is not, with an entry in `damaged` unless a running job deleted it."""
     try:
-      meta = self._meta(step)
-      return meta, self._items(step, meta, like)
+      return self._intact(step, like)
     except DamagedCheckpoint as error:
-      if (self.directory / str(step)).is_dir():  # a running job deletes old ones
-        _report(f"the checkpoint of step {step} is damaged ({error}): using the one before it")
+      if (self.directory / str(step)).is_dir():
+        damaged[step] = str(error)
       return None
+
+  def _intact(self, step: int, like: dict) -> tuple[dict, dict]:
+    """Metadata and the requested items of a checkpoint.
+
+    Raises:
+      DamagedCheckpoint: it fails a checksum or cannot be parsed.
+      InputError: it cannot be read at the moment, or belongs to another run.
+    """
+    self._together(self._check_readable, step)
+    return self._together(self._checked, step, like)
+
+  def _checked(self, step: int, like: dict) -> tuple[dict, dict]:
+    meta = self._meta(step)
+    return meta, self._items(step, meta, like)
+
+  def _together(self, action: Callable[..., Any], *args: Any) -> Any:
+    """The result of an action that succeeds in all processes of a run, or the same error in all."""
+    if self._read_only or jax.process_count() == 1:
+      return action(*args)
+    kinds, error, result = (None, DamagedCheckpoint, InputError), None, None
+    try:
+      result = action(*args)
+    except (DamagedCheckpoint, InputError) as raised:
+      error = raised
+    mine = kinds.index(type(error) if error else None)
+    worst = int(np.max(multihost_utils.process_allgather(np.int32(mine))))
+    if error is None or worst > mine:
+      if kind := kinds[worst]:
+        raise kind(f"another process could not use {self.directory}: see its output")
+      return result
+    raise error
+
+  def _check_readable(self, step: int) -> None:
+    folder = self.directory / str(step)
+    try:
+      read_files(folder)
+    except FileNotFoundError as error:
+      raise DamagedCheckpoint("a file is missing") from error
+    except OSError as error:
+      raise self._unreadable(step, f"{error.strerror}: {error.filename or folder}") from error
+
+  def _unreadable(self, step: int, reason: str) -> InputError:
+    return InputError(
+      f"the checkpoint of step {step} in {self.directory} cannot be read ({reason}); it may be "
+      "intact and was left as it is: mend the cause and run the same command again"
+    )
 
   def _meta(self, step: int) -> dict:
     """The `meta` item of a checkpoint, checked to be intact and from this run."""
@@ -302,7 +381,7 @@ class Checkpoints:
       stored = meta["identity"]
       _ = stored["config"], meta["best"]
     except (KeyError, TypeError) as error:
-      raise DamagedCheckpoint(f"its metadata is incomplete: {_reason(error)}") from error
+      raise DamagedCheckpoint(f"its metadata is incomplete: {reason_of(error)}") from error
     check_identity(self.directory, stored, self.identity)
     return meta
 
@@ -310,22 +389,30 @@ class Checkpoints:
     """The items named in `like`, checked against its shapes and their checksums."""
     import orbax.checkpoint as ocp
 
-    args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+    stored = self._restore(step, None)
+    as_stored = {name: with_stored_types(tree, stored[name]) for name, tree in like.items()}
+    args = {name: ocp.args.StandardRestore(tree) for name, tree in as_stored.items()}
     items = self._restore(step, ocp.args.Composite(**args))
     for name, tree in like.items():
-      _check_shapes(tree, items[name], self.directory / str(step) / name)
+      check_shapes(tree, items[name], self.directory / str(step) / name)
       checksum = meta["checksums"].get(name)
       if checksum is not None and digest(jax.device_get(items[name])) != checksum:
         raise DamagedCheckpoint(f"the checksum of its {name} does not match")
+      check_types(items[name], tree, self.directory / str(step) / name)
     return {name: items[name] for name in like}
 
   def _restore(self, step: int, args: Any) -> Any:
-    with _quiet():
+    """What Orbax restores; without `args`, what it knows of the items (names, shapes, types)."""
+    with quiet():
       try:
+        if args is None:
+          return self.manager.item_metadata(step)
         return self.manager.restore(step, args=args)
       except Exception as error:  # damaged files raise all kinds of errors
-        reason = _reason(error)
-      gc.collect()  # while quiet; see `_quiet`
+        refused, reason = system_error(error), reason_of(error)
+      gc.collect()  # while quiet; see `quiet`
+    if refused:
+      raise self._unreadable(step, refused)
     raise DamagedCheckpoint(reason)
 
   def close(self) -> None:
@@ -333,48 +420,10 @@ class Checkpoints:
     self.manager.close()
 
 
-def _check_shapes(want: Any, got: Any, where: object) -> None:
-  """Compares shapes, since Orbax silently restores arrays of other shapes than requested."""
-  shapes = lambda tree: {
-    jax.tree_util.keystr(path): np.shape(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
-  if changed := differences(shapes(got), shapes(want)):
-    raise InputError(
-      f"{where} has other shapes than this network (checkpoint -> network: {changed[0]}): use the "
-      "version of rpn_jax that wrote it, or a new --workdir"
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Silences Orbax: its log, and its coroutines, which warn when collected after a failure.
-
-  Failures are reported in one line instead. Collect garbage in the block once the error is gone:
-  its traceback keeps the coroutines alive.
-  """
-  verbosity, hook = logging.get_verbosity(), sys.unraisablehook
-  logging.set_verbosity(logging.FATAL)
-  sys.unraisablehook = lambda _: None
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", RuntimeWarning)
-      yield
-  finally:
-    sys.unraisablehook = hook
-    logging.set_verbosity(verbosity)
-
-
 def _report(line: str) -> None:
   print(line, flush=True)
 
 
-def _reason(error: BaseException) -> str:
-  """A short reason from an error: the messages of tensorstore are pages long."""
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
-  text = " ".join(str(error).split())
-  for code in (errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EIO):
-    if os.strerror(code).lower() in text.lower():
-      return os.strerror(code)
-  return f"{type(error).__name__}: {text[:120]}"
+def _listed(damaged: dict[int, str]) -> str:
+  newest = max(damaged)
+  return f"those of steps {sorted(damaged)} are damaged (step {newest}: {damaged[newest]})"

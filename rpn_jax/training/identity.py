@@ -10,7 +10,7 @@ from rpn_jax.base.words import differences
 from rpn_jax.config import EVALUATION, FREE
 
 # Fields that configs of older checkpoints lack, with the value those were trained with.
-ADDED_FIELDS = {"optimizer.clip_norm": 0.0}
+ADDED_FIELDS = {"optimizer.clip_norm": 0.0, "loss.skip_empty": False}
 
 
 def identity(config: ml_collections.ConfigDict, fingerprint: str) -> dict:

@@ -33,7 +33,7 @@ class Loop:
     stepper: the training step over all devices.
     data: has `train_batches(start_step)` and `train_indices(step)`.
     checkpoints: checkpoints of the run.
-    guard: reports SIGTERM.
+    guard: reports SIGTERM and Ctrl-C.
     evaluate: (prompts as numpy, step) -> scores; called by every process.
     writer: metric writer in the first process, None in the others.
     best: the best scores so far if the run is resumed.
@@ -84,9 +84,12 @@ class Loop:
     state = self.stepper.place_state(state)
     params, text, key = self.stepper.place_constant((params, text, key))
     batches = self.data.train_batches(start)
+    # Reader processes end with the steps, not with the process.
+    close = getattr(batches, "close", lambda: None)
     bar = progress(range(start, steps), f"train on {devices.devices_text()}", "step")
     saved, retry_at = True, None
-    with self.guard.deferred():
+    with self.guard.deferred(), contextlib.ExitStack() as stack:
+      stack.callback(close)
       for step in bar:
         batch = self.stepper.place_batch(next(batches))
         state, metrics = self.stepper.step(state, params, text, batch, key)
@@ -120,6 +123,7 @@ class Loop:
     self.last = scores = {"step": step, **self._evaluate(state.prompts, step)}
     if not self.best or selection_score(scores) >= selection_score(self.best):
       self.best = scores
+    self.run.check_workdir(step)
     if self.writer:
       scalars = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, float)}
       self.writer.write(step, scalars)
@@ -130,14 +134,15 @@ class Loop:
     return _is_due(step, self.config.eval_every) or step == self.config.steps
 
   def _stop(self, step: int, saved: bool) -> None:
-    """Ends the process after SIGTERM."""
+    """Ends the process after SIGTERM or Ctrl-C."""
     if not saved:
-      raise InputError(f"SIGTERM at step {step}, which could not be saved: {RERUN}")
-    print(f"SIGTERM: saved at step {step}", flush=True)
+      raise InputError(f"{self.guard.name} at step {step}, which could not be saved: {RERUN}")
+    print(f"{self.guard.name}: saved at step {step}", flush=True)
     self.guard.end()
 
   def _save(self, state: TrainState) -> bool:
     """Whether the state was saved; tried several times after the last step."""
+    self.run.check_workdir(int(state.step))
     tries = FINAL_SAVE_TRIES if state.step == self.config.steps else 1
     for tries_left in reversed(range(tries)):
       if self.checkpoints.save(state, self.best or None):

@@ -27,14 +27,22 @@ DICE_WEIGHT = 1.0
 
 @flax.struct.dataclass
 class Term:
-  """A loss as sum and normalizer, which are summed over devices before dividing."""
+  """A loss as sum and normalizer, which are summed over devices before dividing.
+
+  Attributes:
+    total: sum.
+    normalizer: number of summands, of all devices together when `value` is taken.
+    skip_empty: what `value` is if the normalizer is 0: 0, or else the sum, as if it were 1.
+  """
 
   total: jax.Array
   normalizer: jax.Array
+  skip_empty: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def value(self) -> jax.Array:
-    return self.total / jnp.maximum(self.normalizer, 1)
+    mean = self.total / jnp.maximum(self.normalizer, 1)
+    return mean * (self.normalizer > 0) if self.skip_empty else mean
 
 
 def interpolation_matrix(inputs: int, outputs: int) -> jax.Array:
@@ -82,6 +90,7 @@ def sigmoid_loss(
   *,
   ignore_label: int = 255,
   mask_ignored: bool = False,
+  skip_empty: bool = False,
 ) -> dict[str, Term]:
   """Focal and dice loss of the official code, already weighted (100 and 1).
 
@@ -94,6 +103,8 @@ def sigmoid_loss(
     ignore_label: label of pixels without a class.
     mask_ignored: leave these pixels out of the focal mean. False, as in the official code, makes
       them negatives of every class.
+    skip_empty: a batch whose pixels are all ignored adds nothing. False, as in the official code,
+      divides its focal loss by 1 and not by a number of masks, so it weighs more than others.
   """
   _, height, width = label_BxHxW.shape
   classes = logits_BxhxwxC.shape[-1]
@@ -124,8 +135,8 @@ def sigmoid_loss(
   pixels = jnp.maximum(s["valid"], 1) if mask_ignored else height * width
   masks = present.sum().astype(jnp.float32)
   return {
-    "loss_mask": Term(FOCAL_WEIGHT * (s["focal"] / pixels).sum(), masks),
-    "loss_dice": Term(DICE_WEIGHT * (dice * present).sum(), masks),
+    "loss_mask": Term(FOCAL_WEIGHT * (s["focal"] / pixels).sum(), masks, skip_empty),
+    "loss_dice": Term(DICE_WEIGHT * (dice * present).sum(), masks, skip_empty),
   }
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_text
 
+METRICS = "metrics.jsonl"
 RESERVED = ("step", "time")
 
 
@@ -39,12 +40,12 @@ class MetricWriter:
   def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    self._path = workdir / "metrics.jsonl"
+    self._path = workdir / METRICS
     entries = _read_entries(self._path)
     if resume_step is not None:
       entries = [entry for entry in entries if entry["step"] <= resume_step]
     kept = "".join(json.dumps(entry) + "\n" for entry in entries)
-    if self._path.exists() and self._path.read_text(errors="replace") != kept:
+    if self._path.exists() and self._path.read_text(encoding="utf-8", errors="replace") != kept:
       write_text(self._path, kept)
     # Unbuffered, so that `write` returns how much a full disk has taken. Closed by `close`.
     self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115

@@ -1,6 +1,7 @@
-"""SIGTERM, by which a machine announces its preemption: the run saves and exits cleanly."""
+"""SIGTERM, which announces a preemption, and Ctrl-C: the run saves and exits cleanly."""
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -8,34 +9,49 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
+NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
 
 class PreemptionGuard:
-  """Context manager that tells a training loop whether SIGTERM has arrived.
+  """Context manager that tells a training loop whether SIGTERM or SIGINT (Ctrl-C) has arrived.
 
   Outside of `deferred` there is nothing to save (a state is checkpointed before it is evaluated),
-  and the process exits at once with status 0. Inside, the loop calls `reached` after every step.
+  and the process ends at once. Inside, the loop calls `reached` after every step. The end is an
+  exit with status 0 after SIGTERM and a `KeyboardInterrupt` after Ctrl-C. A second Ctrl-C does not
+  wait: it ends a command; in a notebook, or wherever else Python's own handler was in place, it
+  raises `KeyboardInterrupt`.
 
-  Several processes must stop at the same step: there JAX's coordination service listens for the
-  signal, which then does not interrupt an evaluation.
+  Several processes must stop at the same step: there JAX's coordination service listens for
+  SIGTERM, which then does not interrupt an evaluation, and Ctrl-C is not handled.
   """
 
   def __enter__(self) -> "PreemptionGuard":
-    self._received = self._deferred = False
-    self._old = None
+    self._received: signal.Signals | None = None
+    self._deferred = False
+    self._old = {}
     if jax.process_count() == 1:
       # Only the main thread may set handlers; elsewhere, as in a notebook server, there is none.
       with contextlib.suppress(ValueError):
-        self._old = signal.signal(signal.SIGTERM, self._handle)
+        self._old[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._handle)
+        if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # under nohup
+          self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._old is not None:
-      signal.signal(signal.SIGTERM, self._old)
+    for number, old in self._old.items():
+      signal.signal(number, old)
 
-  def _handle(self, *_: object) -> None:
+  def _handle(self, number: int, _: object) -> None:
+    if number == signal.SIGINT:
+      # The next one. Of a command it would have been the turn of `console.interrupt`.
+      old = self._old[signal.SIGINT]
+      self._old[signal.SIGINT] = old if old is signal.default_int_handler else signal.SIG_DFL
+      signal.signal(signal.SIGINT, self._old[signal.SIGINT])
+      if self._deferred:  # not print, which may be what was interrupted
+        os.write(2, b"\nCtrl-C: saving after this step; press it again to end at once\n")
     if self._received:
       return
-    self._received = True
+    self._received = signal.Signals(number)
     self._check()
 
   @contextlib.contextmanager
@@ -57,9 +73,16 @@ class PreemptionGuard:
     """Whether to save and exit after this step; all processes agree."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._received
+    return self._received is not None
+
+  @property
+  def name(self) -> str:
+    """What has arrived, for messages."""
+    return NAMES[self._received or signal.SIGTERM]
 
   def end(self) -> None:
-    """Exits with status 0."""
+    """Exits with status 0, or raises `KeyboardInterrupt` if it was Ctrl-C that arrived."""
+    if self._received == signal.SIGINT:
+      raise KeyboardInterrupt
     print("SIGTERM: exiting; the same command resumes the run", flush=True)
     sys.exit(0)

@@ -4,16 +4,21 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+import time
+from collections.abc import Iterator
 
 import jax
 import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
 
+from rpn_jax.base.console import WORKDIR_FILES
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import locked, write_json
+from rpn_jax.config import with_tuples
 from rpn_jax.training.checkpoint import Checkpoints
 from rpn_jax.training.identity import check_identity, identity
+from rpn_jax.training.metric_log import METRICS, read_history
 
 CONFIG = "config.json"
 # The best scores so far; evaluations read it, during the run and after it.
@@ -61,6 +66,7 @@ class Run:
     self.config = config
     self.fingerprint = fingerprint
     self.identity = identity(config, fingerprint)
+    self._lock: bytes | None = None  # what the lock file holds during the run
 
   def claim(self) -> None:
     """Writes `config.json`, or checks that the one in the workdir belongs to this run.
@@ -68,13 +74,14 @@ class Run:
     Raises:
       InputError: the workdir was created with a different config.
     """
+    self._lock = _content(self.workdir / LOCK)
     path = self.workdir / CONFIG
     if not path.exists():
       self.workdir.mkdir(parents=True, exist_ok=True)
       write_json(path, {"clip": self.fingerprint, "config": self.config.to_dict()})
       return
     try:
-      stored = json.loads(path.read_text())
+      stored = json.loads(path.read_text(encoding="utf-8"))
       config = ml_collections.ConfigDict(dict(stored["config"].items()))
       stored = identity(config, stored["clip"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -83,6 +90,59 @@ class Run:
         "workdir belongs to this run"
       ) from None
     check_identity(self.workdir, stored, self.identity)
+
+  def restart(self) -> None:
+    """Moves what an earlier run left in the workdir into a folder `replaced-<time>` there.
+
+    Every process calls it, before `claim`.
+    """
+    if jax.process_index() == 0:
+      names = [name for name in WORKDIR_FILES if (self.workdir / name).exists()]
+      names += [path.name for path in self.workdir.glob("*.partial.npz")]
+      if names:
+        target = self.workdir / time.strftime("replaced-%Y%m%d-%H%M%S")
+        target.mkdir()
+        for name in names:
+          os.rename(self.workdir / name, target / name)
+        print(f"restart: moved {', '.join(names)} to {target}; nothing reads that folder: delete "
+              "it to free its space", flush=True)  # fmt: skip
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("workdir emptied for a restart")
+
+  def check_new(self) -> None:
+    """Called where there is no checkpoint, so that a run that had some is not repeated unasked.
+
+    Raises:
+      InputError: the curves go beyond the step of the first checkpoint.
+    """
+    c = self.config
+    first = min(n for n in (c.save_every or c.steps, c.eval_every, c.steps))
+    history = read_history(self.workdir / METRICS)
+    last = max((points[-1][0] for points in history.values()), default=0)
+    if last > first:
+      raise InputError(
+        f"{self.workdir} has curves up to step {last} and no checkpoint, though the first is due "
+        f"at step {first}: put its checkpoints back, or start over with --restart"
+      )
+
+  def check_workdir(self, step: int) -> None:
+    """Called now and then during a run, which would not notice otherwise: its files are open.
+
+    Raises:
+      InputError: in all processes, if the workdir was removed, renamed or emptied since `claim`.
+    """
+    missing = [name for name in (CONFIG, METRICS) if _content(self.workdir / name, 0) is None]
+    if _content(self.workdir / LOCK) != self._lock:
+      missing.insert(0, LOCK)
+    gone = bool(missing)
+    if jax.process_count() > 1:
+      gone = bool(multihost_utils.broadcast_one_to_all(np.int32(gone)))
+    if gone:
+      raise InputError(
+        f"{self.workdir} was removed, renamed or emptied during the run ({', '.join(missing)} of "
+        f"this run is gone): stopped at step {step} without a checkpoint of it; put the folder "
+        "back and run the same command again, which resumes from its last checkpoint if it has one"
+      )
 
   def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
     """The checkpoints of the workdir."""
@@ -105,9 +165,20 @@ class Run:
   def _best_step(self) -> int | None:
     """The step of the best evaluation according to `best.json`; None if it is unreadable."""
     try:
-      return json.loads((self.workdir / BEST).read_text())["best"]["step"]
+      return json.loads((self.workdir / BEST).read_text(encoding="utf-8"))["best"]["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
       return None
+
+
+def _content(path: pathlib.Path, size: int = 200) -> bytes | None:
+  """The first bytes of a file; None if there is none. One that cannot be read has no bytes."""
+  try:
+    with open(path, "rb") as file:
+      return file.read(size)
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except OSError:
+    return b""
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -120,17 +191,10 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   if not path.exists():
     raise InputError(f"{workdir}: expected the workdir of a run, with a {CONFIG}; train first")
   try:
-    config = json.loads(path.read_text())["config"]
+    config = json.loads(path.read_text(encoding="utf-8"))["config"]
     _ = config["eval"]["crop"], config["data"]["short_side"], config["method"]
   except (ValueError, KeyError, TypeError):
     raise InputError(
       f"{path}: expected the whole config of a segmentation run; repeat the run with this version"
     ) from None
-  return ml_collections.ConfigDict(_with_tuples(config))
-
-
-def _with_tuples(value: Any) -> Any:
-  """Turns the lists of JSON back into tuples, which modules can hash."""
-  if isinstance(value, Mapping):
-    return {k: _with_tuples(v) for k, v in value.items()}
-  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+  return ml_collections.ConfigDict(with_tuples(config))

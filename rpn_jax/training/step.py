@@ -1,6 +1,7 @@
 """One training step: a pure function, the same for one device and for many."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax
@@ -94,7 +95,7 @@ def gradients(
     terms = loss_fn(logits, label)
     # Devices have different numbers of masks: divide by the global number, no mean of means.
     normalizers = sum_over_devices({name: term.normalizer for name, term in terms.items()})
-    terms = {name: Term(term.total, normalizers[name]) for name, term in terms.items()}
+    terms = {name: replace(term, normalizer=normalizers[name]) for name, term in terms.items()}
     return sum((term.value for term in terms.values()), jnp.float32(0)), terms
 
   (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.prompts)
@@ -103,7 +104,7 @@ def gradients(
     totals = {name: term.total for name, term in terms.items()}
     vector, restore = ravel_pytree((grads, totals))
     grads, totals = restore(sum_over_devices(vector))
-    terms = {name: Term(totals[name], term.normalizer) for name, term in terms.items()}
+    terms = {name: replace(term, total=totals[name]) for name, term in terms.items()}
   return grads, terms
 
 

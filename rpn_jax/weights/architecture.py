@@ -25,6 +25,10 @@ _MAX_SIZE = 1 << 20
 _MAX_LAYERS = 128
 
 
+# Fields of CLIPConfig that no shape and no code depends on.
+IMAGE_FIELDS = ("mean", "std", "squash")
+
+
 def fields_from_shapes(state: Mapping[str, np.ndarray], naming: Naming, where: str) -> dict:
   """CLIPConfig fields that shapes tell: all but the heads and the activation.
 
@@ -131,7 +135,7 @@ def complete_config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConf
   names = [field.name for field in dataclasses.fields(CLIPConfig)]
   # Every format but our own is CLIP's, and our own did not always say so.
   fields = agreed({"vision": "clip", **fields}, overrides, where, "what was passed")
-  images = {name: fields.pop(name, None) for name in ("mean", "std", "squash")}
+  images = {name: fields.pop(name, None) for name in IMAGE_FIELDS}
   names = [name for name in names if name not in images]
   for tower in ("vision", "text"):
     width, layers = (fields.get(f"{tower}_{size}") for size in ("width", "layers"))

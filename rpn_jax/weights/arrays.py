@@ -230,10 +230,17 @@ def float32(value: np.ndarray, name: str, where: str) -> np.ndarray:
   """A float32 copy of weights.
 
   Raises:
-    InputError: see `check_float`.
+    InputError: see `check_float`, or values that are NaN or infinite, with the array's name.
   """
   check_float(value, name, where)
-  return np.array(value, np.float32, order="C")
+  copy = np.array(value, np.float32, order="C")
+  finite = np.isfinite(copy)
+  if not finite.all():
+    raise InputError(
+      f"expected finite weights, {copy.size - finite.sum():,} of the {copy.size:,} values of "
+      f"{name!r} are NaN or infinite in {where}: get the file again, or save it as float32"
+    )
+  return copy
 
 
 @contextlib.contextmanager

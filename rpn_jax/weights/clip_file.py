@@ -15,15 +15,23 @@ from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
+from rpn_jax.base.words import differences
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.weights import publisher
+from rpn_jax.weights import checkpoints, hub, publisher
 from rpn_jax.weights.architecture import (
+  IMAGE_FIELDS,
   agreed,
   check_parameters,
   complete_config,
   fields_from_shapes,
 )
-from rpn_jax.weights.arrays import WeightsFile, float32, read_arrays, write_safetensors
+from rpn_jax.weights.arrays import (
+  WeightsFile,
+  fingerprint,
+  float32,
+  read_arrays,
+  write_safetensors,
+)
 from rpn_jax.weights.names import OPENAI, clip_rules, from_hf, from_openclip, to_ours, unwrapped
 
 FORMAT, VERSION = "rpn_jax.clip", "1"
@@ -33,23 +41,73 @@ ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 
 
 def find_weights(name) -> pathlib.Path:
-  """A path, `~` resolved, or the name of weights that ship with the package."""
-  path = expand(name)
-  if not path.exists() and str(path) == path.name and (ASSETS / path).exists():
+  """A path, `~` resolved, of the weights of a name; those of the hub are fetched if need be.
+
+  Args:
+    name: a path, the name of weights that ship with the package, a name in
+      `checkpoints.CHECKPOINTS`, or hf://owner/name. What exists as a file or folder is used first.
+
+  Raises:
+    InputError: weights that cannot be fetched.
+  """
+  path, checkpoint = expand(name), checkpoints.find(name)
+  if path.exists():
+    if checkpoint:
+      print(f"{name}: the local {path.resolve()} is used, not the published {checkpoint.name}")
+  elif checkpoint:
+    return hub.get(checkpoint, convert)
+  elif str(path) == path.name and (ASSETS / path).exists():
     return ASSETS / path
   return path
 
 
 def load_clip(name) -> tuple[CLIPConfig, dict]:
-  """Architecture and parameters (`visual`, `text`, `logit_scale`) of a file or shipped weights.
+  """Architecture and parameters (`visual`, `text`, `logit_scale`) of a file or a name.
 
   Args:
-    name: a path, or the name of weights that ship with the package.
+    name: see `find_weights`.
 
   Raises:
-    InputError: see `load`.
+    InputError: see `find_weights` and `load`.
   """
   return load(find_weights(name))
+
+
+def convert(
+  source: pathlib.Path,
+  checkpoint: checkpoints.Checkpoint,
+  destination: pathlib.Path,
+  origin: Mapping[str, str],
+) -> None:
+  """Writes a public checkpoint in this project's format, if it is what its row in the table says.
+
+  Args:
+    source: the published file, or a folder with it.
+    checkpoint: its row.
+    destination: the file to write.
+    origin: header entries that say where it is from.
+
+  Raises:
+    InputError: another architecture, values that are not finite, or see `load` and `save`.
+  """
+  file, wanted, untold = read_arrays(source), checkpoint.config, {}
+  if wanted and file.metadata.get("format") != FORMAT:
+    hf = any(name.startswith("vision_model.") for name in file.arrays)
+    told = publisher.read(file, hf).fields
+    # Heads of width / 64 are found by size; a wrong file is then named by its other sizes.
+    usual = {f"{t}_heads": getattr(wanted, f"{t}_width") // 64 for t in ("vision", "text")}
+    needed = {name: getattr(wanted, name) for name in ("activation", *usual)}
+    untold = {k: v for k, v in needed.items() if k not in told and v != usual.get(k)}
+  config, params = load(file.path, untold)
+  # How images were normalized is told by the publisher's files alone.
+  sizes = lambda c: {k: v for k, v in dataclasses.asdict(c).items() if k not in IMAGE_FIELDS}
+  if wanted and (changed := differences(sizes(wanted), sizes(config))):
+    raise InputError(
+      f"expected {checkpoint.name} in {source}, got another architecture (expected -> got: "
+      f"{'; '.join(changed)}): get the file from {checkpoint.page}"
+    )
+  header = {"name": checkpoint.name, "fingerprint": fingerprint(params), **origin}
+  save(destination, config, params, metadata=header)
 
 
 def load(path, overrides: Mapping | None = None) -> tuple[CLIPConfig, dict]:

@@ -6,15 +6,18 @@ config, the class names, and the fingerprint of the CLIP weights around them.
 
 import itertools
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import differences
+from rpn_jax.config import defaults, with_tuples
 from rpn_jax.weights.arrays import float32, read_safetensors, write_safetensors
 
 FORMAT, VERSION = "rpn_jax.prompts", "1"
@@ -61,6 +64,40 @@ def save(path, content: Prompts) -> None:
   write_safetensors(path, arrays, header)
 
 
+def holds_prompts(path: pathlib.Path) -> bool:
+  """Whether a path is a file of prompts, by its header.
+
+  Raises:
+    InputError: a damaged safetensors file.
+  """
+  if not path.is_file():
+    return False
+  with path.open("rb") as file:
+    if file.read(9)[8:] != b"{":  # where the header of safetensors begins
+      return False
+  return read_safetensors(path)[1].get("format") == FORMAT
+
+
+def config_of(path: pathlib.Path) -> ml_collections.ConfigDict:
+  """The config that a file of prompts was trained with, unlocked, and set to read this file.
+
+  Fields that the file does not know, as those of the authors' checkpoints, have their defaults.
+
+  Raises:
+    InputError: see `load`; or a config that is not one of a segmentation run.
+  """
+  config = defaults().unlock()
+  try:
+    with config.ignore_type():
+      config.update(with_tuples(load(path).config))
+  except (KeyError, TypeError, ValueError, AttributeError):
+    raise InputError(
+      f"expected the config of a segmentation run in {path}: export it again"
+    ) from None
+  config.prompts = str(path)
+  return config
+
+
 def load(path) -> Prompts:
   """Reads what `save` wrote.
 
@@ -89,9 +126,6 @@ def load(path) -> Prompts:
   except (KeyError, TypeError, ValueError, RecursionError):
     raise InputError(f"expected config and names in the header of {path}: get it again") from None
   flat = {name: float32(value, name, str(path)) for name, value in state.items()}
-  for name, value in flat.items():
-    if not np.isfinite(value).all():
-      raise InputError(f"expected finite prompts, {name} has infinity or NaN in {path}: refused")
   # In this order a name that is also the start of others stands directly before one of them.
   keys = sorted(name.split("/") for name in flat)
   if any(b[: len(a)] == a for a, b in itertools.pairwise(keys)):

@@ -1,37 +1,47 @@
 """What a network costs, as the command prints and writes it."""
 
 import json
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 
 from configs import shapes as shapes_config
+from rpn_jax import cli
 from rpn_jax.analysis import costs
 from rpn_jax.models import layers
 from rpn_jax.models.kernels import cpu
 from tests import ROOT, tiny
 
 
-def run(*arguments):
-  command = [sys.executable, "-m", "rpn_jax", *arguments]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def run(capsys, monkeypatch):
+  """A command -> exit status, output, errors."""
+  monkeypatch.chdir(ROOT)
+
+  def run(*arguments: str) -> tuple[int, str, str]:
+    try:
+      status = cli.main(list(arguments))
+    except SystemExit as ended:  # argparse
+      status = ended.code
+    return status, *capsys.readouterr()
+
+  return run
 
 
-def test_a_small_network(tmp_path):
+def test_a_small_network(run, tmp_path):
   path, weights = tmp_path / "cost.json", tmp_path / "clip.safetensors"
   tiny.save(weights)
   flags = (*tiny.FLAGS, f"--config.clip={weights}")
-  done = run(
+  status, output, error = run(
     "costs", "--config=configs/shapes.py", *flags, "--classes=5", "--batch=2", f"--json={path}"
   )
-  assert done.returncode == 0, done.stderr
+  assert status == 0, error
   result = json.loads(path.read_text())
   parts = result["parameters"]
   assert parts["trained"] == sum(n for k, n in parts.items() if k.startswith("prompts/")) == 1059
-  assert "1,059" in done.stdout and "prompts/m2oe" in done.stdout
+  assert "1,059" in output and "prompts/m2oe" in output
   forward, step = result["forward"], result["train_step"]
   # Patches, blocks and projections alone: 2 operations for every weight and token.
   weights_in_blocks = 12 * tiny.TINY.vision_width**2 * tiny.TINY.vision_layers
@@ -67,7 +77,7 @@ def test_operations_of_loops_and_of_what_is_computed_again():
   assert count(lambda x: conv.apply({"params": {"kernel": kernel}}, x), image) == 2 * 4 * 48 * 5
 
 
-def test_wrong_words_are_named():
+def test_wrong_words_are_named(run):
   for arguments, message in (
     (["attention"], "required: --workdir, --image, --classes"),
     (["costs", "--classes=a"], "expected how many classes are prompted, got 'a'"),
@@ -76,14 +86,14 @@ def test_wrong_words_are_named():
     (["costs", "--config.stepz=2"], 'Did you mean "steps" instead of "stepz"?'),
     (["costs", "--config.steps=x"], "flag --config.steps=x: invalid literal for int()"),
   ):
-    done = run(*arguments, "--config=configs/shapes.py")
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-  done = run("costs", "--config=configs/shapez.py")
-  assert done.returncode == 2 and "No such file or directory: 'configs/shapez.py'" in done.stderr
+    status, _, error = run(*arguments, "--config=configs/shapes.py")
+    assert status == 2 and message in error
+  status, _, error = run("costs", "--config=configs/shapez.py")
+  assert status == 2 and "No such file or directory: 'configs/shapez.py'" in error
 
 
-def test_missing_weights_are_named():
-  done = run("costs", "--config=configs/voc.py")
-  lines = done.stderr.strip().splitlines()
-  assert done.returncode == 2 and len(lines) == 1
+def test_missing_weights_are_named(run):
+  status, _, error = run("costs", "--config=configs/voc.py", "--config.clip=ViT-B-16.safetensors")
+  lines = error.strip().splitlines()
+  assert status == 2 and len(lines) == 1
   assert "ViT-B-16.safetensors: no such file; give --backbone=b16" in lines[0]

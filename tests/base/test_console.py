@@ -1,6 +1,7 @@
 """How commands end."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -59,7 +60,8 @@ def test_a_reader_that_is_gone_ends_a_command_in_silence():
 
 def run_python(code: str, *arguments: bytes, **environment: str) -> subprocess.CompletedProcess:
   environment = {"PATH": os.environ["PATH"], **environment}
-  command = [sys.executable, "-c", f"import sys; from rpn_jax.base import console; {code}"]
+  imports = "import sys\nfrom rpn_jax.base import console\n"
+  command = [sys.executable, "-c", imports + code]
   return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True)
 
 
@@ -74,3 +76,20 @@ def test_names_beyond_ascii_survive_a_locale_of_ascii():
 def test_a_letter_that_the_terminal_lacks_is_shown_by_its_code():
   done = run_python("console.run_command(lambda: print('ß 猫'))", PYTHONIOENCODING="latin-1")
   assert done.stdout == b"\xdf \\u732b\n", done.stderr
+
+
+def test_a_second_ctrl_c_ends_the_cleanup():
+  code = """
+import os, signal, time
+def action():
+  try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+  finally:
+    print("cleaning", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never", flush=True)
+console.run_command(action)
+"""
+  done = run_python(code)
+  assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"cleaning\n", b"")

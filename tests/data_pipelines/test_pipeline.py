@@ -1,13 +1,20 @@
 """Order, resuming, sharding and refusals of the input pipeline."""
 
+import errno
 import io
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import pipeline, transforms
+from data_pipelines import pipeline, transforms, workers
 from rpn_jax.base.errors import InputError
+from tests import ROOT
 
 
 def make_source(count=10, height=12, width=16):
@@ -89,8 +96,78 @@ def test_processes_together_hold_the_same_global_batches(count):
   assert_same(joined, take(4))
 
 
-def test_worker_processes_change_nothing():
+def test_worker_processes_change_nothing(capfd):
   assert_same(take(3, start_step=1, workers=2), take(4)[1:])
+  assert not capfd.readouterr().out
+
+
+def test_without_shared_memory_batches_come_through_pipes(capfd, monkeypatch):
+  one = sum(value.nbytes for value in take(1)[0].values())
+  # Two in the queue, two behind it, one on the way to each, for each process; and one in use.
+  monkeypatch.setattr(workers, "free_bytes", lambda: 13 * one - 1)
+  batches = take(2, workers=2)
+  assert_same(batches, take(2))
+  assert all(type(value) is np.ndarray for value in batches[0].values())
+  assert "of 2 reader processes can take 0 MB: passing them through pipes" in capfd.readouterr().out
+
+
+READ = """
+import os, sys, time
+from absl import flags
+from data_pipelines import pipeline
+from tests.data_pipelines.test_pipeline import make_source, small
+if __name__ == "__main__":
+  flags.FLAGS.mark_as_parsed()
+  before = set(os.listdir("/dev/shm"))
+  batches = pipeline.train_batches(make_source(), small, batch_size=4, seed=0, workers=1)
+  next(batches)
+  threads = os.listdir("/proc/self/task")
+  print(*(open(f"/proc/self/task/{t}/children").read() for t in threads), flush=True)
+  print(*set(os.listdir("/dev/shm")) - before, flush=True)
+  time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc and /dev/shm")
+def test_readers_end_with_a_run_that_is_killed(tmp_path):
+  """And leave no shared memory; the tracker of multiprocessing removes it."""
+  (tmp_path / "read.py").write_text(READ)
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  command = [sys.executable, tmp_path / "read.py"]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as reader:
+    children = reader.stdout.readline().split()
+    names = reader.stdout.readline().split()
+    assert len(children) == 2 and any(name.startswith("psm_") for name in names)
+    reader.kill()
+  left = lambda: (
+    [c for c in children if (pathlib.Path("/proc") / c).exists()]
+    + [name for name in names if (pathlib.Path("/dev/shm") / name).exists()]
+  )
+  until = time.monotonic() + 20
+  while left() and time.monotonic() < until:
+    time.sleep(0.05)
+  assert not left()
+
+
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (
+      RuntimeError("Worker process was terminated unexpectedly with exit code -7."),
+      "SIGBUS.*shm-s",
+    ),
+    (RuntimeError("Worker process was terminated unexpectedly with exit code -9."), "SIGKILL.*few"),
+    (RuntimeError("Worker process was terminated unexpectedly with exit code 3."), "status 3"),
+    (OSError(errno.ENOSPC, "No space left on device", "/psm_1"), "/dev/shm is full.*--shm-size"),
+  ],
+)
+def test_the_end_of_a_reader_says_what_to_do(error, message):
+  def batches():
+    raise error
+    yield
+
+  with pytest.raises(InputError, match=message):
+    next(workers._Batches(batches()))
 
 
 def test_with_the_real_transform():
@@ -149,6 +226,13 @@ def test_gray_and_cmyk_become_rgb():
     assert got["id"] == "x"
 
 
+def test_sixteen_bits_are_not_white():
+  file = io.BytesIO()
+  Image.fromarray(np.full((2, 2), 0x8040, np.uint16)).save(file, "PNG")
+  got = pipeline.check_example({"image": file.getvalue(), "id": "x"})
+  assert (got["image"] == 0x80).all()
+
+
 def test_label_files_keep_their_values():
   image = np.zeros((2, 2, 3), np.uint8)
   label = np.array([[0, 1], [20, 255]], np.uint8)
@@ -177,6 +261,7 @@ IMAGE, LABEL = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8)
     (b"\x89PNG no image", LABEL, "a readable image file, got 13 bytes"),
     (encoded(IMAGE, "RGB", "PNG")[:40], LABEL, "a readable image file, got 40 bytes"),
     (IMAGE, b"", "a readable label file, got 0 bytes"),
+    (IMAGE, encoded(LABEL, "L", "JPEG"), "a label file without loss .* got JPEG"),
   ],
 )
 def test_a_bad_example_is_named(image, label, message):

@@ -1,9 +1,11 @@
 """One line from a picture and words to a segmentation."""
 
 import json
+import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +17,8 @@ from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import parse_names, without_articles
 from rpn_jax.drawing.palette import class_colors
-from rpn_jax.inference import segmenter, sliding
+from rpn_jax.inference import process, segmenter, sliding
+from rpn_jax.inference.classifier import class_probabilities
 from rpn_jax.inference.predictor import forward
 from rpn_jax.inference.segmentation import Segmentation
 
@@ -128,7 +131,7 @@ def test_background_words_and_a_threshold_leave_pixels_out(model, scene, result)
 
 
 def test_emphasis_moves_one_class_without_the_network(model, result, monkeypatch):
-  monkeypatch.setattr(sliding.SlidingWindow, "_run", None)
+  monkeypatch.setattr(sliding.SlidingWindow, "_start", None)
   name = NAMES[3]
   share = [
     result.adjusted(emphasis={name: value}).shares().get(name, 0.0) for value in (-1, 0, 0.3, 1)
@@ -174,17 +177,19 @@ def test_many_pictures_and_words_share_programs(scene):
     return model(image, names, **options).labels
 
   run(128, 96, NAMES[:4])
-  network = forward(model.predictor.network)
-  programs = lambda: (network._cache_size(), sliding.strip._cache_size())
+  programs = lambda: tuple(cached.cache_info().misses for cached in (forward, sliding.tile_program))
   before = programs()
   run(128, 96, ["other words", "of the same", "number", "here"])  # another person's words
-  run(120, 96, ["w1", "w2", "w3", "w4"])  # another size of the same bucket
-  run(124, 94, ["w1", "w2"], background=["w3", "w4"])
-  run(127, 95, NAMES[:4], other=0.5, emphasis={NAMES[0]: 0.5})
+  run(120, 96, ["w1", "w2", "w3", "w4"])  # other sizes
+  run(134, 100, ["w1", "w2"], background=["w3", "w4"])
+  run(133, 97, NAMES[:4], other=0.5, emphasis={NAMES[0]: 0.5})
   assert programs() == before
-  run(128, 96, NAMES[:5])  # five and six words are one program, and so are seven and eight
+  many = [f"word {i}" for i in range(11)]
+  run(128, 96, many[:1])  # up to eight words are one program, and so are nine to twelve
+  assert programs() == before
+  run(128, 96, many[:9])
   grown = programs()
-  run(128, 96, NAMES[:6])
+  run(128, 96, many)
   assert programs() == grown and grown[0] == before[0] + 1
 
 
@@ -193,9 +198,10 @@ def test_fillers_change_nothing(scene):
   plain = model(scene[0], NAMES[:5])
   monkey = pytest.MonkeyPatch()
   with monkey.context() as patch:
+    patch.setattr(segmenter, "MIN_ROWS", 0)
     patch.setattr(segmenter, "round_up", lambda size: size)
     exact = model(scene[0], NAMES[:5])
-  assert (plain.class_scores.fillers, exact.class_scores.fillers) == (1, 0)
+  assert (plain.class_scores.fillers, exact.class_scores.fillers) == (3, 0)
   np.testing.assert_array_equal(plain.labels, exact.labels)
   np.testing.assert_allclose(plain.scores, exact.scores, atol=1e-5)
 
@@ -204,7 +210,7 @@ def test_fillers_change_nothing(scene):
   ("model", "options", "message"),
   [
     ("none", {}, "model='none': expected the workdir of a run, a file of CLIP weights, or one of"),
-    ("shapes_clip", {"method": "rpn"}, "needs the workdir of a training run"),
+    ("shapes_clip", {"method": "rpn"}, "needs a training run or its prompts"),
     ("shapes_clip", {"method": "scilp"}, "did you mean 'sclip'"),
     ("{tmp}", {}, "expected the workdir of a run, with a config.json"),
     ("{tmp}/photo.jpg", {}, "photo.jpg"),
@@ -227,6 +233,35 @@ def test_what_is_no_picture_is_refused(model, tmp_path):
   ]:
     with pytest.raises(InputError, match=message):
       model(picture, NAMES)
+
+
+def test_a_forked_process_is_told_what_to_do(model, scene, monkeypatch):
+  """Without the refusal it would wait forever for threads that a fork does not copy."""
+  result = model(scene[0], NAMES)
+  there = os.getpid()
+  monkeypatch.setattr(os, "getpid", lambda: there + 1)  # as in a child
+  message = f"process {there + 1} was forked from {there}, .*get_context"
+  for call in (
+    lambda: model(scene[0], ["other", "words"]),
+    lambda: result.labels,
+    lambda: result.scores,
+    lambda: class_probabilities(model.predictor, NAMES),
+    Segmenter.load,
+  ):
+    with pytest.raises(InputError, match=message):
+      call()
+
+
+def test_types_of_64_bits_are_told_what_to_do(model, scene):
+  with jax.enable_x64(True), pytest.raises(InputError, match=r"32-bit types.*enable_x64\(False\)"):
+    model(scene[0], NAMES)
+
+
+def test_a_process_may_load_what_its_parent_has_not(monkeypatch):
+  monkeypatch.setattr(process, "_owner", None)
+  monkeypatch.setattr(os, "getpid", lambda: 12345)
+  process.check_process()
+  process.check_process()
 
 
 def test_importing_the_package_is_quick():

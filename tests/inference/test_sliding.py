@@ -1,10 +1,14 @@
-"""Sliding windows: geometry, averaging, strips, sizes, views."""
+"""Sliding windows: geometry, averaging, tiles, sizes, views."""
+
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rpn_jax.base.errors import InputError
 from rpn_jax.inference import sliding
 from rpn_jax.models.clip import resize_grid
 
@@ -25,11 +29,20 @@ def test_windows_cover_and_stay_inside():
   assert sliding.window_corners(40, 80, 64, 53) == [(0, 0), (0, 16)]
 
 
+@pytest.mark.parametrize("stride", [33, 0])
+def test_pixels_between_windows_are_refused(stride):
+  message = f"expected a stride of 1 to 32 pixels, the crop, got {stride}"
+  with pytest.raises(ValueError, match=message):
+    sliding.window_corners(96, 96, 32, stride)
+  with pytest.raises(ValueError, match=message):
+    slider(stride=stride)
+
+
 def test_bucket():
   buckets = [1, 2, 3, 4, 6, 8, 12, 16, 24]
-  assert [sliding.round_up(n) for n in range(1, 25)] == [
-    min(b for b in buckets if b >= n) for n in range(1, 25)
-  ]
+  for n in range(1, 25):
+    assert sliding.round_up(n) == min(b for b in buckets if b >= n)
+    assert sliding.round_down(n) == max(b for b in buckets if b <= n)
 
 
 @pytest.mark.parametrize("sizes", [(5, 13), (13, 5), (1, 4), (4, 1), (7, 7), (512, 375)])
@@ -84,7 +97,8 @@ def test_window_covering_the_image_is_the_plain_forward():
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-@pytest.mark.parametrize("strip", [1, 700, sliding.STRIP_ELEMENTS])
+# Tiles of 4, 16 and 128 pixels, or fewer where the result is smaller than the input.
+@pytest.mark.parametrize("elements", [2 * 4**2, 2 * 16**2, sliding.TILE_ELEMENTS])
 @pytest.mark.parametrize(
   "shape, size",
   [
@@ -97,8 +111,8 @@ def test_window_covering_the_image_is_the_plain_forward():
     ((32, 32), (1, 1)),
   ],
 )
-def test_strips_and_rounded_sizes_are_the_plain_computation(shape, size, strip, monkeypatch):
-  monkeypatch.setattr(sliding, "STRIP_ELEMENTS", strip)
+def test_tiles_of_rounded_sizes_are_the_plain_computation(shape, size, elements, monkeypatch):
+  monkeypatch.setattr(sliding, "TILE_ELEMENTS", elements)
   image = image_of(*shape)
   want = reference(image, size, activation=jax.nn.sigmoid)
   slide = slider(activation=jax.nn.sigmoid)
@@ -109,13 +123,38 @@ def test_strips_and_rounded_sizes_are_the_plain_computation(shape, size, strip, 
 
 
 def test_images_of_many_sizes_share_programs():
-  before = sliding.strip._cache_size()
-  sizes = [(h, w) for h in (36, 40, 44, 48, 51, 57, 62) for w in (51, 55, 60, 64)]
-  slide = slider(stride=32)
-  for size in sizes:
-    slide(image_of(*size))
-  # Rows are 48 or 64 after rounding, columns 64, and the windows four.
-  assert sliding.strip._cache_size() - before == 2
+  sliding.tile_program.cache_clear()
+  rng = np.random.default_rng(0)
+  slide = slider()
+  for size in rng.integers(60, 501, (40, 2)):  # inputs of 36 x 36 to 36 x 288
+    shape = np.rint(36 * size / size.min()).astype(int)
+    assert slide(image_of(*shape), tuple(size)).shape == tuple(size)
+  # A result is 1.7 to 13.9 times as large as the network's input; windows are 8, 16 or 32.
+  assert sliding.tile_program.cache_info().misses <= 12
+
+
+def test_programs_that_were_not_used_for_long_are_freed():
+  sliding.tile_program.cache_clear()
+  make = lambda side: sliding.tile_program((side,), (3,), 32, identity, sliding.class_ids)
+  first = weakref.ref(make(0))
+  for side in range(1, sliding.KEPT_PROGRAMS):
+    make(side)
+  gc.collect()
+  assert first() is not None
+  make(sliding.KEPT_PROGRAMS)
+  gc.collect()
+  assert first() is None
+  assert sliding.tile_program.cache_info().currsize == sliding.KEPT_PROGRAMS
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_refused(value):
+  def broken(windows):
+    return colours(windows).at[0, 1, 2, 0].set(value)
+
+  slide = sliding.SlidingWindow(broken, 2, crop=32, stride=32)
+  with pytest.raises(InputError, match=r"1 of 32 are NaN or infinite: use config\.dtype=float32"):
+    slide(image_of(32, 32))
 
 
 def test_a_stream_is_the_images_one_by_one():
@@ -173,12 +212,14 @@ def test_all_scores_are_never_there_at_once(monkeypatch):
   """What the program of a wide image with 847 classes holds at a time."""
   view = sliding.View(512, 2048, tuple(sliding.window_corners(512, 2048, 512, 426)), False)
   logits = jax.ShapeDtypeStruct((6, 32, 32, 847), np.float32)
-  calls, strip = [], sliding.strip
-  monkeypatch.setattr(sliding, "strip", lambda *a, **k: calls.append((a, k)) or np.zeros((1, 1)))
+  calls, program = [], sliding.tile_program
+  stand_in = lambda *a: lambda *arrays: calls.append((a, arrays)) or np.zeros((1, 1))
+  monkeypatch.setattr(sliding, "tile_program", stand_in)
   sliding.merge_views(
-    [view], [np.empty(6)], np.zeros(847, np.float32), (1024, 4096), crop=512,
+    [view], [np.empty((6, 1))], np.zeros(847, np.float32), (1024, 4096), crop=512,
     activation=jax.nn.sigmoid, output=sliding.class_ids,
   )  # fmt: skip
-  ((part,), penalty), static = calls[0]
-  memory = strip.lower(((logits, *part[1:]),), penalty, **static).compile().memory_analysis()
-  assert 20e6 < memory.temp_size_in_bytes < 400e6  # of 14 GB
+  static, ((part,), penalty) = calls[0]
+  lowered = program(*static).lower(((logits, *part[1:]),), penalty)
+  memory = lowered.compile().memory_analysis()
+  assert 10e6 < memory.temp_size_in_bytes < 400e6  # of 14 GB

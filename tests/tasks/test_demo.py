@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import shutil
+import tempfile
 import threading
 
 import numpy as np
@@ -82,9 +83,7 @@ def test_bad_pictures_are_refused_without_the_servers_paths(models, tmp_path, mo
 
 def test_users_share_one_model_and_its_programs(models, monkeypatch):
   segment(models)
-  loaded = models.get("shapes_clip")
-  network = forward(loaded.predictor.network)
-  programs = lambda: (network._cache_size(), sliding.strip._cache_size())
+  programs = lambda: tuple(cached.cache_info().misses for cached in (forward, sliding.tile_program))
   before, results = programs(), {}
   monkeypatch.setattr(segmenter.Segmenter, "load", None)
 
@@ -122,10 +121,23 @@ def test_listens_on_this_machine_only_unless_told(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def address(models, tmp_path_factory):
-  root = tmp_path_factory.mktemp("downloads")
-  page, address = demo.launch(models, root, block=False)
-  yield address
-  page.close()
+  """Of a page on a machine where another user has Gradio's own folder for uploads."""
+  temporary = tmp_path_factory.mktemp("tmp")
+  root = temporary / "rpn_demo"
+  root.mkdir()
+  (temporary / "gradio").write_text("in the way")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tempfile, "tempdir", str(temporary))
+    patch.setenv("GRADIO_TEMP_DIR", "")
+    patch.delenv("GRADIO_TEMP_DIR")
+    page, address = demo.launch(models, root, block=False)
+    yield address
+    page.close()
+
+
+def test_uploads_have_a_folder_of_their_own(address, tmp_path_factory):
+  assert address.startswith("http://127.0.0.1:")
+  assert list(tmp_path_factory.getbasetemp().glob("tmp*/rpn_demo/gradio/*/scene.png"))
 
 
 @pytest.fixture(scope="module")

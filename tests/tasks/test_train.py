@@ -52,6 +52,13 @@ def finished(home):
   return config, workdir, train.train(config, workdir, datasets.load(config))
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+  """Figures are a third of a short run's time: those of `finished` are enough."""
+  for name in ("draw_figures", "plot_curves"):
+    monkeypatch.setattr(train, name, lambda *_: None)
+
+
 def test_a_run_leaves_its_files(finished):
   _, workdir, result = finished
   content = json.loads((workdir / "metrics.json").read_text())

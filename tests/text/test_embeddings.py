@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+import os
 import pathlib
+import threading
 
 import jax
 import numpy as np
@@ -123,7 +125,7 @@ def test_a_class_is_the_mean_over_templates(params, unit):
 def test_batches_and_their_padding_change_nothing(params, monkeypatch):
   names = [f"thing {i}" for i in range(25)]
   whole = class_embeddings(TINY, params, names)
-  monkeypatch.setattr(embeddings, "BATCH_SENTENCES", 2)
+  monkeypatch.setattr(embeddings, "BATCH_SENTENCES", (2,))
   np.testing.assert_allclose(class_embeddings(TINY, params, names), whole, atol=1e-6)
 
 
@@ -263,6 +265,13 @@ def test_embeddings_are_made_on_the_device_that_is_asked_for(params, monkeypatch
   assert asked == [jax.local_devices()[0], device]
 
 
+def test_weights_that_give_nan_are_refused(params):
+  broken = jax.tree.map(lambda x: x, params)
+  broken["text"]["ln_final"]["scale"] = np.full_like(params["text"]["ln_final"]["scale"], np.inf)
+  with pytest.raises(InputError, match=r"finite embedding of 'a photo of a sea.*damaged"):
+    class_embeddings(TINY, broken, NAMES)
+
+
 # The disk
 
 
@@ -327,6 +336,31 @@ def test_damaged_files_are_never_trusted(params, cache, counted, kind):
   assert len(counted) == 2 and files(cache / "text") == [path]
   if kind != "folder":  # mended
     np.testing.assert_array_equal(np.load(path), want)
+
+
+def test_threads_keep_the_same_embeddings_at_once(params, cache, monkeypatch, recwarn):
+  """Each writes a file of its own before it is renamed; none of them finds it gone."""
+  failed, replace = [], os.replace
+  barrier = threading.Barrier(6, timeout=20)
+
+  def together(source, target):
+    barrier.wait()  # all temporary files are complete
+    try:
+      replace(source, target)
+    except OSError as error:
+      failed.append(error)
+
+  monkeypatch.setattr(os, "replace", together)
+  array = np.eye(3, 8, dtype=np.float32)
+  threads = [
+    threading.Thread(target=embeddings._write, args=(cache / "text/x.npy", array)) for _ in range(6)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert not failed and files(cache / "text") == [cache / "text/x.npy"]
+  np.testing.assert_array_equal(np.load(cache / "text/x.npy"), array)
 
 
 def test_nothing_is_kept_without_a_fingerprint(params, cache):

@@ -5,7 +5,10 @@
 A run of the tiny network is killed with SIGKILL, then started again, until it has ended; its final
 parameters, optimizer state and curves must be those of a run that nobody touched, to the bit. The
 moments are drawn within a phase: in training, while a checkpoint is written, in an evaluation,
-while the data are prepared. Other runs get SIGTERM and must end by themselves, with status 0.
+while the data are prepared. Every second run has a reader process, which must be gone with it, and
+some starts are under JAX_ENABLE_X64, which must change nothing. In between, some find a checkpoint
+that cannot be read: they must be refused and leave everything as it is. Other runs get SIGTERM and
+must end by themselves, with status 0.
 """
 
 import argparse
@@ -44,9 +47,10 @@ class Run:
     self.log = home / f"{name}.log"
     self.process = None
 
-  def start(self, *options: str) -> "Run":
+  def start(self, *options: str, **variables: str) -> "Run":
     environment = {
       **os.environ,
+      **variables,
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0"),
     }
@@ -64,10 +68,10 @@ class Run:
   def said(self) -> str:
     return self.log.read_text()
 
-  def end(self) -> None:
-    """Waits for an end with status 0."""
+  def end(self, expected: int = 0) -> None:
+    """Waits for an end with that status."""
     status = self.process.wait(timeout=PATIENCE)
-    assert status == 0, f"status {status}:\n{self.said()[-3000:]}"
+    assert status == expected, f"status {status}:\n{self.said()[-3000:]}"
 
   def wait_for(self, condition: Callable[[], bool]) -> bool:
     """Whether it came true before the process ended."""
@@ -80,11 +84,19 @@ class Run:
     return False
 
   def kill(self, how: int = signal.SIGKILL) -> float:
-    """Seconds until it was gone."""
-    began = time.monotonic()
+    """Seconds until it was gone; its reader processes must be, too, soon after."""
+    began, readers = time.monotonic(), self.children()
     self.process.send_signal(how)
     self.process.wait(timeout=PATIENCE)
-    return time.monotonic() - began
+    seconds = time.monotonic() - began
+    while left := [pid for pid in readers if pathlib.Path(f"/proc/{pid}").exists()]:
+      assert time.monotonic() < began + seconds + 30, f"still there: {left}"
+      time.sleep(0.01)
+    return seconds
+
+  def children(self) -> list[str]:
+    threads = pathlib.Path(f"/proc/{self.process.pid}/task").glob("*/children")
+    return [pid for thread in threads for pid in thread.read_text().split()]
 
   # What a process is doing, as its files show it.
 
@@ -151,19 +163,40 @@ def reach(run: Run, phase: str, draw: random.Random) -> bool:
   return there
 
 
+def refuse(run: Run, draw: random.Random) -> str:
+  """A start that must fail and leave the checkpoints as they are; returns what was unreadable."""
+  checkpoints = run.workdir / "checkpoints"
+  before = sorted(checkpoints.rglob("*"))
+  file = draw.choice([p for p in (checkpoints / f"{max(run.saved())}").rglob("*") if p.is_file()])
+  kept = file.rename(run.home / "kept")
+  file.symlink_to(file)  # root may read everything, but not follow a link to itself
+  run.start().end(2)
+  assert "cannot be read" in run.said()
+  kept.rename(file)
+  assert sorted(checkpoints.rglob("*")) == before
+  return file.name
+
+
 def attempt(home: pathlib.Path, number: int, phase: str, draw: random.Random) -> str:
   """One run, killed once or twice; returns what happened, and raises where it went wrong."""
   run = Run(home, f"run{number}", f"data{number}" if phase == "preparation" else "data")
+  options = (f"--config.data.workers={number % 2}",)
   moments = []
+
+  def start() -> None:
+    run.start(*options, JAX_ENABLE_X64=draw.choice("01"))
+
   for _ in range(draw.randint(1, 2)):
-    run.start()
+    start()
     if not reach(run, phase, draw):
       break
     doing = [name for name in ("saving", "evaluating", "preparing") if getattr(run, f"is_{name}")()]
     run.kill()
     moments.append(f"step {run.trained()} ({', '.join(doing) or 'training'})")
+    if run.saved() and draw.random() < 0.3:
+      moments[-1] += f", refused with an unreadable {refuse(run, draw)}"
   else:
-    run.start()
+    start()
   run.end()
   return f"{phase}: killed at " + "; ".join(moments) if moments else f"{phase}: ended too early"
 

@@ -1,9 +1,13 @@
 """Checkpoints that disks damage or refuse, and those of earlier versions."""
 
 import contextlib
+import errno
 import json
+import os
+import pathlib
 import resource
 import shutil
+import tempfile
 
 import jax
 import numpy as np
@@ -18,7 +22,7 @@ from rpn_jax.training.step import TrainState
 IDENTITY = {"clip": "0" * 16, "config": {"seed": 0, "optimizer": {"clip_norm": 0.0}}}
 
 
-# Coroutines of a failed Orbax call may be collected after it, outside of `checkpoint._quiet`.
+# Coroutines of a failed Orbax call may be collected after it, outside of `unreadable.quiet`.
 orbax_fails = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -129,6 +133,7 @@ def test_whatever_file_of_the_newest_is_damaged(workdir, damage, capfd):
     out, err = capfd.readouterr()
     if taken[-1] == 20:
       assert out.startswith("the checkpoint of step 30 is damaged (") and out.count("\n") == 1
+      assert "renamed to 30.damaged, using that of step 20" in out
       (workdir / "checkpoints" / "30.damaged").rename(newest)
     assert not err
     file.write_bytes(content)
@@ -145,19 +150,149 @@ def test_a_damaged_checkpoint_is_put_aside_and_written_anew(workdir):
     same(state, 20)
     assert folders(workdir) == ["10", "20", "30.damaged"]
     assert checkpoints.save(state_at(30), best)
+  for file in files(workdir / "checkpoints" / "30"):
+    file.write_bytes(b"")
   with opened(workdir) as checkpoints:
+    same(checkpoints.resume(LIKE)[0], 20)
+    assert folders(workdir) == ["10", "20", "30.damaged", "30.damaged2"]
+    assert checkpoints.save(state_at(30), best)
     same(checkpoints.resume(LIKE)[0], 30)
 
 
 @orbax_fails
-def test_nothing_intact_is_no_new_run(workdir):
+def test_nothing_intact_is_no_new_run_and_is_left_as_it_is(workdir):
   for step in (10, 20, 30):
     for file in files(workdir / "checkpoints" / str(step)):
       file.write_bytes(b"")
   with reading(workdir) as checkpoints, pytest.raises(InputError, match=r"10, 20, 30\] are dam"):
     checkpoints.read(LIKE.prompts)
-  with opened(workdir) as checkpoints, pytest.raises(InputError, match="start over"):
+  for _ in range(2):
+    with opened(workdir) as checkpoints, pytest.raises(InputError, match=r"left as.*--restart"):
+      checkpoints.resume(LIKE)
+    assert folders(workdir) == ["10", "20", "30"]
+
+
+def test_no_new_run_beside_what_was_set_aside(workdir):
+  for name in ("10", "20", "30"):
+    (workdir / "checkpoints" / name).rename(workdir / "checkpoints" / f"{name}.damaged")
+  with opened(workdir) as checkpoints, pytest.raises(InputError, match=r"aside: 10.damaged, 20.d"):
     checkpoints.resume(LIKE)
+  (workdir / "checkpoints/20.damaged").rename(workdir / "checkpoints/20")
+  with opened(workdir) as checkpoints:
+    same(checkpoints.resume(LIKE)[0], 20)
+
+
+# What cannot be read
+
+
+@contextlib.contextmanager
+def nobody_reads(file):
+  """A file of another owner: root reads such files, too, so the process is somebody else."""
+  file.chmod(0)
+  root = os.geteuid() == 0
+  if root:
+    os.seteuid(65534)
+  try:
+    yield
+  finally:
+    if root:
+      os.seteuid(0)
+    file.chmod(0o644)
+
+
+@pytest.fixture
+def public(workdir):
+  """A copy of the workdir in a folder that everybody may enter, which those of pytest are not."""
+  with tempfile.TemporaryDirectory() as folder:
+    shutil.copytree(workdir, folder, dirs_exist_ok=True)
+    os.chmod(folder, 0o755)
+    yield pathlib.Path(folder)
+
+
+def refused(checkpoints, words: str):
+  with pytest.raises(InputError, match=rf"step 30 in .* cannot be read \({words}.*left as it is"):
+    checkpoints.resume(LIKE)
+  with pytest.raises(InputError, match=rf"cannot be read \({words}"):
+    checkpoints.read(LIKE.prompts)
+  assert folders(checkpoints.directory.parent) == ["10", "20", "30"]
+
+
+@pytest.mark.parametrize("place", ["meta/metadata", "opt_state/manifest.ocdbt", "prompts/d"])
+def test_a_checkpoint_of_another_owner_is_not_damaged(public, place):
+  with opened(public) as checkpoints:
+    with nobody_reads(checkpoints.directory / "30" / place):
+      refused(checkpoints, f"Permission denied: .*/30/{place}")
+    same(checkpoints.resume(LIKE)[0], 30)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(public):
+  with (
+    opened(public) as checkpoints,
+    nobody_reads(checkpoints.directory),
+    pytest.raises(PermissionError),
+  ):
+    checkpoints.resume(LIKE)
+
+
+@orbax_fails
+@pytest.mark.parametrize("spare", [1, 4, 8, 12, 16])
+def test_a_full_descriptor_table_is_no_damage(workdir, spare):
+  """It fails where the last one is taken: listing, reading, in Orbax; or nowhere."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  taken = []
+  with opened(workdir) as checkpoints:
+    resource.setrlimit(
+      resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard)
+    )
+    try:
+      with contextlib.suppress(OSError):
+        while True:
+          taken.append(os.open(os.devnull, os.O_RDONLY))
+      for _ in range(min(spare, len(taken))):
+        os.close(taken.pop())
+      same(checkpoints.resume(LIKE)[0], 30)
+    except (InputError, OSError) as error:
+      assert "Too many open files" in str(error)
+    finally:
+      for descriptor in taken:
+        os.close(descriptor)
+      resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert folders(workdir) == ["10", "20", "30"]
+    same(checkpoints.resume(LIKE)[0], 30)
+
+
+@pytest.mark.parametrize(
+  ("error", "words"),
+  [
+    (MemoryError(), "Cannot allocate memory"),
+    (ValueError('UNKNOWN: Error reading local file "d/1": Input/output error [EIO]'), "Input/out"),
+    (ExceptionGroup("tasks", [OSError(errno.ESTALE, "Stale file handle")]), "Stale file handle"),
+    (RuntimeError("can't start new thread"), "Cannot allocate memory"),
+  ],
+)
+def test_what_the_system_refuses_orbax_is_no_damage(workdir, error, words, monkeypatch):
+  def restore(*_, **__):
+    try:
+      raise error
+    except Exception as cause:
+      raise ValueError("Error reading array") from cause
+
+  with opened(workdir) as checkpoints:
+    monkeypatch.setattr(checkpoints.manager, "restore", restore)
+    refused(checkpoints, words)
+
+
+def test_types_that_jax_chooses_otherwise_are_no_damage(workdir):
+  """As under JAX_ENABLE_X64: the checksum is that of what was stored."""
+  doubled = jax.tree.map(lambda x: np.asarray(x, "f8") if x.dtype == "f" else x, LIKE)
+  words = "30/prompts has other types .*float32 -> float64.* left as it is: unset JAX_ENABLE_X64"
+  with opened(workdir) as checkpoints:
+    with pytest.raises(InputError, match=words):
+      checkpoints.resume(doubled)
+    with pytest.raises(InputError, match=words):
+      checkpoints.read(doubled.prompts)
+    assert folders(workdir) == ["10", "20", "30"]
+    same(checkpoints.resume(LIKE)[0], 30)
 
 
 def test_another_shape_is_not_taken(workdir):

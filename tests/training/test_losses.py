@@ -90,6 +90,29 @@ def test_all_ignored_is_finite():
     assert np.isfinite(grad).all()
 
 
+def test_a_batch_without_masks_outweighs_others_or_is_left_out():
+  """By default it is divided by 1, as in the official code."""
+  logits, label = data()
+  empty = np.full_like(label, 255)
+  plain = losses.sigmoid_loss(logits, empty)["loss_mask"]
+  full = jax.image.resize(logits, (2, 12, 10, 5), "bilinear", antialias=False)
+  p = np.asarray(jax.nn.sigmoid(full), np.float64)
+  negatives = 0.75 * p**2 * -np.log(1 - p)
+  np.testing.assert_allclose(plain.value, 100 * negatives.mean((1, 2)).sum(), rtol=1e-5)
+
+  def loss(x, label):
+    return sum(t.value for t in losses.sigmoid_loss(x, label, skip_empty=True).values())
+
+  value, gradient = jax.value_and_grad(loss)(logits, empty)
+  assert value == 0 and not gradient.any()
+  # Wherever there is a mask, on any device, the field changes nothing.
+  np.testing.assert_array_equal(
+    loss(logits, label), sum(t.value for t in losses.sigmoid_loss(logits, label).values())
+  )
+  summed = losses.Term(plain.total, jnp.float32(4), skip_empty=True)  # masks of another device
+  np.testing.assert_allclose(summed.value, plain.value / 4, rtol=1e-6)
+
+
 def test_rows_per_chunk_divides():
   assert losses.rows_per_chunk(1, 512, 512, 20, 32) == 64
   assert losses.rows_per_chunk(1, 512, 512, 20, 512) == 512

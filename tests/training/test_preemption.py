@@ -1,11 +1,16 @@
-"""SIGTERM within and outside of what must not be interrupted."""
+"""SIGTERM and Ctrl-C within and outside of what must not be interrupted."""
 
 import os
 import signal
 
 import pytest
 
+from rpn_jax.base import console
 from rpn_jax.training import preemption
+
+
+def interrupt():
+  os.kill(os.getpid(), signal.SIGINT)
 
 
 def term():
@@ -49,3 +54,42 @@ def test_one_that_came_in_a_step_ends_the_evaluation_behind_it():
     with notice.deferred(False):
       done.append("evaluation")
   assert done == ["step"]
+
+
+def test_the_first_interrupt_waits_for_the_step_the_second_for_nothing(capfd):
+  reached = []
+  with pytest.raises(KeyboardInterrupt), preemption.PreemptionGuard() as guard, guard.deferred():
+    interrupt()
+    reached.append(guard.reached(1))
+    assert guard.name == "Ctrl-C" and "press it again" in capfd.readouterr().err
+    interrupt()  # Python's handler was in place: it is again, as in a notebook
+    reached.append("never")
+  assert reached == [True]
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_the_second_interrupt_of_a_command_is_the_system_s(guarded):
+  """That ends the process with status 130, also within a compilation or while Python ends."""
+  before = signal.signal(signal.SIGINT, console.interrupt)
+  try:
+    with pytest.raises(KeyboardInterrupt):
+      if guarded:
+        with preemption.PreemptionGuard() as guard, guard.deferred():
+          interrupt()
+          assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL and guard.reached(1)
+      else:
+        interrupt()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_interrupt_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with preemption.PreemptionGuard() as guard, guard.deferred():
+      interrupt()
+      assert not guard.reached(1)
+  finally:
+    signal.signal(signal.SIGINT, before)

@@ -102,13 +102,14 @@ def compare(got, want):
       assert scores[name] == pytest.approx(value, abs=5e-3), name
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-def test_two_processes_of_two_devices_are_one_of_four_and_one_alone(home, alone, mode):
-  option = f"--config.parallel={mode}"
-  two = run(home, home / f"two_{mode}", 2, 2, 20, option)
+def test_one_process_of_four_devices_is_one_alone(home, alone):
+  compare(results(run(home, home / "four", 1, 4)), alone)
+
+
+def test_two_processes_of_two_devices_are_one_alone(home, alone):
+  """By pmap; by shard_map in the test below."""
+  two = run(home, home / "two", 2, 2, 20, "--config.parallel=pmap")
   compare(results(two), alone)
-  if mode == "shard_map":
-    compare(results(run(home, home / "four", 1, 4, 20, option)), alone)
   # The first process alone speaks and writes.
   assert "4 x cpu in 2 processes" in said(home, two, 0) and "Scores in %" in said(home, two, 0)
   assert not re.search(r"trained|step|image|%", said(home, two, 1))

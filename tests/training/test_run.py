@@ -6,21 +6,26 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from configs import shapes
 from data_pipelines import datasets
 from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
 from rpn_jax.inference.segmenter import Segmenter
 from rpn_jax.tasks import evaluate, train
 from rpn_jax.training import run
-from rpn_jax.training.metric_log import read_history
+from rpn_jax.training.loop import Loop
+from rpn_jax.training.metric_log import MetricWriter, read_history
+from rpn_jax.training.step import TrainState
 from tests import FIXTURES, ROOT
 
 HOLD = """
 import pathlib, sys, time
 from rpn_jax.training import run
+from rpn_jax.training.loop import Loop
 with run.held_workdir(pathlib.Path(sys.argv[1])):
   print("held", flush=True)
   time.sleep(60)
@@ -61,6 +66,92 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(paths.fcntl, "flock", refuse)
   with run.held_workdir(tmp_path):
     assert "cannot be locked (Operation not supported)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def claimed(tmp_path):
+  """A run that holds its workdir, with a checkpoint's folder and curves up to step 6."""
+  config = shapes.get_config("runlocal")
+  with config.unlocked():
+    config.steps, config.eval_every, config.save_every = 8, 4, 2
+  workdir = tmp_path / "run"
+  claimed = run.Run(config, workdir, "0" * 16)
+  with run.held_workdir(workdir):
+    claimed.claim()
+    with MetricWriter(workdir, resume_step=0) as writer:
+      for step in range(1, 7):
+        writer.write(step, {"train/loss": 1.0})
+      (workdir / "checkpoints/4").mkdir(parents=True)
+      (workdir / "eval_shapes_train.partial.npz").touch()
+      claimed.check_workdir(6)
+      yield claimed
+
+
+def test_curves_without_their_checkpoints_are_not_begun_anew(claimed):
+  with pytest.raises(InputError, match=r"up to step 6 and no checkpoint, though .* at step 2: put"):
+    claimed.check_new()
+  # Up to the first checkpoint there may be none: the run was killed before it, or while saving it.
+  MetricWriter(claimed.workdir, resume_step=2).close()
+  claimed.check_new()
+
+
+def test_a_restart_moves_what_was_there(claimed, capsys):
+  claimed.restart()
+  (folder,) = claimed.workdir.glob("replaced-*")
+  moved = ["checkpoints", "config.json", "eval_shapes_train.partial.npz", "events", "metrics.jsonl"]
+  assert sorted(p.name for p in folder.iterdir()) == moved
+  assert sorted(p.name for p in claimed.workdir.iterdir()) == [".lock", folder.name]
+  assert f"to {folder}; nothing reads that folder" in capsys.readouterr().out
+  claimed.check_new()
+  claimed.restart()  # nothing is left to move
+  assert not capsys.readouterr().out
+
+
+def remove(workdir):
+  shutil.rmtree(workdir)
+
+
+def rename(workdir):
+  workdir.rename(workdir.with_name("elsewhere"))
+
+
+def rename_and_start_another(workdir):
+  rename(workdir)
+  workdir.mkdir()
+  for name in (".lock", "config.json", "metrics.jsonl"):
+    (workdir / name).write_text("process 1 on another")
+
+
+def empty(workdir):
+  for name in ("config.json", "metrics.jsonl"):
+    (workdir / name).unlink()
+
+
+@pytest.mark.parametrize(
+  ("change", "gone"),
+  [
+    (remove, r"\.lock, config\.json, metrics\.jsonl"),
+    (rename, r"\.lock, config\.json, metrics\.jsonl"),
+    (rename_and_start_another, r"\.lock"),
+    (empty, r"config\.json, metrics\.jsonl"),
+  ],
+)
+def test_a_workdir_that_goes_away_during_the_run_is_noticed(claimed, change, gone):
+  change(claimed.workdir)
+  with pytest.raises(InputError, match=rf"\({gone} of this run is gone\): stopped at step 6"):
+    claimed.check_workdir(6)
+
+
+def test_a_loop_checks_its_workdir_when_it_saves_and_after_evaluations(claimed):
+  scores = {"hiou": 0.5, "miou_gt": 0.5}
+  loop = Loop(claimed, None, None, checkpoints=None, guard=None, evaluate=lambda *_: dict(scores),
+              writer=None, best=None)  # fmt: skip
+  state = TrainState(np.int32(6), {}, ())
+  loop.evaluate(state)
+  rename(claimed.workdir)
+  for action in (loop._save, loop.evaluate):
+    with pytest.raises(InputError, match="removed, renamed or emptied"):
+      action(state)
 
 
 # Written by version 0.2.0: checkpoints/4 of a run of eight steps, and the metrics of its end.
@@ -117,3 +208,13 @@ def test_a_run_of_0_2_0_with_other_settings_is_refused(old):
   message = r"created with a different config \(workdir -> requested\): config\.seed: 0 -> 7"
   with pytest.raises(InputError, match=message):
     train.train(config, workdir, datasets.load(config))
+
+
+def test_a_run_of_64_bits_is_refused_before_it_touches_anything(old):
+  config, workdir = old
+  with (
+    jax.enable_x64(True),
+    pytest.raises(InputError, match="JAX_ENABLE_X64 is set: unset it"),
+  ):
+    train.train(config, workdir, None)
+  assert (workdir / "checkpoints/4").is_dir()

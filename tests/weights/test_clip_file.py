@@ -205,6 +205,23 @@ def test_shapes_are_compared_before_anything_is_copied(tmp_path, tiny, state, mo
   assert copied
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_named(tmp_path, tiny, state, value):
+  """In the files of others, by their names, and in this project's own."""
+  state["visual.proj"][1, 2:4] = value
+  (tmp_path / "x.safetensors").write_bytes(safetensors.numpy.save(state))
+  write_state(tmp_path / "x.pt", {k: v.astype(np.float16) for k, v in state.items()})
+  for name in ("x.safetensors", "x.pt"):
+    message = r"2 of the 32 values of 'visual.proj' are NaN or infinite in .*" + name
+    one_line(message, clip_file.load, tmp_path / name, HEADS)
+  clip_file.save(tmp_path / "own.safetensors", TINY, tiny)
+  own, metadata = arrays.read_safetensors(tmp_path / "own.safetensors")
+  content = safetensors.numpy.save({**own, "logit_scale": np.full((), value, np.float32)}, metadata)
+  (tmp_path / "own.safetensors").write_bytes(content)
+  message = "1 of the 1 values of 'logit_scale' are NaN or infinite in .*own"
+  one_line(message, clip_file.load, tmp_path / "own.safetensors")
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, tiny):
   path = tmp_path / "x.safetensors"
   path.write_text("old")

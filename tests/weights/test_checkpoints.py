@@ -1,0 +1,53 @@
+"""The table of public checkpoints, and what counts as a name."""
+
+import numpy as np
+
+from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.weights import checkpoints
+from tests import ROOT, tiny
+from tests.weights.checks import flatten, one_line
+
+
+def test_names():
+  find = checkpoints.find
+  assert find("ViT-B/16") is find("vit-b-16") is find("ViT_B_16") is not None
+  assert find("ViT-L-14@336px").config.image_size == 336
+  for other in ("ViT-B-16.pt", "weights/ViT-B-16.safetensors", "runs/shapes", "shapes_clip", ""):
+    assert find(other) is None
+  address = find("hf://owner/na.me@refs%2Fpr%2F1/sub/model.safetensors")
+  assert address.repository == "owner/na.me" and address.files == ("sub/model.safetensors",)
+  assert address.revision == "refs/pr/1" and "/" not in address.slug
+  one_line("CLIP 'ViT-B/18' is not known; did you mean 'ViT-B/16'", find, "ViT-B/18")
+  for wrong in ("hf://owner", "hf://owner/name/../../x", "hf://a b/c", "hf://"):
+    one_line("expected hf://owner/name", find, wrong)
+
+
+def count(c: CLIPConfig) -> int:
+  """Parameters of a CLIP, from the formula of a transformer."""
+  blocks = lambda width, layers: layers * (12 * width**2 + 13 * width)
+  vision = blocks(c.vision_width, c.vision_layers)
+  vision += c.vision_width * (3 * c.patch_size**2 + 1 + c.grid**2 + 1 + 4 + c.embed_dim)
+  text = blocks(c.text_width, c.text_layers)
+  text += c.text_width * (c.vocab_size + c.context_length + 2 + c.embed_dim)
+  return vision + text + 1
+
+
+def test_the_table():
+  slugs = {row.slug for row in checkpoints.CHECKPOINTS.values()}
+  assert len(slugs) == len(checkpoints.CHECKPOINTS)
+  assert count(tiny.TINY) == sum(np.size(x) for x in flatten(tiny._params(0)).values())
+  for row in checkpoints.CHECKPOINTS.values():
+    assert count(row.config) == row.parameters, row.name  # as open_clip publishes them
+    assert row.license and row.publisher and row.name == checkpoints.find(row.slug).name
+    assert not row.url or row.sha256 in row.url
+    # Heads are not told by a file alone.
+    for tower in ("vision", "text"):
+      width, heads = (getattr(row.config, f"{tower}_{what}") for what in ("width", "heads"))
+      assert width == 64 * heads
+
+
+def test_the_page_has_the_table():
+  page = (ROOT / "docs/weights.md").read_text()
+  for row in checkpoints.CHECKPOINTS.values():
+    line = f"| `{row.name}` | {row.publisher} | {row.repository} | {row.license} |"
+    assert line in page, f"docs/weights.md lacks: {line}"
