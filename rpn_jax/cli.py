@@ -70,8 +70,9 @@ def _segment(arguments: list[str]) -> int:
   add("words", help='class names, e.g. "cat | kitten, grass": | joins synonyms')
   add(
     "--model", default="shapes",
-    help="workdir of a training run, file of CLIP weights, or a name: ViT-B/16 and others of "
-    "`rpn weights`, fetched once; shapes_clip (%(default)s), the tiny CLIP of the shapes data set",
+    help="workdir of a training run, file of its prompts or of CLIP weights, or a name: ViT-B/16 "
+    "and others of `rpn weights`, fetched once; shapes (%(default)s), prompts for the drawn shapes "
+    "data set; shapes_clip, the tiny CLIP around them",
   )  # fmt: skip
   add("--method", help="rpn, vanilla, maskclip, sclip, clearclip; else what the model has")
   add("--checkpoint", default="last", choices=("last", "best"), help="of a run")

@@ -391,13 +391,6 @@ def check(config: Config) -> None:
     )
 
 
-def with_tuples(value: Any) -> Any:
-  """Turns the lists of JSON back into tuples, which modules can hash."""
-  if isinstance(value, Mapping):
-    return {k: with_tuples(v) for k, v in value.items()}
-  return tuple(map(with_tuples, value)) if isinstance(value, list) else value
-
-
 def check_whole_patches(field: str, side: int, clip: str, patch_size: int) -> None:
   """Refuses a crop or window that is not made of whole patches.
 

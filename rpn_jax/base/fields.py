@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from ml_collections import config_dict
@@ -174,3 +174,10 @@ def _numbers(value: Any) -> Iterator[float]:
       yield from _numbers(part)
   elif isinstance(value, (int, float)):
     yield value
+
+
+def with_tuples(value: Any) -> Any:
+  """Turns the lists of JSON back into tuples, which modules can hash."""
+  if isinstance(value, Mapping):
+    return {k: with_tuples(v) for k, v in value.items()}
+  return tuple(map(with_tuples, value)) if isinstance(value, list) else value

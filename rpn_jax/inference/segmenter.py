@@ -19,7 +19,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.base.pixels import ImageSource
 from rpn_jax.base.words import Names, check_known, check_names, parse_names, without_articles
-from rpn_jax.inference.predictor import Predictor, open_run
+from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
 from rpn_jax.inference.sliding import SlidingWindow, round_up
 from rpn_jax.models import training_free
@@ -127,12 +127,13 @@ class Segmenter:
     checkpoint: str, choices: dict,
   ) -> "Segmenter":  # fmt: skip
     """The segmenter of a run's config; `where` is its workdir, or what its prompts are called."""
+    chosen = config.copy_and_resolve_references().unlock()
     if method in METHODS:
-      config.method, config.dense.method = "training_free", method
-    for field, value in choices.items():
-      if value is not None:
-        config[field] = value
-    return cls.from_run(*open_run(config.lock(), where), checkpoint)
+      chosen.method, chosen.dense.method = "training_free", method
+    chosen.update({field: value for field, value in choices.items() if value is not None})
+    predictor = Predictor.from_config(chosen.lock())
+    run = Run(config.lock(), where, predictor.encoder.fingerprint)
+    return cls.from_run(predictor, run, checkpoint)
 
   @classmethod
   def from_run(cls, predictor: Predictor, run: Run, checkpoint: str = "last") -> "Segmenter":

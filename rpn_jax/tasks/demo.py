@@ -24,7 +24,7 @@ from rpn_jax.base.paths import write_json
 from rpn_jax.base.words import parse_names
 from rpn_jax.drawing.images import save_png
 from rpn_jax.inference.segmentation import Segmentation
-from rpn_jax.inference.segmenter import METHODS, SHIPPED, Segmenter
+from rpn_jax.inference.segmenter import METHODS, SHIPPED, SHIPPED_PROMPTS, Segmenter
 
 # Limits of what a stranger may ask for.
 MAX_MEGABYTES = 20
@@ -33,7 +33,9 @@ MAX_WORDS = 100
 SLIDERS = 24  # classes with a slider, the largest first
 OWN_METHOD = "default"
 SCENE = pathlib.Path(__file__).parent.parent / "assets" / "scene.png"
-SCENE_WORDS = "plain yellow, plain blue, striped orange, dotted orange, plain orange, sand, water"
+SCENE_WORDS = (
+  "plain orange, striped orange, dotted orange, plain yellow, plain blue, plain purple, sand, water"
+)
 
 
 class Models:
@@ -181,18 +183,20 @@ def build(models: Models, root: pathlib.Path):
 
   with gr.Blocks(title="RPN", analytics_enabled=False, delete_cache=(600, 3600)) as page:
     gr.Markdown("# Your picture, your words\nOpen-vocabulary segmentation with CLIP and RPN.")
+    # What is shipped knows the scene: the page then opens with it segmented.
+    opening = (str(SCENE), SCENE_WORDS) if models.names[0] in SHIPPED_PROMPTS else (None, None)
     result = gr.State(None, time_to_live=3600)
     names = gr.State(())
     with gr.Row():
       with gr.Column(min_width=320):
         picture = gr.Image(
-          label="Picture", sources=["upload", "clipboard"], type="filepath", height=320
+          opening[0], label="Picture", sources=["upload", "clipboard"], type="filepath", height=320
         )
         # The upload as it is: Gradio would open it itself and not say what is wrong with it.
         upload = lambda payload: payload.path if payload else None
         picture.preprocess = upload  # type: ignore[method-assign]
         words = gr.Textbox(
-          label="Words", placeholder="cat | kitten, grass", lines=2,
+          opening[1], label="Words", placeholder="cat | kitten, grass", lines=2,
           info="Classes to look for, with commas between them; | joins synonyms.",
         )  # fmt: skip
         button = gr.Button("Segment", variant="primary")
@@ -205,7 +209,6 @@ def build(models: Models, root: pathlib.Path):
         other = gr.Slider(
           0, 1, 0, step=0.01, label="Other below", info="Less certain pixels get no class."
         )
-        gr.Examples([[str(SCENE), SCENE_WORDS]], [picture, words], label="The shapes data set")
       with gr.Column(min_width=320):
         overlay = gr.Image(
           label="Segmentation", format="png", interactive=False, buttons=["download", "fullscreen"]
@@ -233,10 +236,14 @@ def build(models: Models, root: pathlib.Path):
                 show_progress="hidden",
               )
 
+    # Below both columns, which are one on a narrow screen: the result stands above it.
+    gr.Examples([[str(SCENE), SCENE_WORDS]], [picture, words], label="The shapes data set")
     pictures = [overlay, rows, mask, record]
     inputs = [picture, words, background, other, model, method, alpha, safe]
     outputs = [result, names, made_by, *pictures]
     gr.on([button.click, words.submit], on_segment, inputs, outputs)
+    if opening[0]:
+      page.load(on_segment, inputs, outputs)
     other.release(on_adjust, [result, other, alpha, safe], [result, *pictures])
     for event in (alpha.release, safe.change):
       event(on_look, [result, alpha, safe], pictures, show_progress="hidden")
@@ -271,7 +278,7 @@ def main(arguments: list[str]) -> int:
   parser = argparse.ArgumentParser(prog="rpn demo", description=__doc__.splitlines()[0])
   parser.add_argument(
     "--model", action="append",
-    help="workdir of a run, file of CLIP weights, or shapes_clip (the default); may be repeated",
+    help="what --model of `rpn segment` takes; may be repeated (default: shapes, shapes_clip)",
   )  # fmt: skip
   parser.add_argument(
     "--host", default="127.0.0.1",
@@ -286,6 +293,6 @@ def main(arguments: list[str]) -> int:
     devices.runtime(),
     tempfile.TemporaryDirectory(prefix="rpn_demo_") as root,
   ):
-    models = Models(args.model or list(SHIPPED))
+    models = Models(args.model or [*SHIPPED_PROMPTS, *SHIPPED])
     launch(models, pathlib.Path(root), host=args.host, port=args.port)
   return 0

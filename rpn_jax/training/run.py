@@ -14,8 +14,8 @@ from jax.experimental import multihost_utils
 
 from rpn_jax.base.console import WORKDIR_FILES
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.paths import locked, write_json
-from rpn_jax.config import with_tuples
 from rpn_jax.training.checkpoint import Checkpoints
 from rpn_jax.training.identity import check_identity, identity
 from rpn_jax.training.metric_log import METRICS, read_history

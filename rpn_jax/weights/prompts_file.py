@@ -15,9 +15,10 @@ import numpy as np
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import differences
-from rpn_jax.config import defaults, with_tuples
+from rpn_jax.config import defaults
 from rpn_jax.weights.arrays import float32, read_safetensors, write_safetensors
 
 FORMAT, VERSION = "rpn_jax.prompts", "1"

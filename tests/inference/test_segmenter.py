@@ -21,13 +21,16 @@ from rpn_jax.inference import process, segmenter, sliding
 from rpn_jax.inference.classifier import class_probabilities
 from rpn_jax.inference.predictor import forward
 from rpn_jax.inference.segmentation import Segmentation
+from rpn_jax.tasks import demo
+from rpn_jax.weights import clip_file
+from tests import tiny
 
 NAMES = ["striped red", "plain blue", "dotted green", "sand", "grass", "water"]
 
 
 @pytest.fixture(scope="module")
 def model():
-  return Segmenter.load()
+  return Segmenter.load("shapes_clip")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,31 @@ def test_says_what_it_is(model, result):
   assert "training-free sclip on shapes_clip, no trained prompts" in repr(model)
   assert model.method in repr(result) and result.summary()["method"] == model.method
   assert "clearclip" in Segmenter.load(method="clearclip").method
+
+
+def test_the_shipped_prompts_know_the_scene(tmp_path):
+  """What a newcomer sees first: the objects of the picture, each where it is."""
+  shipped = Segmenter.load()
+  assert repr(shipped) == f"Segmenter(RPN, step 3000 of shapes; {segmenter.NOTE['shapes_clip']})"
+  result = shipped(demo.SCENE, demo.SCENE_WORDS)
+  # (row, column) inside of each.
+  places = {
+    "water": (10, 90), "sand": (170, 200), "plain yellow": (40, 140), "plain orange": (70, 30),
+    "striped orange": (145, 48), "plain blue": (60, 203),
+  }  # fmt: skip
+  for name, place in places.items():
+    assert result.names[result.labels[place]] == name
+  # A file of prompts is a model wherever it lies; words are joined as the caller says.
+  moved = tmp_path / "prompts"
+  moved.write_bytes((clip_file.ASSETS / segmenter.SHIPPED_PROMPTS["shapes"]).read_bytes())
+  own = Segmenter.load(moved, synonyms="max", templates="zegclip15")
+  assert own.step == 3000 and own.predictor.encoder.synonyms == "max"
+  free = Segmenter.load(moved, method="maskclip").method
+  assert free.startswith("training-free maskclip on shapes_clip, no trained prompts")
+  other = tmp_path / "clip.safetensors"
+  tiny.save(other)
+  with pytest.raises(InputError, match=r"fingerprint|weights \w{16}"):
+    Segmenter.load(moved, clip=str(other))
 
 
 def test_a_result_holds_what_was_asked_for(result, scene):
@@ -112,7 +140,7 @@ def test_synonyms_share_a_class(scene):
   apart = model(scene[0], ["sand", "water", "grass"])
   np.testing.assert_array_equal(best.labels, np.array([0, 0, 1])[apart.labels])
   np.testing.assert_allclose(best.scores[..., 0], apart.scores[..., :2].max(-1), atol=1e-5)
-  mean = Segmenter.load()(scene[0], [["sand", "water"], "grass"])
+  mean = Segmenter.load("shapes_clip")(scene[0], [["sand", "water"], "grass"])
   assert mean.names == ("sand, water", "grass") and mean.labels.max() <= 1
 
 
@@ -209,7 +237,7 @@ def test_fillers_change_nothing(scene):
 @pytest.mark.parametrize(
   ("model", "options", "message"),
   [
-    ("none", {}, "model='none': expected the workdir of a run, a file of CLIP weights, or one of"),
+    ("none", {}, "model='none': expected the workdir of a run, a file of prompts or CLIP weights"),
     ("shapes_clip", {"method": "rpn"}, "needs a training run or its prompts"),
     ("shapes_clip", {"method": "scilp"}, "did you mean 'sclip'"),
     ("{tmp}", {}, "expected the workdir of a run, with a config.json"),

@@ -390,7 +390,9 @@ def test_values_that_are_not_finite(server, monkeypatch):
   state["logit_scale"] = np.array(np.nan, np.float32)
   files = server.repositories[REPOSITORY] | {"model.safetensors": safetensors.numpy.save(state)}
   monkeypatch.setitem(server.repositories, REPOSITORY, files)
-  one_line("expected finite weights, 1 of the 1 values of .logit_scale", clip_file.find_weights, NAME)
+  one_line(
+    "expected finite weights, 1 of the 1 values of .logit_scale", clip_file.find_weights, NAME
+  )
   assert kept() == []
 
 
