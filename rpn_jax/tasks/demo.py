@@ -185,6 +185,8 @@ def build(models: Models, root: pathlib.Path):
     gr.Markdown("# Your picture, your words\nOpen-vocabulary segmentation with CLIP and RPN.")
     # What is shipped knows the scene: the page then opens with it segmented.
     opening = (str(SCENE), SCENE_WORDS) if models.names[0] in SHIPPED_PROMPTS else (None, None)
+    if opening[0]:  # compiled before the first visitor comes
+      segment(models, *opening, "", 0.0, models.names[0], OWN_METHOD)
     result = gr.State(None, time_to_live=3600)
     names = gr.State(())
     with gr.Row():

@@ -254,3 +254,19 @@ def test_an_oversized_upload_is_refused(page, tmp_path):
   (tmp_path / "huge.png").write_bytes(b"\x89PNG" + bytes((demo.MAX_MEGABYTES + 1) * 2**20))
   page.set_input_files("input[type=file]", tmp_path / "huge.png")
   page.wait_for_selector("text=/exceed the maximum allowed size of 20/")
+
+
+@browser_only
+def test_it_opens_with_the_scene_segmented(browser, tmp_path):
+  server, address = demo.launch(demo.Models(["shapes"]), tmp_path, block=False)
+  try:
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(address)
+    page.wait_for_selector("text=Made by: RPN, step 3000 of shapes; it was trained on the shapes")
+    top = lambda place: place.bounding_box()["y"]
+    result = page.locator(".image-frame img, .image-container img").last
+    examples = page.get_by_text("The shapes data set", exact=True)
+    assert top(page.get_by_label("Words").first) < top(result) < top(examples)
+    page.close()
+  finally:
+    server.close()
