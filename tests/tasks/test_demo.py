@@ -257,8 +257,9 @@ def test_an_oversized_upload_is_refused(page, tmp_path):
 
 
 @browser_only
-def test_it_opens_with_the_scene_segmented(browser, tmp_path):
-  server, address = demo.launch(demo.Models(["shapes"]), tmp_path, block=False)
+def test_it_opens_with_the_scene_segmented(browser):
+  root = pathlib.Path(tempfile.mkdtemp())  # Gradio serves what is below the folder of such files
+  server, address = demo.launch(demo.Models(["shapes"]), root, block=False)
   try:
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.goto(address)
@@ -270,3 +271,4 @@ def test_it_opens_with_the_scene_segmented(browser, tmp_path):
     page.close()
   finally:
     server.close()
+    shutil.rmtree(root)
