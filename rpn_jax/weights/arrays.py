@@ -276,7 +276,10 @@ def write_safetensors(path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
         "float32 or check the weights"
       )
   with writing(path) as temporary:
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask has it; the library lets nobody else read
     safetensors.numpy.save_file(dict(arrays), temporary, dict(metadata))
+    temporary.chmod(mode)
 
 
 def fingerprint(params) -> str:

@@ -113,3 +113,12 @@ def test_only_files_are_replaced(tmp_path, tiny):
     )
   assert sorted(tmp_path.iterdir()) == before and (tmp_path / "fifo").is_fifo()
   assert (tmp_path / "file").read_text() == "old"
+
+
+def test_written_files_may_be_read_by_whom_the_umask_lets(tmp_path):
+  before = os.umask(0o027)
+  try:
+    arrays.write_safetensors(tmp_path / "x", {"a": np.zeros(3, np.float32)}, {})
+  finally:
+    os.umask(before)
+  assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
