@@ -81,6 +81,7 @@ def test_a_letter_that_the_terminal_lacks_is_shown_by_its_code():
 def test_a_second_ctrl_c_ends_the_cleanup():
   code = """
 import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background
 def action():
   try:
     os.kill(os.getpid(), signal.SIGINT)

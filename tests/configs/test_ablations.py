@@ -54,12 +54,12 @@ CHANGES = {
 
 
 BASE = "table10_rpn"
-# What no other test runs; the other rows take minutes together.
-QUICK = {
-  "table4_none", "table5_itp_no_image", "table5_itp_no_pixel", "table5_apg_linear",
-  "table5_multi_scale", "table6_lpm_b_sigmoid", "table6_lpm_c_softmax", "table7_tfpm_c",
-  "table13_layers_even", "table14_mul",
-}  # fmt: skip
+# What no other test runs, in three networks: one by one the rows take minutes.
+TOGETHER = (
+  {"model.itp": "no_image", "model.apg": "linear", "model.m2oe": "sum", "model.combine": "mul"},
+  {"model.itp": "no_pixel", "model.head": "lpm_b", "model.rpm_layers": "even"},
+  {"model.head": "tfpm_c", "loss.name": "softmax"},
+)
 
 
 @functools.cache
@@ -75,10 +75,11 @@ def config_of(row):
   return ablations.get_config(f"{row},dataset=shapes,runlocal")
 
 
-def network(row):
+def network(row, **changes):
   """Model, config, and the shapes of what it trains."""
   clip, params, _, text = tower()
   config = config_of(row).unlock()
+  config.update_from_flattened_dict(changes)
   config.optimizer.warmup_steps = 0
   model = RPN(clip, RPNConfig(**{**config.model, "m2oe_experts": 2}))
   shapes = jax.eval_shape(lambda: init_prompts(model, params, text, jax.random.key(3), 64))
@@ -86,10 +87,10 @@ def network(row):
 
 
 @functools.cache
-def one_step(row):
+def one_step(row, changes=()):
   """The trained tree before and after a step, and the loss before it."""
   _, params, image, text = tower()
-  model, config, like = network(row)
+  model, config, like = network(row, **dict(changes))
   rng = np.random.default_rng(0)
   # Made up instead of initial: nothing to compile, and no zeros that hold gradients back.
   tree = jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), like)
@@ -120,35 +121,47 @@ def test_a_row_changes_what_it_names(changes, row):
   assert found == set().union(*(CHANGES.get(change, set()) for change in changes))
 
 
-@pytest.mark.parametrize(
-  "changes, row",
-  [
-    pytest.param(changes, row, id=row, marks=() if row in QUICK else pytest.mark.slow)
-    for changes, row in ROWS.items()
-    if "clip" not in dict(changes)  # other towers: tests/weights/test_plain_vit.py
-  ],
-)
-def test_a_row_runs_for_a_step(changes, row):
-  if dict(changes).get("method") == "training_free":
-    _, params, image, text = tower()
-    dense = DenseCLIP(tower()[0], **config_of(row).dense)
-    assert np.isfinite(dense.apply({"params": params, "prompts": {}}, image, text)).all()
-    return
-  tree, after, loss = one_step(row)
+def check_step(tree, after, loss):
   assert np.isfinite(loss)
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), tree, after)
   still = [str(path) for path, m in jax.tree_util.tree_leaves_with_path(moved) if not m]
   # A gate may choose no expert but its best two.
   assert not [path for path in still if "expert" not in path]
+
+
+@pytest.mark.parametrize("changes", TOGETHER)
+def test_words_of_several_rows_run_for_a_step(changes):
+  step_of_all = one_step(BASE, tuple(changes.items()))
+  check_step(*step_of_all)
+  assert step_of_all[2] != one_step(BASE)[2]
+
+
+def test_the_row_without_training_runs():
+  _, params, image, text = tower()
+  dense = DenseCLIP(tower()[0], **config_of("table4_none").dense)
+  assert np.isfinite(dense.apply({"params": params, "prompts": {}}, image, text)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "changes, row",
+  [
+    pytest.param(changes, row, id=row)
+    for changes, row in ROWS.items()
+    # Other towers: tests/weights/test_plain_vit.py
+    if "clip" not in dict(changes) and dict(changes).get("method") != "training_free"
+  ],
+)
+def test_a_row_runs_for_a_step(changes, row):
+  check_step(*one_step(row))
   if changes:  # also where it has the same parameters
-    assert loss != one_step(BASE)[2]
+    assert one_step(row)[2] != one_step(BASE)[2]
 
 
 def test_every_row_is_there_once():
   names = [f"{table}_{row}" for table, rows in ablations.TABLES.items() for row in rows]
   assert len(names) == len(set(names)) == 52
   assert len(ROWS) == 39
-  assert set(ROWS.values()) >= QUICK
 
 
 @pytest.mark.parametrize(

@@ -102,12 +102,8 @@ def compare(got, want):
       assert scores[name] == pytest.approx(value, abs=5e-3), name
 
 
-def test_one_process_of_four_devices_is_one_alone(home, alone):
-  compare(results(run(home, home / "four", 1, 4)), alone)
-
-
 def test_two_processes_of_two_devices_are_one_alone(home, alone):
-  """By pmap; by shard_map in the test below."""
+  """By pmap; by shard_map in the test below. One process of many devices: test_sharding.py."""
   two = run(home, home / "two", 2, 2, 20, "--config.parallel=pmap")
   compare(results(two), alone)
   # The first process alone speaks and writes.
