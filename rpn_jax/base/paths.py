@@ -96,6 +96,7 @@ def locked(
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
+        holder = read_holder()  # who got it since
         if not wait:
           raise
         print(f"{resource} is in use by {holder or 'another process'}: waiting", flush=True)
