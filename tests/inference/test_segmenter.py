@@ -251,6 +251,14 @@ def test_what_is_no_model_is_refused(tmp_path, model, options, message):
     Segmenter.load(model.format(tmp=tmp_path), **options)(np.zeros((9, 9, 3), np.uint8), "a")
 
 
+def test_a_file_needs_no_extension(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "NAME").write_bytes(
+    (clip_file.ASSETS / segmenter.SHIPPED["shapes_clip"][0]).read_bytes()
+  )
+  assert Segmenter.load("NAME").method == "training-free sclip on NAME, no trained prompts"
+
+
 def test_what_is_no_picture_is_refused(model, tmp_path):
   (tmp_path / "x.jpg").write_text("not a picture")
   for picture, message in [
