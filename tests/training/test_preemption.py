@@ -9,6 +9,14 @@ from rpn_jax.base import console
 from rpn_jax.training import preemption
 
 
+@pytest.fixture(autouse=True)
+def python_s_own_handler():
+  """Processes in the background, where the tests may run, ignore SIGINT."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 def interrupt():
   os.kill(os.getpid(), signal.SIGINT)
 
