@@ -13,7 +13,7 @@ FAMILIES = (
 
 HEAD = """# Config fields
 
-Every field of a run, written by `python -m configs.reference` from `rpn_jax/config.py`. Any of them
+Every field of a run, written by `python -m configs.reference` from `rpn_jax/config/`. Any of them
 can be changed: `--config.optimizer.base_lr=1e-4`. Values are checked before anything is done. The
 last column shows what `configs/shapes.py` changes.
 """

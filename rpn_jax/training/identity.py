@@ -8,6 +8,7 @@ import ml_collections
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import differences
 from rpn_jax.config import EVALUATION, FREE
+from rpn_jax.models import NETWORKS
 
 # Fields that configs of older checkpoints lack, with the value those were trained with.
 ADDED_FIELDS = {"optimizer.clip_norm": 0.0, "loss.skip_empty": False}
@@ -29,9 +30,14 @@ def identity(config: ml_collections.ConfigDict, fingerprint: str) -> dict:
   return json.loads(json.dumps({"clip": fingerprint, "config": strip(config.to_dict())}))
 
 
-def _with_added_fields(identity: dict) -> dict:
-  """An identity, with the ADDED_FIELDS that are missing if an earlier version wrote it."""
+def _comparable(identity: dict) -> dict:
+  """An identity without the settings of networks that the run does not have, which an earlier
+  version may not know, and with the ADDED_FIELDS that it lacks."""
   identity = copy.deepcopy(identity)
+  method = identity["config"].get("method")
+  for name, network in NETWORKS.items():
+    if name != method:
+      identity["config"].pop(network.section, None)
   for path, value in ADDED_FIELDS.items():
     *sections, name = path.split(".")
     section = identity["config"]
@@ -47,7 +53,7 @@ def check_identity(path: object, stored: dict, requested: dict) -> None:
   Raises:
     InputError: they differ; the message has both values.
   """
-  changed = differences(_with_added_fields(stored), _with_added_fields(requested))
+  changed = differences(_comparable(stored), _comparable(requested))
   if changed:
     listed = "; ".join(changed[:3]) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
     raise InputError(

@@ -18,108 +18,8 @@ from ml_collections import config_dict
 from rpn_jax.base import fields, pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.fields import ABSENT, Config, field, section, spec
-from rpn_jax.base.words import check_known
-
-
-@dataclasses.dataclass(frozen=True)
-class RPNConfig:
-  """What RPN trains, and how it is wired. The defaults are the paper's.
-
-  Raises:
-    ValueError: an unknown word, or the same tuner twice. Networks look the tuners up.
-  """
-
-  tuner: str = field(
-    "rpn",
-    'what adapts the tower, joined by "+": rpn (relationship prompts), vpt (deep prompt tokens), '
-    "bitfit, adapter, ssf, lora, lst, full (the tower itself), lpm (only the head)",
-  )
-  deep_tokens: int = field(40, "P, prompt tokens of vpt in every layer", at_least=0)
-  adapter_width: int = field(64, "bottleneck of adapter, channels", at_least=1)
-  lora_rank: int = field(8, "rank of lora", at_least=1)
-  lst_reduction: int = field(
-    8, "how many times narrower than the tower the side network of lst is", at_least=1
-  )
-  itp: str = field(
-    "image_to_pixel",
-    "relationship map, Eq. 2, or that without the image or without the pixels",
-    words=("image_to_pixel", "no_image", "no_pixel"),
-  )
-  apg: str = field(
-    "parameter",
-    "h, Eq. 3, as a bare parameter, or as a linear layer: other initial values, and a bias",
-    words=("parameter", "linear"),
-  )
-  m2oe: str = field(
-    "gated",
-    "mixture of experts before ITP, their plain sum, or none; the official code has none",
-    words=("gated", "sum", "none"),
-  )
-  m2oe_reduced: int = field(3, "r, width of the experts", at_least=1)
-  m2oe_experts: int = field(4, "number of experts, at scales 1, 1/2, 1/4, 1/8", at_least=1)
-  m2oe_top_k: int = field(2, "experts the gate keeps; the paper gives no number", at_least=1)
-  h_shared: bool = field(
-    False, "one h for all layers, as in the official code, or one per layer (Eq. 3)"
-  )
-  h_grid: tuple[int, int] | None = field(
-    None,
-    "rows and columns of the grid h is stored on, resized to the tokens; None: the grid of CLIP's "
-    "pre-training",
-    at_least=1,
-  )
-  rpm_layers: str = field(
-    "all",
-    "layers whose output makes relationship prompts for the next: all (but the last), or the "
-    "first, last, odd or even of these, counted from 1",
-    words=("all", "first", "last", "odd", "even", "none"),
-  )
-  combine: str = field(
-    "cat",
-    "relationship prompts as further tokens (cat), or their mean m over the classes added to the "
-    "patch tokens (add) or as the factor 1 + m (mul)",
-    words=("cat", "add", "mul"),
-  )
-  head: str = field(
-    "lpm_c",
-    "LPM a, b or c, the c of the official code (released), or TFPM, which trains nothing",
-    words=("lpm_a", "lpm_b", "lpm_c", "released", "tfpm_a", "tfpm_b", "tfpm_c"),
-  )
-  class_embedding_copies: int = field(
-    1,
-    "how often the class embedding is added to the class token; the official code adds it twice",
-    at_least=0,
-  )
-  prompt_dropout: float = field(0.1, "dropout rate of projected prompts", at_least=0, at_most=1)
-
-  def __post_init__(self) -> None:
-    for f in dataclasses.fields(self):
-      if words := spec(f).words:
-        check_known(f"{f.name}=", getattr(self, f.name), words)
-    if len(set(self.tuners)) < len(self.tuners):
-      raise InputError(f'tuner: expected words joined by "+", each once, got {self.tuner!r}')
-
-  @property
-  def tuners(self) -> tuple[str, ...]:
-    return tuple(self.tuner.split("+"))
-
-  @property
-  def prompted(self) -> bool:
-    """Whether any prompt tokens pass through the tower."""
-    return "rpn" in self.tuners or "vpt" in self.tuners
-
-
-@dataclasses.dataclass(frozen=True)
-class Dense:
-  """Training-free segmentation."""
-
-  method: str = field("maskclip", "vanilla, maskclip, sclip or clearclip (docs/method.md)")
-  denoise: float = field(
-    0.0,
-    "classes whose best probability in a window is lower are suppressed; 0: none",
-    at_least=0,
-    at_most=1,
-  )
-  key_smoothing: bool = field(False, "average probabilities by the similarity of keys")
+from rpn_jax.base.words import check_known as check_known
+from rpn_jax.config.networks import CATSegConfig, Dense, RPNConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +172,7 @@ class Run:
     "evaluation only), or joined as one text",
     words=("first", "mean", "max", "joined"),
   )
-  method: str = field("rpn", "network: rpn, or training_free (CLIP as it is)")
+  method: str = field("rpn", "network: rpn, cat_seg, or training_free (CLIP as it is)")
   dtype: str = field(
     "float32", "compute type of the tower; prompts stay float32", words=("float32", "bfloat16")
   )
@@ -308,6 +208,7 @@ class Run:
   )
   model: RPNConfig = field(RPNConfig())
   dense: Dense = field(Dense())
+  cat_seg: CATSegConfig = field(CATSegConfig())
   loss: Loss = field(Loss())
   self_training: SelfTraining = field(SelfTraining())
   optimizer: Optimizer = field(Optimizer())

@@ -1,0 +1,178 @@
+"""The settings of each network: a section of the config."""
+
+import dataclasses
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.fields import field, spec
+from rpn_jax.base.words import check_known
+
+
+@dataclasses.dataclass(frozen=True)
+class RPNConfig:
+  """What RPN trains, and how it is wired. The defaults are the paper's.
+
+  Raises:
+    ValueError: an unknown word, or the same tuner twice. Networks look the tuners up.
+  """
+
+  tuner: str = field(
+    "rpn",
+    'what adapts the tower, joined by "+": rpn (relationship prompts), vpt (deep prompt tokens), '
+    "bitfit, adapter, ssf, lora, lst, full (the tower itself), lpm (only the head)",
+  )
+  deep_tokens: int = field(40, "P, prompt tokens of vpt in every layer", at_least=0)
+  adapter_width: int = field(64, "bottleneck of adapter, channels", at_least=1)
+  lora_rank: int = field(8, "rank of lora", at_least=1)
+  lst_reduction: int = field(
+    8, "how many times narrower than the tower the side network of lst is", at_least=1
+  )
+  itp: str = field(
+    "image_to_pixel",
+    "relationship map, Eq. 2, or that without the image or without the pixels",
+    words=("image_to_pixel", "no_image", "no_pixel"),
+  )
+  apg: str = field(
+    "parameter",
+    "h, Eq. 3, as a bare parameter, or as a linear layer: other initial values, and a bias",
+    words=("parameter", "linear"),
+  )
+  m2oe: str = field(
+    "gated",
+    "mixture of experts before ITP, their plain sum, or none; the official code has none",
+    words=("gated", "sum", "none"),
+  )
+  m2oe_reduced: int = field(3, "r, width of the experts", at_least=1)
+  m2oe_experts: int = field(4, "number of experts, at scales 1, 1/2, 1/4, 1/8", at_least=1)
+  m2oe_top_k: int = field(2, "experts the gate keeps; the paper gives no number", at_least=1)
+  h_shared: bool = field(
+    False, "one h for all layers, as in the official code, or one per layer (Eq. 3)"
+  )
+  h_grid: tuple[int, int] | None = field(
+    None,
+    "rows and columns of the grid h is stored on, resized to the tokens; None: the grid of CLIP's "
+    "pre-training",
+    at_least=1,
+  )
+  rpm_layers: str = field(
+    "all",
+    "layers whose output makes relationship prompts for the next: all (but the last), or the "
+    "first, last, odd or even of these, counted from 1",
+    words=("all", "first", "last", "odd", "even", "none"),
+  )
+  combine: str = field(
+    "cat",
+    "relationship prompts as further tokens (cat), or their mean m over the classes added to the "
+    "patch tokens (add) or as the factor 1 + m (mul)",
+    words=("cat", "add", "mul"),
+  )
+  head: str = field(
+    "lpm_c",
+    "LPM a, b or c, the c of the official code (released), or TFPM, which trains nothing",
+    words=("lpm_a", "lpm_b", "lpm_c", "released", "tfpm_a", "tfpm_b", "tfpm_c"),
+  )
+  class_embedding_copies: int = field(
+    1,
+    "how often the class embedding is added to the class token; the official code adds it twice",
+    at_least=0,
+  )
+  prompt_dropout: float = field(0.1, "dropout rate of projected prompts", at_least=0, at_most=1)
+
+  def __post_init__(self) -> None:
+    for f in dataclasses.fields(self):
+      if words := spec(f).words:
+        check_known(f"{f.name}=", getattr(self, f.name), words)
+    if len(set(self.tuners)) < len(self.tuners):
+      raise InputError(f'tuner: expected words joined by "+", each once, got {self.tuner!r}')
+
+  @property
+  def tuners(self) -> tuple[str, ...]:
+    return tuple(self.tuner.split("+"))
+
+  @property
+  def prompted(self) -> bool:
+    """Whether any prompt tokens pass through the tower."""
+    return "rpn" in self.tuners or "vpt" in self.tuners
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+  """Training-free segmentation."""
+
+  method: str = field("maskclip", "vanilla, maskclip, sclip or clearclip (docs/method.md)")
+  denoise: float = field(
+    0.0,
+    "classes whose best probability in a window is lower are suppressed; 0: none",
+    at_least=0,
+    at_most=1,
+  )
+  key_smoothing: bool = field(False, "average probabilities by the similarity of keys")
+
+
+@dataclasses.dataclass(frozen=True)
+class CATSegConfig:
+  """CAT-Seg. The defaults are those of the official code with ViT-B/16."""
+
+  tuned: str = field(
+    "query_value",
+    "projections of the attention that are trained in both towers, whole blocks (full), or none",
+    words=("query_value", "query_key", "key_value", "attention", "full", "none"),
+  )
+  tuned_positions: bool = field(False, "also train the position embedding of the vision tower")
+  tuned_unused_query: bool = field(
+    True,
+    "count the query of the last vision block among what is trained: no gradient reaches it, so "
+    "weight decay alone acts on it",
+  )
+  resolution: int = field(
+    384, "side of the square that every image and window is resized to, pixels", at_least=1
+  )
+  dense_residual: str = field(
+    "class_token",
+    "what the last block adds to each token's value: the class token, or the token itself (own)",
+    words=("class_token", "own"),
+  )
+  prompts: int = field(
+    1,
+    "channels of the cost volume: 1 for the mean over the sentences of `templates`, or as many as "
+    "there are sentences",
+    at_least=1,
+  )
+  width: int = field(128, "channels of the cost embedding", at_least=1)
+  layers: int = field(2, "aggregation layers, each spatial, then over the classes", at_least=1)
+  heads: int = field(4, "attention heads of both aggregations", at_least=1)
+  window: int = field(12, "side of the windows of spatial aggregation, patches", at_least=1)
+  appearance_width: int = field(128, "channels of the appearance guidance", at_least=1)
+  text_width: int = field(128, "channels of the text guidance", at_least=1)
+  class_attention: str = field("linear", "attention over the classes", words=("linear", "full"))
+  class_pooling_train: tuple[int, int] = field(
+    (2, 2), "rows and columns averaged before class aggregation, in training", at_least=1
+  )
+  class_pooling_eval: tuple[int, int] = field(
+    (1, 1), "the same in evaluation and prediction", at_least=1, evaluation=True
+  )
+  class_pool_align_corners: bool = field(
+    True, "undo the pooling by a resize with aligned corners, or by half pixels"
+  )
+  class_residual_includes_pooled: bool = field(
+    True,
+    "class aggregation adds its input and what it makes of it, of which the input is a part; or "
+    "what it makes of it without that part",
+  )
+  pad_len: int = field(
+    256,
+    "classes that are filled up to with learned tokens; of more, those with the highest cosines "
+    "are kept for each image; 0: neither",
+    at_least=0,
+  )
+  truncated_logit: float = field(-100.0, "logit of the classes that are not kept")
+  guidance_layers: tuple[int, int] = field(
+    (3, 7),
+    "blocks of the vision tower, from 0, whose output guides the first and second upsampling; the "
+    "paper has them the other way round",
+    at_least=0,
+  )
+  guidance_widths: tuple[int, int] = field((256, 128), "their channels, upsampled", at_least=1)
+  decoder_guidance_widths: tuple[int, int] = field(
+    (32, 16), "their channels, projected", at_least=1
+  )
+  decoder_widths: tuple[int, int] = field((64, 32), "channels after each upsampling", at_least=1)
