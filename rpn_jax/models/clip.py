@@ -208,9 +208,11 @@ class Block(nn.Module):
     norm = lambda x: tune("ln_1", x, self.ln_1(x))
     extra = None if extra_BxPxD is None else norm(extra_BxPxD)
     attended = self.attn(norm(x), read, tune, extra).astype(x.dtype)
-    if not residual:
-      return attended
-    x = x + attended
+    return self.feed_forward(x + attended, tune) if residual else attended
+
+  def feed_forward(self, x_BxNxD: jax.Array, tune: Callable = keep_result) -> jax.Array:
+    """The second half of the block: x + MLP(LN(x))."""
+    x = x_BxNxD
     return x + self.mlp(tune("ln_2", x, self.ln_2(x)), tune).astype(x.dtype)
 
 
@@ -272,9 +274,16 @@ class VisionTransformer(nn.Module):
       self.proj = self.param("proj", init, (c.vision_width, c.embed_dim))
 
   def embed(
-    self, image_BxHxWx3: jax.Array, class_embedding_copies: int = 1, tune: Callable = keep_result
+    self,
+    image_BxHxWx3: jax.Array,
+    class_embedding_copies: int = 1,
+    tune: Callable = keep_result,
+    resize: Callable = resize_positions,
   ) -> tuple[jax.Array, tuple[int, int]]:
-    """Tokens before the first block: (B, 1 + h*w, D), and the patch grid (h, w)."""
+    """Tokens before the first block: (B, 1 + h*w, D), and the patch grid (h, w).
+
+    `resize`, (positions, h, w) -> (1 + h*w, D), takes the position embedding to another grid.
+    """
     size = self.config.patch_size
     _, height, width, _ = image_BxHxWx3.shape
     if height % size or width % size:
@@ -283,7 +292,7 @@ class VisionTransformer(nn.Module):
     patches = tune("patch_embed", image_BxHxWx3, patches)
     batch, h, w, _ = patches.shape
     patches = rearrange(patches, "b h w d -> b (h w) d").astype(jnp.float32)
-    positions = resize_positions(self.position_embedding, h, w)
+    positions = resize(self.position_embedding, h, w)
     cls = jnp.tile(class_embedding_copies * self.class_embedding, (batch, 1, 1))
     x = jnp.concatenate([cls, patches], axis=1) + positions
     if self.ln_pre is not None:

@@ -3,8 +3,12 @@
 The trained tree holds the `prompts` collection and, under their own names "visual" and "text", the
 trained parameters of CLIP's towers. Optimizer and checkpoints know this tree alone; the frozen rest
 of `params` is neither copied nor stored.
+
+CLIP's attention has one kernel for queries, keys and values. Where only some of them are trained,
+both trees have its thirds, `in_proj/query`, `in_proj/key` and `in_proj/value`, in its place.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +18,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 TOWERS = ("visual", "text")
+FUSED, THIRDS = "kernel", ("query", "key", "value")
+_ENDS = tuple(f"/in_proj/{third}" for third in THIRDS)
+_flat = functools.partial(traverse_util.flatten_dict, sep="/")
 
 
 def split(params: Mapping, pattern: str) -> tuple[dict, dict]:
@@ -21,22 +28,35 @@ def split(params: Mapping, pattern: str) -> tuple[dict, dict]:
 
   Args:
     params: nested dictionaries.
-    pattern: regular expression over whole '/'-joined paths, such as "visual/.*"; "" matches none.
+    pattern: regular expression over whole '/'-joined paths, such as "visual/.*", or
+      "visual/.*/in_proj/(query|value)" for thirds of kernels; "" matches none.
 
   Raises:
     ValueError: a pattern that names no parameter, or parameters outside the towers.
   """
-  flat = traverse_util.flatten_dict(params, sep="/")
-  names = {name for name in flat if pattern and re.fullmatch(pattern, name)}
-  outside = {name.partition("/")[0] for name in names} - set(TOWERS)
-  if outside or (pattern and not names):
+  matches = re.compile(pattern).fullmatch if pattern else lambda name: None
+  flat: dict[str, jax.Array] = {}
+  for name, x in _flat(params).items():
+    apart = {} if matches(name) else thirds(name, x)
+    flat |= apart if any(map(matches, apart)) else {name: x}
+  roots = {name.partition("/")[0] for name in flat if matches(name)}
+  if roots - set(TOWERS) or (pattern and not roots):
     raise ValueError(
       f"expected a pattern of parameters in {' or '.join(TOWERS)}, got {pattern!r} of "
-      f"{', '.join(sorted({name.partition('/')[0] for name in flat}))}"
+      f"{', '.join(sorted(params))}"
     )
-  part = lambda kept: {name: x for name, x in flat.items() if (name in names) == kept}
+  part = lambda kept: {name: x for name, x in flat.items() if bool(matches(name)) == kept}
   trained, frozen = (traverse_util.unflatten_dict(part(kept), sep="/") for kept in (True, False))
   return trained, frozen
+
+
+def thirds(name: str, x: jax.Array) -> dict[str, jax.Array]:
+  """The thirds of a fused input projection by their paths; {} of any other parameter."""
+  path, _, leaf = name.rpartition("/")
+  if leaf != FUSED or not path.endswith("/in_proj"):
+    return {}
+  width = x.shape[1] // len(THIRDS)
+  return {f"{path}/{t}": x[:, i * width : (i + 1) * width] for i, t in enumerate(THIRDS)}
 
 
 def join(params: Mapping, tree: Mapping) -> dict:
@@ -48,14 +68,12 @@ def join(params: Mapping, tree: Mapping) -> dict:
   """
   towers = {name: x for name, x in tree.items() if name in TOWERS}
   prompts = {name: x for name, x in tree.items() if name not in TOWERS}
-  return {"params": _overlaid(params, towers), "prompts": prompts}
-
-
-def _overlaid(below: Any, above: Any) -> Any:
-  """`below` with the leaves of `above` in it."""
-  if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
-    return above
-  return {**below, **{k: _overlaid(below.get(k, {}), x) for k, x in above.items()}}
+  flat = {**_flat(params), **_flat(towers)}
+  for path in {name.rpartition("/")[0] for name in flat if name.endswith(_ENDS)}:
+    fused = thirds(f"{path}/{FUSED}", flat[f"{path}/{FUSED}"]) if f"{path}/{FUSED}" in flat else {}
+    parts = [flat.pop(name, fused.get(name)) for name in (f"{path}/{third}" for third in THIRDS)]
+    flat[f"{path}/{FUSED}"] = jnp.concatenate(parts, axis=1)
+  return {"params": traverse_util.unflatten_dict(flat, sep="/"), "prompts": prompts}
 
 
 def init_prompts(network: Any, params: Mapping, text: Any, key: jax.Array, image_size: int) -> dict:
