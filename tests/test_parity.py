@@ -487,6 +487,7 @@ def authors_settings(config, rates):
   settings.steps = config["max_iters"]
   settings.weight_decay = config["weight_decay"]
   settings.clip_norm = 0.0
+  settings.schedule, settings.no_decay = "poly", ""
   settings.groups = (("h", r"h", 1.0), ("rest", r"(?!h$).*", 10.0))
   return settings
 
@@ -494,7 +495,7 @@ def authors_settings(config, rates):
 def test_schedule_check_values():
   """The published check points of the schedule."""
   make = functools.partial(
-    optim.poly_schedule, steps=20000, power=0.9, minimum=1e-6, warmup_steps=1500, warmup_ratio=1e-6
+    optim.make_schedule, steps=20000, power=0.9, minimum=1e-6, warmup_steps=1500, warmup_ratio=1e-6
   )
   expected = {
     2e-5: {0: 2.0e-11, 49: 6.519839e-7, 749: 9.666299e-6, 1499: 1.870094e-5, 1500: 1.871255e-5,

@@ -27,10 +27,14 @@ class Loss:
   """The loss of training."""
 
   name: str = field(
-    "sigmoid", "sigmoid: focal and dice loss; softmax: cross-entropy", words=("sigmoid", "softmax")
+    "sigmoid",
+    "sigmoid: focal and dice loss; bce: binary cross-entropy; softmax: cross-entropy",
+    words=("sigmoid", "bce", "softmax"),
   )
   mask_ignored: bool = field(
-    False, "leave ignored pixels out of the focal loss; in the official code they are negatives"
+    False,
+    "leave ignored pixels out of the focal loss and of bce; to the official codes they are "
+    "negatives",
   )
   skip_empty: bool = field(
     False,
@@ -56,16 +60,20 @@ class SelfTraining:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """AdamW with learning-rate groups and polynomial decay, as in the official code."""
+  """AdamW with learning-rate groups, as in the official codes."""
 
   steps: int = field(20_000, "length of the schedule; follows config.steps", at_least=1)
   base_lr: float = field(2e-5, "learning rate of a group with factor 1", at_least=0)
   min_lr: float = field(1e-6, "learning rate at the end of the schedule", at_least=0)
-  power: float = field(0.9, "exponent of the polynomial decay", at_least=0)
+  schedule: str = field("poly", "how the rate decays", words=("poly", "cosine"))
+  power: float = field(0.9, "exponent of poly", at_least=0)
   warmup_steps: int = field(1500, "steps of linear warm-up", at_least=0)
   warmup_ratio: float = field(1e-6, "share of the rate at step 0", at_least=0)
   weight_decay: float = field(
     0.01, "decoupled, on every parameter, norms and biases included", at_least=0
+  )
+  no_decay: str = field(
+    "", "regular expression for the whole path of parameters without weight decay; none by default"
   )
   clip_norm: float = field(
     0.0, "gradients are scaled down to this norm over all parameters; 0: never", at_least=0

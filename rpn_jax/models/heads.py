@@ -19,7 +19,12 @@ def unchanged(scores: jax.Array) -> jax.Array:
 
 # Logits (..., C) to scores, by the loss that the logits were trained with; cosines are compared as
 # they are. Named functions, since a function is part of a compiled program's key.
-SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax, "cosine": unchanged}
+SCORES = {
+  "sigmoid": jax.nn.sigmoid,
+  "bce": jax.nn.sigmoid,
+  "softmax": jax.nn.softmax,
+  "cosine": unchanged,
+}
 
 
 def text_branch(cls_BxE: jax.Array, text_CxE: jax.Array, letter: str) -> tuple[jax.Array, ...]:

@@ -11,7 +11,12 @@ from rpn_jax.config import EVALUATION, FREE
 from rpn_jax.models import NETWORKS
 
 # Fields that configs of older checkpoints lack, with the value those were trained with.
-ADDED_FIELDS = {"optimizer.clip_norm": 0.0, "loss.skip_empty": False}
+ADDED_FIELDS = {
+  "optimizer.clip_norm": 0.0,
+  "optimizer.schedule": "poly",
+  "optimizer.no_decay": "",
+  "loss.skip_empty": False,
+}
 
 
 def identity(config: ml_collections.ConfigDict, fingerprint: str) -> dict:

@@ -155,4 +155,32 @@ def softmax_loss(
   return {"loss_ce": Term(total, pixels)}
 
 
-LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
+def bce_loss(
+  logits_BxhxwxC: jax.Array,
+  label_BxHxW: jax.Array,
+  *,
+  ignore_label: int = 255,
+  mask_ignored: bool = False,
+) -> dict[str, Term]:
+  """Mean binary cross-entropy over pixels and classes, the loss of CAT-Seg.
+
+  Args:
+    logits_BxhxwxC: class logits.
+    label_BxHxW: class ids 0..C-1, or `ignore_label`.
+    ignore_label: label of pixels without a class.
+    mask_ignored: leave these pixels out. False, as in the official code, makes them negatives of
+      every class.
+  """
+  classes = logits_BxhxwxC.shape[-1]
+
+  def sums(logits: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+    against = jnp.where(label[..., None] == jnp.arange(classes), -logits, logits)
+    cross_entropy = jnp.maximum(against, 0) + jnp.log1p(jnp.exp(-jnp.abs(against)))
+    counted = jnp.ones(label.shape, bool) if not mask_ignored else label != ignore_label
+    return (cross_entropy * counted[..., None]).sum(), counted.sum(dtype=jnp.float32)
+
+  total, pixels = sum_over_chunks(sums, logits_BxhxwxC.astype(jnp.float32), label_BxHxW)
+  return {"loss_bce": Term(total, pixels * classes)}
+
+
+LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss, "bce": bce_loss}

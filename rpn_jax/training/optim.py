@@ -1,5 +1,6 @@
-"""AdamW with learning-rate groups and the schedule of the official code."""
+"""AdamW with learning-rate groups and the schedules of the official codes."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -9,19 +10,33 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+# Share of the rate that is left when a share of the steps is done.
+DECAYS = {
+  "poly": lambda done, power: jnp.maximum(1 - done, 0.0) ** power,
+  "cosine": lambda done, power: (1 + jnp.cos(jnp.pi * jnp.minimum(done, 1.0))) / 2,
+}
 
-def poly_schedule(
-  base: float, steps: int, *, power: float, minimum: float, warmup_steps: int, warmup_ratio: float
+
+def make_schedule(
+  base: float,
+  steps: int,
+  *,
+  decay: str = "poly",
+  power: float = 1.0,
+  minimum: float = 0.0,
+  warmup_steps: int = 0,
+  warmup_ratio: float = 0.0,
 ) -> Callable:
-  """Learning rate at step t: polynomial decay to `minimum`, times a linear warm-up.
+  """Learning rate at step t: decay to `minimum`, times a linear warm-up.
 
-  (base - min)(1 - t/T)^power + min, multiplied during warm-up by
-  1 - (1 - t/warmup_steps)(1 - warmup_ratio), as in mmcv's poly policy.
+  With "poly", (base - min)(1 - t/T)^power + min, multiplied during warm-up by
+  1 - (1 - t/warmup_steps)(1 - warmup_ratio), as in mmcv's poly policy; with "cosine",
+  (1 + cos(pi t/T)) / 2 in place of the power.
   """
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
     t = jnp.asarray(step, jnp.float32)
-    rate = (base - minimum) * jnp.maximum(1 - t / steps, 0.0) ** power + minimum
+    rate = (base - minimum) * DECAYS[decay](t / steps, power) + minimum
     # u + r(1 - u) is accurate in float32 for small r, where 1 - (1 - u)(1 - r) cancels.
     done = t / max(warmup_steps, 1)
     return jnp.where(t < warmup_steps, rate * (done + warmup_ratio * (1 - done)), rate)
@@ -54,12 +69,13 @@ def schedules(config: ml_collections.ConfigDict) -> dict[str, Callable]:
   """Group name -> learning rate by step.
 
   Args:
-    config: has base_lr, min_lr, power, warmup_steps, warmup_ratio, steps, groups.
+    config: has schedule, base_lr, min_lr, power, warmup_steps, warmup_ratio, steps, groups.
   """
   return {
-    name: poly_schedule(
+    name: make_schedule(
       config.base_lr * factor,
       config.steps,
+      decay=config.schedule,
       power=config.power,
       minimum=config.min_lr,
       warmup_steps=config.warmup_steps,
@@ -75,15 +91,23 @@ def make_optimizer(
   """AdamW over the groups of `config.groups`.
 
   Args:
-    config: as for `schedules`, and weight_decay and clip_norm, the largest global norm of the
-      gradients; 0 does not clip.
+    config: as for `schedules`, and weight_decay, no_decay, a regular expression of whole paths
+      that it leaves out, and clip_norm, the largest global norm of the gradients; 0 does not clip.
     prompts: the trained parameters, or their shapes.
   """
-  transforms = {
-    name: optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=config.weight_decay)
-    for name, schedule in schedules(config).items()
+  groups = flax.traverse_util.flatten_dict(assign_groups(prompts, config.groups), sep="/")
+  # Groups keep their names where everything decays: states of earlier versions have these.
+  labels = {
+    path: f"{group}, no decay" if re.fullmatch(config.no_decay, path) else group
+    for path, group in groups.items()
   }
-  optimizer = optax.multi_transform(transforms, assign_groups(prompts, config.groups))
+  transforms = {}
+  for name, schedule in schedules(config).items():
+    adamw = functools.partial(optax.adamw, schedule, b1=0.9, b2=0.999)
+    transforms[name] = adamw(weight_decay=config.weight_decay)
+    if (undecayed := f"{name}, no decay") in labels.values():
+      transforms[undecayed] = adamw(weight_decay=0.0)
+  optimizer = optax.multi_transform(transforms, flax.traverse_util.unflatten_dict(labels, sep="/"))
   if config.clip_norm:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
   return optimizer
