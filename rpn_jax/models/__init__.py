@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 import jax
 import jax.numpy as jnp
 
+from rpn_jax.models.cat_seg import CATSeg
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.network import Windows
@@ -115,7 +116,7 @@ class Network(Hashable, Protocol):
   def __call__(
     self, image: jax.Array, text: Any, /, *, train: bool = False, example_offset: Any = 0
   ) -> jax.Array:
-    """Class logits on the patch grid: (B, h, w, C) float32.
+    """Class logits on the patch grid, or a finer one: (B, h, w, C) float32.
 
     Args:
       image: (B, H, W, 3), normalized.
@@ -128,4 +129,4 @@ class Network(Hashable, Protocol):
 
 
 # Value of config.method -> network.
-NETWORKS: dict[str, type[Network]] = {"rpn": RPN, "training_free": DenseCLIP}
+NETWORKS: dict[str, type[Network]] = {"rpn": RPN, "cat_seg": CATSeg, "training_free": DenseCLIP}

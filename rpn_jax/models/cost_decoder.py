@@ -1,0 +1,117 @@
+"""CAT-Seg's decoder: the maps of the classes, enlarged under the guidance of the vision tower.
+
+Shape letters as in `cost_aggregation`; F channels.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from rpn_jax.models import prompts
+from rpn_jax.models.cost_aggregation import Guided, in_chunks, torch_conv
+from rpn_jax.models.layers import LAYER_NORM_EPSILON
+
+
+class Upsample(nn.Module):
+  """Transposed convolution whose stride is its kernel's side: every pixel becomes a square.
+
+  Attributes:
+    features: channels out.
+    factor: side of the square.
+    dtype: compute type.
+  """
+
+  features: int
+  factor: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """(…, h, w, D) -> (…, h * factor, w * factor, features)."""
+    factor, features = self.factor, self.features
+    init = prompts.uniform((features * factor**2) ** -0.5)  # PyTorch's fan-in is that of the output
+    kernel = prompts.prompt(self, "kernel", init, (x.shape[-1], factor, factor, features))
+    bias = prompts.prompt(self, "bias", init, (features,)).astype(self.dtype)
+    y = x.astype(self.dtype) @ kernel.reshape(x.shape[-1], -1).astype(self.dtype)
+    y = rearrange(y, "... h w (i j f) -> ... (h i) (w j) f", i=factor, j=factor)
+    return y + bias
+
+
+class GroupNorm(nn.Module):
+  """Normalizes groups of 16 channels over the image, in float32 whatever the input type."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """(B, C, h, w, F) -> (B, C, h, w, F) float32."""
+    features = x.shape[-1]
+    scale = prompts.prompt(self, "scale", nn.initializers.ones, (features,))
+    bias = prompts.prompt(self, "bias", nn.initializers.zeros, (features,))
+    groups = rearrange(x.astype(jnp.float32), "b c h w (g f) -> b c h w g f", g=features // 16)
+    centered = groups - groups.mean((2, 3, 5), keepdims=True)
+    variance = (centered**2).mean((2, 3, 5), keepdims=True)
+    normalized = centered * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
+    return normalized.reshape(x.shape) * scale + bias
+
+
+class UpsampleStep(nn.Module):
+  """Doubles the resolution; two convolutions, of which the first mixes in what guides.
+
+  Attributes:
+    features: channels out.
+    guidance_width: G.
+    dtype: compute type.
+  """
+
+  features: int
+  guidance_width: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, guidance_Bx1xhxwxG: jax.Array) -> jax.Array:
+    """(B, C, h, w, D) -> (B, C, 2 h, 2 w, features)."""
+    x = Upsample(x.shape[-1] - self.guidance_width, 2, self.dtype, name="up")(x)
+    for i, guidance in enumerate((guidance_Bx1xhxwxG, guidance_Bx1xhxwxG[..., :0])):
+      conv = Guided(self.features, (3, 3), False, self.dtype, name=f"conv_{i}")
+      x = jax.nn.relu(GroupNorm(name=f"norm_{i}")(conv(x, guidance)))
+    return x
+
+
+class Decoder(nn.Module):
+  """Doubles the resolution twice, class by class, guided by blocks of the vision tower.
+
+  Attributes:
+    widths: channels after each doubling, multiples of 16.
+    guidance_widths: G and G'.
+    remat: whether chunks of classes are computed again in the backward pass.
+    dtype: compute type.
+  """
+
+  widths: tuple[int, int]
+  guidance_widths: tuple[int, int]
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  def setup(self) -> None:
+    self.step = [
+      UpsampleStep(width, guidance, self.dtype)
+      for width, guidance in zip(self.widths, self.guidance_widths)
+    ]
+    self.head = torch_conv(1, (3, 3), self.widths[-1], self.dtype)
+
+  def __call__(self, x_BxCxhxwxD: jax.Array, guidance: tuple[jax.Array, ...]) -> jax.Array:
+    """Logits (B, C, 4 h, 4 w), of guidance (B, 2 h, 2 w, G) and (B, 4 h, 4 w, G')."""
+
+    def decode(module: Decoder, x: jax.Array, *guidance: jax.Array) -> jax.Array:
+      for step, g in zip(module.step, guidance):
+        x = step(x, g[:, None])
+        module.sow("intermediates", "step", x)
+      logits = module.head(x.reshape(-1, *x.shape[2:]))
+      return logits.reshape(x.shape[:-1]).astype(jnp.float32)
+
+    x = x_BxCxhxwxD
+    pixels, (first, second) = len(x) * x.shape[2] * x.shape[3], self.widths
+    elements = pixels * max(4 * x.shape[-1], 16 * first, 16 * second)
+    return in_chunks(decode, self, (x,), guidance, axis=1, elements=elements, remat=self.remat)
