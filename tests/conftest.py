@@ -31,6 +31,9 @@ def pytest_addoption(parser):
     default=str(HERE / "golden"),
     help="golden tensors to replay; another set of the same format runs unchanged",
   )
+  parser.addoption(
+    "--golden-catseg", default=str(HERE / "golden_catseg"), help="the same of CAT-Seg"
+  )
 
 
 def pytest_configure(config):
@@ -67,9 +70,18 @@ def _home(tmp_path_factory, pytestconfig):
     yield
 
 
+def _golden(pytestconfig, option: str) -> pathlib.Path:
+  path = pathlib.Path(pytestconfig.getoption(option))
+  if not (path / "meta.json").exists():
+    sys.exit(f"{option}={path}: expected a folder with meta.json and the .npz files")
+  return path
+
+
 @pytest.fixture(scope="session")
 def golden_dir(pytestconfig) -> pathlib.Path:
-  path = pathlib.Path(pytestconfig.getoption("--golden-dir"))
-  if not (path / "meta.json").exists():
-    sys.exit(f"--golden-dir={path}: expected a folder with meta.json and the .npz files")
-  return path
+  return _golden(pytestconfig, "--golden-dir")
+
+
+@pytest.fixture(scope="session")
+def golden_catseg(pytestconfig) -> pathlib.Path:
+  return _golden(pytestconfig, "--golden-catseg")

@@ -17,6 +17,7 @@ LAYOUTS = {
   "same": None,
   "linear": (1, 0),  # (out, in) -> (in, out)
   "conv": (2, 3, 1, 0),  # (out, in, height, width) -> (height, width, in, out)
+  "transposed": (0, 2, 3, 1),  # (in, out, height, width) -> (in, height, width, out)
 }
 
 
@@ -32,11 +33,11 @@ class Rule(NamedTuple):
     return Rule(ours + self.ours, theirs + self.theirs, self.layout)
 
 
-def _norm(ours: str, theirs: str) -> tuple[Rule, ...]:
+def norm(ours: str, theirs: str) -> tuple[Rule, ...]:
   return (Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias"))
 
 
-def _linear(ours: str, theirs: str, separator: str = ".") -> tuple[Rule, ...]:
+def linear(ours: str, theirs: str, separator: str = ".") -> tuple[Rule, ...]:
   return (
     Rule(f"{ours}/kernel", f"{theirs}{separator}weight", "linear"),
     Rule(f"{ours}/bias", f"{theirs}{separator}bias"),
@@ -46,39 +47,39 @@ def _linear(ours: str, theirs: str, separator: str = ".") -> tuple[Rule, ...]:
 # OpenAI's names, within a block and within a tower. `text_projection` and `proj` are bare matrices
 # that multiply from the right, as ours do.
 _BLOCK = (
-  *_norm("ln_1", "ln_1"),
-  *_linear("attn/in_proj", "attn.in_proj", "_"),
-  *_linear("attn/out_proj", "attn.out_proj"),
-  *_norm("ln_2", "ln_2"),
-  *_linear("mlp/c_fc", "mlp.c_fc"),
-  *_linear("mlp/c_proj", "mlp.c_proj"),
+  *norm("ln_1", "ln_1"),
+  *linear("attn/in_proj", "attn.in_proj", "_"),
+  *linear("attn/out_proj", "attn.out_proj"),
+  *norm("ln_2", "ln_2"),
+  *linear("mlp/c_fc", "mlp.c_fc"),
+  *linear("mlp/c_proj", "mlp.c_proj"),
 )
 _VISION = (
   Rule("patch_embed/kernel", "conv1.weight", "conv"),
   Rule("class_embedding", "class_embedding"),
   Rule("position_embedding", "positional_embedding"),
-  *_norm("ln_pre", "ln_pre"),
-  *_norm("ln_post", "ln_post"),
+  *norm("ln_pre", "ln_pre"),
+  *norm("ln_post", "ln_post"),
   Rule("proj", "proj"),
 )
 _TEXT = (
   Rule("token_embedding", "token_embedding.weight"),
   Rule("position_embedding", "positional_embedding"),
-  *_norm("ln_final", "ln_final"),
+  *norm("ln_final", "ln_final"),
   Rule("projection", "text_projection"),
 )
 
 # The trained arrays of the official RPN code; ours are paths in the `prompts` collection.
 AUTHORS_PROMPTS = (
   Rule("deep_tokens", "backbone.deep_prompt_embeddings"),
-  *_linear("prompt_proj", "backbone.prompt_proj"),
-  *_norm("prompt_norm", "backbone.prompt_norm"),
+  *linear("prompt_proj", "backbone.prompt_proj"),
+  *norm("prompt_norm", "backbone.prompt_norm"),
   Rule("h", "prompt_proj"),
-  *_linear("head/patch_proj", "decode_head.vis_proj_1"),
-  *_norm("head/patch_norm", "decode_head.vis_norm_1"),
-  *_linear("head/text_proj", "decode_head.cls_proj_1"),
-  *_norm("head/text_norm", "decode_head.tex_norm_1"),
-  *_linear("head/text_reduce", "decode_head.cls_proj"),
+  *linear("head/patch_proj", "decode_head.vis_proj_1"),
+  *norm("head/patch_norm", "decode_head.vis_norm_1"),
+  *linear("head/text_proj", "decode_head.cls_proj_1"),
+  *norm("head/text_norm", "decode_head.tex_norm_1"),
+  *linear("head/text_reduce", "decode_head.cls_proj"),
 )
 
 
