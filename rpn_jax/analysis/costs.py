@@ -153,7 +153,7 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
   model, side, mesh = make_network(config, clip_config), config.data.crop, devices.data_mesh()
   if not model.trainable:
     raise InputError(f"method {config.method!r} has no parameters to count: inspect another config")
-  declared.check_whole_patches("config.data.crop", side, config.clip, clip_config.patch_size)
+  declared.check_whole_patches("config.data.crop", side, config.clip, model.input_multiple)
   text = model.text_input(RandomEncoder(clip_config.embed_dim), [""] * classes)
   key = jax.random.key(config.seed)
   prompts = init_prompts(model, tower, text, key, side)

@@ -300,23 +300,23 @@ def check(config: Config) -> None:
     )
 
 
-def check_whole_patches(field: str, side: int, clip: str, patch_size: int) -> None:
+def check_whole_patches(field: str, side: int, clip: str, multiple: int) -> None:
   """Refuses a crop or window that is not made of whole patches.
 
   Args:
     field: where the side was set, e.g. "config.data.crop".
     side: pixels.
     clip: the weights, as the config names them.
-    patch_size: their patch size in pixels.
+    multiple: `Network.input_multiple`: their patch size in pixels, or 1 if the network resizes.
 
   Raises:
-    InputError: the side is no multiple of the patch size.
+    InputError: the side is no such multiple.
   """
-  if side % patch_size:
-    below = side // patch_size * patch_size
-    nearest = [str(s) for s in (below, below + patch_size) if s]
+  if side % multiple:
+    below = side // multiple * multiple
+    nearest = [str(s) for s in (below, below + multiple) if s]
     raise InputError(
-      f"{field}={side}: expected a multiple of the patch size of {clip}, {patch_size}; "
+      f"{field}={side}: expected a multiple of the patch size of {clip}, {multiple}; "
       f"the nearest: {' and '.join(nearest)}"
     )
 

@@ -1,9 +1,10 @@
 """A network ready for inference: weights, text encoder, image preparation, sliding window."""
 
+import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,8 @@ from rpn_jax.weights import arrays, clip_file, prompts_file
 
 # Programs of networks that are kept, the most recently used: one for each number of text rows.
 KEPT_PROGRAMS = 32
+# Lists of classes whose encoded text a predictor keeps, the most recently used.
+KEPT_TEXTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,15 @@ def forward(
   return jax.jit(lambda variables, text, image: network.apply(variables, image, text))
 
 
+@functools.lru_cache(KEPT_PROGRAMS)
+def encode_text(
+  network: Network, text_shape: tuple[int, ...]
+) -> Callable[[dict, jax.Array], jax.Array]:
+  """The jitted `network.encode_text` (variables, text) -> text; kept as `forward` is."""
+  del text_shape
+  return jax.jit(lambda variables, text: network.apply(variables, text, method="encode_text"))
+
+
 class _ShapeEncoder(NamedTuple):
   """Stands in for a text encoder where only shapes matter."""
 
@@ -107,7 +119,9 @@ class Predictor:
     self.network, self.params, self.prompts = network, params, prompts
     self.encoder, self.protocol = encoder, protocol
     self.clip = encoder.config
-    check_whole_patches("config.eval.crop", protocol.crop, "the CLIP weights", self.clip.patch_size)
+    multiple = network.input_multiple
+    check_whole_patches("config.eval.crop", protocol.crop, "the CLIP weights", multiple)
+    self._encoded: collections.OrderedDict[Hashable, jax.Array] = collections.OrderedDict()
 
   @classmethod
   def from_config(cls, config: ml_collections.ConfigDict) -> "Predictor":
@@ -276,7 +290,8 @@ class Predictor:
     mesh = data_mesh()
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     network, params, prompts = self.network.merged(self.params, self.prompts)
-    variables, text = jax.device_put((join(params, prompts), jnp.asarray(text)), replicated)
+    variables = jax.device_put(join(params, prompts), replicated)
+    text = jax.device_put(self._encode(network, variables, text), replicated)
     apply = forward(network, text.shape)
 
     def logits(windows: np.ndarray) -> jax.Array:
@@ -297,6 +312,19 @@ class Predictor:
       flip=p.flip,
       class_of_row=class_of_row,
     )
+
+  def _encode(self, network: Network, variables: dict, text: Any) -> jax.Array:
+    """`network.encode_text`; results of a text tower, as costly as an image's, are kept."""
+    if "text" not in network.towers:
+      return jnp.asarray(text)
+    text = np.asarray(text)
+    key = text.shape, text.tobytes()
+    if key not in self._encoded:
+      self._encoded[key] = encode_text(network, text.shape)(variables, text)
+      if len(self._encoded) > KEPT_TEXTS:
+        self._encoded.popitem(last=False)
+    self._encoded.move_to_end(key)
+    return self._encoded[key]
 
 
 def open_run(

@@ -34,6 +34,7 @@ class Network(Hashable, Protocol):
     trained: regular expression over whole '/'-joined paths of `params` that are trained besides
       everything in `prompts`; "" is none. See `trained.split`.
     trainable: whether anything is trained at all.
+    input_multiple: sides of the images that it is called with are multiples of this, in pixels.
     title: what stands for the network in a table of scores.
     scores: logits (..., C) -> scores (..., C); classes are compared, averaged over windows and
       penalized by scores.
@@ -60,6 +61,9 @@ class Network(Hashable, Protocol):
 
   @property
   def trained(self) -> str: ...
+
+  @property
+  def input_multiple(self) -> int: ...
 
   @property
   def scores(self) -> Callable[[jax.Array], jax.Array]: ...
@@ -98,7 +102,7 @@ class Network(Hashable, Protocol):
 
   @classmethod
   def windows(cls, clip: CLIPConfig) -> Windows:
-    """The sliding windows that the network was made for."""
+    """The inference protocol that the network was made for."""
     ...
 
   def text_input(self, encoder: Any, names: Sequence[str]) -> Any:
@@ -106,6 +110,15 @@ class Network(Hashable, Protocol):
 
     `encoder.embed(names)`, embeddings (C, E), or `encoder.tokens(names)` where the network encodes
     them itself, since the text tower is trained.
+    """
+    ...
+
+  def encode_text(self, text: Any) -> Any:
+    """The part of the network that sees the text alone, a row per class, for inference.
+
+    A method of the module with its variables, as in `apply(variables, text, method="encode_text")`.
+    A call of the network takes the result in place of `text`, so that a text tower runs once for a
+    list of classes and not for every window. Without a text tower the text is returned unchanged.
     """
     ...
 
@@ -120,7 +133,7 @@ class Network(Hashable, Protocol):
 
     Args:
       image: (B, H, W, 3), normalized.
-      text: of `text_input`, a row per class.
+      text: of `text_input`, or in inference of `encode_text`; a row per class.
       train: whether dropout and other noise are on.
       example_offset: position of the first image in the global batch; the noise of an image
         depends on its position there, not on how the batch is split over devices.

@@ -9,23 +9,36 @@ from rpn_jax.models.clip import CLIPConfig
 
 
 class Windows(NamedTuple):
-  """The inference protocol of sliding windows, in pixels.
+  """The inference protocol that a network was made for, in pixels.
 
   Attributes:
     short_side: of the resized image.
     crop: side of a window.
     stride: from one window to the next.
+    long_side: limit of the long side of the resized image; 0 is none.
+    layout: how windows are laid over the image, one of `inference.layouts.LAYOUTS`.
+    square: side of the square that the layout of that name resizes the image to.
+    resize: whose way of resizing, one of `pixels.RESIZES`.
   """
 
   short_side: int
   crop: int
   stride: int
+  long_side: int = 0
+  layout: str = "windows"
+  square: int = 0
+  resize: str = "mmsegmentation"
 
 
 class Defaults:
   """Mixin of a network on the vision tower alone, with cached text embeddings."""
 
+  clip: CLIPConfig
   towers: tuple[str, ...] = ("visual",)
+
+  @property
+  def input_multiple(self) -> int:
+    return self.clip.patch_size
 
   def text_input(self, encoder: Any, names: Sequence[str]) -> Any:
     return encoder.embed(names)
@@ -35,6 +48,9 @@ class Defaults:
     """SCLIP's protocol in proportion to the tower's own input: 336, 224 and 112 pixels at 224."""
     side = clip.image_size
     return Windows(short_side=side * 3 // 2, crop=side, stride=side // 2)
+
+  def encode_text(self, text: Any) -> Any:
+    return text
 
   def merged(self, params: dict, prompts: dict) -> tuple:
     return self, params, prompts

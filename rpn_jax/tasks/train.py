@@ -53,7 +53,8 @@ def train(config, workdir, data, *, restart: bool = False) -> dict:
   predictor, run = open_run(config, workdir)
   if not predictor.network.trainable:
     raise InputError(f"method {config.method!r} has nothing to train: use --mode=eval")
-  check_whole_patches("config.data.crop", config.data.crop, config.clip, predictor.clip.patch_size)
+  multiple = predictor.network.input_multiple
+  check_whole_patches("config.data.crop", config.data.crop, config.clip, multiple)
   mesh = devices.global_mesh()
   sharding.check_batch_size(config.data.batch_size, mesh)
   with held_workdir(run.workdir), PreemptionGuard() as guard:

@@ -10,6 +10,7 @@ import pytest
 from rpn_jax.config import RPNConfig
 from rpn_jax.models import NETWORKS, Network, heads, kernels, trained
 from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.models.network import Windows
 
 CLIP = CLIPConfig(
   embed_dim=12, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2
@@ -48,8 +49,13 @@ def test_every_network_answers(name, settings):
   params, prompts = variables_of(network, text)
   assert set(params) == set(network.towers)
   image = jax.random.normal(jax.random.key(1), (2, 32, 48, 3))
-  logits = jax.jit(network.apply)({"params": params, "prompts": prompts}, image, text)
+  assert network.input_multiple in (1, CLIP.patch_size)
+  variables = {"params": params, "prompts": prompts}
+  logits = jax.jit(network.apply)(variables, image, text)
   assert logits.shape == (2, 4, 6, 3) and logits.dtype == jnp.float32
+  encoded = network.apply(variables, text, method="encode_text")
+  assert len(encoded) == len(text)
+  np.testing.assert_allclose(jax.jit(network.apply)(variables, image, encoded), logits, atol=1e-5)
   values = network.probabilities(network.scores(logits))
   assert values.shape == logits.shape and values.min() >= 0 and values.max() <= 1
   found, frozen = trained.split(params, network.trained)
@@ -102,9 +108,9 @@ def test_rows_are_independent_where_no_class_sees_the_others():
 
 def test_windows_are_those_of_the_papers():
   b16, l14 = CLIPConfig(), CLIPConfig(patch_size=14)
-  assert NETWORKS["rpn"].windows(b16) == (512, 512, 426)
+  assert NETWORKS["rpn"].windows(b16) == Windows(512, 512, 426)
   assert NETWORKS["rpn"].windows(l14)[:2] == (518, 518)
-  assert NETWORKS["training_free"].windows(b16) == (336, 224, 112)
+  assert NETWORKS["training_free"].windows(b16) == Windows(336, 224, 112)
   for network in NETWORKS.values():
     windows = network.windows(CLIP)
     assert windows.crop % CLIP.patch_size == 0 and 0 < windows.stride <= windows.crop

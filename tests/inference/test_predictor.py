@@ -1,0 +1,73 @@
+"""A predictor asks a network for its text once, and for whole patches where it needs them."""
+
+import types
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.inference import predictor
+from rpn_jax.inference.predictor import Predictor, Protocol
+from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.models.network import Defaults
+
+CLIP = CLIPConfig(patch_size=16)
+ENCODED: list[tuple] = []
+
+
+class TextTower(Defaults, nn.Module):
+  """Its logits are the sum of an image times a factor of each class, of its "text tower"."""
+
+  clip: Any = CLIP
+  input_multiple = 1
+  towers = ("visual", "text")
+  scores = staticmethod(jnp.negative)
+
+  def encode_text(self, text):
+    ENCODED.append(text.shape)  # when traced
+    return self.variables["params"]["text"]["factor"] * text.sum(-1).astype(jnp.float32)
+
+  def __call__(self, image, text):
+    assert text.dtype == jnp.float32  # encoded before
+    return image.sum((1, 2, 3))[:, None, None, None] * text
+
+
+def predictor_of(network, **protocol):
+  encoder: Any = types.SimpleNamespace(config=CLIP)
+  params = {"visual": {}, "text": {"factor": np.float32(2)}}
+  return Predictor(network, params, {}, encoder, Protocol(**protocol))
+
+
+def test_the_text_tower_runs_once_for_a_list_of_classes(monkeypatch):
+  runs, encode = [], predictor.encode_text
+
+  def counted(network, shape):
+    return lambda *arguments: runs.append(shape) or encode(network, shape)(*arguments)
+
+  monkeypatch.setattr(predictor, "encode_text", counted)
+  one = predictor_of(TextTower(), short_side=8, crop=8, stride=8)
+  ENCODED.clear()
+  text = np.array([[1, 2], [3, 4], [0, 1]], np.int32)
+  for _ in range(2):  # the same classes again, with another list between
+    scores = one.sliding_window(text).scores(np.ones((8, 16, 3), np.float32))
+    np.testing.assert_allclose(scores[0, 0], -np.array([3, 7, 1]) * 2 * 8 * 8 * 3)
+    one.sliding_window(text[:2])
+  assert runs == [(3, 2), (2, 2)] and ENCODED == [(3, 2), (2, 2)]
+  for i in range(predictor.KEPT_TEXTS):
+    one.sliding_window(text + i + 1)
+  one.sliding_window(text)  # no longer kept
+  assert len(runs) == 2 + predictor.KEPT_TEXTS + 1
+  assert len(ENCODED) == 2  # a program for each shape
+
+
+def test_windows_are_whole_patches_unless_the_network_resizes():
+  class Patches(TextTower):
+    input_multiple = Defaults.input_multiple
+
+  assert Patches().input_multiple == 16
+  with pytest.raises(InputError, match=r"config.eval.crop=24: expected a multiple of .*, 16"):
+    predictor_of(Patches(), short_side=8, crop=24, stride=8)
+  predictor_of(TextTower(), short_side=8, crop=24, stride=8)
