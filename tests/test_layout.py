@@ -224,7 +224,7 @@ def test_tests_mirror_the_rooms():
 def test_the_core_is_read_in_an_afternoon():
   core = ["clip", "prompts", "rpm", "rpn"]
   lines = sum(len((ROOT / f"rpn_jax/models/{n}.py").read_text().splitlines()) for n in core)
-  assert lines <= 940  # signatures with types are 60 of them
+  assert lines <= 950  # signatures with types are 60 of them
 
 
 def test_the_page_prints_the_table():

@@ -152,7 +152,7 @@ class CATSeg(Defaults, nn.Module):
 
   @classmethod
   def windows(cls, clip: CLIPConfig) -> Windows:
-    """Four tiles of 384 pixels in an image squashed to 640, and the whole of it, for every tower."""
+    """Tiles of 384 pixels in an image squashed to 640, and all of it at once, for every tower."""
     del clip
     return Windows(
       short_side=640, long_side=2560, crop=384, stride=256, layout="square", square=640,

@@ -1,5 +1,6 @@
 """What every network of the registry answers; trained and frozen parameters kept apart."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -7,16 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpn_jax.config import RPNConfig
+from rpn_jax.config import CATSegConfig, RPNConfig
 from rpn_jax.models import NETWORKS, Network, heads, kernels, trained
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.network import Windows
 
 CLIP = CLIPConfig(
-  embed_dim=12, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2
-)
+  embed_dim=12, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2,
+  text_width=16, text_layers=1, text_heads=2, context_length=8, vocab_size=9,
+)  # fmt: skip
+CAT_SEG = CATSegConfig(
+  resolution=32, width=32, window=2, appearance_width=4, text_width=4, pad_len=5,
+  guidance_layers=(0, 0), guidance_widths=(6, 5), decoder_guidance_widths=(4, 3),
+  decoder_widths=(16, 16), class_pooling_train=(2, 1),
+)  # fmt: skip
 SETTINGS = {
   "rpn": [RPNConfig(), RPNConfig(tuner="full"), RPNConfig(tuner="lora+ssf", head="tfpm_c")],
+  "cat_seg": [CAT_SEG, dataclasses.replace(CAT_SEG, tuned="full", class_attention="full")],
   "training_free": [{"method": "sclip", "denoise": 0.0, "key_smoothing": False}],
 }
 CASES = [(name, settings) for name in NETWORKS for settings in SETTINGS[name]]
@@ -26,6 +34,9 @@ MEMBERS = [name for name in vars(Network) if not name.startswith("_")] + [*Netwo
 class Encoder:
   def embed(self, names):
     return np.eye(len(names), CLIP.embed_dim, dtype=np.float32)
+
+  def tokens(self, names):
+    return np.array([[[7, 1 + i, 8, 0]] for i, _ in enumerate(names)], np.int32)
 
 
 def variables_of(network, text):
@@ -52,7 +63,8 @@ def test_every_network_answers(name, settings):
   assert network.input_multiple in (1, CLIP.patch_size)
   variables = {"params": params, "prompts": prompts}
   logits = jax.jit(network.apply)(variables, image, text)
-  assert logits.shape == (2, 4, 6, 3) and logits.dtype == jnp.float32
+  grid = (16, 16) if name == "cat_seg" else (4, 6)  # it squashes images
+  assert logits.shape == (2, *grid, 3) and logits.dtype == jnp.float32
   encoded = network.apply(variables, text, method="encode_text")
   assert len(encoded) == len(text)
   np.testing.assert_allclose(jax.jit(network.apply)(variables, image, encoded), logits, atol=1e-5)
@@ -75,11 +87,12 @@ def test_equal_networks_share_programs(name, settings):
 @pytest.mark.parametrize("name, settings", CASES)
 def test_the_merged_network_gives_the_same_logits(name, settings):
   network = NETWORKS[name].create(CLIP, settings)
-  text = Encoder().embed("abc")
+  text = network.text_input(Encoder(), "abc")
   params, prompts = variables_of(network, text)
-  prompts = jax.tree.map(lambda x: x + 0.01, prompts)
+  found, _ = trained.split(params, network.trained)
+  prompts = jax.tree.map(lambda x: x + 0.01, {**prompts, **found})
   image = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
-  want = jax.jit(network.apply)({"params": params, "prompts": prompts}, image, text)
+  want = jax.jit(network.apply)(trained.join(params, prompts), image, text)
   merged, params, prompts = network.merged(params, prompts)
   got = jax.jit(merged.apply)({"params": params, "prompts": prompts}, image, text)
   np.testing.assert_allclose(got, want, atol=1e-4)
@@ -119,7 +132,7 @@ def test_windows_are_those_of_the_papers():
 @pytest.mark.parametrize(
   "fields, message",
   [
-    ({"loss": "hinge"}, "loss must be one of sigmoid, softmax, cosine, got 'hinge'"),
+    ({"loss": "hinge"}, "loss must be one of sigmoid, bce, softmax, cosine, got 'hinge'"),
     ({"remat": "half"}, "remat must be one of none, dots, full, got 'half'"),
   ],
 )

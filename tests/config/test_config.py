@@ -90,7 +90,10 @@ def test_a_run_of_0_2_0_has_the_same_config():
   )}  # fmt: skip
   c.update_from_flattened_dict({**given, "data.scale": (128, 32)})
   new = json.loads(json.dumps(c.to_dict()))
-  assert new["loss"].pop("skip_empty") is False  # added since
+  # Added since.
+  assert new["loss"].pop("skip_empty") is False
+  assert (new["optimizer"].pop("schedule"), new["optimizer"].pop("no_decay")) == ("poly", "")
+  del new["cat_seg"]
   assert new == old
   config.check(old)  # as lists
 
@@ -106,7 +109,9 @@ def test_what_a_continued_or_evaluated_run_may_change():
     "log_every", "eval_every", "save_every", "max_skipped", "data_dir", "workers", "threads",
     "parallel", "shard_state", "remat",
   } == config.FREE  # fmt: skip
-  assert {"eval", "short_side", "eval_images", "prompts"} == config.EVALUATION
+  assert {
+    "eval", "short_side", "eval_images", "prompts", "class_pooling_eval",
+  } == config.EVALUATION  # fmt: skip
 
 
 def test_the_words_are_those_of_the_code():
