@@ -21,7 +21,7 @@ import PIL
 from absl import app, flags, logging
 from PIL import Image
 
-from data_pipelines import pipeline, prepare, records, transforms, vocabularies
+from data_pipelines import pipeline, prepare, recipes, records, transforms, vocabularies
 from rpn_jax.base.console import progress, table
 
 FLAGS = flags.FLAGS
@@ -72,7 +72,7 @@ def throughput(source, workers: int) -> float:
   """Images per second."""
   batches = pipeline.train_batches(
     source,
-    transforms.train_transform(label_map()),
+    recipes.train_transform(label_map()),
     batch_size=BATCH,
     seed=0,
     num_threads=4,
@@ -99,7 +99,7 @@ def stages(source) -> dict[str, float]:
     spent[name] = spent.get(name, 0.0) + time.process_time() - began
     return result
 
-  transform = transforms.train_transform(label_map())
+  transform = recipes.train_transform(label_map())
   for i in range(len(source)):
     rng = np.random.default_rng(i)
     example = timed("read the record", source.__getitem__, i)

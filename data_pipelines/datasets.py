@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import grain
 
-from data_pipelines import pipeline, records, registry, shapes, transforms, vocabularies
+from data_pipelines import pipeline, recipes, records, registry, shapes, transforms, vocabularies
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
 
@@ -99,11 +99,20 @@ def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
     ids = {i: unlabelled if i in unseen else i for i in range(count)}
     train_map = raw.then(transforms.LabelMap.from_ids(ids, ignore=vocabulary.ignore))
 
-  statistics = {"mean": c.mean, "std": c.std}
-  train_transform = transforms.train_transform(
-    train_map, crop=c.crop, scale=c.scale, ratio=c.ratio, photometric=c.photometric, **statistics
+  # Runs of earlier versions have no recipe, and this one.
+  shared = {"recipe": c.get("recipe", "mmsegmentation"), "mean": c.mean, "std": c.std}
+  train_transform = recipes.train_transform(
+    train_map,
+    crop=c.crop,
+    scale=c.scale,
+    ratio=c.ratio,
+    label_resize=c.get("label_resize", "floor_nearest"),
+    photometric=c.photometric,
+    **shared,
   )
-  eval_transform = transforms.eval_transform(c.short_side, raw, **statistics)
+  eval_transform = recipes.eval_transform(
+    c.short_side, raw, long_side=c.get("long_side", 0), **shared
+  )
 
   def train_batches(start_step: int) -> Iterator[dict]:
     if vocabulary.evaluation_only:

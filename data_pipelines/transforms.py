@@ -3,8 +3,8 @@
 An example is a dict with `image` uint8 [H,W,3] in RGB, `label` [H,W] of class ids (optional when
 predicting) and `id`. Every transform returns a new dict and touches neither its input nor any
 global random state. Drawing random values and applying them are separate methods, so a recorded
-or scripted draw can be replayed. Sizes and the order of the draws follow the official recipe
-(mmsegmentation 0.24), so that a training run is comparable with the published one.
+or scripted draw can be replayed. Sizes and the order of the draws follow mmsegmentation 0.24 or
+detectron2, so that a training run is comparable with the published one; `recipes` has their order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -137,40 +137,90 @@ def fit_size(height: int, width: int, scale: Sequence[int]) -> tuple[int, int]:
   return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Nearest neighbor (OpenCV's rule: source index = floor(target index · ratio))."""
-  return cv2.resize(label, (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
+def source_indices(inputs: int, outputs: int, rule: str) -> np.ndarray:
+  """For each output pixel of one axis, the index of the input pixel it is copied from.
+
+  Args:
+    inputs, outputs: pixels.
+    rule: "floor_nearest", PyTorch's `nearest`: floor(i · inputs / outputs), in float32; "nearest",
+      Pillow's: the input at the center of the output.
+  """
+  i = np.arange(outputs)
+  if rule == "nearest":
+    return ((2 * i + 1) * inputs) // (2 * outputs)
+  at = i.astype(np.float32) * (np.float32(inputs) / np.float32(outputs))
+  return np.minimum(at.astype(np.int64), inputs - 1)
+
+
+def resize_label(
+  label: np.ndarray,
+  size: tuple[int, int],
+  library: str = "mmsegmentation",
+  rule: str = "floor_nearest",
+) -> np.ndarray:
+  """Nearest neighbor to (height, width), by one of the rules of `source_indices`.
+
+  Under mmsegmentation, OpenCV computes floor(i · inputs / outputs) in float64: now and then
+  another pixel than PyTorch's.
+  """
+  if library == "mmsegmentation" and rule == "floor_nearest":
+    return cv2.resize(label, (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
+  rows, columns = (source_indices(n, m, rule) for n, m in zip(label.shape, size))
+  return label[rows[:, None], columns]
 
 
 class Resize:
-  """Resizes the image to a short side; the label keeps its size, as scoring needs it."""
+  """Resizes the image; the label keeps its size, as scoring needs it.
 
-  def __init__(self, short_side: int):
-    self.short_side = short_side
+  Args:
+    short_side, long_side, library: see `pixels.to_network`.
+  """
+
+  def __init__(self, short_side: int, long_side: int = 0, library: str = "mmsegmentation"):
+    self.sides = short_side, long_side
+    self.library = library
 
   def __call__(self, example, rng=None):
     image = example["image"]
-    size = pixels.short_side_size(*image.shape[:2], self.short_side)
-    return {**example, "image": pixels.resize(image, size)}
+    size = pixels.short_side_size(*image.shape[:2], *self.sides)
+    return {**example, "image": pixels.resize(image, size, self.library)}
 
 
 class RandomResize:
-  """Resizes image and label into `scale` times a ratio drawn from U(ratio)."""
+  """Resizes image and label into `scale` times a ratio drawn from U(ratio).
 
-  def __init__(self, scale: tuple[int, int] = (2048, 512), ratio: tuple[float, float] = (0.5, 2.0)):
+  Args:
+    scale: limits of the long and the short side at ratio 1, pixels.
+    ratio: range of the ratio.
+    library: how sizes are rounded and images resized, one of `pixels.RESIZES`.
+    label_rule: see `resize_label`.
+  """
+
+  def __init__(
+    self,
+    scale: tuple[int, int] = (2048, 512),
+    ratio: tuple[float, float] = (0.5, 2.0),
+    library: str = "mmsegmentation",
+    label_rule: str = "floor_nearest",
+  ):
     self.scale = scale
     self.ratio = ratio
+    self.library = library
+    self.label_rule = label_rule
 
   def size(self, height: int, width: int, ratio: float) -> tuple[int, int]:
     """New (height, width) for one drawn ratio; the limits are truncated to whole pixels."""
-    return fit_size(height, width, [int(limit * ratio) for limit in self.scale])
+    limits = sorted(int(limit * ratio) for limit in self.scale)
+    if self.library == "detectron2":
+      return pixels.short_side_size(height, width, *limits)
+    return fit_size(height, width, limits)
 
   def __call__(self, example, rng):
     size = self.size(*example["image"].shape[:2], rng.uniform(*self.ratio))
     return {
       **example,
-      "image": pixels.resize(example["image"], size),
-      "label": resize_label(example["label"], size),
+      "image": pixels.resize(example["image"], size, self.library),
+      "label": resize_label(example["label"], size, self.library, self.label_rule),
     }
 
 
@@ -245,6 +295,11 @@ class PhotoMetricDistortion:
   """Brightness, contrast, saturation and hue, each with probability ½, on uint8.
 
   Every step truncates back to uint8 before the next one, so each is a table of 256 entries.
+
+  Args:
+    brightness: limit of what is added, in gray levels.
+    contrast, saturation: range of the factors.
+    hue: the lowest and, excluded, the highest shift, in half degrees.
   """
 
   def __init__(
@@ -252,7 +307,7 @@ class PhotoMetricDistortion:
     brightness: float = 32.0,
     contrast: tuple[float, float] = (0.5, 1.5),
     saturation: tuple[float, float] = (0.5, 1.5),
-    hue: int = 18,
+    hue: tuple[int, int] = (-18, 18),
   ):
     self.brightness = brightness
     self.contrast = contrast
@@ -271,7 +326,7 @@ class PhotoMetricDistortion:
     if contrast_first and coin():
       contrast = rng.uniform(*self.contrast)
     saturation = rng.uniform(*self.saturation) if coin() else None
-    hue = int(rng.integers(-self.hue, self.hue)) if coin() else None
+    hue = int(rng.integers(*self.hue)) if coin() else None
     if not contrast_first and coin():
       contrast = rng.uniform(*self.contrast)
     return PhotoDraws(brightness, contrast, contrast_first, saturation, hue)
@@ -319,11 +374,12 @@ class Normalize:
 
 
 class Pad:
-  """Pads bottom and right up to a size: the image with 0, which is the mean color by then."""
+  """Pads bottom and right up to a size: the image with `fill`, the label with `ignore`."""
 
-  def __init__(self, size: tuple[int, int], ignore: int = IGNORE):
+  def __init__(self, size: tuple[int, int], ignore: int = IGNORE, fill: int = 0):
     self.size = size
     self.ignore = ignore
+    self.fill = fill
 
   def __call__(self, example, rng=None):
     height, width = example["image"].shape[:2]
@@ -333,7 +389,7 @@ class Pad:
     edges = ((0, below), (0, right))
     return {
       **example,
-      "image": np.pad(example["image"], (*edges, (0, 0))),
+      "image": np.pad(example["image"], (*edges, (0, 0)), constant_values=self.fill),
       "label": np.pad(example["label"], edges, constant_values=self.ignore),
     }
 
@@ -352,63 +408,3 @@ class Compose:
       # Labels travel as uint8 or uint16 until here: OpenCV is several times faster on them.
       example["label"] = np.ascontiguousarray(example["label"], np.int32)
     return example
-
-
-def train_transform(
-  label_map: LabelMap,
-  *,
-  crop: int | tuple[int, int] = 512,
-  scale: tuple[int, int] = (2048, 512),
-  ratio: tuple[float, float] = (0.5, 2.0),
-  cat_max_ratio: float = 0.75,
-  flip: float = 0.5,
-  photometric: bool = True,
-  mean: Sequence[float] = pixels.CLIP_MEAN,
-  std: Sequence[float] = pixels.CLIP_STD,
-) -> Compose:
-  """The training pipeline, in the official order.
-
-  Args:
-    label_map: raw labels -> training ids; comes first, so that the crop rule sees ignored pixels.
-    crop: side or (height, width) of the output, pixels.
-    scale: limits of the long and the short side at ratio 1, pixels.
-    ratio: range of the uniform factor on `scale`.
-    cat_max_ratio: largest share of one label in a crop; 1 switches the rule off.
-    flip: probability of a horizontal flip.
-    photometric: whether to distort colors.
-    mean, std: per channel, of pixel values in [0, 1].
-
-  Returns:
-    (example, rng) -> {'image': float32 [crop,crop,3], 'label': int32 [crop,crop], …}.
-  """
-  size = (crop, crop) if isinstance(crop, int) else tuple(crop)
-  return Compose(
-    label_map,
-    RandomResize(tuple(scale), tuple(ratio)),
-    RandomCrop(size, cat_max_ratio, label_map.ignore),
-    RandomFlip(flip),
-    *([PhotoMetricDistortion()] if photometric else []),
-    Normalize(mean, std),
-    Pad(size, label_map.ignore),
-  )
-
-
-def eval_transform(
-  short_side: int = 512,
-  label_map: LabelMap | None = None,
-  *,
-  mean: Sequence[float] = pixels.CLIP_MEAN,
-  std: Sequence[float] = pixels.CLIP_STD,
-) -> Compose:
-  """The test pipeline: short side exact, aspect kept, no limit on the long side.
-
-  Args:
-    short_side: pixels.
-    label_map: raw labels -> class ids; None leaves labels as stored.
-    mean, std: per channel, of pixel values in [0, 1].
-
-  Returns:
-    (example, rng=None) -> image float32 [h,w,3] resized; label int32 [H,W] at its own size.
-  """
-  maps = [label_map] if label_map is not None else []
-  return Compose(*maps, Resize(short_side), Normalize(mean, std))

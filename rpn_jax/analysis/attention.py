@@ -38,7 +38,7 @@ def read_image(path, protocol, patch_size: int) -> tuple[np.ndarray, np.ndarray]
 
   Args:
     path: of an image file.
-    protocol: its `short_side`, `mean` and `std`.
+    protocol: how it is resized and normalized.
     patch_size: in pixels.
 
   Raises:
@@ -46,9 +46,9 @@ def read_image(path, protocol, patch_size: int) -> tuple[np.ndarray, np.ndarray]
   """
   image = pixels.read(path)
   height, width = image.shape[:2]
-  sides = pixels.short_side_size(height, width, protocol.short_side)
+  sides = pixels.short_side_size(height, width, protocol.short_side, protocol.long_side)
   height, width = (max(1, round(side / patch_size)) * patch_size for side in sides)
-  resized = pixels.resize(image, (height, width))
+  resized = pixels.resize(image, (height, width), protocol.resize)
   return image, pixels.normalize(resized, protocol.mean, protocol.std)[None]
 
 

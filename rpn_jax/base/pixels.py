@@ -184,15 +184,39 @@ def _from_array(image: np.ndarray) -> np.ndarray:
   return image
 
 
-def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-  """(height, width) with a short side of exactly `short_side` pixels, whatever the other."""
-  factor = short_side / min(height, width)
-  return int(height * factor + 0.5), int(width * factor + 0.5)
+def short_side_size(
+  height: int, width: int, short_side: int, long_side: int = 0
+) -> tuple[int, int]:
+  """(height, width) of the same aspect with a short side of `short_side` pixels.
+
+  If the long one then exceeds `long_side`, unless that is 0, it becomes that. As in detectron2, the
+  second factor is applied to the result of the first.
+  """
+  shorter = min(height, width)
+  factor = short_side / shorter
+  sides = [float(short_side) if n == shorter else n * factor for n in (height, width)]
+  if long_side and max(sides) > long_side:
+    sides = [side * (long_side / max(sides)) for side in sides]
+  return max(1, int(sides[0] + 0.5)), max(1, int(sides[1] + 0.5))
 
 
-def resize(image_HxWx3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes to (height, width): bilinear on uint8 without antialias, like the official code."""
+def _resize_opencv(image_HxWx3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   return cv2.resize(image_HxWx3, size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def _resize_pillow(image_HxWx3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  return np.array(Image.fromarray(image_HxWx3).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+# By the library whose way it is: bilinear on uint8, without antialias and with it.
+RESIZES = {"mmsegmentation": _resize_opencv, "detectron2": _resize_pillow}
+
+
+def resize(
+  image_HxWx3: np.ndarray, size: tuple[int, int], library: str = "mmsegmentation"
+) -> np.ndarray:
+  """Resizes uint8 to (height, width), bilinear, as one of RESIZES."""
+  return RESIZES[library](image_HxWx3, size)
 
 
 def normalize(image_HxWx3: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -208,12 +232,17 @@ def _normalization_table(mean: tuple[float, ...], std: tuple[float, ...]) -> np.
 
 
 def to_network(
-  image_HxWx3: np.ndarray, short_side: int, mean: Sequence[float], std: Sequence[float]
+  image_HxWx3: np.ndarray,
+  short_side: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+  long_side: int = 0,
+  library: str = "mmsegmentation",
 ) -> np.ndarray:
-  """Resizes to a short side and normalizes: float32."""
+  """Resizes, see `short_side_size` and `resize`, and normalizes: float32."""
   height, width = image_HxWx3.shape[:2]
-  size = short_side_size(height, width, short_side)
-  return normalize(resize(image_HxWx3, size), mean, std)
+  size = short_side_size(height, width, short_side, long_side)
+  return normalize(resize(image_HxWx3, size, library), mean, std)
 
 
 def for_classification(

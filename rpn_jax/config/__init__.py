@@ -103,15 +103,33 @@ class Data:
     words=("zero_shot", "transductive", "supervised"),
   )
   batch_size: int = field(32, "images per step, over all devices", at_least=1)
+  recipe: str = field(
+    "mmsegmentation",
+    "whose resizing, augmentation and order: mmsegmentation, or detectron2, which resizes with "
+    "antialias, limits no class in a crop, flips last and pads with gray",
+    words=("mmsegmentation", "detectron2"),
+  )
   crop: int = field(512, "side of training crops, pixels", at_least=1)
   scale: tuple[int, int] = field(
     (2048, 512), "limits of long and short side before random scaling, pixels", at_least=1
   )
   ratio: tuple[float, float] = field((0.5, 2.0), "range of the random scale", above=0)
+  label_resize: str = field(
+    "floor_nearest",
+    "pixel of a training label that one of its resized form is copied from: that at floor(i s), as "
+    "in both libraries, or at the center, floor((i + 1/2) s)",
+    words=("floor_nearest", "nearest"),
+  )
   photometric: bool = field(True, "distort brightness, contrast, saturation and hue")
   train_images: int = field(ABSENT, "shapes only: scenes drawn for training", at_least=1)
   short_side: int = field(
     512, "short side of evaluated images, pixels", at_least=1, evaluation=True
+  )
+  long_side: int = field(
+    0,
+    "limit of their long side, pixels, at the cost of the short one; 0: none",
+    at_least=0,
+    evaluation=True,
   )
   eval_images: int = field(
     0,

@@ -43,6 +43,8 @@ class Protocol:
     short_side: short side that images are resized to, pixels.
     crop: side of the square windows, pixels.
     stride: step between windows, pixels.
+    long_side: limit of the long side of resized images, pixels; 0 is none.
+    resize: how they are resized, one of `pixels.RESIZES`.
     mean, std: normalization per channel, for values in [0, 1].
     window_batch: windows per call of the network.
     scales: image sizes that scores are averaged over, as factors of `short_side`.
@@ -53,6 +55,8 @@ class Protocol:
   short_side: int
   crop: int
   stride: int
+  long_side: int = 0
+  resize: str = "mmsegmentation"
   mean: tuple[float, ...] = pixels.CLIP_MEAN
   std: tuple[float, ...] = pixels.CLIP_STD
   window_batch: int = 4
@@ -139,6 +143,8 @@ class Predictor:
     network = make_network(config, clip)
     protocol = Protocol(
       short_side=config.data.short_side,
+      long_side=config.data.get("long_side", 0),
+      resize=config.data.get("recipe", "mmsegmentation"),
       mean=tuple(config.data.mean),
       std=tuple(config.data.std),
       **{name: config.eval[name] for name in ("crop", "stride", "window_batch", "flip")},
@@ -244,7 +250,9 @@ class Predictor:
   def prepare(self, image_HxWx3: np.ndarray) -> np.ndarray:
     """Resizes and normalizes an RGB image (uint8) for the network: float32."""
     p = self.protocol
-    return pixels.to_network(image_HxWx3, p.short_side, p.mean, p.std)
+    return pixels.to_network(
+      image_HxWx3, p.short_side, p.mean, p.std, long_side=p.long_side, library=p.resize
+    )
 
   def for_data(self, data: Any) -> SlidingWindow:
     """Sliding-window inference with the class names of a data set, for its evaluation.

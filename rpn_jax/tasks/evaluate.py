@@ -138,7 +138,7 @@ def make_partial(run: Run, data, which: str, step: int, count: int) -> PartialEv
     **run.identity,
     "eval": {field: run.config.eval[field] for field in fields},
     "step": step,
-    "short_side": run.config.data.short_side,
+    "sides": [run.config.data.short_side, run.config.data.get("long_side", 0)],
     "names": data.names,
     "penalized": data.penalized,
     "count": count,

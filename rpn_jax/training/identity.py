@@ -16,6 +16,8 @@ ADDED_FIELDS = {
   "optimizer.schedule": "poly",
   "optimizer.no_decay": "",
   "loss.skip_empty": False,
+  "data.recipe": "mmsegmentation",
+  "data.label_resize": "floor_nearest",
 }
 
 

@@ -90,9 +90,13 @@ def test_a_run_of_0_2_0_has_the_same_config():
   )}  # fmt: skip
   c.update_from_flattened_dict({**given, "data.scale": (128, 32)})
   new = json.loads(json.dumps(c.to_dict()))
-  # Added since.
-  assert new["loss"].pop("skip_empty") is False
-  assert (new["optimizer"].pop("schedule"), new["optimizer"].pop("no_decay")) == ("poly", "")
+  added = {
+    "loss": {"skip_empty": False},
+    "optimizer": {"schedule": "poly", "no_decay": ""},
+    "data": {"recipe": "mmsegmentation", "label_resize": "floor_nearest", "long_side": 0},
+  }
+  for section, values in added.items():
+    assert {name: new[section].pop(name) for name in values} == values
   del new["cat_seg"]
   assert new == old
   config.check(old)  # as lists
@@ -110,7 +114,7 @@ def test_what_a_continued_or_evaluated_run_may_change():
     "parallel", "shard_state", "remat",
   } == config.FREE  # fmt: skip
   assert {
-    "eval", "short_side", "eval_images", "prompts", "class_pooling_eval",
+    "eval", "short_side", "long_side", "eval_images", "prompts", "class_pooling_eval",
   } == config.EVALUATION  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import pipeline, transforms, workers
+from data_pipelines import pipeline, recipes, transforms, workers
 from rpn_jax.base.errors import InputError
 from tests import ROOT
 
@@ -171,7 +171,7 @@ def test_the_end_of_a_reader_says_what_to_do(error, message):
 
 
 def test_with_the_real_transform():
-  transform = transforms.train_transform(identity(10), crop=8, scale=(32, 8))
+  transform = recipes.train_transform(identity(10), crop=8, scale=(32, 8))
   iterator = pipeline.train_batches(make_source(), transform, batch_size=2, seed=0)
   batch = next(iterator)
   assert batch["image"].shape == (2, 8, 8, 3) and batch["label"].dtype == np.int32
@@ -179,7 +179,7 @@ def test_with_the_real_transform():
 
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_evaluation_covers_every_example_once(count):
-  transform = transforms.eval_transform(24)
+  transform = recipes.eval_transform(24)
   examples = pipeline.eval_examples(make_source(), transform)
   shards = [examples[index::count] for index in range(count)]
   got = {}
@@ -197,7 +197,7 @@ def test_evaluation_covers_every_example_once(count):
 
 
 def test_more_processes_than_examples():
-  shard = pipeline.eval_examples(make_source(1), transforms.eval_transform(8))[1::2]
+  shard = pipeline.eval_examples(make_source(1), recipes.eval_transform(8))[1::2]
   assert len(shard) == 0 and list(shard) == []
 
 
@@ -271,11 +271,11 @@ def test_a_bad_example_is_named(image, label, message):
     take(1, source, batch_size=3)
   assert "\n" not in str(error.value)
   with pytest.raises(InputError, match="bad_one"):
-    list(pipeline.eval_examples(source, transforms.eval_transform(8)))
+    list(pipeline.eval_examples(source, recipes.eval_transform(8)))
 
 
 def test_a_label_outside_the_classes_is_named():
-  transform = transforms.eval_transform(8, identity(3))
+  transform = recipes.eval_transform(8, identity(3))
   with pytest.raises(InputError, match=r"example pic_3: .* got 3 on 192 pixels"):
     list(pipeline.eval_examples(make_source(), transform))
 
@@ -287,12 +287,12 @@ class Broken(list):
 
 def test_a_record_that_cannot_be_read_is_named_by_number():
   with pytest.raises(InputError, match=r"example number 0: .* OSError: cannot read record"):
-    list(pipeline.eval_examples(Broken([1]), transforms.eval_transform(8)))
+    list(pipeline.eval_examples(Broken([1]), recipes.eval_transform(8)))
 
 
 def test_missing_parts_are_named():
   with pytest.raises(InputError, match=r"number 0: expected keys image, label, id, got \['id'\]"):
-    list(pipeline.eval_examples([{"id": "a"}], transforms.eval_transform(8)))
+    list(pipeline.eval_examples([{"id": "a"}], recipes.eval_transform(8)))
   with pytest.raises(InputError, match="example a: expected a label to train on"):
     take(1, [{"id": "a", "image": IMAGE}], batch_size=1)
 

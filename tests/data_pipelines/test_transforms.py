@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from data_pipelines import transforms
+from data_pipelines import recipes, transforms
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 
@@ -169,7 +169,7 @@ def example(height=40, width=60, classes=5, seed=0):
 
 def test_train_transform_is_a_pure_function_of_example_and_generator():
   # The sizes of the shapes data set; the small image needs padding at ratios below 1.
-  transform = transforms.train_transform(identity(5), crop=96, scale=(384, 96), ratio=(0.5, 0.9))
+  transform = recipes.train_transform(identity(5), crop=96, scale=(384, 96), ratio=(0.5, 0.9))
   source = example()
   before = {k: np.copy(v) for k, v in source.items()}
   first, again, other = (transform(source, np.random.default_rng(s)) for s in (3, 3, 4))
@@ -197,7 +197,7 @@ def test_image_and_label_stay_aligned():
   # Red repeats the label, so wherever the two were moved, they must still agree.
   label = np.kron(np.arange(24, dtype=np.uint8).reshape(4, 6), np.ones((16, 16), np.uint8))
   image = np.repeat(label[..., None] * 10, 3, axis=2)
-  transform = transforms.train_transform(
+  transform = recipes.train_transform(
     identity(24),
     crop=48,
     scale=(192, 64),
@@ -213,10 +213,10 @@ def test_image_and_label_stay_aligned():
 
 
 def test_eval_transform_keeps_the_label_size():
-  got = transforms.eval_transform(64, identity(5))(example(40, 60))
+  got = recipes.eval_transform(64, identity(5))(example(40, 60))
   assert got["image"].shape == (64, 96, 3) and got["image"].dtype == np.float32
   assert got["label"].shape == (40, 60) and got["label"].dtype == np.int32
-  assert "label" not in transforms.eval_transform(64)({"image": example()["image"]})
+  assert "label" not in recipes.eval_transform(64)({"image": example()["image"]})
 
 
 def test_label_maps():

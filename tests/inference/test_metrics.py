@@ -99,3 +99,20 @@ def test_harmonic_mean():
 def test_shapes_must_agree():
   with pytest.raises(ValueError, match="differ in shape"):
     metrics.confusion_matrix(np.zeros((2, 2)), np.zeros((2, 3)), 2)
+
+
+def test_both_averages_are_those_of_detectron2(golden_catseg):
+  with np.load(golden_catseg / "metrics.npz") as recorded:
+    confusion = recorded["confusion"][:-1, :-1].T  # the last column counts ignored pixels
+    # The other two, weighted by frequency and the mean accuracy, are not reported here.
+    miou, _, _, pixel_accuracy = recorded["miou_fwiou_macc_pacc"].tolist()
+    before_2022_07 = recorded["miou_before_2022_07"].item()
+    iou = recorded["iou_per_class"]
+  present = confusion.sum(1) > 0
+  assert not present.all() and confusion.sum(0)[~present].any()  # the two averages differ
+  result = metrics.scores(confusion)
+  assert 100 * result["miou_gt"] == pytest.approx(miou, rel=1e-6)
+  assert 100 * result["miou_union"] == pytest.approx(before_2022_07, rel=1e-6)
+  assert 100 * result["pAcc"] == pytest.approx(pixel_accuracy, rel=1e-6)
+  np.testing.assert_allclose(100 * np.float64(result["iou"])[present], iou[present], rtol=1e-6)
+  assert np.isnan(iou[~present]).all()

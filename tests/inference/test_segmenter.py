@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines import shapes
-from data_pipelines.transforms import eval_transform
+from data_pipelines.recipes import eval_transform
 from rpn_jax import Segmenter
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
