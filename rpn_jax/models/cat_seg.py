@@ -30,7 +30,7 @@ from rpn_jax.models.clip import (
 )
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.network import Defaults, Windows, as_record
-from rpn_jax.models.trained import join
+from rpn_jax.models.trained import TOWERS, join
 from rpn_jax.models.training_free import own_value
 
 # What `tuned` trains in every block of both towers, as regular expressions of paths in it.
@@ -70,7 +70,7 @@ class CATSeg(Defaults, nn.Module):
 
   section = "cat_seg"
   title = "CAT-Seg"
-  towers = ("visual", "text")
+  towers = TOWERS
   trainable = True
   independent = False  # classes attend to each other
   emphasis = 0.5  # half the range of a sigmoid

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-TOWERS = ("visual", "text")
+TOWERS: tuple[str, ...] = ("visual", "text")
 FUSED, THIRDS = "kernel", ("query", "key", "value")
 _ENDS = tuple(f"/in_proj/{third}" for third in THIRDS)
 _flat = functools.partial(traverse_util.flatten_dict, sep="/")

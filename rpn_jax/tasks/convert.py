@@ -7,10 +7,13 @@ with the names of OpenAI, open_clip or Hugging Face's transformers, and this pro
 What the publisher of a model put beside its weights is read, too: config.json,
 open_clip_config.json, preprocessor_config.json, and whether the tokenizer is CLIP's.
 
-A checkpoint of the official RPN code becomes a file of prompts, and such a file becomes theirs:
+A checkpoint of the official code of RPN or of CAT-Seg becomes a file of prompts, and such a file
+becomes theirs; CAT-Seg's has the whole CLIP in it:
 
     python -m rpn_jax convert rpn_voc.pth rpn_voc.safetensors --clip clip_b16.safetensors
     python -m rpn_jax convert rpn_voc.safetensors rpn_voc.pth
+    python -m rpn_jax convert model_base.pth cat_seg_b.safetensors --clip ViT-B/16
+    python -m rpn_jax convert cat_seg_b.safetensors model_base.pth --clip ViT-B/16
 """
 
 import argparse
@@ -23,7 +26,7 @@ from rpn_jax.base import paths
 from rpn_jax.base.console import run_command, table
 from rpn_jax.base.errors import InputError
 from rpn_jax.text.embeddings import class_embeddings
-from rpn_jax.weights import authors, checkpoints, clip_file, prompts_file, publisher
+from rpn_jax.weights import authors, cat_seg, checkpoints, clip_file, prompts_file, publisher
 from rpn_jax.weights.architecture import describe
 from rpn_jax.weights.arrays import WeightsFile, fingerprint, read_arrays, sha256
 
@@ -47,7 +50,7 @@ def main(arguments=None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
-    "source", help="weights of CLIP or their name, prompts, or an official RPN checkpoint"
+    "source", help="weights of CLIP or their name, prompts, or an official checkpoint"
   )
   parser.add_argument(
     "destination", type=paths.expand, help="the safetensors (or, of prompts, .pth) file to write"
@@ -60,7 +63,7 @@ def main(arguments=None) -> int:
   parser.add_argument("--text_heads", type=int, help="if nothing tells them")
   parser.add_argument("--verify", action="store_true", help="checksum, and similarities of texts")
   parser.add_argument(
-    "--clip", help="with an official RPN checkpoint: the CLIP it was trained around"
+    "--clip", help="with a checkpoint of RPN or CAT-Seg: the CLIP it was trained around"
   )
   args = parser.parse_args(arguments)
 
@@ -68,8 +71,10 @@ def main(arguments=None) -> int:
     file = read_arrays(clip_file.find_weights(args.source))
     if authors.is_authors(file.arrays):
       lines = _authors_to_prompts(file, args.destination, args.clip)
+    elif cat_seg.is_cat_seg(file.arrays):
+      lines = _cat_seg_to_prompts(file, args.destination, args.clip)
     elif file.metadata.get("format") == prompts_file.FORMAT:
-      lines = _prompts_to_authors(file.path, args.destination)
+      lines = _prompts_to_authors(file.path, args.destination, args.clip)
     else:
       names = ("activation", "vision_heads", "text_heads")
       given = {name: value for name in names if (value := getattr(args, name)) is not None}
@@ -84,9 +89,8 @@ def _convert_clip(
 ) -> list[str]:
   kind, config, params = clip_file.parse(file, overrides)
   clip_file.save(destination, config, params, dtype, {"source": kind})
-  count = sum(value.size for value in jax.tree.leaves(params))
   lines = [f"{file.path}: {kind}", describe(config)]
-  lines.append(f"{count:,} parameters, fingerprint {fingerprint(params)}")
+  lines.append(f"{_count(params):,} parameters, fingerprint {fingerprint(params)}")
   if config.vocab_size < publisher.CLIP_TOKENS:
     lines.append(
       f"the text tower knows {config.vocab_size} tokens, CLIP's tokenizer makes ids up to "
@@ -128,29 +132,72 @@ def verification(source: pathlib.Path, config, params: Mapping) -> str:
 def _authors_to_prompts(
   file: WeightsFile, destination: pathlib.Path, clip_path: str | None
 ) -> list[str]:
-  if clip_path is None:
-    raise InputError(
-      f"{file.path} is a checkpoint of the authors' RPN: pass --clip=FILE, the CLIP weights it was "
-      "trained around, which are compared with the ones in it"
-    )
+  _, clip = _clip_of(clip_path, f"{file.path} is a checkpoint of the authors' RPN")
   theirs, prompts = authors.from_authors(file.arrays, str(file.path))
-  _, clip = clip_file.load_clip(clip_path)
   authors.check_same_clip(theirs, clip, f"{file.path} and {clip_path}")
   config = {"model": authors.model_fields(prompts)}
-  prompts_file.save(destination, prompts_file.Prompts(prompts, fingerprint(clip), config, (), 0))
-  count = sum(value.size for value in jax.tree.leaves(prompts))
+  _save_prompts(destination, prompts, clip, config)
   return [
     f"{file.path}: the authors' checkpoint, its CLIP is that of {clip_path}",
-    f"wrote {count:,} parameters to {destination}; predict with the preset released and "
+    f"wrote {_count(prompts):,} parameters to {destination}; predict with the preset released and "
     f"--config.prompts={destination}",
   ]
 
 
-def _prompts_to_authors(source: pathlib.Path, destination: pathlib.Path) -> list[str]:
+def _cat_seg_to_prompts(
+  file: WeightsFile, destination: pathlib.Path, clip_path: str | None
+) -> list[str]:
+  config, clip = _clip_of(clip_path, f"{file.path} is a checkpoint of CAT-Seg")
+  heads = {"vision_heads": config.vision_heads, "text_heads": config.text_heads}
+  where = f"{file.path} and {clip_path}"
+  official = cat_seg.from_official(file.arrays, str(file.path), heads)
+  trained, tuned = cat_seg.trained_part(official, clip, where)
+  prompts = {**official.prompts, **trained}
+  _save_prompts(
+    destination, prompts, clip, {**cat_seg.settings(official, tuned), "clip": str(clip_path)}
+  )
+  return [
+    f"{file.path}: CAT-Seg on a {tuned['tuned']} tuned CLIP, the rest of it is that of {clip_path}",
+    f"wrote {_count(prompts):,} parameters to {destination}; predict with --model={destination}",
+  ]
+
+
+def _count(tree: Mapping) -> int:
+  return sum(value.size for value in jax.tree.leaves(tree))
+
+
+def _clip_of(path: str | None, checkpoint: str) -> tuple:
+  """Architecture and parameters of the CLIP that a checkpoint was trained around."""
+  if path is None:
+    raise InputError(
+      f"{checkpoint}: pass --clip=FILE_OR_NAME, the CLIP weights it was trained around, which are "
+      "compared with the ones in it"
+    )
+  return clip_file.load_clip(path)
+
+
+def _save_prompts(destination: pathlib.Path, prompts: dict, clip: Mapping, config: Mapping) -> None:
+  content = prompts_file.Prompts(prompts, fingerprint(clip), dict(config), (), 0)
+  prompts_file.save(destination, content)
+
+
+def _prompts_to_authors(
+  source: pathlib.Path, destination: pathlib.Path, clip_path: str | None
+) -> list[str]:
   content = prompts_file.load(source)
   notes = {"clip": content.clip, "step": str(content.step), "written_by": "rpn_jax"}
-  count = authors.save(destination, content.prompts, notes)
+  if content.config.get("method") == "cat_seg":
+    config, clip = _clip_of(clip_path, f"{source} becomes a checkpoint with the whole CLIP in it")
+    fields = prompts_file.config_of(source)
+    if content.clip != fingerprint(clip):
+      raise InputError(
+        f"{source} was trained around the CLIP weights {content.clip}, {clip_path} has "
+        f"{fingerprint(clip)}: pass --clip with those weights"
+      )
+    arrays = cat_seg.save(destination, config, clip, content.prompts, fields.cat_seg, notes)
+    return [f"wrote {arrays} arrays by the official names to {destination}, as detectron2 does"]
+  arrays = authors.save(destination, content.prompts, notes)
   return [
-    f"wrote {count} arrays by the authors' names to {destination}: load them over a model "
+    f"wrote {arrays} arrays by the authors' names to {destination}: load them over a model "
     "with CLIP's weights, not strictly, for the frozen towers are not in it"
   ]

@@ -8,11 +8,14 @@ import numpy as np
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.config import CATSegConfig
 from rpn_jax.models import cost_aggregation
+from rpn_jax.models.cat_seg import TUNED, CATSeg
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.models.trained import THIRDS, join, thirds
+from rpn_jax.models.trained import THIRDS, join, split, thirds
+from rpn_jax.weights import torch_archive
 from rpn_jax.weights.architecture import check_parameters, complete_config, fields_from_shapes
-from rpn_jax.weights.arrays import float32
+from rpn_jax.weights.arrays import float32, writing
 from rpn_jax.weights.names import Naming, Rule, clip_rules, linear, norm, to_ours, to_theirs
 
 _HEAD = "sem_seg_head.predictor."
@@ -20,6 +23,8 @@ _AGGREGATOR = f"{_HEAD}transformer."
 NAMING = Naming(
   f"{_HEAD}clip_model.visual.", f"{_HEAD}clip_model.", f"{_HEAD}clip_model.logit_scale"
 )
+# The sentence of the official code.
+TEMPLATE = "A photo of a {} in the scene"
 # Tells such a file from others.
 MARK = f"{_AGGREGATOR}conv1.weight"
 # Names of version 1 (arXiv v1), whose guidance comes from a backbone of its own.
@@ -237,3 +242,91 @@ def to_official(
     names = [f"{_AGGREGATOR}layers.{i}.swin_block.block_2.attn_mask" for i in range(layers)]
     state |= dict.fromkeys(names, mask)
   return state
+
+
+def trained_part(official: Official, clip: Mapping, where: str) -> tuple[dict, dict]:
+  """What was trained of CLIP, and the fields of `CATSegConfig` that say so.
+
+  Args:
+    official: of a checkpoint.
+    clip: parameters of the CLIP that it started from.
+    where: both files, for messages.
+
+  Raises:
+    InputError: the towers differ in what no setting trains.
+  """
+  changed = set()
+  before, after = (_apart(tree) for tree in (clip, official.params))
+  for name, value in after.items():
+    want = before.get(name)
+    # OpenAI's weights are float16, which a checkpoint of float32 holds exactly.
+    if want is None or want.shape != value.shape or not np.allclose(want, value, atol=1e-4):
+      changed.add(name)
+  for positions in (False, True):
+    for tuned in TUNED:
+      network = CATSeg(
+        official.clip, CATSegConfig(**official.fields, tuned=tuned, tuned_positions=positions)
+      )
+      if all(re.fullmatch(network.trained, name) for name in changed):
+        tree, _ = split(official.params, network.trained)
+        return tree, {"tuned": tuned, "tuned_positions": positions}
+  raise InputError(
+    f"expected one CLIP in {where}, {min(changed)} differs, which CAT-Seg does not train: pass the "
+    "weights that were trained around"
+  )
+
+
+def _apart(tree: Mapping) -> dict[str, Any]:
+  """Parameters by their paths, input projections as thirds."""
+  flat = traverse_util.flatten_dict(tree, sep="/")
+  return {name: y for path, x in flat.items() for name, y in (thirds(path, x) or {path: x}).items()}
+
+
+def settings(official: Official, tuned: Mapping) -> dict:
+  """The config of a segmentation run with the official protocol, as far as it is not the default.
+
+  Args:
+    official: of a checkpoint.
+    tuned: fields of `CATSegConfig` that say what was trained.
+  """
+  windows = CATSeg.windows(official.clip)._asdict()
+  of_data = {name: windows.pop(name) for name in ("short_side", "long_side")}
+  of_data["recipe"] = windows.pop("resize")
+  return {
+    "method": "cat_seg",
+    "cat_seg": {**official.fields, **tuned},
+    "templates": TEMPLATE,
+    "synonyms": "first",
+    "loss": {"name": "bce"},
+    "data": of_data,
+    "eval": {**windows, "seen_penalty": 0.0},
+  }
+
+
+def save(
+  path: Any, clip: CLIPConfig, params: Mapping, tree: Mapping, fields: Any, notes: Mapping[str, str]
+) -> int:
+  """Writes a trained CAT-Seg as detectron2 writes the official code's, with the whole CLIP.
+
+  Args:
+    path: of the new file.
+    clip: architecture of the towers.
+    params: CLIP's parameters, as they were before.
+    tree: what was trained.
+    fields: of `CATSegConfig`.
+    notes: stored beside the arrays.
+
+  Returns:
+    The number of arrays.
+
+  Raises:
+    InputError: the tree has no names there, or the path cannot be written.
+  """
+  variables = join(params, tree)
+  grid = fields.resolution // clip.patch_size
+  state = to_official(
+    clip, variables["params"], variables["prompts"], grid=grid, window=fields.window
+  )
+  with writing(path) as temporary:
+    torch_archive.write(temporary, state, notes, "model")
+  return len(state)

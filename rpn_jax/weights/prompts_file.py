@@ -18,12 +18,14 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import differences
-from rpn_jax.config import defaults
+from rpn_jax.config import EVALUATION, defaults
+from rpn_jax.models import NETWORKS
 from rpn_jax.weights.arrays import float32, read_safetensors, write_safetensors
 
 FORMAT, VERSION = "rpn_jax.prompts", "1"
-# Config fields that prompts depend on when they predict. `data` has the normalization.
-FIELDS = ("model", "templates", "synonyms", "data.mean", "data.std")
+# Config fields that prompts depend on when they predict, beside the section of their network; those
+# of `data` are the normalization.
+FIELDS = ("method", "templates", "synonyms", "data.mean", "data.std")
 
 _MAX_DEPTH = 64
 
@@ -157,9 +159,10 @@ def check(content: Prompts, path, config: Mapping, fingerprint: str, like: Mappi
       f"{path} was trained around the CLIP weights {content.clip}, config.clip has {fingerprint}: "
       "use the same weights"
     )
+  fields = (NETWORKS[config["method"]].section, *FIELDS)
   trained, requested = (
     # Through JSON, so that tuples and lists compare equal.
-    json.loads(json.dumps({field: _lookup(tree, field) for field in FIELDS}))
+    json.loads(json.dumps({field: _lookup(tree, field) for field in fields}))
     for tree in (content.config, config)
   )
   if changed := differences(trained, _where_known(trained, requested)):
@@ -183,7 +186,10 @@ def _where_known(trained, requested):
   """What is requested of the fields that a file knows: one of another origin or version may not
   know all of them."""
   if isinstance(trained, dict) and isinstance(requested, dict):
-    return {key: _where_known(value, requested.get(key)) for key, value in trained.items()}
+    return {
+      key: value if key in EVALUATION else _where_known(value, requested.get(key))
+      for key, value in trained.items()
+    }
   return None if trained is None else requested
 
 

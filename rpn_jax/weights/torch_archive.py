@@ -379,13 +379,16 @@ def _check_sums(content: np.ndarray, tensors: Mapping[str, np.ndarray], storages
       raise zipfile.BadZipFile(f"Bad CRC-32 for file {info.filename[:40]!r}")
 
 
-def write(path, state: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:
+def write(
+  path, state: Mapping[str, np.ndarray], meta: Mapping[str, str], key: str = "state_dict"
+) -> None:
   """Writes what `torch.load` reads as {"meta": meta, "state_dict": state}, as mmcv saves it.
 
   Args:
     path: of the new file.
     state: arrays by name; stored as float32.
     meta: notes, strings by strings.
+    key: what the state is called; detectron2 calls it "model".
   """
   # The opcodes are spelled out because `pickle` imports whatever it writes the name of, here
   # PyTorch's classes. A subclass of its Python version that does not was half as long again.
@@ -418,7 +421,7 @@ def write(path, state: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> Non
   arrays = {name: np.array(value, "<f4", order="C") for name, value in state.items()}
   tensors = {name: tensor(str(i), value) for i, (name, value) in enumerate(arrays.items())}
   notes = dictionary({key: text(value) for key, value in meta.items()})
-  root = dictionary({"meta": notes, "state_dict": dictionary(tensors)})
+  root = dictionary({"meta": notes, key: dictionary(tensors)})
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("archive/data.pkl", pickle.PROTO + b"\x02" + root + pickle.STOP)
     archive.writestr("archive/byteorder", "little")

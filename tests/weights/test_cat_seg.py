@@ -1,0 +1,113 @@
+"""Checkpoints of the official CAT-Seg as people have them: converted, back, and refused."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from rpn_jax.models.trained import join
+from rpn_jax.tasks import convert
+from rpn_jax.weights import cat_seg, clip_file, prompts_file, torch_archive
+from rpn_jax.weights.arrays import read_arrays
+
+
+@pytest.fixture(scope="module")
+def official(golden_catseg):
+  meta = json.loads((golden_catseg / "meta.json").read_text())["geometry"]
+  heads = {"vision_heads": meta["vis_heads"], "text_heads": meta["text_heads"]}
+  state = read_arrays(golden_catseg / "model_tiny.pth").arrays
+  return cat_seg.from_official(state, "the set", heads)
+
+
+def clip_before(official, folder, changed="(query|value)", name="clip.safetensors"):
+  """The CLIP that the checkpoint may have started from: other values where it was trained."""
+  import re
+
+  flat = cat_seg._apart(official.params)
+  rng = np.random.default_rng(0)
+  pattern = re.compile(rf".*in_proj/{changed}")
+  flat = {
+    path: np.float32(rng.normal(size=x.shape)) if pattern.fullmatch(path) else np.asarray(x)
+    for path, x in flat.items()
+  }
+  params = join(traverse_util.unflatten_dict(flat, sep="/"), {})["params"]
+  params = traverse_util.unflatten_dict(
+    {p: np.asarray(x) for p, x in traverse_util.flatten_dict(params).items()}
+  )
+  path = folder / name
+  clip_file.save(path, official.clip, params, "float32", {})
+  return path
+
+
+def test_there_and_back(official, golden_catseg, tmp_path, capsys):
+  clip, source = clip_before(official, tmp_path), golden_catseg / "model_tiny.pth"
+  prompts, back = tmp_path / "cat_seg.safetensors", tmp_path / "back.pth"
+  assert convert.main([str(source), str(prompts), f"--clip={clip}"]) == 0
+  assert "CAT-Seg on a query_value tuned CLIP" in capsys.readouterr().out
+  content = prompts_file.load(prompts)
+  assert content.config["cat_seg"]["tuned"] == "query_value"
+  trained = {name for name in cat_seg._apart(content.prompts) if name.startswith("visual/")}
+  assert trained == {
+    f"visual/block_{i}/attn/in_proj/{third}"
+    for i in range(official.clip.vision_layers)
+    for third in ("query", "value")
+  }
+  assert convert.main([str(prompts), str(back), f"--clip={clip}"]) == 0
+  want, got = read_arrays(source).arrays, read_arrays(back).arrays
+  assert got.keys() == want.keys()
+  for name, value in want.items():
+    np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def test_what_was_trained_is_told_by_what_differs(official, tmp_path):
+  for changed, tuned in (("(query|key)", "query_key"), ("(query|key|value)", "attention")):
+    _, clip = clip_file.load_clip(clip_before(official, tmp_path, changed))
+    assert cat_seg.trained_part(official, clip, "")[1]["tuned"] == tuned
+
+
+def test_what_detectron2_puts_beside_the_model_is_not_read(golden_catseg, official, tmp_path):
+  state = read_arrays(golden_catseg / "model_tiny.pth").arrays
+  torch_archive.write(tmp_path / "training.pth", state, {"iteration": "79999"}, "model")
+  again = cat_seg.from_official(
+    read_arrays(tmp_path / "training.pth").arrays,
+    "",
+    {"vision_heads": official.clip.vision_heads, "text_heads": official.clip.text_heads},
+  )
+  assert again.fields == official.fields
+
+
+def convert_error(capsys, *arguments):
+  assert convert.main([str(a) for a in arguments]) == 2
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  return line
+
+
+def test_bad_checkpoints(official, golden_catseg, tmp_path, capsys):
+  source, out = golden_catseg / "model_tiny.pth", tmp_path / "out.safetensors"
+  clip = f"--clip={clip_before(official, tmp_path)}"
+  assert "pass --clip=FILE_OR_NAME" in convert_error(capsys, source, out)
+  other = clip_before(official, tmp_path, "nothing", "other.safetensors")
+  config, params = clip_file.load_clip(other)
+  params["visual"]["ln_pre"]["scale"] = params["visual"]["ln_pre"]["scale"] + 1
+  clip_file.save(other, config, params, "float32", {})
+  line = convert_error(capsys, source, out, f"--clip={other}")
+  assert "visual/ln_pre/scale differs, which CAT-Seg does not train" in line
+
+  state = dict(read_arrays(source).arrays)
+  broken = tmp_path / "broken.pth"
+
+  def refused(changes, match):
+    torch_archive.write(
+      broken, {k: v for k, v in {**state, **changes}.items() if v is not None}, {}
+    )
+    assert match in convert_error(capsys, broken, out, clip)
+
+  refused({"backbone.stem.conv1.weight": np.ones(3)}, "as those of arXiv version 1 have")
+  aggregator = "sem_seg_head.predictor.transformer."
+  refused({f"{aggregator}head.bias": None}, "missing")
+  refused({f"{aggregator}surplus": np.ones(3)}, "unknown")
+  refused({f"{aggregator}guidance_projection.0.weight": np.ones(3)}, "with 4 axes")
+  broken.write_bytes(source.read_bytes()[:100_000])
+  assert str(broken) in convert_error(capsys, broken, out, clip)
+  assert not out.exists()
