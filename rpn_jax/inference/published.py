@@ -2,9 +2,10 @@
 
 Sources: RPN, Li et al., "Relationship Prompt Learning is Enough for Open-Vocabulary Semantic
 Segmentation", NeurIPS 2024 (zero-shot, transductive with the position of unseen pixels known,
-fully supervised, open vocabulary). CAT-Seg, Cho et al., CVPR 2024. MaskCLIP, Zhou et al., ECCV
-2022, and reruns of it by later papers with their own protocols. SCLIP, Wang et al., 2023, as listed
-in its repository. ClearCLIP, Lan et al., ECCV 2024.
+fully supervised, open vocabulary). CAT-Seg, Cho et al., CVPR 2024. InfoCLIP, ERR-Seg and ESC-Net:
+later papers that compare themselves with CAT-Seg. MaskCLIP, Zhou et al., ECCV 2022, and reruns of
+it by later papers with their own protocols. SCLIP, Wang et al., 2023, as listed in its repository.
+ClearCLIP, Lan et al., ECCV 2024.
 
 Open-vocabulary and training-free papers report one "mIoU" without saying over which classes.
 """
@@ -21,9 +22,11 @@ TITLES = {
 _ZERO_SHOT = ("pAcc", "miou_seen", "miou_unseen", "hiou")
 _SPLIT_SETS = ("voc20", "coco_stuff171", "context60")
 _OPEN_SETS = ("ade847", "context459", "ade150", "context59", "voc20")
+_OPEN_SETS_B = (*_OPEN_SETS, "voc20b")
 _FREE_SETS = ("voc20", "context59", "coco_stuff171")
 
-# (setting, backbone) -> [(method, metrics, sets, values of each set)]
+# (setting, backbone) -> [(method, metrics, sets, values of each set)]; a method with a backbone of
+# its own names it.
 _TABLES: dict[tuple[str, str], list[tuple[str, tuple, tuple, tuple]]] = {
   ("zero_shot", "ViT-B/16"): [
     ("RPN", _ZERO_SHOT, _SPLIT_SETS,
@@ -39,11 +42,17 @@ _TABLES: dict[tuple[str, str], list[tuple[str, tuple, tuple, tuple]]] = {
   ],
   ("open_vocabulary", "ViT-B/16"): [
     ("RPN", ("miou",), _OPEN_SETS, ((11.4,), (17.3,), (31.5,), (57.1,), (95.2,))),
-    ("CAT-Seg", ("miou",), _OPEN_SETS, ((12.0,), (19.0,), (31.8,), (57.5,), (94.6,))),
+    ("CAT-Seg", ("miou",), _OPEN_SETS_B,
+     ((12.0,), (19.0,), (31.8,), (57.5,), (94.6,), (77.3,))),
+    ("InfoCLIP", ("miou",), _OPEN_SETS, ((12.6,), (19.5,), (32.1,), (58.1,), (95.5,))),
+    ("ERR-Seg on ConvNeXt-B", ("miou",), _OPEN_SETS, ((13.9,), (20.5,), (35.8,), (56.9,), (95.4,))),
+    ("ESC-Net", ("miou",), _OPEN_SETS[2:], ((35.6,), (59.0,), (97.3,))),
   ],
   ("open_vocabulary", "ViT-L/14"): [
     ("RPN", ("miou",), _OPEN_SETS, ((14.9,), (22.1,), (36.4,), (61.9,), (96.6,))),
-    ("CAT-Seg", ("miou",), _OPEN_SETS, ((16.0,), (23.8,), (37.9,), (63.3,), (97.0,))),
+    ("CAT-Seg", ("miou",), _OPEN_SETS_B,
+     ((16.0,), (23.8,), (37.9,), (63.3,), (97.0,), (82.5,))),
+    ("ESC-Net", ("miou",), _OPEN_SETS, ((18.1,), (27.0,), (41.8,), (65.6,), (98.3,))),
   ],
   ("training_free", "ViT-B/16"): [
     ("MaskCLIP", ("miou",), _FREE_SETS, ((49.5,), (21.7,), (12.5,))),
@@ -70,7 +79,9 @@ def rows(setting: str, name: str, clip_config: CLIPConfig) -> dict[str, dict[str
   """
   backbone = TITLES.get((clip_config.vision_width, clip_config.patch_size), "")
   return {
-    f"{method} {backbone}, published": dict(zip(metrics, values[sets.index(name)]))
+    f"{method if ' on ' in method else f'{method} {backbone}'}, published": dict(
+      zip(metrics, values[sets.index(name)])
+    )
     for method, metrics, sets, values in _TABLES.get((setting, backbone), ())
     if name in sets
   }
