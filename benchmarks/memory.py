@@ -17,7 +17,7 @@ from rpn_jax import Segmenter, devices
 from rpn_jax.base.console import progress, table
 from rpn_jax.drawing.images import save_png
 from rpn_jax.drawing.plots import figure, line_style
-from rpn_jax.inference import predictor, sliding
+from rpn_jax.inference import predictor, views
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("calls", 2000, "Number of calls")
@@ -62,7 +62,7 @@ def main(argv) -> None:
     size, words = rng.integers(*SIDES, 2), rng.integers(*WORDS)
     names = [f"thing {i}" for i in rng.choice(2000, words, replace=False)]
     _ = segmenter(rng.integers(0, 256, (*size, 3), np.uint8), names).labels
-    kept = [f.cache_info().currsize for f in (sliding.tile_program, predictor.forward)]
+    kept = [f.cache_info().currsize for f in (views.tile_program, predictor.forward)]
     points.append([call, resident(), sum(kept), len(compiled)])
   shown = np.unique(np.geomspace(1, FLAGS.calls, ROWS).astype(int)) - 1
   rows = [[f"{x:,.0f}" for x in points[i]] for i in shown]

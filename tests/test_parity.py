@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from rpn_jax.config import RPNConfig
-from rpn_jax.inference import metrics, sliding
+from rpn_jax.inference import layouts, metrics, sliding
 from rpn_jax.models import clip, rpm
 from rpn_jax.models.clip import CLIP, CLIPConfig, VisionTransformer
 from rpn_jax.models.rpn import RPN
@@ -369,7 +369,7 @@ def test_sliding_window(golden):
   m = golden.meta
   image = np.moveaxis(golden.inputs["slide_image"], 1, -1)[0]
   height, width = image.shape[:2]
-  corners = sliding.window_corners(height, width, m["crop"], m["stride"])
+  corners = layouts.window_corners(height, width, m["crop"], m["stride"])
   boxes = [(y, y + m["crop"], x, x + m["crop"]) for y, x in corners]
   want = recorded["windows"]
   ours = {tuple(b) for b in boxes}

@@ -152,11 +152,25 @@ class Eval:
   sets: tuple[str, ...] = field(
     (), "data sets of --mode=eval, every class prompted; (): the training set, in its setting"
   )
-  crop: int = field(512, "side of the sliding window, pixels", at_least=1)
+  layout: str = field(
+    "windows",
+    "how the network's square windows lie over an image: sliding windows; square: tiles of the "
+    "image squashed to a square, and all of it in one more window; whole: all of it in one window",
+    words=("windows", "square", "whole"),
+  )
+  crop: int = field(512, "side of the windows, pixels", at_least=1)
   stride: int = field(
-    426, "step of the sliding window, pixels; at most its side, so that no pixel is left out",
+    426, "step of the windows, pixels; at most their side, so that no pixel is left out",
     at_least=1,
   )  # fmt: skip
+  square: int = field(
+    640, "layout square: side that images are squashed to, pixels; at least a window's", at_least=1
+  )
+  keep_padding: bool = field(
+    True,
+    "layout whole, which pads images to multiples of 32 pixels: stretch the scores of the padded "
+    "image over the image, as the official code of CAT-Seg; or cut those of the padding off",
+  )
   window_batch: int = field(4, "windows per call of the network", at_least=1)
   scales: tuple[float, ...] = field(
     (1.0,), "scores are averaged over these sizes, factors on data.short_side", above=0
@@ -300,12 +314,22 @@ def check(config: Config) -> None:
 
   Raises:
     InputError: a value of another type, out of bounds, or an unknown word; windows that leave
-      pixels out.
+      pixels out, or a layout that cannot have them so.
   """
   fields.check(config, declared_class(config))
   windows = config.get("eval", {})
-  crop, stride = windows.get("crop"), windows.get("stride")
-  if crop and stride and stride > crop:
+  layout, crop, stride = windows.get("layout"), windows.get("crop"), windows.get("stride")
+  if layout == "square" and windows["square"] < crop:
+    raise InputError(
+      f"config.eval.square={windows['square']}: expected at least config.eval.crop={crop}, since "
+      "windows are cut out of the square; raise it, or lower the crop"
+    )
+  if layout in ("square", "whole") and tuple(windows["scales"]) != (1.0,):
+    raise InputError(
+      f"config.eval.scales={tuple(windows['scales'])}: expected (1.0,) with config.eval.layout="
+      f"{layout!r}, which resizes every image to one size; config.eval.flip averages over views"
+    )
+  if layout != "whole" and crop and stride and stride > crop:
     raise InputError(
       f"config.eval.stride={stride}: expected at most config.eval.crop={crop}, since the pixels "
       f"between windows would get no class; lower the stride, as to {max(1, crop * 5 // 6)}, or "

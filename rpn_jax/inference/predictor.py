@@ -45,6 +45,8 @@ class Protocol:
     stride: step between windows, pixels.
     long_side: limit of the long side of resized images, pixels; 0 is none.
     resize: how they are resized, one of `pixels.RESIZES`.
+    layout: how windows are laid over an image, one of `layouts.LAYOUTS`.
+    square, keep_padding: see `layouts.Layout`.
     mean, std: normalization per channel, for values in [0, 1].
     window_batch: windows per call of the network.
     scales: image sizes that scores are averaged over, as factors of `short_side`.
@@ -57,12 +59,21 @@ class Protocol:
   stride: int
   long_side: int = 0
   resize: str = "mmsegmentation"
+  layout: str = "windows"
+  square: int = 0
+  keep_padding: bool = True
   mean: tuple[float, ...] = pixels.CLIP_MEAN
   std: tuple[float, ...] = pixels.CLIP_STD
   window_batch: int = 4
   scales: tuple[float, ...] = (1.0,)
   flip: bool = False
   seen_penalty: float = 0.0
+
+
+# Fields of config.eval that are those of a Protocol.
+PROTOCOL_FIELDS = (
+  "crop", "stride", "layout", "square", "keep_padding", "window_batch", "flip", "seen_penalty",
+)  # fmt: skip
 
 
 @functools.lru_cache(KEPT_PROGRAMS)
@@ -147,9 +158,9 @@ class Predictor:
       resize=config.data.get("recipe", "mmsegmentation"),
       mean=tuple(config.data.mean),
       std=tuple(config.data.std),
-      **{name: config.eval[name] for name in ("crop", "stride", "window_batch", "flip")},
+      # Runs of earlier versions lack some of these, and have what are the defaults here.
+      **{name: config.eval[name] for name in PROTOCOL_FIELDS if name in config.eval},
       scales=tuple(config.eval.scales),
-      seen_penalty=config.eval.seen_penalty,
     )
     return cls._assemble(network, clip, params, config.templates, config.synonyms, protocol)
 
@@ -310,8 +321,11 @@ class Predictor:
     return SlidingWindow(
       logits,
       len(text),
+      layout=p.layout,
       crop=p.crop,
       stride=p.stride,
+      square=p.square,
+      keep_padding=p.keep_padding,
       window_batch=-(-p.window_batch // mesh.size) * mesh.size,
       penalty=p.seen_penalty,
       penalized=penalized,

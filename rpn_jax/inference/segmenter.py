@@ -21,7 +21,8 @@ from rpn_jax.base.pixels import ImageSource
 from rpn_jax.base.words import Names, check_known, check_names, parse_names, without_articles
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
-from rpn_jax.inference.sliding import SlidingWindow, round_up
+from rpn_jax.inference.sliding import SlidingWindow
+from rpn_jax.inference.views import round_up
 from rpn_jax.models import training_free
 from rpn_jax.training.run import Run, read_config
 from rpn_jax.weights import checkpoints, clip_file, hub, prompts_file

@@ -11,13 +11,17 @@ import numpy as np
 
 from rpn_jax.base.console import table
 from rpn_jax.base.paths import write_json, write_text
+from rpn_jax.config import FREE
 from rpn_jax.drawing.images import prediction_grid
 from rpn_jax.drawing.plots import plot_confusion
 from rpn_jax.inference import published
 from rpn_jax.inference.evaluation import Evaluation, PartialEvaluation, evaluate
 from rpn_jax.inference.predictor import Predictor, open_run
+from rpn_jax.training.identity import identity as identity_of
 from rpn_jax.training.run import Run
 
+# Fields of evaluation that the scores of a data set do not depend on.
+UNSCORED = frozenset(("sets", "palette", "window_batch", "eval_images"))
 # Examples in predictions.png.
 FIGURE_EXAMPLES = 6
 # Number of best and of worst classes printed in the terminal; eval.md has all classes.
@@ -133,12 +137,9 @@ def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, 
 def make_partial(run: Run, data, which: str, step: int, count: int) -> PartialEvaluation:
   """The file to resume an evaluation from, valid for this config and these processes only."""
   process = [jax.process_index(), jax.process_count()]
-  fields = ("crop", "stride", "seen_penalty", "scales", "flip")
   identity = {
-    **run.identity,
-    "eval": {field: run.config.eval[field] for field in fields},
+    **identity_of(run.config, run.fingerprint, FREE | UNSCORED),
     "step": step,
-    "sides": [run.config.data.short_side, run.config.data.get("long_side", 0)],
     "names": data.names,
     "penalized": data.penalized,
     "count": count,

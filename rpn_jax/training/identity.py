@@ -21,12 +21,16 @@ ADDED_FIELDS = {
 }
 
 
-def identity(config: ml_collections.ConfigDict, fingerprint: str) -> dict:
+def identity(
+  config: ml_collections.ConfigDict, fingerprint: str, free: frozenset[str] = FREE | EVALUATION
+) -> dict:
   """What must match for a checkpoint to belong to a run: CLIP's fingerprint and the config.
 
-  Fields that may change on resuming (FREE) or in evaluation (EVALUATION) are left out.
+  Args:
+    config: of the run.
+    fingerprint: of CLIP's parameters.
+    free: names of fields that are left out: those that may change on resuming or in evaluation.
   """
-  free = FREE | EVALUATION
 
   def strip(tree: object) -> object:
     if isinstance(tree, dict):

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.inference import predictor
 from rpn_jax.inference.predictor import Predictor, Protocol
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.models.network import Defaults
+from rpn_jax.models.network import Defaults, Windows
 
 CLIP = CLIPConfig(patch_size=16)
 ENCODED: list[tuple] = []
@@ -71,3 +72,19 @@ def test_windows_are_whole_patches_unless_the_network_resizes():
   with pytest.raises(InputError, match=r"config.eval.crop=24: expected a multiple of .*, 16"):
     predictor_of(Patches(), short_side=8, crop=24, stride=8)
   predictor_of(TextTower(), short_side=8, crop=24, stride=8)
+
+
+def test_images_and_windows_are_those_of_the_networks_protocol():
+  windows = Windows(
+    short_side=24, crop=16, stride=8, long_side=30, layout="square", square=20, resize="detectron2"
+  )
+  one = predictor_of(TextTower(), **windows._asdict())
+  image = np.random.default_rng(0).integers(0, 256, (40, 80, 3), np.uint8)
+  p = one.protocol
+  got = one.prepare(image)
+  assert got.shape == (15, 30, 3)
+  want = pixels.normalize(pixels.resize(image, (15, 30), "detectron2"), p.mean, p.std)
+  np.testing.assert_array_equal(got, want)
+  layout = one.sliding_window(np.ones((3, 2), np.int32)).layout
+  assert type(layout).__name__ == "Square" and len(layout.windows(got)) == 5
+  assert (layout.crop, layout.stride, layout.square) == (16, 8, 20)

@@ -17,7 +17,7 @@ from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import parse_names, without_articles
 from rpn_jax.drawing.palette import class_colors
-from rpn_jax.inference import process, segmenter, sliding
+from rpn_jax.inference import process, segmenter, sliding, views
 from rpn_jax.inference.classifier import class_probabilities
 from rpn_jax.inference.predictor import forward
 from rpn_jax.inference.segmentation import Segmentation
@@ -205,7 +205,7 @@ def test_many_pictures_and_words_share_programs(scene):
     return model(image, names, **options).labels
 
   run(128, 96, NAMES[:4])
-  programs = lambda: tuple(cached.cache_info().misses for cached in (forward, sliding.tile_program))
+  programs = lambda: tuple(cached.cache_info().misses for cached in (forward, views.tile_program))
   before = programs()
   run(128, 96, ["other words", "of the same", "number", "here"])  # another person's words
   run(120, 96, ["w1", "w2", "w3", "w4"])  # other sizes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.inference import sliding
+from rpn_jax.inference import layouts, sliding, views
 from rpn_jax.models.clip import resize_grid
 
 
@@ -18,22 +18,22 @@ def identity(logits):
 
 
 def test_windows_cover_and_stay_inside():
-  corners = sliding.window_corners(512, 683, 512, 426)
+  corners = layouts.window_corners(512, 683, 512, 426)
   assert corners == [(0, 0), (0, 171)]
   for height, width in [(96, 80), (64, 64), (65, 200)]:
     seen = np.zeros((height, width), bool)
-    for y, x in sliding.window_corners(height, width, 64, 53):
+    for y, x in layouts.window_corners(height, width, 64, 53):
       assert 0 <= y <= height - 64 and 0 <= x <= width - 64
       seen[y : y + 64, x : x + 64] = True
     assert seen.all()
-  assert sliding.window_corners(40, 80, 64, 53) == [(0, 0), (0, 16)]
+  assert layouts.window_corners(40, 80, 64, 53) == [(0, 0), (0, 16)]
 
 
 @pytest.mark.parametrize("stride", [33, 0])
 def test_pixels_between_windows_are_refused(stride):
   message = f"expected a stride of 1 to 32 pixels, the crop, got {stride}"
   with pytest.raises(ValueError, match=message):
-    sliding.window_corners(96, 96, 32, stride)
+    layouts.window_corners(96, 96, 32, stride)
   with pytest.raises(ValueError, match=message):
     slider(stride=stride)
 
@@ -41,19 +41,19 @@ def test_pixels_between_windows_are_refused(stride):
 def test_bucket():
   buckets = [1, 2, 3, 4, 6, 8, 12, 16, 24]
   for n in range(1, 25):
-    assert sliding.round_up(n) == min(b for b in buckets if b >= n)
-    assert sliding.round_down(n) == max(b for b in buckets if b <= n)
+    assert views.round_up(n) == min(b for b in buckets if b >= n)
+    assert views.round_down(n) == max(b for b in buckets if b <= n)
 
 
 @pytest.mark.parametrize("sizes", [(5, 13), (13, 5), (1, 4), (4, 1), (7, 7), (512, 375)])
 def test_interpolation_is_jax_s_bilinear_resize(sizes):
   x = np.random.default_rng(0).random((sizes[0], 1), np.float32)
   want = resize_grid(x, sizes[1], 1)
-  got = sliding.interpolate(x, *sliding.interpolation_weights(*sizes), 0)
+  got = views.interpolate(x, *views.interpolation_weights(*sizes), 0)
   np.testing.assert_allclose(got, want, atol=1e-4)
   image = np.broadcast_to(x[:, :, None], (sizes[0], 3, 3))
   want = resize_grid(image, sizes[1], 8)
-  np.testing.assert_allclose(sliding.resize_image(image, sizes[1], 8), want, atol=1e-4)
+  np.testing.assert_allclose(layouts.resize_image(image, sizes[1], 8), want, atol=1e-4)
 
 
 @jax.jit
@@ -80,7 +80,7 @@ def reference(image, size, *, crop=32, stride=24, activation=identity):
   """The same scores in the plain way, with everything at full size."""
   height, width = image.shape[:2]
   total, count = np.zeros((height, width, 2)), np.zeros((height, width, 1))
-  for y, x in sliding.window_corners(height, width, crop, stride):
+  for y, x in layouts.window_corners(height, width, crop, stride):
     window = image[y : y + crop, x : x + crop]
     inside = window.shape[:2]
     window = np.pad(window, ((0, crop - inside[0]), (0, crop - inside[1]), (0, 0)))
@@ -98,7 +98,7 @@ def test_window_covering_the_image_is_the_plain_forward():
 
 
 # Tiles of 4, 16 and 128 pixels, or fewer where the result is smaller than the input.
-@pytest.mark.parametrize("elements", [2 * 4**2, 2 * 16**2, sliding.TILE_ELEMENTS])
+@pytest.mark.parametrize("elements", [2 * 4**2, 2 * 16**2, views.TILE_ELEMENTS])
 @pytest.mark.parametrize(
   "shape, size",
   [
@@ -112,7 +112,7 @@ def test_window_covering_the_image_is_the_plain_forward():
   ],
 )
 def test_tiles_of_rounded_sizes_are_the_plain_computation(shape, size, elements, monkeypatch):
-  monkeypatch.setattr(sliding, "TILE_ELEMENTS", elements)
+  monkeypatch.setattr(views, "TILE_ELEMENTS", elements)
   image = image_of(*shape)
   want = reference(image, size, activation=jax.nn.sigmoid)
   slide = slider(activation=jax.nn.sigmoid)
@@ -123,28 +123,28 @@ def test_tiles_of_rounded_sizes_are_the_plain_computation(shape, size, elements,
 
 
 def test_images_of_many_sizes_share_programs():
-  sliding.tile_program.cache_clear()
+  views.tile_program.cache_clear()
   rng = np.random.default_rng(0)
   slide = slider()
   for size in rng.integers(60, 501, (40, 2)):  # inputs of 36 x 36 to 36 x 288
     shape = np.rint(36 * size / size.min()).astype(int)
     assert slide(image_of(*shape), tuple(size)).shape == tuple(size)
   # A result is 1.7 to 13.9 times as large as the network's input; windows are 8, 16 or 32.
-  assert sliding.tile_program.cache_info().misses <= 12
+  assert views.tile_program.cache_info().misses <= 12
 
 
 def test_programs_that_were_not_used_for_long_are_freed():
-  sliding.tile_program.cache_clear()
-  make = lambda side: sliding.tile_program((side,), (3,), 32, identity, sliding.class_ids)
+  views.tile_program.cache_clear()
+  make = lambda side: views.tile_program((side,), (3,), (32,), identity, views.class_ids)
   first = weakref.ref(make(0))
-  for side in range(1, sliding.KEPT_PROGRAMS):
+  for side in range(1, views.KEPT_PROGRAMS):
     make(side)
   gc.collect()
   assert first() is not None
-  make(sliding.KEPT_PROGRAMS)
+  make(views.KEPT_PROGRAMS)
   gc.collect()
   assert first() is None
-  assert sliding.tile_program.cache_info().currsize == sliding.KEPT_PROGRAMS
+  assert views.tile_program.cache_info().currsize == views.KEPT_PROGRAMS
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -210,14 +210,14 @@ def test_scaled_views_are_averaged():
 
 def test_all_scores_are_never_there_at_once(monkeypatch):
   """What the program of a wide image with 847 classes holds at a time."""
-  view = sliding.View(512, 2048, tuple(sliding.window_corners(512, 2048, 512, 426)), False)
+  view = views.View(512, 2048, tuple(layouts.window_corners(512, 2048, 512, 426)), 512)
   logits = jax.ShapeDtypeStruct((6, 32, 32, 847), np.float32)
-  calls, program = [], sliding.tile_program
+  calls, program = [], views.tile_program
   stand_in = lambda *a: lambda *arrays: calls.append((a, arrays)) or np.zeros((1, 1))
-  monkeypatch.setattr(sliding, "tile_program", stand_in)
-  sliding.merge_views(
-    [view], [np.empty((6, 1))], np.zeros(847, np.float32), (1024, 4096), crop=512,
-    activation=jax.nn.sigmoid, output=sliding.class_ids,
+  monkeypatch.setattr(views, "tile_program", stand_in)
+  views.merge_views(
+    [view], [np.empty((6, 1))], np.zeros(847, np.float32), (1024, 4096),
+    activation=jax.nn.sigmoid, output=views.class_ids,
   )  # fmt: skip
   static, ((part,), penalty) = calls[0]
   lowered = program(*static).lower(((logits, *part[1:]),), penalty)

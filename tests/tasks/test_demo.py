@@ -14,7 +14,7 @@ from PIL import Image
 from rpn_jax import cli
 from rpn_jax.base.errors import InputError
 from rpn_jax.drawing.palette import class_colors
-from rpn_jax.inference import segmenter, sliding
+from rpn_jax.inference import segmenter, views
 from rpn_jax.inference.predictor import forward
 from rpn_jax.tasks import demo
 
@@ -83,7 +83,7 @@ def test_bad_pictures_are_refused_without_the_servers_paths(models, tmp_path, mo
 
 def test_users_share_one_model_and_its_programs(models, monkeypatch):
   segment(models)
-  programs = lambda: tuple(cached.cache_info().misses for cached in (forward, sliding.tile_program))
+  programs = lambda: tuple(cached.cache_info().misses for cached in (forward, views.tile_program))
   before, results = programs(), {}
   monkeypatch.setattr(segmenter.Segmenter, "load", None)
 
