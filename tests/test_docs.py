@@ -5,6 +5,7 @@ import contextlib
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,12 +16,14 @@ import pytest
 from PIL import Image
 
 from data_pipelines import shapes
-from rpn_jax import cli
+from rpn_jax import cli, config
 from tests import ROOT, tiny
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "colab/README.md", ROOT / "rpn_jax/assets/README.md"]
 README = (ROOT / "README.md").read_text()
+# The command of `make demo`.
+DEMO = ".venv/bin/python main.py --config=configs/shapes.py --workdir=runs/shapes"
 TORCHSCRIPT = ROOT / "tests/fixtures/torchscript_clip.pt"
 
 
@@ -154,16 +157,45 @@ def smaller(command: str) -> str | None:
   return command.replace("PHOTO_OR_FOLDER", "PICTURES/images")
 
 
+def trains(command: str) -> bool:
+  """Whether it trains or needs a run: minutes in all."""
+  return any(word in command for word in ("main.py", "runs/"))
+
+
+def test_quick_commands_of_the_readme_run(place):
+  """Those that segment, prepare and convert."""
+  quick = [c for c in map(smaller, commands(README)) if c and not trains(c)]
+  for command in quick:
+    run(place, command)
+  assert len(quick) == 4
+  for file in (
+    "predictions/scene.json", "data/folder/mine", "weights/ViT-B-16.safetensors"
+  ):  # fmt: skip
+    assert (place / file).exists(), file
+
+
+def test_configs_that_the_readme_names():
+  """Of the commands that train or evaluate: the file, its words, the fields that are changed."""
+  checked = 0
+  for command in commands(README):
+    words = shlex.split(command)
+    if "main.py" in words:
+      flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
+      file, _, arg = flags.pop("config").partition(":")
+      settings = runpy.run_path(str(ROOT / file))["get_config"](arg)
+      fields = {name[7:]: value for name, value in flags.items() if name.startswith("config.")}
+      settings.update_from_flattened_dict(fields)  # refuses a field that is not there
+      assert {name for name in flags if name[7:] not in fields} <= {"mode", "workdir"}
+      config.check(settings)
+      checked += 1
+  assert checked == 4
+
+
+@pytest.mark.slow
 def test_commands_of_the_readme_run(place):
   """In their order, in one folder, as a person would."""
   listed = commands(README)
-  # `make demo` comes first and leaves the run that later commands are about.
-  demo = subprocess.run(
-    ["make", "-n", "-B", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
-  ).stdout
-  train = next(line for line in demo.splitlines() if "main.py" in line)
-  assert train == ".venv/bin/python main.py --config=configs/shapes.py --workdir=runs/shapes"
-  run(place, smaller(train))
+  run(place, smaller(DEMO))  # `make demo` comes first and leaves the run of later commands
   ran = 0
   for command in listed:
     if small := smaller(command):
@@ -181,7 +213,11 @@ def test_what_make_runs_exists():
   listed = [c for c in commands(README) if c.startswith("make ")]
   assert listed[:2] == ["make demo", "make test"]
   for command in listed:
-    subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, check=True, capture_output=True)
+    lines = subprocess.run(
+      ["make", "-n", "-B", *command.split()[1:]],
+      cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert command != "make demo" or DEMO in lines
 
 
 def test_install_lines_name_the_pinned_versions():
