@@ -13,9 +13,15 @@ import flax
 import numpy as np
 import pytest
 
+from data_pipelines import datasets
 from rpn_jax import config, devices
 from rpn_jax.base.errors import InputError
+from rpn_jax.tasks import train
 from tests import ROOT, tiny
+from tests.tasks.test_train import make_config
+
+# Of the quick test; the slow one is longer, so that a process can die in the middle.
+STEPS = 8
 
 # A process that is alone in waiting may need its compilation on top of the heartbeat.
 BOUND = 4 * devices.HEARTBEAT_SECONDS
@@ -48,8 +54,7 @@ def started(home, workdir, processes: int, devices: int, steps: int, *options):
     command = [
       sys.executable, "main.py", "--config=configs/shapes.py:runlocal", f"--workdir={workdir}",
       f"--config.clip={home}/clip.safetensors", f"--config.data.data_dir={home}/data",
-      f"--config.steps={steps}", "--config.eval_every=10", "--config.log_every=1",
-      *tiny.FLAGS, *options, *place,
+      f"--config.steps={steps}", "--config.log_every=1", *tiny.FLAGS, *options, *place,
     ]  # fmt: skip
     with open(home / f"{workdir.name}_{i}.log", "w") as log:  # the process keeps its own
       running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
@@ -65,7 +70,7 @@ def said(home, workdir, i) -> str:
   return (home / f"{workdir.name}_{i}.log").read_text()
 
 
-def run(home, workdir, processes, devices, steps=20, *options):
+def run(home, workdir, processes, devices, steps, *options):
   with started(home, workdir, processes, devices, steps, *options) as running:
     for i, one in enumerate(running):
       assert one.wait(timeout=300) == 0, said(home, workdir, i)[-3000:]
@@ -84,14 +89,9 @@ def results(workdir):
   return losses, scores, flax.traverse_util.flatten_dict(tree, sep="/")
 
 
-@pytest.fixture(scope="module")
-def alone(home):
-  return results(run(home, home / "alone", 1, 1))
-
-
-def compare(got, want):
+def compare(got, want, steps):
   losses, scores, prompts = got
-  assert list(losses) == list(want[0]) == list(range(1, 21))
+  assert list(losses) == list(want[0]) == list(range(1, steps + 1))
   np.testing.assert_allclose(list(losses.values()), list(want[0].values()), rtol=1e-5)
   assert prompts.keys() == want[2].keys() and len(prompts) > 10
   for name, value in want[2].items():
@@ -102,20 +102,30 @@ def compare(got, want):
       assert scores[name] == pytest.approx(value, abs=5e-3), name
 
 
-def test_two_processes_of_two_devices_are_one_alone(home, alone):
+def test_two_processes_of_two_devices_are_one_alone(home, monkeypatch):
   """By pmap; by shard_map in the test below. One process of many devices: test_sharding.py."""
-  two = run(home, home / "two", 2, 2, 20, "--config.parallel=pmap")
-  compare(results(two), alone)
+  # A tuner with noise that is quickly compiled.
+  changes = {"steps": STEPS, "eval_every": STEPS, "log_every": 1, "data.eval_images": 4}
+  changes["model.tuner"] = "vpt"
+  for name in ("draw_figures", "plot_curves"):
+    monkeypatch.setattr(train, name, lambda *_: None)
+  alone = make_config(home, **changes)
+  train.train(alone, home / "alone", datasets.load(alone))
+  options = (f"--config.{name}={value}" for name, value in changes.items())
+  two = run(home, home / "two", 2, 2, STEPS, *options, "--config.parallel=pmap")
+  compare(results(two), results(home / "alone"), STEPS)
   # The first process alone speaks and writes.
   assert "4 x cpu in 2 processes" in said(home, two, 0) and "Scores in %" in said(home, two, 0)
   assert not re.search(r"trained|step|image|%", said(home, two, 1))
-  assert len((two / "metrics.jsonl").read_text().splitlines()) == 22
+  assert len((two / "metrics.jsonl").read_text().splitlines()) == STEPS + 1
 
 
-def test_a_dead_process_ends_the_others_and_the_run_goes_on(home, alone):
+@pytest.mark.slow
+def test_a_dead_process_ends_the_others_and_the_run_goes_on(home):
+  twice, spread = "--config.eval_every=10", "--config.shard_state=True"
+  alone = run(home, home / "whole", 1, 1, 20, twice)
   workdir = home / "dead"
-  # Slow enough that the death is in the middle: a long run of the same schedule.
-  with started(home, workdir, 2, 2, 20, "--config.shard_state=True") as (first, second):
+  with started(home, workdir, 2, 2, 20, twice, spread) as (first, second):
     until = time.time() + 300
     while not (workdir / "checkpoints" / "10").is_dir():
       assert first.poll() is None and time.time() < until, said(home, workdir, 0)[-3000:]
@@ -126,7 +136,7 @@ def test_a_dead_process_ends_the_others_and_the_run_goes_on(home, alone):
   log = said(home, workdir, 0)
   assert code != 0 and time.time() - died < BOUND
   assert "lost another one" in log or "another task died" in log, log[-3000:]
-  compare(results(run(home, workdir, 2, 2, 20, "--config.shard_state=True")), alone)
+  compare(results(run(home, workdir, 2, 2, 20, twice, spread)), results(alone), 20)
   assert "resuming at step 10 of 20" in said(home, workdir, 0)
 
 
