@@ -1,4 +1,8 @@
-"""The short form of tests/tools/kill_test.py: one run that everything happens to."""
+"""The short form of tests/tools/kill_test.py: one run that everything happens to.
+
+Quick tests of its parts: a run that ends in the middle and continues (tasks/test_train.py), signals
+(test_preemption.py), saves that fail (test_checkpoint.py), a workdir in use (test_run.py).
+"""
 
 import contextlib
 import json
@@ -48,6 +52,7 @@ def prompts_of(checkpoints: Checkpoints) -> dict | None:
   return None
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_ended_and_continued_is_the_same(home, capsys):
   draw = random.Random(1)
   reference = Run(home, "reference").start()
