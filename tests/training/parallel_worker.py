@@ -1,4 +1,4 @@
-"""Runs the training step in every mode and writes what it did; started by test_sharding.py."""
+"""Runs the training step in the given modes and writes what it did; see test_sharding.py."""
 
 import functools
 import json
@@ -26,8 +26,6 @@ from rpn_jax.training.step import TrainState, train_step
 TINY = CLIPConfig(
   embed_dim=16, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2
 )
-CASES = [(mode, devices) for mode in ("shard_map", "pmap") for devices in (1, 2, 8)]
-CASES += [("sharded", 8)]
 BATCH, CLASSES, STEPS = 8, 5, 3
 
 
@@ -43,7 +41,8 @@ def batches():
     }
 
 
-def main(out: pathlib.Path) -> None:
+def main(out: pathlib.Path, cases: list[str]) -> None:
+  """Cases are modes with a number of devices, such as "pmap_2"."""
   model = RPN(TINY, RPNConfig(tuner="rpn+vpt", deep_tokens=3, m2oe_experts=2, m2oe_top_k=1))
   params = {"visual": VisionTransformer(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))}
   params = {"visual": params["visual"]["params"]}
@@ -73,7 +72,9 @@ def main(out: pathlib.Path) -> None:
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
   )
-  for mode, used in CASES:
+  for case in cases:
+    mode, _, number = case.rpartition("_")
+    used = int(number)
     mesh = data_mesh(jax.devices()[:used])
     maker = sharding.MODES["pmap" if mode == "pmap" else "shard_map"]
     run = maker(mesh, start, optimizer, shard_state=mode == "sharded", **static)
@@ -96,7 +97,7 @@ def main(out: pathlib.Path) -> None:
       metrics.append(run.fetch_metrics(values))
     facts.setdefault("compiled_later", []).append(sum(compilations[1:]))
     before = run.fetch_state(state)
-    record(f"{mode}_{used}", before, metrics)
+    record(case, before, metrics)
     # A NaN that only one device sees, twice, and then a step that is good again.
     poisoned = [next(batches()), next(batches())]
     poisoned[0]["image"][5] = np.nan
@@ -115,7 +116,7 @@ def main(out: pathlib.Path) -> None:
         "skipped": [values["skipped"], values["consecutive_skips"]],
         "step": int(after.step),
       })  # fmt: skip
-    facts.setdefault("poisoned", {})[f"{mode}_{used}"] = told
+    facts.setdefault("poisoned", {})[case] = told
   (out / "facts.json").write_text(json.dumps(facts))
   np.savez(out / "prompts.npz", **arrays)
 
@@ -127,4 +128,4 @@ def elements(shape: str) -> int:
 
 
 if __name__ == "__main__":
-  main(pathlib.Path(sys.argv[1]))
+  main(pathlib.Path(sys.argv[1]), sys.argv[2:])

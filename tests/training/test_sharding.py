@@ -1,5 +1,6 @@
 """One step on 1, 2 and 8 simulated devices, in both modes, and what it costs in collectives."""
 
+import functools
 import json
 import os
 import subprocess
@@ -9,20 +10,33 @@ import numpy as np
 import pytest
 
 from tests import ROOT
-from tests.training.parallel_worker import CASES
+
+QUICK = ("shard_map_8", "sharded_8")  # pmap, too: the quick test of test_processes.py
+SLOW = ("shard_map_1", "shard_map_2", "pmap_1", "pmap_2", "pmap_8")
+CASES = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-  """Every case computed in one process with eight simulated devices; see parallel_worker.py."""
-  out = tmp_path_factory.mktemp("parallel")
+def computed(tmp_path_factory):
+  """A function that computes cases in one process with eight simulated devices, once."""
+  return functools.cache(lambda cases: compute(tmp_path_factory.mktemp("parallel"), cases))
+
+
+@pytest.fixture
+def results(computed):
+  """Of the quick cases."""
+  return computed(QUICK)
+
+
+def compute(out, cases):
+  """What parallel_worker.py did, and the prompts after it."""
   environment = {
     **os.environ,
     "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
     "JAX_PLATFORMS": "cpu",
   }
   done = subprocess.run(
-    [sys.executable, ROOT / "tests/training/parallel_worker.py", out],
+    [sys.executable, ROOT / "tests/training/parallel_worker.py", out, *cases],
     env=environment,
     cwd=ROOT,
     capture_output=True,
@@ -32,10 +46,10 @@ def results(tmp_path_factory):
   return json.loads((out / "facts.json").read_text()), dict(np.load(out / "prompts.npz"))
 
 
-@pytest.mark.parametrize("case", [f"{mode}_{devices}" for mode, devices in CASES])
-def test_the_update_of_one_device(results, case):
+@pytest.mark.parametrize("case", CASES)
+def test_the_update_of_one_device(computed, case):
   """After three steps, dropout, gate noise and devices without any mask included."""
-  facts, prompts = results
+  facts, prompts = computed(QUICK if case in QUICK else SLOW)
   want = {k.split("|")[1]: v for k, v in prompts.items() if k.startswith("plain|")}
   got = {k.split("|")[1]: v for k, v in prompts.items() if k.startswith(f"{case}|")}
   assert want.keys() == got.keys() and len(want) > 10
@@ -47,9 +61,9 @@ def test_the_update_of_one_device(results, case):
   np.testing.assert_allclose(facts[case]["grad_norm"], facts["plain"]["grad_norm"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", [f"{mode}_{devices}" for mode, devices in CASES])
-def test_a_nan_on_one_device_is_applied_on_none(results, case):
-  facts, _ = results
+@pytest.mark.parametrize("case", CASES)
+def test_a_nan_on_one_device_is_applied_on_none(computed, case):
+  facts, _ = computed(QUICK if case in QUICK else SLOW)
   first, second, good = facts["poisoned"][case]
   assert first["unchanged"] and second["unchanged"] and not good["unchanged"]
   assert first["finite"] and second["finite"] and good["finite"]
@@ -64,7 +78,7 @@ def test_the_noise_is_really_there(results):
 
 def test_the_step_is_compiled_once(results):
   facts, _ = results
-  assert facts["compiled_later"] == [0] * len(CASES)
+  assert facts["compiled_later"] == [0] * len(QUICK)
 
 
 def test_one_all_reduce_of_the_prompts_and_nothing_of_the_tower(results):
