@@ -1,8 +1,11 @@
-"""The programs of docs/extending.md, run as they stand but for the length of a run."""
+"""The programs of docs/extending.md, run as they stand but for the size and length of a run.
+
+In this process, where all is loaded, but for one.
+"""
 
 import os
 import re
-import shutil
+import runpy
 import subprocess
 import sys
 
@@ -10,6 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data_pipelines
+from configs import shapes
+from rpn_jax import Segmenter
+from rpn_jax.models import NETWORKS, tuners
+from rpn_jax.tasks import train
 from tests import ROOT, tiny
 
 BLOCKS = re.findall(
@@ -21,27 +29,48 @@ LINES = {
 
 
 @pytest.fixture
-def folder(tmp_path):
-  """A folder with the programs, and a tiny CLIP under the name of the shipped one."""
+def folder(tmp_path, monkeypatch):
+  """A folder with the programs, and a tiny CLIP under the name of the shipped one.
+
+  Runs are of two steps and draw nothing; what a program registers is forgotten after the test.
+  """
   for name, code in BLOCKS:
     (tmp_path / name).write_text(code)
   tiny.save(tmp_path / "shapes_clip.safetensors")
-  return tmp_path
+  monkeypatch.chdir(tmp_path)
+  get_config = shapes.get_config
+
+  def smaller(arg=""):
+    config = get_config(arg)
+    with config.unlocked():
+      config.data.crop = config.data.short_side = config.eval.crop = 32
+      config.data.scale, config.eval.stride = (128, 32), 24
+      config.steps = config.eval_every = 2
+      config.data.train_images, config.data.eval_images = 8, 4
+      config.model.tuner = "lpm"
+    return config
+
+  monkeypatch.setattr(shapes, "get_config", smaller)
+  for name in ("draw_figures", "plot_curves"):
+    monkeypatch.setattr(train, name, lambda *_: None)
+  tables = (tuners.TUNERS, NETWORKS, data_pipelines.DATA_SETS)
+  before = [dict(table) for table in tables]
+  yield tmp_path
+  for table, kept in zip(tables, before):
+    table.clear()
+    table.update(kept)
 
 
-def run(folder, *command):
-  # As beside main.py, without writing there; a config for the tiny CLIP in place of the real one.
-  (folder / "configs").mkdir(exist_ok=True)
-  shutil.copy(ROOT / "configs/common.py", folder / "configs")
-  shapes = (ROOT / "configs/shapes.py").read_text()
-  shapes = shapes.replace("SIDE = 96", "SIDE = 32").replace("CROP = 64", "CROP = 32")
-  (folder / "configs/shapes.py").write_text(shapes.replace("stride = 48", "stride = 24"))
-  env = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"}
-  done = subprocess.run(
-    [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  return done.stdout
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+  """A program and its arguments -> what it printed."""
+
+  def run(name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(folder / name), run_name="__main__")
+    return capsys.readouterr().out
+
+  return run
 
 
 def test_the_page_keeps_its_word():
@@ -50,8 +79,8 @@ def test_the_page_keeps_its_word():
   )
 
 
-def test_a_loop_of_ones_own(folder):
-  *losses, shape = run(folder, "my_loop.py").splitlines()
+def test_a_loop_of_ones_own(run):
+  *losses, shape = run("my_loop.py").splitlines()
   assert len(losses) == 3 and all(float(x) > 0 for x in losses) and shape == "(2, 8, 8, 2)"
 
 
@@ -63,36 +92,38 @@ def test_every_public_name_is_there():
     assert getattr(rpn_jax, name) is not None
 
 
-def test_a_tuner_of_ones_own(folder):
-  said = run(folder, "my_tuner.py")
+def test_a_tuner_of_ones_own(folder, run):
+  said = run("my_tuner.py")
   # Two layers of keys and values, 16 channels each, and the head.
   head = 16 * 8 + 8 + 8 * 8 + 8 + 4 * 8
   assert f"{2 * 2 * 16 + head:,} trained parameters" in said
   assert (folder / "runs/ia3/metrics.json").exists()
 
 
-def test_a_network_of_ones_own(folder):
+def test_a_network_of_ones_own(folder, run):
   """Its trained text tower is saved, and read again by what evaluates the run."""
-  said = run(folder, "my_network.py")
+  said = run("my_network.py")
   # Queries, keys and values of the one layer, 8 channels wide, and the bias of the logits.
   assert f"{8 * 3 * 8 + 3 * 8 + 1:,} trained parameters" in said
   metrics = (folder / "runs/text_tuned/metrics.json").read_text()
-  code = (
-    "import my_network, numpy as np; from rpn_jax import Segmenter;"
-    "model = Segmenter.load('runs/text_tuned');"
-    "print(model, model(np.zeros((40, 50, 3), np.uint8), 'sand | beach, sky').labels.shape)"
-  )
-  assert "TextTuned, step 8" in (said := run(folder, "-c", code)) and "(40, 50)" in said
-  assert '"step": 8' in metrics
+  model = Segmenter.load("runs/text_tuned")
+  assert "TextTuned, step 2" in str(model) and '"step": 2' in metrics
+  labels = model(np.zeros((40, 50, 3), np.uint8), "sand | beach, sky").labels
+  assert labels.shape == (40, 50)
 
 
 def test_a_method_of_ones_own(folder):
+  """In a process of its own, as a person runs it."""
   Image.new("RGB", (60, 40), (200, 30, 30)).save(folder / "photo.png")
-  said = run(folder, "my_method.py", "photo.png", "a red circle, sand")
+  command = [sys.executable, "my_method.py", "photo.png", "a red circle, sand"]
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-2000:]
+  said = done.stdout
   assert "60 x 40" in said and "training-free key_key on shapes_clip" in said
 
 
-def test_a_data_set_of_ones_own(folder):
+def test_a_data_set_of_ones_own(folder, run):
   rng = np.random.default_rng(0)
   for split, count in (("train", 8), ("val", 2)):
     (folder / "raw" / split).mkdir(parents=True)
@@ -101,6 +132,6 @@ def test_a_data_set_of_ones_own(folder):
       Image.fromarray(picture).save(folder / f"raw/{split}/{i}.jpg")
       rows = ["".join(rng.choice(list("gsw"), 48)) for _ in range(40)]
       (folder / f"raw/{split}/{i}.txt").write_text("\n".join(rows))
-  said = run(folder, "my_set.py", "raw")
+  said = run("my_set.py", "raw")
   assert "training on 3 of 3 classes" in said
   assert "grass" in (folder / "runs/letters/metrics.json").read_text()
