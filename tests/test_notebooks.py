@@ -66,6 +66,7 @@ def test_calls_public_functions_only(path):
   assert not [name for name in names if name.startswith("_")]
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
   notebook = run(ROOT / "colab/demo.ipynb", tmp_path)
   assert len(outputs(notebook, "image/png")) == 6  # three results and three figures
@@ -81,13 +82,14 @@ def test_train_quickly(tmp_path):
     ROOT / "colab/train.ipynb",
     tmp_path,
     ("config.steps = 60", "config.steps = 4"),
-    ("config.eval_every = 30", "config.eval_every = 2"),
+    ("config.eval_every = 30", "config.eval_every = 4"),
     ("range(60)", "range(12)"),
     ("shapes_clip.safetensors", str(tmp_path / "clip.safetensors")),
     ("crop = 64", "crop = 32"),
     ("= 96, 48", "= 32, 24"),
     ("(384, 96)", "(128, 32)"),
     ("batch_size = 8", "batch_size = 2"),
+    ("config = config.lock()", 'config.model.tuner = "lpm"\nconfig = config.lock()'),
   )
   assert "after 4 steps" in printed(notebook) and "RPN, step 4 of" in printed(notebook)
   assert len(outputs(notebook, "image/png")) == 4
