@@ -84,7 +84,10 @@ def test_help_ends_well(tmp_path, flag):
   assert (result.returncode, result.stderr) == (0, "") and "--workdir" in result.stdout
 
 
-SMALL = (*tiny.FLAGS, "--config.clip={tmp}/clip.safetensors", "--config.data.data_dir={tmp}/data")
+SMALL = (
+  *tiny.FLAGS, "--config.clip={tmp}/clip.safetensors", "--config.data.data_dir={tmp}/data",
+  "--config.data.train_images=8", "--config.data.eval_images=2",
+)  # fmt: skip
 
 FREE = ("--config=configs/training_free.py:runlocal", *SMALL)
 
@@ -120,9 +123,10 @@ def test_a_reader_that_is_gone(tmp_path):
 
 def test_quiet_prints_nothing_and_verbose_what_libraries_say(tmp_path):
   tiny.save(tmp_path / "clip.safetensors")
-  quiet = run(tmp_path, *GOOD, *SMALL, "--config.steps=2", "--quiet")
+  small = (*GOOD, *SMALL, "--config.steps=2", "--config.model.tuner=lpm")
+  quiet = run(tmp_path, *small, "--quiet")
   assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
-  verbose = run(tmp_path, *GOOD, *SMALL, "--config.steps=2", "--verbose", "--mode=eval")
+  verbose = run(tmp_path, *small, "--verbose", "--mode=eval")
   assert verbose.returncode == 0 and "Compiling" in verbose.stderr
   # The last lines say where everything is.
   closing = verbose.stdout.partition(f"In {tmp_path}/w:\n")[2].splitlines()

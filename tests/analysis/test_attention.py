@@ -1,6 +1,7 @@
 """Looking inside: the numbers behind the figures, and the figures."""
 
 import csv
+import functools
 import itertools
 import types
 import zlib
@@ -25,13 +26,19 @@ from tests.tiny import TINY
 NAMES = ["a cat", "grass", "sky"]
 
 
-def predictor(**changes):
-  """A Predictor with random weights and a text encoder of noise."""
+@functools.cache
+def weights(**changes):
+  """A network, random weights, and its initial prompts."""
   network = RPN(TINY, RPNConfig(m2oe="none", **changes))
   image = jnp.zeros((1, 32, 32, 3))
   params = {"visual": jax.jit(VisionTransformer(TINY).init)(jax.random.key(0), image)["params"]}
+  return network, params, init_prompts(network, params, embed(NAMES), jax.random.key(2), 32)
+
+
+def predictor(**changes):
+  """A Predictor with random weights and a text encoder of noise."""
+  network, params, prompts = weights(**changes)
   protocol = Protocol(32, crop=32, stride=24, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-  prompts = init_prompts(network, params, embed(NAMES), jax.random.key(2), 32)
   encoder = types.SimpleNamespace(config=TINY, embed=embed, synonyms="mean")
   return Predictor(network, params, prompts, encoder, protocol)
 
