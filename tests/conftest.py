@@ -42,16 +42,19 @@ def pytest_configure(config):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-# Minutes each: two workers take a file at a time, and the last to end should be a short one.
+# Half a minute or more each: two workers take a file at a time, and the last should be a short one.
 LONGEST = (
-  "training/test_processes.py",
-  "training/test_kills.py",
-  "test_parity.py",
-  "models/test_tuners.py",
   "tasks/test_train.py",
-  "models/test_layers.py",
+  "training/test_checkpoint.py",
+  "models/test_tuners.py",
+  "training/test_processes.py",
+  "test_extending.py",
+  "test_main.py",
+  "test_parity.py",
   "models/test_rpn.py",
-  "test_docs.py",
+  "tasks/test_evaluate.py",
+  "training/test_sharding.py",
+  "configs/test_ablations.py",
 )
 
 

@@ -23,7 +23,11 @@ CAT_SEG = CATSegConfig(
   decoder_widths=(16, 16), class_pooling_train=(2, 1),
 )  # fmt: skip
 SETTINGS = {
-  "rpn": [RPNConfig(), RPNConfig(tuner="full"), RPNConfig(tuner="lora+ssf", head="tfpm_c")],
+  "rpn": [
+    RPNConfig(m2oe_experts=2),
+    RPNConfig(tuner="full"),
+    RPNConfig(tuner="lora+ssf", head="tfpm_c"),
+  ],
   "cat_seg": [CAT_SEG, dataclasses.replace(CAT_SEG, tuned="full", class_attention="full")],
   "training_free": [{"method": "sclip", "denoise": 0.0, "key_smoothing": False}],
 }
@@ -40,8 +44,10 @@ class Encoder:
 
 
 def variables_of(network, text):
-  image = jnp.zeros((1, 32, 32, 3))
-  variables = jax.jit(network.init)(jax.random.key(0), image, text)
+  """Made up, since initial ones are a program to compile for every network."""
+  image, rng = jnp.zeros((1, 32, 32, 3)), np.random.default_rng(0)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), image, text)
+  variables = jax.tree.map(lambda x: np.float32(0.2 * rng.normal(size=x.shape)), shapes)
   return variables["params"], variables.get("prompts", {})
 
 
