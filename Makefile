@@ -1,6 +1,7 @@
-# make demo    install, train on the shapes data set, evaluate, draw (about five minutes)
-# make test    install, lint, run the tests
-# make docs    the pages of docs/ as a site
+# make demo        install, train on the shapes data set, evaluate, draw (about five minutes)
+# make test        install, lint, run the tests (at most eight minutes on two cores)
+# make test-slow   the tests that `make test` leaves out
+# make docs        the pages of docs/ as a site
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -14,7 +15,7 @@ test: $(VENV)/.dev lint
 	$(RUN) -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m slow
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
