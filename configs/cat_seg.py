@@ -80,12 +80,13 @@ def recipe(c: config_dict.ConfigDict, window: int) -> None:
     no_decay=r".*norm(_\d)?/(scale|bias)",
     groups=(("clip", r"(visual|text)/.*", 0.01), ("rest", r"(?!(visual|text)/).*", 1.0)),
   )  # fmt: skip
-  square = round(640 / 384 * window)
+  stride = int(window * (1 - 0.333))
+  square = window + stride
   c.data.update(
     recipe="detectron2", crop=window, scale=(round(1333 / 384 * window), window), ratio=(1.0, 1.0),
     short_side=square, long_side=4 * square,
   )  # fmt: skip
   c.eval.update(
-    layout="square", square=square, crop=window, stride=int(window * (1 - 0.333)), window_batch=5,
+    layout="square", square=square, crop=window, stride=stride, window_batch=5,
     seen_penalty=0.0,
   )  # fmt: skip

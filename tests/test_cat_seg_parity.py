@@ -16,6 +16,8 @@ from flax import traverse_util
 
 from rpn_jax import config
 from rpn_jax.base.words import SEPARATOR
+from rpn_jax.inference import layouts
+from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.models.cat_seg import CATSeg, resize_bicubic, squash
 from rpn_jax.models.trained import join, split
 from rpn_jax.text.tokenizer import tokenize
@@ -138,6 +140,20 @@ def evaluated(golden):
   return padded, logits, variables["intermediates"]
 
 
+@pytest.fixture(scope="module")
+def inputs(golden, evaluated):
+  """What the aggregation gets of the recorded evaluation image: features, guidance, text."""
+  dense = functools.partial(golden.model.apply, method="dense_features")
+  features, guidance = jax.jit(dense)(golden.variables, evaluated[0])
+  return features, guidance, golden.load("text")["test_text_features"][:, None]
+
+
+def segment(model, golden, *inputs, **options):
+  """Logits (B, C, 4 h, 4 w), every third row and column."""
+  apply = jax.jit(functools.partial(model.apply, method="segment", **options))
+  return channels_first(apply(golden.variables, *inputs))[..., ::3, ::3]
+
+
 def test_tokens(golden):
   text, meta = golden.load("text"), golden.meta
   original = text["vocab_original_ids"]
@@ -181,7 +197,7 @@ def test_text_of_several_prompts_and_synonyms(golden, which):
   close(mean, text, f"{which}_select8_mean_text_features")
 
 
-def test_clip(golden, evaluated):
+def test_clip(golden, evaluated, inputs):
   recorded, (padded, _, stages) = golden.load("clip"), evaluated
   visual = {"params": golden.official.params["visual"]}
   square = squash(padded, golden.fields["resolution"])
@@ -197,7 +213,7 @@ def test_clip(golden, evaluated):
     if f"block{i}_out" in recorded.arrays.files:
       close(hidden, recorded, f"block{i}_out")
   close(stages["dense"][0], recorded, "dense_features")
-  features, guidance = golden.model.apply(golden.variables, padded, method="dense_features")
+  features, guidance, _ = inputs
   close(channels_first(features), recorded, "guidance_res3")
   for name, step, g in zip(("guidance_res4_s3", "guidance_res5_s5"), (3, 5), guidance):
     close(channels_first(g[:, ::step, ::step]), recorded, name)
@@ -233,10 +249,58 @@ def test_appearance_guidance_is_normalized(golden, evaluated):
   close(x * norm["scale"] + norm["bias"], recorded, "layer0_guidance_norm")
 
 
-def test_training_pooling(golden, evaluated):
-  apply = functools.partial(golden.model.apply, train=True)
-  logits = jax.jit(apply)(golden.variables, evaluated[0], golden.tokens("test"))
-  close(channels_first(logits)[..., ::3, ::3], golden.load("eval"), "logits_train_pooling")
+def test_training_pooling(golden, inputs):
+  logits = segment(golden.model, golden, *inputs, train=True)
+  close(logits, golden.load("eval"), "logits_train_pooling")
+
+
+def sliding_window(golden, layout, **geometry):
+  tokens = golden.tokens("test")
+  text = golden.model.apply(golden.variables, tokens, method="encode_text")
+  apply = jax.jit(golden.model.apply)
+  calls = []
+
+  def logits(windows):
+    out = apply(golden.variables, windows, text)
+    calls.append((windows, out))
+    return out
+
+  batch = 5 if layout == "square" else 1
+  window = SlidingWindow(
+    logits, len(text), layout=layout, window_batch=batch, activation=golden.model.scores, **geometry
+  )
+  return window, calls
+
+
+def test_whole_image(golden):
+  """Scores of the padded image, stretched over the image, as the official code has them."""
+  recorded, side = golden.load("eval"), golden.fields["resolution"]
+  image = golden.normalize(recorded["image_uint8"])
+  window, _ = sliding_window(golden, "whole", crop=side, stride=side)
+  scores = window.scores(image, tuple(map(int, recorded["output_size"])))
+  close(np.moveaxis(scores, -1, 0), recorded, "sem_seg")
+
+
+def test_tiles_and_a_global_view(golden):
+  recorded, meta = golden.load("sliding"), golden.meta
+  crop, stride, square, _, height, width = map(int, recorded["geometry"])
+  raw = np.float32(recorded["image_uint8"])
+  window, calls = sliding_window(golden, "square", crop=crop, stride=stride, square=square)
+  for key, side in (("image_resized_s5", square), ("image_global_s5", crop)):
+    close(
+      np.moveaxis(layouts.resize_image(raw, side, side), -1, 0)[None, :, ::5, ::5], recorded, key
+    )
+  scores = window.scores(golden.normalize(recorded["image_uint8"]), (height, width))
+  ((tiles, logits),) = calls
+  close(channels_first(tiles)[..., ::7, ::7], recorded, "tiles_normalised_s7")
+  seen = squash(tiles, meta["clip_resolution"])
+  close(channels_first(seen)[..., ::7, ::7], recorded, "clip_input_s7")
+  close(channels_first(logits)[..., ::3, ::3], recorded, "tile_logits_s3")
+  count = np.zeros((square, square), int)
+  for y, x in layouts.window_corners(square, square, crop, stride):
+    count[y : y + crop, x : x + crop] += 1
+  np.testing.assert_array_equal(count[::5, ::5], recorded["overlap_count_s5"])
+  close(np.moveaxis(scores, -1, 0), recorded, "sem_seg")
 
 
 VARIANTS = {
@@ -249,21 +313,17 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variant(golden, evaluated, name):
+def test_variant(golden, inputs, name):
   model = golden.with_fields(**VARIANTS[name](golden.geometry))
-  logits = jax.jit(model.apply)(golden.variables, evaluated[0], golden.tokens("test"))
-  close(channels_first(logits)[..., ::3, ::3], golden.load("variants"), f"{name}_logits_s3")
+  close(segment(model, golden, *inputs), golden.load("variants"), f"{name}_logits_s3")
 
 
-def test_truncation(golden, evaluated):
+def test_truncation(golden, inputs):
   recorded = golden.load("variants")
   model = golden.with_fields(pad_len=int(recorded["trunc_pad_len"]))
-  features = np.moveaxis(recorded["trunc_img_feats"], 1, -1)
-  _, guidance = model.apply(golden.variables, evaluated[0], method="dense_features")
+  features, (_, guidance, text) = np.moveaxis(recorded["trunc_img_feats"], 1, -1), inputs
   mirrored = [jnp.concatenate([g, g[:, :, ::-1]]) for g in guidance]
-  text = golden.load("text")["test_text_features"][:, None]
-  apply = jax.jit(functools.partial(model.apply, method="segment"))
-  logits = channels_first(apply(golden.variables, features, mirrored, text))[..., ::3, ::3]
+  logits = segment(model, golden, features, mirrored, text)
   unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
   score = np.einsum("bhwe,ce->bhwc", unit, text[:, 0]).max((1, 2))
   close(score, recorded, "trunc_score")
@@ -275,16 +335,17 @@ def test_truncation(golden, evaluated):
     assert error <= TOLERANCE * np.sqrt(np.mean(want[kept] ** 2))
 
 
-def test_several_prompts_are_channels(golden, evaluated):
+def test_several_prompts_are_channels(golden, inputs):
   recorded = golden.load("variants")
   text = recorded["prompt3_text_features"][0]
   embed = {
     "kernel": recorded["prompt3_conv1_weight"].transpose(2, 3, 1, 0),
     "bias": recorded["prompt3_conv1_bias"],
   }
-  model = golden.with_fields(prompts=text.shape[1])
-  variables = {**golden.variables, "prompts": {**golden.official.prompts, "cost_embed": embed}}
-  logits = jax.jit(model.apply)(variables, evaluated[0], text)
+  model = golden.with_fields(prompts=text.shape[1]).bind(
+    {**golden.variables, "prompts": {**golden.official.prompts, "cost_embed": embed}}
+  )
+  logits = jax.jit(model.segment)(*inputs[:2], text)
   close(channels_first(logits)[..., ::3, ::3], recorded, "prompt3_logits_s3")
 
 

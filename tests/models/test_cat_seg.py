@@ -14,7 +14,7 @@ from rpn_jax.models import cost_aggregation, trained
 from rpn_jax.models.cat_seg import CATSeg
 from rpn_jax.models.clip import CLIP, CLIPConfig
 from rpn_jax.models.prompts import count
-from tests.models.test_network import CAT_SEG
+from tests.models.test_network import CAT_SEG, Encoder, variables_of
 from tests.models.test_network import CLIP as TINY
 
 L14 = CLIPConfig(**{**BACKBONES["l14"].architecture, "image_size": 336})
@@ -49,12 +49,10 @@ def test_published_sizes(clip, fields, of_clip, total, frozen):
 @pytest.fixture(scope="module")
 def tiny():
   """Variables of the small network, an image and token ids."""
-  network = CATSeg(TINY, CAT_SEG)
-  image = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-  tokens = np.array([[[7, 1 + i, 8, 0]] for i in range(3)], np.int32)
-  variables = jax.jit(network.init)(jax.random.key(0), image, tokens)
-  noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-  return jax.tree.map(noise, variables), image, tokens
+  tokens = Encoder().tokens("abc")
+  params, prompts = variables_of(CATSeg(TINY, CAT_SEG), tokens)
+  image = np.random.default_rng(1).normal(size=(2, 32, 32, 3))
+  return {"params": params, "prompts": prompts}, np.float32(image), tokens
 
 
 def logits_and_gradients(network, variables, image, tokens):
@@ -199,7 +197,7 @@ def test_a_plain_tower_is_refused():
 
 
 def test_the_number_of_sentences_must_fit(tiny):
-  class Encoder:
+  class OfThree:
     def tokens(self, names):
       return np.zeros((len(names), 3, 8), np.int32)
 
@@ -207,4 +205,4 @@ def test_the_number_of_sentences_must_fit(tiny):
   with pytest.raises(
     ValueError, match="prompts=2: expected as many sentences in the templates, got 3"
   ):
-    network.text_input(Encoder(), ["a"])
+    network.text_input(OfThree(), ["a"])
