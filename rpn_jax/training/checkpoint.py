@@ -1,10 +1,13 @@
 """Checkpoints of a run: prompts, optimizer state and metadata, never the frozen tower.
 
-A checkpoint is a folder `checkpoints/<step>`, written atomically. Its `meta` item holds checksums
-of the other items and of itself, so that later damage on disk is detected. What cannot be read at
-the moment is not damaged: it stops the run and is left as it is (see `training.unreadable`).
+A checkpoint is a folder `checkpoints/<step>`, which Orbax writes atomically. Its `meta` item holds
+checksums of the other items and of itself, so that later damage on disk is detected. What cannot be
+read at the moment is not damaged: it stops the run and is left as it is (see
+`training.unreadable`). Reading is done without Orbax, for the reason given in
+`training.stored_trees`.
 """
 
+import contextlib
 import errno
 import gc
 import hashlib
@@ -13,7 +16,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +26,7 @@ from jax.experimental import multihost_utils
 from rpn_jax.base.errors import InputError
 from rpn_jax.training.identity import check_identity
 from rpn_jax.training.step import TrainState
-from rpn_jax.training.stored_trees import check_shapes, check_types, digest, with_stored_types
+from rpn_jax.training.stored_trees import check_shapes, check_types, digest, read_tree
 from rpn_jax.training.unreadable import (
   DamagedCheckpoint,
   quiet,
@@ -37,6 +40,15 @@ FORMAT_VERSION = 2
 
 # Newest checkpoints that are kept, besides the best one. Two, in case the newest gets damaged.
 KEPT_CHECKPOINTS = 2
+
+# What may end the same call in all processes, the worst last: the one that is reported.
+AGREED_ERRORS = (DamagedCheckpoint, OSError, InputError)
+
+# Checkpoints that several processes look at, the newest first: more than are ever kept.
+MAX_STEPS = 64
+
+# Bytes of an error's message that reach the other processes.
+MESSAGE_BYTES = 2048
 
 # How long to retry removing the temporary folders of a failed save.
 CLEANUP_SECONDS = 5
@@ -96,7 +108,6 @@ class Checkpoints:
 
   def __init__(self, workdir: pathlib.Path, identity: dict, *, read_only: bool = False):
     self.identity = identity
-    self._read_only = read_only
     self.directory = (pathlib.Path(workdir) / "checkpoints").absolute()
     self._policy = _LatestAndBest()
     import orbax.checkpoint as ocp  # takes a second, so only where it is needed
@@ -119,19 +130,14 @@ class Checkpoints:
       self.manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
   def steps(self) -> list[int]:
-    """Steps of the checkpoints on disk, newest first.
+    """Steps of the checkpoints on disk, newest first: folders appear by one rename, complete.
 
     Raises:
-      OSError: the folder cannot be listed. Orbax would then take it for an empty one.
+      OSError: the folder cannot be listed.
     """
-    while True:
-      try:
-        os.listdir(self.directory)
-        self.manager.reload()
-        return sorted(self.manager.all_steps(), reverse=True)
-      except FileNotFoundError:  # a running job deleted one in the meantime
-        if not self.directory.is_dir():
-          raise
+    with os.scandir(self.directory) as entries:
+      found = [int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir()]
+    return sorted(found, reverse=True)
 
   def save(self, state: TrainState, best: dict | None) -> bool:
     """Saves a state of numpy arrays; every process must call it.
@@ -221,14 +227,15 @@ class Checkpoints:
 
     Raises:
       InputError: a checkpoint cannot be read at the moment, all of them are damaged, or they belong
-        to another run. All are left as they are.
+        to another run. All are left as they are. In all processes, if in one.
+      OSError: the folder cannot be listed, or what is damaged not renamed; in all processes, too.
     """
     like = jax.device_get(like)
     wanted = {"prompts": like.prompts, "opt_state": like.opt_state}
     damaged: dict[int, str] = {}
-    for step in self.steps():
+    for step in self._agreed_steps():
       try:
-        meta, items = self._intact(step, wanted)
+        meta, items = self._together(self._intact, step, wanted)
       except DamagedCheckpoint as error:
         damaged[step] = str(error)
         continue
@@ -238,7 +245,8 @@ class Checkpoints:
         _report(f"the checkpoint of step {other} is damaged ({reason}): renamed to {name}, using "
                 f"that of step {step}")  # fmt: skip
       self._remove_leftovers()
-      self.manager.reload()
+      with quiet():
+        self.manager.reload()
       skipped, consecutive = map(np.int32, meta["skipped"])
       state = TrainState(np.int32(step), items["prompts"], items["opt_state"], skipped, consecutive)
       return state, meta["best"]
@@ -247,14 +255,26 @@ class Checkpoints:
         f"no intact checkpoint in {self.directory}: {_listed(damaged)}, and left as they are; "
         "start over with --restart or a new --workdir"
       )
+    self._together(self._check_none_aside)
+    self._remove_leftovers()
+    return None
+
+  def _agreed_steps(self) -> list[int]:
+    """`steps` of the first process, since file systems may show the others an earlier state."""
+    steps = self._together(self.steps)
+    if jax.process_count() > 1:
+      padded = np.full(MAX_STEPS, -1, np.int32)
+      padded[: len(steps)] = steps[:MAX_STEPS]
+      steps = [int(x) for x in multihost_utils.broadcast_one_to_all(padded) if x >= 0]
+    return steps
+
+  def _check_none_aside(self) -> None:
     aside = sorted(name for name in os.listdir(self.directory) if ".damaged" in name)
     if aside:
       raise InputError(
         f"{self.directory} has only checkpoints that were set aside: {', '.join(aside)}; rename "
         "one to its step to have it checked again, or start over with --restart"
       )
-    self._remove_leftovers()
-    return None
 
   def _set_aside(self, step: int) -> str:
     """Renames a damaged checkpoint in the first process; returns its new name."""
@@ -264,10 +284,12 @@ class Checkpoints:
       name = f"{step}.damaged{count}"
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("damaged checkpoint named")
-    if jax.process_index() == 0:
-      os.rename(self.directory / str(step), self.directory / name)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("damaged checkpoint set aside")
+
+    def rename() -> None:
+      if jax.process_index() == 0:
+        os.rename(self.directory / str(step), self.directory / name)
+
+    self._together(rename)
     return name
 
   def read(self, like: dict, best_step: int | None = None) -> dict[str, tuple[int, dict]]:
@@ -321,57 +343,48 @@ class Checkpoints:
       return None
 
   def _intact(self, step: int, like: dict) -> tuple[dict, dict]:
-    """Metadata and the requested items of a checkpoint.
+    """Metadata and the items named in `like` of a checkpoint.
 
     Raises:
       DamagedCheckpoint: it fails a checksum or cannot be parsed.
       InputError: it cannot be read at the moment, or belongs to another run.
     """
-    self._together(self._check_readable, step)
-    return self._together(self._checked, step, like)
+    folder = self.directory / str(step)
+    with self._reading(step):
+      read_files(folder)
+      meta = self._checked_meta(json.loads((folder / "meta" / "metadata").read_bytes()))
+      items = {name: read_tree(folder / name, tree) for name, tree in like.items()}
+    for name, tree in like.items():
+      check_shapes(tree, items[name], folder / name)
+      checksum = meta["checksums"].get(name)
+      if checksum is not None and digest(items[name]) != checksum:
+        raise DamagedCheckpoint(f"the checksum of its {name} does not match")
+      check_types(items[name], tree, folder / name)
+    return meta, items
 
-  def _checked(self, step: int, like: dict) -> tuple[dict, dict]:
-    meta = self._meta(step)
-    return meta, self._items(step, meta, like)
-
-  def _together(self, action: Callable[..., Any], *args: Any) -> Any:
-    """The result of an action that succeeds in all processes of a run, or the same error in all."""
-    if self._read_only or jax.process_count() == 1:
-      return action(*args)
-    kinds, error, result = (None, DamagedCheckpoint, InputError), None, None
-    try:
-      result = action(*args)
-    except (DamagedCheckpoint, InputError) as raised:
-      error = raised
-    mine = kinds.index(type(error) if error else None)
-    worst = int(np.max(multihost_utils.process_allgather(np.int32(mine))))
-    if error is None or worst > mine:
-      if kind := kinds[worst]:
-        raise kind(f"another process could not use {self.directory}: see its output")
-      return result
-    raise error
-
-  def _check_readable(self, step: int) -> None:
+  @contextlib.contextmanager
+  def _reading(self, step: int) -> Iterator[None]:
+    """Sorts what can go wrong in reading a checkpoint into the two errors of `_intact`."""
     folder = self.directory / str(step)
     try:
-      read_files(folder)
+      yield
+    except (DamagedCheckpoint, InputError):
+      raise
     except FileNotFoundError as error:
       raise DamagedCheckpoint("a file is missing") from error
-    except OSError as error:
-      raise self._unreadable(step, f"{error.strerror}: {error.filename or folder}") from error
+    except Exception as error:  # damaged files raise all kinds of errors
+      refused = system_error(error)
+      if isinstance(error, OSError):
+        refused = f"{error.strerror}: {error.filename or folder}"
+      if refused is None:
+        raise DamagedCheckpoint(reason_of(error)) from error
+      raise InputError(
+        f"the checkpoint of step {step} in {self.directory} cannot be read ({refused}); it may be "
+        "intact and was left as it is: mend the cause and run the same command again"
+      ) from error
 
-  def _unreadable(self, step: int, reason: str) -> InputError:
-    return InputError(
-      f"the checkpoint of step {step} in {self.directory} cannot be read ({reason}); it may be "
-      "intact and was left as it is: mend the cause and run the same command again"
-    )
-
-  def _meta(self, step: int) -> dict:
-    """The `meta` item of a checkpoint, checked to be intact and from this run."""
-    import orbax.checkpoint as ocp
-
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    meta = self._restore(step, args)["meta"]
+  def _checked_meta(self, meta: Any) -> dict:
+    """A `meta` item in the current format, checked to be intact and from this run."""
     if not isinstance(meta, dict) or meta.get("seal", _seal(meta)) != _seal(meta):
       raise DamagedCheckpoint("the checksum of its metadata does not match")
     if "version" in meta and "seal" not in meta:
@@ -385,35 +398,25 @@ class Checkpoints:
     check_identity(self.directory, stored, self.identity)
     return meta
 
-  def _items(self, step: int, meta: dict, like: dict) -> dict:
-    """The items named in `like`, checked against its shapes and their checksums."""
-    import orbax.checkpoint as ocp
-
-    stored = self._restore(step, None)
-    as_stored = {name: with_stored_types(tree, stored[name]) for name, tree in like.items()}
-    args = {name: ocp.args.StandardRestore(tree) for name, tree in as_stored.items()}
-    items = self._restore(step, ocp.args.Composite(**args))
-    for name, tree in like.items():
-      check_shapes(tree, items[name], self.directory / str(step) / name)
-      checksum = meta["checksums"].get(name)
-      if checksum is not None and digest(jax.device_get(items[name])) != checksum:
-        raise DamagedCheckpoint(f"the checksum of its {name} does not match")
-      check_types(items[name], tree, self.directory / str(step) / name)
-    return {name: items[name] for name in like}
-
-  def _restore(self, step: int, args: Any) -> Any:
-    """What Orbax restores; without `args`, what it knows of the items (names, shapes, types)."""
-    with quiet():
-      try:
-        if args is None:
-          return self.manager.item_metadata(step)
-        return self.manager.restore(step, args=args)
-      except Exception as error:  # damaged files raise all kinds of errors
-        refused, reason = system_error(error), reason_of(error)
-      gc.collect()  # while quiet; see `quiet`
-    if refused:
-      raise self._unreadable(step, refused)
-    raise DamagedCheckpoint(reason)
+  def _together(self, action: Callable[..., Any], *args: Any) -> Any:
+    """The result of an action that succeeds in all processes of a run, or the same error in all."""
+    if jax.process_count() == 1:
+      return action(*args)
+    error: Exception | None = None
+    result, mine = None, np.zeros(1 + MESSAGE_BYTES, np.uint8)
+    try:
+      result = action(*args)
+    except AGREED_ERRORS as raised:
+      error, text = raised, str(raised).encode()[:MESSAGE_BYTES]
+      mine[0] = 1 + next(i for i, kind in enumerate(AGREED_ERRORS) if isinstance(raised, kind))
+      mine[1 : 1 + len(text)] = np.frombuffer(text, np.uint8)
+    everyone = multihost_utils.process_allgather(mine)
+    process = int(np.argmax(everyone[:, 0]))
+    kind, text = everyone[process, 0], bytes(everyone[process, 1:]).rstrip(b"\0")
+    if kind:
+      message = f"process {process}: {text.decode(errors='replace')}"
+      raise AGREED_ERRORS[kind - 1](message) from error
+    return result
 
   def close(self) -> None:
     """Closes the manager; a second call does nothing."""

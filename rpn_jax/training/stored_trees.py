@@ -1,6 +1,7 @@
-"""Trees of arrays in the types in which they were stored: checksums, shapes, types."""
+"""Trees of arrays as they were stored: reading, checksums, shapes, types."""
 
 import hashlib
+import pathlib
 from typing import Any
 
 import jax
@@ -9,6 +10,9 @@ import numpy as np
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import differences
 from rpn_jax.training.unreadable import DamagedCheckpoint
+
+# What tensorstore keeps of a database while its arrays are read, so as not to parse it for each.
+CACHE_BYTES = 2**24
 
 
 def digest(tree: Any) -> str:
@@ -21,36 +25,47 @@ def digest(tree: Any) -> str:
   return total.hexdigest()
 
 
-def with_stored_types(tree: Any, stored: Any) -> Any:
-  """A tree with the types in which it was stored, over which its checksum was taken.
+def read_tree(folder: pathlib.Path, like: Any) -> Any:
+  """The arrays of an item as they were stored, one after another.
 
-  The types of the network's own tree depend on JAX's flags.
+  They are read from the files of Orbax (zarr arrays in an OCDBT database) without Orbax, for two
+  reasons. Orbax reads all arrays at once, and if one fails, closes an event loop that the threads
+  of the other reads still call: where damaged checkpoints were read so, Python 3.13.0 crashed
+  (docs/reliability.md). And it gives them the types of the network, which depend on JAX's flags,
+  while checksums are over those stored.
 
   Args:
-    tree: shapes and types that the network would have.
-    stored: Orbax's metadata of the stored tree; None if there is none.
+    folder: the item in a checkpoint.
+    like: a tree of the same structure; shapes and types may differ.
 
   Raises:
-    DamagedCheckpoint: the metadata are missing.
+    DamagedCheckpoint: it has other arrays.
+    ValueError, OSError: from tensorstore, if it is damaged or cannot be read.
   """
   import orbax.checkpoint as ocp
+  import tensorstore as ts
 
-  if stored is None:
-    raise DamagedCheckpoint("an item is missing")
-  types = {
-    leaf.name: np.dtype(leaf.dtype)
-    for leaf in jax.tree.leaves(stored.tree)
-    if hasattr(leaf, "dtype")
-  }
+  context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+  database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+  keys = ts.KvStore.open(database, context=context).result().list().result()
+  arrays = {}
+  for name in (key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")):
+    spec = {"driver": "zarr", "kvstore": {**database, "path": f"{name}/"}}
+    arrays[name] = ts.open(spec, context=context).result().read().result()
+  names, unused = ocp.tree.get_param_names(like), set(arrays)
 
-  def with_type(name: str, value: Any) -> Any:
+  def take(name: str, value: Any) -> Any:
     if not hasattr(value, "dtype"):  # an empty node, as optax has for parameters of other groups
       return value
-    stored_type = types.get(name, value.dtype)
-    same = stored_type == value.dtype
-    return value if same else jax.ShapeDtypeStruct(value.shape, stored_type)
+    if name not in arrays:
+      raise DamagedCheckpoint(f"the array {name} of its {folder.name} is missing")
+    unused.discard(name)
+    return arrays[name]
 
-  return jax.tree.map(with_type, ocp.tree.get_param_names(tree), tree)
+  tree = jax.tree.map(take, names, like)
+  if unused:
+    raise DamagedCheckpoint(f"its {folder.name} has an array of another network: {min(unused)}")
+  return tree
 
 
 def check_types(tree: Any, like: Any, where: object) -> None:

@@ -1,6 +1,6 @@
 """Files that cannot be read at the moment, as opposed to damaged ones.
 
-Orbax and tensorstore raise the same kinds of errors for both; the system's words are in their text.
+Tensorstore raises the same kinds of errors for both; the system's words are in their text.
 """
 
 import contextlib
@@ -58,11 +58,12 @@ def system_error(error: BaseException) -> str | None:
     if isinstance(each, OSError) and each.errno in SYSTEM_ERRORS:
       return each.strerror
     text = str(each).lower()
-    if any(words in text for words in OUT_OF_RESOURCES):
-      return os.strerror(errno.ENOMEM)
     for code in SYSTEM_ERRORS:
       if os.strerror(code).lower() in text:
         return os.strerror(code)
+    # After the system's own words: tensorstore also calls a full descriptor table exhausted.
+    if any(words in text for words in OUT_OF_RESOURCES):
+      return os.strerror(errno.ENOMEM)
   return None
 
 
