@@ -25,20 +25,23 @@ def run(config, workdir) -> None:
   from data_pipelines import datasets
   from rpn_jax import devices
   from rpn_jax.tasks import classify, evaluate, export, predict, pretrain, train
+  from rpn_jax.weights.clip_file import with_normalization
 
   with devices.runtime(FLAGS.distributed, config.get("matmul_precision", "default")):
     if config.task == "pretrain":
       pretrain.pretrain(config, workdir, **datasets.captions(config))
-    elif FLAGS.mode == "train":
-      data = datasets.load(config, devices.process())
-      train.train(config, workdir, data, restart=FLAGS.restart)
-    elif FLAGS.mode == "eval":
-      evaluate.evaluate_run(config, workdir, datasets.load_evaluations(config))
-    elif FLAGS.mode == "export":
-      export.export(config, workdir, datasets.load(config).names)
-    else:
+    elif FLAGS.mode in ("predict", "classify"):
       action = {"predict": predict.predict, "classify": classify.classify}[FLAGS.mode]
       action(config, workdir, FLAGS.image and str(paths.expand(FLAGS.image)), FLAGS.classes)
+    else:
+      config = with_normalization(config)
+      if FLAGS.mode == "train":
+        data = datasets.load(config, devices.process())
+        train.train(config, workdir, data, restart=FLAGS.restart)
+      elif FLAGS.mode == "eval":
+        evaluate.evaluate_run(config, workdir, datasets.load_evaluations(config))
+      else:
+        export.export(config, workdir, datasets.load(config).names)
 
 
 def command(arguments) -> None:

@@ -29,7 +29,7 @@ def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   predictor, run = open_run(FLAGS.config, FLAGS.workdir)
-  data = datasets.load(FLAGS.config)
+  data = datasets.load(run.config)
   _, prompts = predictor.read_prompts(run)["last"]
   predictor = predictor.with_prompts(prompts)
   text = predictor.encoder.embed(data.names)

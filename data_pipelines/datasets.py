@@ -53,12 +53,14 @@ def load(config, process: tuple[int, int] = (0, 1)) -> SegmentationData:
   """Opens the data set of `config.data`; the synthetic ones are drawn if they are not there.
 
   Args:
-    config: of the run.
+    config: of the run. It says how images are normalized; `weights.clip_file.with_normalization`
+      completes one that leaves this to the weights.
     process: (index, count) of the processes: each gets its rows of every training batch. Evaluation
       examples are divided by whoever evaluates.
 
   Raises:
-    InputError: an unknown name or setting, bad data, or a set that is not prepared.
+    InputError: an unknown name or setting, no normalization, bad data, or a set that is not
+      prepared.
   """
   check_known("config.data.setting=", config.data.setting, SETTINGS)
   return _open(config, config.data.name, config.data.setting, process)
@@ -99,6 +101,11 @@ def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
     ids = {i: unlabelled if i in unseen else i for i in range(count)}
     train_map = raw.then(transforms.LabelMap.from_ids(ids, ignore=vocabulary.ignore))
 
+  if c.mean is None or c.std is None:
+    raise InputError(
+      f"expected config.data.mean and config.data.std, got {c.mean} and {c.std}, which leave them "
+      "to the CLIP weights: set both, or pass the config through clip_file.with_normalization"
+    )
   # Runs of earlier versions have no recipe, and this one.
   shared = {"recipe": c.get("recipe", "mmsegmentation"), "mean": c.mean, "std": c.std}
   train_transform = recipes.train_transform(

@@ -137,9 +137,11 @@ class Data:
     at_least=0,
     evaluation=True,
   )
-  mean: tuple[float, float, float] = field(pixels.CLIP_MEAN, "subtracted per channel, in [0, 1]")
-  std: tuple[float, float, float] = field(
-    pixels.CLIP_STD, "divided by per channel, in [0, 1]", above=0
+  mean: tuple[float, float, float] | None = field(
+    None, "subtracted per channel, in [0, 1]; None: as the CLIP weights were trained"
+  )
+  std: tuple[float, float, float] | None = field(
+    None, "divided by per channel, in [0, 1]; None: as the CLIP weights were trained", above=0
   )
   threads: int = field(4, "threads that read ahead", at_least=0, free=True)
   workers: int = field(0, "extra reader processes", at_least=0, free=True)

@@ -28,6 +28,7 @@ from rpn_jax.text.embeddings import TextEncoder
 from rpn_jax.text.templates import expand
 from rpn_jax.training.run import Run
 from rpn_jax.weights import arrays, clip_file, prompts_file
+from rpn_jax.weights.architecture import normalization
 
 # Programs of networks that are kept, the most recently used: one for each number of text rows.
 KEPT_PROGRAMS = 32
@@ -150,7 +151,7 @@ class Predictor:
     """
     check(config)
     clip, params = clip_file.load_clip(config.clip)
-    _check_images(config, clip)
+    config = clip_file.with_normalization(config, clip)
     network = make_network(config, clip)
     protocol = Protocol(
       short_side=config.data.short_side,
@@ -186,8 +187,7 @@ class Predictor:
     network = _create("training_free", clip, settings, str(path))
     protocol = Protocol(
       **network.windows(clip)._asdict(),
-      mean=clip.mean or pixels.CLIP_MEAN,
-      std=clip.std or pixels.CLIP_STD,
+      **normalization(clip.mean, clip.std)._asdict(),
     )
     return cls._assemble(network, clip, params, templates, synonyms, protocol)
 
@@ -352,29 +352,13 @@ class Predictor:
 def open_run(
   config: ml_collections.ConfigDict, workdir: str | os.PathLike
 ) -> tuple[Predictor, Run]:
-  """The predictor of a config, still without prompts, and the run in a workdir."""
-  predictor = Predictor.from_config(config)
-  return predictor, Run(config, workdir, predictor.encoder.fingerprint)
+  """The predictor of a config, still without prompts, and the run in a workdir.
 
-
-def _check_images(config: ml_collections.ConfigDict, clip: CLIPConfig) -> None:
-  """Checks that the default normalization is that of the weights; another one is a choice.
-
-  Raises:
-    InputError: the weights were trained with another one than OpenAI's, the config's default.
+  The run's config says how images are normalized, where the given one leaves it to the weights.
   """
-  trained = {"mean": clip.mean or pixels.CLIP_MEAN, "std": clip.std or pixels.CLIP_STD}
-  defaults = {"mean": pixels.CLIP_MEAN, "std": pixels.CLIP_STD}
-  flags = [
-    f'--config.data.{name}="{trained[name]}"'
-    for name, default in defaults.items()
-    if tuple(config.data[name]) == default and not np.allclose(trained[name], default, atol=1e-4)
-  ]
-  if flags:
-    raise InputError(
-      f"{config.clip} was trained on images with mean {trained['mean']} and std {trained['std']}, "
-      f"the config has those of OpenAI's CLIP: pass {' '.join(flags)}"
-    )
+  predictor = Predictor.from_config(config)
+  config = clip_file.with_normalization(config, predictor.clip)
+  return predictor, Run(config, workdir, predictor.encoder.fingerprint)
 
 
 def make_network(config: ml_collections.ConfigDict, clip: CLIPConfig) -> Network:

@@ -126,7 +126,7 @@ def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, 
       )
       results[data.name][which] = {"step": step, **evaluation.scores}
       if which == "last" and not jax.process_index():
-        draw_figures(run.workdir, evaluation, config, "" if single else f"_{data.name}")
+        draw_figures(run.workdir, evaluation, run.config, "" if single else f"_{data.name}")
   if not jax.process_index():
     report(predictor, run, evaluations, results)
   for path in partials:  # only now, so that after an interruption no set is evaluated twice

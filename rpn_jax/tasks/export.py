@@ -31,7 +31,7 @@ def export(config, workdir, names: Sequence[str]) -> pathlib.Path:
     raise InputError(f"method {config.method!r} has no prompts to export")
   step, prompts = predictor.read_prompts(run)["last"]
   path = run.workdir / FILE_NAME
-  content = prompts_file.Prompts(prompts, run.fingerprint, config.to_dict(), tuple(names), step)
+  content = prompts_file.Prompts(prompts, run.fingerprint, run.config.to_dict(), tuple(names), step)
   prompts_file.save(path, content)
   count = sum(x.size for x in jax.tree.leaves(prompts))
   print(f"{count:,} parameters of step {step} in {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -164,20 +164,8 @@ def complete_config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConf
       raise InputError(
         f"expected an integer from 1 to {maximum} for {name}, got {value!r} in {where}: correct it"
       )
-  for name in ("mean", "std"):
-    if (value := images[name]) is None:
-      continue
-    fits = isinstance(value, (list, tuple)) and len(value) == 3
-    if not fits or not all(type(x) in (int, float) and math.isfinite(x) for x in value):
-      raise InputError(f"expected three numbers for {name}, got {value!r} in {where}: correct it")
-    if name == "std" and min(value) <= 0:
-      raise InputError(f"expected std above 0, got {value!r} in {where}: correct it")
-    fields[name] = tuple(map(float, value))
-  if images["squash"] not in (None, False, True):
-    raise InputError(f"expected true or false for squash, got {images['squash']!r} in {where}")
-  fields["squash"] = bool(images["squash"])
   try:
-    config = CLIPConfig(**fields)
+    config = CLIPConfig(**fields, **image_fields(images, where))
   except (TypeError, ValueError) as error:
     raise InputError(f"{error} in {where}: correct it") from None
   for tower in ("vision", "text"):
@@ -187,6 +175,47 @@ def complete_config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConf
         f"expected {tower}_heads that divide the width {width}, got {heads} in {where}: correct it"
       )
   return config
+
+
+def image_fields(fields: Mapping, where: str) -> dict[str, Any]:
+  """The checked IMAGE_FIELDS among fields of CLIPConfig; what is not told is None, or False.
+
+  Raises:
+    InputError: a value that cannot be one.
+  """
+  found: dict[str, Any] = {}
+  for name in ("mean", "std"):
+    value = fields.get(name)
+    if value is not None:
+      fits = isinstance(value, (list, tuple)) and len(value) == 3
+      if not fits or not all(type(x) in (int, float) and math.isfinite(x) for x in value):
+        raise InputError(f"expected three numbers for {name}, got {value!r} in {where}: correct it")
+      if name == "std" and min(value) <= 0:
+        raise InputError(f"expected std above 0, got {value!r} in {where}: correct it")
+      value = tuple(map(float, value))
+    found[name] = value
+  if fields.get("squash") not in (None, False, True):
+    raise InputError(f"expected true or false for squash, got {fields['squash']!r} in {where}")
+  return {**found, "squash": bool(fields.get("squash"))}
+
+
+class Normalization(NamedTuple):
+  """What images are normalized by, per channel, for values in [0, 1]."""
+
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+
+OPENAI_IMAGES = Normalization(pixels.CLIP_MEAN, pixels.CLIP_STD)
+
+
+def normalization(mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Normalization:
+  """Mean and std of the images that weights were trained on; OpenAI's where they do not tell.
+
+  OpenAI's in other digits are OpenAI's: a run is told from another by its numbers.
+  """
+  told = Normalization(mean or OPENAI_IMAGES.mean, std or OPENAI_IMAGES.std)
+  return OPENAI_IMAGES if np.allclose(told, OPENAI_IMAGES, atol=1e-4, rtol=0) else told
 
 
 @functools.cache
@@ -226,9 +255,9 @@ def check_parameters(config: CLIPConfig, flat: Mapping[str, Any], where: str) ->
 def describe(config: CLIPConfig) -> str:
   """One line on an architecture."""
   c = config
-  mean, std = c.mean or pixels.CLIP_MEAN, c.std or pixels.CLIP_STD
-  normalized = f"mean {mean}, std {std}"
-  if (mean, std) == (pixels.CLIP_MEAN, pixels.CLIP_STD):
+  images = normalization(c.mean, c.std)
+  normalized = f"mean {images.mean}, std {images.std}"
+  if images == OPENAI_IMAGES:
     normalized = "OpenAI's mean and std" + (" for want of others" if c.mean is None else "")
   return (
     f"image {c.image_size} px, patch {c.patch_size}, vision {c.vision_layers} x {c.vision_width} "

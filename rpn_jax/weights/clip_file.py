@@ -8,8 +8,9 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import ml_collections
 import numpy as np
 from flax import traverse_util
 
@@ -20,10 +21,13 @@ from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.weights import checkpoints, hub, publisher
 from rpn_jax.weights.architecture import (
   IMAGE_FIELDS,
+  Normalization,
   agreed,
   check_parameters,
   complete_config,
   fields_from_shapes,
+  image_fields,
+  normalization,
 )
 from rpn_jax.weights.arrays import (
   WeightsFile,
@@ -73,6 +77,44 @@ def load_clip(name) -> tuple[CLIPConfig, dict]:
   return load(find_weights(name))
 
 
+def with_normalization(
+  config: ml_collections.ConfigDict, clip: CLIPConfig | None = None
+) -> ml_collections.ConfigDict:
+  """A config that says how images are normalized: as its weights were trained, if it does not.
+
+  Data sets are opened with such a config.
+
+  Args:
+    config: of a segmentation run. It is not changed.
+    clip: architecture of its weights; None reads what tells their normalization, and no array.
+
+  Raises:
+    InputError: see `find_weights`, and `publisher.read`.
+  """
+  missing = [name for name in Normalization._fields if config.data.get(name) is None]
+  if not missing:
+    return config
+  if clip is None:
+    told = _read_normalization(find_weights(config.clip))
+  else:
+    told = normalization(clip.mean, clip.std)
+  complete = config.copy_and_resolve_references()
+  with complete.unlocked():
+    for name in missing:
+      complete.data[name] = getattr(told, name)
+  return complete
+
+
+def _read_normalization(path: pathlib.Path) -> Normalization:
+  file = read_arrays(path)
+  if file.metadata.get("format") == FORMAT:
+    fields = _own_fields(file.metadata, str(file.path))
+  else:
+    fields = publisher.read(file, _has_hf_names(file.arrays)).fields
+  images = image_fields(fields, str(file.path))
+  return normalization(images["mean"], images["std"])
+
+
 def convert(
   source: pathlib.Path,
   checkpoint: checkpoints.Checkpoint,
@@ -92,8 +134,7 @@ def convert(
   """
   file, wanted, untold = read_arrays(source), checkpoint.config, {}
   if wanted and file.metadata.get("format") != FORMAT:
-    hf = any(name.startswith("vision_model.") for name in file.arrays)
-    told = publisher.read(file, hf).fields
+    told = publisher.read(file, _has_hf_names(file.arrays)).fields
     # Heads of width / 64 are found by size; a wrong file is then named by its other sizes.
     usual = {f"{t}_heads": getattr(wanted, f"{t}_width") // 64 for t in ("vision", "text")}
     needed = {name: getattr(wanted, name) for name in ("activation", *usual)}
@@ -142,7 +183,7 @@ def parse(file: WeightsFile, overrides: Mapping | None = None) -> tuple[str, CLI
     config = complete_config(_own_fields(file.metadata, where), overrides, where)
     views = file.arrays
   else:
-    hf = any(re.match(r"((module|_orig_mod)\.)*vision_model\.", name) for name in file.arrays)
+    hf = _has_hf_names(file.arrays)
     kind = f"{file.kind} with the names of {'Hugging Face' if hf else 'OpenAI'}"
     # Before the arrays: a model of another kind is named by its config.
     told = publisher.read(file, hf)
@@ -166,6 +207,11 @@ def parse(file: WeightsFile, overrides: Mapping | None = None) -> tuple[str, CLI
   check_parameters(config, views, where)
   flat = {name: float32(value, name, where) for name, value in views.items()}
   return kind, config, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _has_hf_names(names: Iterable[str]) -> bool:
+  """Whether arrays have the names of Hugging Face's transformers, not OpenAI's."""
+  return any(re.match(r"((module|_orig_mod)\.)*vision_model\.", name) for name in names)
 
 
 def _own_fields(metadata: Mapping[str, str], where: str) -> dict:

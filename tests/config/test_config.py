@@ -15,6 +15,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.text import templates
 from rpn_jax.training import losses, sharding
+from rpn_jax.weights.clip_file import with_normalization
 from tests import FIXTURES, ROOT, tiny
 
 DECLARED = {path: f for path, f in fields.declared(config.Run).items() if not fields.is_section(f)}
@@ -81,7 +82,8 @@ def test_nothing_undeclared_is_in_any_family():
     config.check(c)
 
 
-def test_a_run_of_0_2_0_has_the_same_config():
+def test_a_run_of_0_2_0_has_the_same_config(monkeypatch):
+  monkeypatch.chdir(ROOT)
   old = json.loads(OLD_RUN.read_text())["config"]
   c = shapes.get_config("runlocal")
   given = {path: value for path, value in reference.flat(old).items() if path in (
@@ -89,7 +91,8 @@ def test_a_run_of_0_2_0_has_the_same_config():
     "data.short_side", "eval.crop", "eval.stride",
   )}  # fmt: skip
   c.update_from_flattened_dict({**given, "data.scale": (128, 32)})
-  new = json.loads(json.dumps(c.to_dict()))
+  assert c.data.mean is None and c.data.std is None  # left to the weights since
+  new = json.loads(json.dumps(with_normalization(c).to_dict()))
   added = {
     "loss": {"skip_empty": False},
     "optimizer": {"schedule": "poly", "no_decay": ""},
@@ -164,7 +167,7 @@ def test_bounds_are_enforced(path):
 
   def given(number):
     """The number in the form of the field."""
-    of = {"model.h_grid": 2, "eval.scales": 1}.get(path)
+    of = {"model.h_grid": 2, "eval.scales": 1, "data.std": 3}.get(path)
     count = of or (len(default) if isinstance(default, tuple) else None)
     c = changed(path, (number,) * count if count else number)
     if path == "eval.crop":  # not below the stride

@@ -8,6 +8,7 @@ import pytest
 
 from configs import coco_stuff, context, folder, open_vocab, voc
 from data_pipelines import DATA_SETS, datasets, prepare, records, registry, vocabularies
+from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.training import losses, pseudo_labels
 from tests.data_pipelines import raw_ade_coco, raw_pascal
@@ -37,6 +38,7 @@ def make(module, data_dir, arg, **changes):
     config.data.crop = config.data.short_side = 32
     config.data.scale = (128, 32)
     config.data.batch_size = 2
+    config.data.update(mean=pixels.CLIP_MEAN, std=pixels.CLIP_STD)
     if module is folder:
       config.data.variant = "folder"
     config.update_from_flattened_dict(changes)

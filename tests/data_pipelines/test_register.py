@@ -13,6 +13,7 @@ from configs import common
 from data_pipelines import DATA_SETS, datasets, prepare, records, registry, vocabularies
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
 from data_pipelines.sources.files import list_files
+from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from tests import ROOT
 
@@ -67,7 +68,7 @@ def raw(tmp_path):
 def make_config(data_dir, name="leaves", setting="supervised"):
   config = common.segmentation("paper", name, crop=32, patch=16, deep_tokens=0).unlock()
   config.data.update(data_dir=str(data_dir), setting=setting, batch_size=2, short_side=32)
-  config.data.scale = (128, 32)
+  config.data.update(scale=(128, 32), mean=pixels.CLIP_MEAN, std=pixels.CLIP_STD)
   return config
 
 

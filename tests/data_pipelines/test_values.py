@@ -9,6 +9,7 @@ import pytest
 
 from configs import folder as folder_config
 from data_pipelines import datasets, prepare, records
+from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from tests.data_pipelines.raw_pascal import gray_png, jpeg
 
@@ -43,7 +44,7 @@ def evaluated(data_dir):
   """The evaluation labels of the set, through the config as a run opens it."""
   config = folder_config.get_config("runlocal").unlock()
   config.data.update(data_dir=str(data_dir), variant="mine", crop=32, short_side=32, batch_size=2)
-  config.data.scale = (128, 32)
+  config.data.update(scale=(128, 32), mean=pixels.CLIP_MEAN, std=pixels.CLIP_STD)
   data = datasets.load(config)
   batch = next(data.train_batches(0))
   assert set(np.unique(batch["label"])) <= {*range(len(data.names)), 255}

@@ -562,7 +562,7 @@ def test_values_in_a_config(clip, data):
   predictor = answered(Predictor.from_config, config)
   if predictor is not None:
     answered(predictor.encoder.embed, ["a", "b"])
-    answered(datasets.load, config)
+    answered(datasets.load, clip_file.with_normalization(config, predictor.clip))
 
 
 # What runs leave

@@ -15,6 +15,7 @@ from PIL import Image
 
 from configs import shapes as shapes_config
 from data_pipelines import shapes
+from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.drawing.plots import plot_confusion
 from rpn_jax.inference import evaluation, metrics, published
@@ -338,7 +339,7 @@ def confusion_of_scenes():
   examples = []
   for i, (height, width) in enumerate([(64, 96), (64, 64), (80, 70)]):
     image, label = shapes.draw_scene(rng, height, width, (2, 3))
-    image = (np.float32(image) / 255 - config.data.mean) / config.data.std
+    image = (np.float32(image) / 255 - pixels.CLIP_MEAN) / pixels.CLIP_STD
     examples.append({"image": np.float32(image), "label": label, "id": f"{i}"})
   data = Data("shapes", shapes.CLASSES, examples, shapes.VOCABULARY.seen, shapes.UNSEEN)
   segmenter = predictor.for_data(data)

@@ -21,6 +21,7 @@ from rpn_jax.training.metric_log import read_history
 from rpn_jax.training.sharding import ShardMap
 from rpn_jax.training.step import TrainState
 from rpn_jax.weights import prompts_file
+from rpn_jax.weights.clip_file import with_normalization
 from tests import tiny
 from tests.training.test_checkpoint import small_files
 
@@ -41,7 +42,7 @@ def make_config(home, arg="runlocal", **changes):
     config.data.crop = config.data.short_side = config.eval.crop = 32
     config.data.scale, config.eval.stride = (128, 32), 24
     config.update_from_flattened_dict(changes)
-  return config
+  return with_normalization(config)
 
 
 @pytest.fixture(scope="module")
