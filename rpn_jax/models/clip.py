@@ -37,6 +37,7 @@ class CLIPConfig:
     vision_width: D of the vision tower.
     vision_layers: residual blocks of the vision tower.
     vision_heads: attention heads of the vision tower.
+    vision_mlp_width: channels inside the MLPs of the vision tower; None: 4 D.
     text_width: D of the text tower.
     text_layers: residual blocks of the text tower.
     text_heads: attention heads of the text tower.
@@ -67,6 +68,7 @@ class CLIPConfig:
   mean: tuple[float, ...] | None = None
   std: tuple[float, ...] | None = None
   squash: bool = False
+  vision_mlp_width: int | None = None
 
   def __post_init__(self) -> None:
     if self.vision not in ("clip", "vit"):
@@ -150,15 +152,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-  """Two projections, of D and 4 D channels, with an activation between them."""
+  """Two projections with an activation between them, `hidden` channels wide; None: 4 D."""
 
   width: int
   activation: str
   dtype: Any = jnp.float32
   kernels: Kernels = TEXTBOOK
+  hidden: int | None = None
 
   def setup(self) -> None:
-    self.c_fc = nn.Dense(4 * self.width, dtype=self.dtype)
+    self.c_fc = nn.Dense(self.hidden or 4 * self.width, dtype=self.dtype)
     self.c_proj = nn.Dense(self.width, dtype=self.dtype)
 
   def __call__(self, x_BxNxD: jax.Array, tune: Callable = keep_result) -> jax.Array:
@@ -168,7 +171,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm residual block of D channels; `epsilon` is that of its norms."""
+  """Pre-norm residual block of D channels; `epsilon` is of its norms, `mlp_width` of its MLP."""
 
   width: int
   heads: int
@@ -176,12 +179,13 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
   epsilon: float = LAYER_NORM_EPSILON
   kernels: Kernels = TEXTBOOK
+  mlp_width: int | None = None
 
   def setup(self) -> None:
     self.ln_1 = LayerNorm(self.epsilon, function=self.kernels.layer_norm)
     self.attn = Attention(self.width, self.heads, self.dtype, self.kernels)
     self.ln_2 = LayerNorm(self.epsilon, function=self.kernels.layer_norm)
-    self.mlp = MLP(self.width, self.activation, self.dtype, self.kernels)
+    self.mlp = MLP(self.width, self.activation, self.dtype, self.kernels, self.mlp_width)
 
   def project(self, x_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values of the block's attention, each (B, N, H, d)."""
@@ -267,8 +271,9 @@ class VisionTransformer(nn.Module):
     norm = functools.partial(LayerNorm, function=self.kernels.layer_norm)
     self.ln_pre = None if plain else norm()
     activation = "gelu" if plain else c.activation
-    settings = (c.vision_width, c.vision_heads, activation, self.dtype, epsilon, self.kernels)
-    self.block = [Block(*settings) for _ in range(c.vision_layers)]
+    block = functools.partial(Block, kernels=self.kernels, mlp_width=c.vision_mlp_width)
+    settings = (c.vision_width, c.vision_heads, activation, self.dtype, epsilon)
+    self.block = [block(*settings) for _ in range(c.vision_layers)]
     self.ln_post = norm(epsilon)
     if not plain:
       self.proj = self.param("proj", init, (c.vision_width, c.embed_dim))

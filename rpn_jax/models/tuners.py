@@ -171,16 +171,17 @@ def tune_part(tuned: dict, part: str) -> Tune:
 def sites(clip: CLIPConfig, tower: str = "visual") -> dict[str, list[Site]]:
   """The sites of a tower, "visual" or "text", by part: "stem", "block_0", …"""
   if tower == "visual":
-    d, layers = clip.vision_width, clip.vision_layers
+    d, layers, hidden = clip.vision_width, clip.vision_layers, clip.vision_mlp_width
     stem = [Site("patch_embed", 3 * clip.patch_size**2, d)]
     stem += [Site("ln_pre", d, d)] if clip.vision == "clip" else []
     stem += [Site("ln_post", d, d)]
   else:
-    d, layers = clip.text_width, clip.text_layers
+    d, layers, hidden = clip.text_width, clip.text_layers, None
     stem = [Site("ln_final", d, d)]
+  hidden = hidden or 4 * d
   block = [
     Site("ln_1", d, d), Site("in_proj", d, 3 * d), Site("out_proj", d, d),
-    Site("ln_2", d, d), Site("c_fc", d, 4 * d), Site("c_proj", 4 * d, d),
+    Site("ln_2", d, d), Site("c_fc", d, hidden), Site("c_proj", hidden, d),
   ]  # fmt: skip
   return {"stem": stem, **{f"block_{i}": block for i in range(layers)}}
 

@@ -68,12 +68,17 @@ def fields_from_shapes(state: Mapping[str, np.ndarray], naming: Naming, where: s
       f"expected positions for a class token and a square grid, got {rows} rows in {where}: "
       "use a model trained on square images"
     )
+  blocks = {}
+  if layers(naming.vision):
+    name = f"{naming.vision}transformer.resblocks.0.mlp.c_fc.weight"
+    blocks = {"vision_mlp_width": shape(name, 2)[0]}
   return {
     "embed_dim": shape(f"{naming.text}text_projection", 2)[1],
     "image_size": side * patch,
     "patch_size": patch,
     "vision_width": vision_width,
     "vision_layers": layers(naming.vision),
+    **blocks,
     "text_width": text_width,
     "text_layers": layers(naming.text),
     "context_length": context,
@@ -136,7 +141,10 @@ def complete_config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConf
   # Every format but our own is CLIP's, and our own did not always say so.
   fields = agreed({"vision": "clip", **fields}, overrides, where, "what was passed")
   images = {name: fields.pop(name, None) for name in IMAGE_FIELDS}
-  names = [name for name in names if name not in images]
+  # Four times the tower's width is not told, and an earlier version reads the converted file.
+  mlp = fields.pop("vision_mlp_width", None)
+  wide = {"vision_mlp_width": mlp} if mlp and mlp != 4 * fields.get("vision_width", 0) else {}
+  names = [name for name in names if name not in {*images, "vision_mlp_width"}]
   for tower in ("vision", "text"):
     width, layers = (fields.get(f"{tower}_{size}") for size in ("width", "layers"))
     if f"{tower}_heads" not in fields and isinstance(width, int) and isinstance(layers, int):
@@ -156,6 +164,8 @@ def complete_config(fields: Mapping, overrides: Mapping, where: str) -> CLIPConf
   if set(fields) != set(names):
     wrong = sorted(set(fields) ^ set(names))
     raise InputError(f"expected the config fields {names}, {wrong} missing or unknown in {where}")
+  names += wide
+  fields |= wide
   for name in names:
     value = fields[name]
     maximum = _MAX_LAYERS if name.endswith("_layers") else _MAX_SIZE
@@ -256,12 +266,14 @@ def describe(config: CLIPConfig) -> str:
   """One line on an architecture."""
   c = config
   images = normalization(c.mean, c.std)
+  mlps = f", MLPs of {c.vision_mlp_width}" if c.vision_mlp_width else ""
   normalized = f"mean {images.mean}, std {images.std}"
   if images == OPENAI_IMAGES:
     normalized = "OpenAI's mean and std" + (" for want of others" if c.mean is None else "")
   return (
     f"image {c.image_size} px, patch {c.patch_size}, vision {c.vision_layers} x {c.vision_width} "
-    f"({c.vision_heads} heads), text {c.text_layers} x {c.text_width} ({c.text_heads} heads), "
+    f"({c.vision_heads} heads{mlps}), "
+    f"text {c.text_layers} x {c.text_width} ({c.text_heads} heads), "
     f"context {c.context_length}, vocabulary {c.vocab_size}, joint {c.embed_dim}, {c.activation}, "
     f"images {'squashed' if c.squash else 'cropped'} to a square, {normalized}"
   )

@@ -189,19 +189,30 @@ def read_json(path: pathlib.Path) -> dict:
   return content
 
 
-def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of all files that an index names, each where the index says it is."""
+def read_index(index: pathlib.Path) -> dict[str, str]:
+  """{name of an array: file name of its shard, in the folder of the index}.
+
+  Raises:
+    InputError: no index, too many shards, or one in another folder.
+  """
   file_of = read_json(index).get("weight_map")
   if not isinstance(file_of, dict) or not all(isinstance(x, str) for x in file_of.values()):
     raise InputError(f"expected an index with a weight_map in {index}: use the model's own index")
   files = sorted(set(file_of.values()))
   if len(files) > _MAX_SHARDS:
     raise InputError(f"expected at most {_MAX_SHARDS} shards, {index} names {len(files)}")
-  state: dict[str, np.ndarray] = {}
   for file in files:
     # A path would lead out of the folder.
     if file != os.path.basename(file) or file in ("", ".", ".."):
       raise InputError(f"expected file names in {index}, got the path {file[:60]!r}: refused")
+  return file_of
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of all files that an index names, each where the index says it is."""
+  file_of = read_index(index)
+  state: dict[str, np.ndarray] = {}
+  for file in sorted(set(file_of.values())):
     shard = read_arrays(index.parent / file).arrays
     listed = {name for name, place in file_of.items() if place == file}
     if listed != set(shard):

@@ -10,6 +10,8 @@ DataComp pages in duplicates of them), and from `pretrained.py` of mlfoundations
   (5add2d7): no `quick_gelu`, exact GELU; apple/DFN2B-CLIP-ViT-L-14 (fa63e19): `quick_gelu`.
 - DataComp.XL: exact GELU, since open_clip lists them under ViT-B-16 and ViT-L-14, whose names with
   QuickGELU end in "-quickgelu".
+- LAION-2B's g/14 and bigG/14: `model_configs` of open_clip 3.3, which lists them with its usual
+  images and files; their pages in a mirror and a duplicate, which say MIT.
 - Licenses: the head of each repository's page; OpenAI's from github.com/openai/CLIP.
 
 All were trained on images normalized with OpenAI's mean and deviation. LAION-2B's ViT-L/14 was not
@@ -29,8 +31,14 @@ from rpn_jax.models.clip import CLIPConfig
 # open_clip.
 TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# What an index of shards ends in, behind the name of the file that they are parts of.
+INDEX = ".index.json"
 # A repository with both may keep the image tower alone in model.safetensors (those of timm do).
-ANY_LAYOUT = (OPEN_CLIP[0], TRANSFORMERS[0], OPEN_CLIP[1], TRANSFORMERS[1])
+ANY_LAYOUT = tuple(
+  name
+  for one in (OPEN_CLIP[0], TRANSFORMERS[0], OPEN_CLIP[1], TRANSFORMERS[1])
+  for name in (one, one + INDEX)
+)
 
 _HUB = "hf://"
 # OpenAI's own addresses; they have answered 404 since October 2025 (openai/CLIP, issue 516).
@@ -84,6 +92,32 @@ def _sized(size: str, activation: str) -> dict[str, Any]:
     "B/16": (b16, 149_620_737),
     "L/14": (l14, 427_616_513),
     "L/14@336px": ({**l14, "image_size": 336}, 427_944_193),
+    "g/14": (
+      {
+        **l14,
+        "embed_dim": 1024,
+        "vision_width": 1408,
+        "vision_layers": 40,
+        "vision_mlp_width": 6144,
+        "text_width": 1024,
+        "text_layers": 24,
+        "text_heads": 16,
+      },
+      1_366_678_273,
+    ),
+    "bigG/14": (
+      {
+        **l14,
+        "embed_dim": 1280,
+        "vision_width": 1664,
+        "vision_layers": 48,
+        "vision_mlp_width": 8192,
+        "text_width": 1280,
+        "text_layers": 32,
+        "text_heads": 20,
+      },
+      2_539_567_105,
+    ),
   }[size]
   return {"config": CLIPConfig(**fields, activation=activation), "parameters": millions}
 
@@ -116,6 +150,14 @@ _ROWS = (
   Checkpoint(
     "ViT-B/16-laion2b", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K", OPEN_CLIP,
     publisher="LAION, LAION-2B", license="MIT", **_sized("B/16", "gelu"),
+  ),
+  Checkpoint(
+    "ViT-g/14-laion2b", "laion/CLIP-ViT-g-14-laion2B-s34B-b88K", OPEN_CLIP,
+    publisher="LAION, LAION-2B", license="MIT", **_sized("g/14", "gelu"),
+  ),
+  Checkpoint(
+    "ViT-bigG/14-laion2b", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", OPEN_CLIP,
+    publisher="LAION, LAION-2B", license="MIT", **_sized("bigG/14", "gelu"),
   ),
   Checkpoint(
     "ViT-B/16-datacomp", "laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K", OPEN_CLIP,
@@ -179,7 +221,8 @@ def check_name(name: str) -> Checkpoint:
 
 
 def _fold(name: str) -> str:
-  return _FOLDED.sub("-", name).lower()
+  folded = _FOLDED.sub("-", name)
+  return folded if "-G-" in folded else folded.lower()  # g/14 is not the giant G/14
 
 
 def _of_address(text: str) -> Checkpoint:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
 from rpn_jax.weights import transfer
-from rpn_jax.weights.arrays import read_safetensors
-from rpn_jax.weights.checkpoints import ANY_LAYOUT, CHECKPOINTS, Checkpoint, find
+from rpn_jax.weights.arrays import read_index, read_safetensors
+from rpn_jax.weights.checkpoints import ANY_LAYOUT, CHECKPOINTS, INDEX, Checkpoint, find
 from rpn_jax.weights.transfer import TransferError
 
 # (file or folder of weights, checkpoint, file to write, header entries): checks and converts.
@@ -100,8 +100,7 @@ def others() -> list[Checkpoint]:
 
 def holds_weights(path: pathlib.Path) -> bool:
   """Whether a folder is a downloaded repository of weights, rather than the workdir of a run."""
-  names = [*ANY_LAYOUT, *(f"{name}.index.json" for name in ANY_LAYOUT)]
-  return any((path / name).is_file() for name in names)
+  return any((path / name).is_file() for name in ANY_LAYOUT)
 
 
 @contextlib.contextmanager
@@ -122,7 +121,8 @@ def _fetch(checkpoint: Checkpoint, path: pathlib.Path, convert: Convert) -> None
   if found is None:
     found = _download(checkpoint, staging)
   source, origin = found
-  transfer.check_space(path.parent, 4 * checkpoint.parameters or source.stat().st_size)
+  size = sum(file.stat().st_size for file in _with_shards(source))
+  transfer.check_space(path.parent, 4 * checkpoint.parameters or size)
   try:
     convert(source, checkpoint, path, origin)
   except InputError:  # another conversion of the same bytes would end alike
@@ -168,26 +168,40 @@ def _from_hub(checkpoint: Checkpoint, staging: pathlib.Path) -> tuple[pathlib.Pa
     names = {entry.rfilename for entry in listed.siblings or ()}
   wanted = next((name for name in checkpoint.files if name in names), None)
   if wanted is None:
-    raise TransferError(f"the repository has no {' or '.join(checkpoint.files)}: name a file of it")
+    usual = " or ".join(name for name in checkpoint.files if not name.endswith(INDEX))
+    raise TransferError(f"the repository has no {usual or checkpoint.files[0]}: name a file of it")
   beside = pathlib.PurePosixPath(wanted).parent
   configs = [name for name in (str(beside / file) for file in _CONFIGS) if name in names]
   commit = listed.sha or checkpoint.revision
-  for name in (*configs, wanted):
+
+  def fetch(name: str, label: str) -> None:
     url = hf_hub_url(checkpoint.repository, name, revision=commit, endpoint=endpoint)
     with transfer.explained():
       known = get_hf_file_metadata(url, timeout=timeout, endpoint=endpoint)
       if not known.commit_hash or not known.etag:
         raise ValueError("these headers are not the hub's")
-    if name == wanted and len(known.etag) not in (40, 64):
+    if name not in configs and len(known.etag) not in (40, 64):
       if known.size is None:
-        raise TransferError(f"{endpoint} tells neither size nor checksum of {wanted}")
-      print(f"{endpoint} tells no checksum of {wanted}: only its size is compared", flush=True)
+        raise TransferError(f"{endpoint} tells neither size nor checksum of {name}")
+      print(f"{endpoint} tells no checksum of {name}: only its size is compared", flush=True)
     transfer.fetch(
-      url, staging / os.path.basename(name), checkpoint.name if name == wanted else name,
+      url, staging / os.path.basename(name), label,
       size=known.size, checksum=known.etag, headers=build_hf_headers(),
     )  # fmt: skip
-  origin = f"hf://{checkpoint.repository}@{commit}/{wanted}"
-  return staging / os.path.basename(wanted), {"origin": origin}
+
+  for name in configs:
+    fetch(name, name)
+  fetch(wanted, checkpoint.name)
+  path = staging / os.path.basename(wanted)
+  for shard in _with_shards(path)[1:]:
+    fetch(str(beside / shard.name), shard.name)
+  return path, {"origin": f"hf://{checkpoint.repository}@{commit}/{wanted}"}
+
+
+def _with_shards(path: pathlib.Path) -> list[pathlib.Path]:
+  """A file of weights, and those that it names if it is an index."""
+  shards = set(read_index(path).values()) if path.name.endswith(INDEX) else ()
+  return [path, *(path.parent / name for name in sorted(shards))]
 
 
 def _from_url(checkpoint: Checkpoint, staging: pathlib.Path) -> tuple[pathlib.Path, dict[str, str]]:
@@ -207,9 +221,17 @@ def _in_cache_of_the_hub(checkpoint: Checkpoint) -> tuple[pathlib.Path, dict[str
     path = pathlib.Path(found)
     if not checkpoint.config and not any((path.parent / file).exists() for file in _CONFIGS[:2]):
       continue  # nothing there tells the activation
-    # A link to the blob, which is named by its checksum.
-    checksum = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
-    if transfer.checksum_like(path, checksum) in ("", checksum):
+    files = _with_shards(path)
+    if not all(file.is_file() for file in files):
+      continue  # some shards are not there
+    damaged = [file for file in files if not _like_its_blob(file)]
+    if not damaged:
       return path, {"origin": str(path)}
-    print(f"{path} is damaged and left out: its checksum differs from its name", flush=True)
+    print(f"{damaged[0]} is damaged and left out: its checksum differs from its name", flush=True)
   return None
+
+
+def _like_its_blob(path: pathlib.Path) -> bool:
+  """Whether the checksum of a link is the name of its blob; other files tell none."""
+  checksum = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+  return transfer.checksum_like(path, checksum) in ("", checksum)

@@ -107,6 +107,7 @@ _HF_COMPARED = {
     "hidden_size": ("vision_width", 768),
     "num_hidden_layers": ("vision_layers", 12),
     "num_attention_heads": ("vision_heads", 12),
+    "intermediate_size": ("vision_mlp_width", 3072),
     "image_size": ("image_size", 224),
     "patch_size": ("patch_size", 32),
     "hidden_act": ("activation", "quick_gelu"),
@@ -165,10 +166,9 @@ def _from_hf(content: Mapping) -> dict[str, Any]:
     if older is not None:  # it wins, and so do the defaults of what it leaves out
       section = {**section, **defaults, **older}
     section = {**defaults, **section}
-    width = section["hidden_size"]
     fixed = {**_HF_FIXED, **own, "model_type": (f"clip_{tower}_model",)}
-    fixed["intermediate_size"] = (4 * width,)
     if tower == "text":
+      fixed["intermediate_size"] = (4 * section["hidden_size"],)
       # Features are read at the largest id, which END is; transformers calls that 2 for old models.
       fixed["eos_token_id"] = (min(section["vocab_size"], CLIP_TOKENS) - 1, 2)
     found = _take(f"{tower}_config", section, compared, fixed, _HF_FREE)
@@ -221,7 +221,6 @@ _OPENCLIP_COMPARED = {
   },
 }
 _OPENCLIP_BOTH: dict[str, Collection] = {
-  "mlp_ratio": (4,),
   "ls_init_value": _NONE,
   "act_kwargs": (None, {}, {"approximate": "none"}),
   "norm_kwargs": (None, {}, {"eps": EPSILON}),
@@ -251,15 +250,16 @@ _OPENCLIP_FIXED: dict[str, dict[str, Collection]] = {
     "pool_type": ("argmax",),
     "proj_type": ("linear",),
     "proj_bias": _NONE,
+    "mlp_ratio": (4,),
     **_OPENCLIP_BOTH,
   },
 }
 _OPENCLIP_FREE = {
   # The positions are stored, learned or not. The poolers' settings matter with a pooler only.
   "vision_cfg": {
-    "head_width", "patch_dropout", "output_tokens", "pos_embed_type", "attn_pooler_queries",
-    "attn_pooler_heads", "n_queries", "timm_model_pretrained", "timm_pool", "timm_proj",
-    "timm_proj_bias", "timm_drop", "timm_drop_path",
+    "head_width", "mlp_ratio", "patch_dropout", "output_tokens", "pos_embed_type",
+    "attn_pooler_queries", "attn_pooler_heads", "n_queries", "timm_model_pretrained",
+    "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
   },
   "text_cfg": {
     "hf_tokenizer_name", "pad_id", "eos_id", "output_tokens", "hf_model_pretrained",
@@ -297,6 +297,7 @@ def _from_openclip(content: Mapping) -> dict[str, Any]:
     fields |= _take(tower, model[tower], compared, _OPENCLIP_FIXED[tower], _OPENCLIP_FREE[tower])
   fields["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
   fields["vision_heads"] = fields["vision_width"] // vision.get("head_width", 64)
+  fields["vision_mlp_width"] = int(fields["vision_width"] * vision.get("mlp_ratio", 4))
   return {**fields, **_images_from_openclip(content.get("preprocess_cfg"), fields["image_size"])}
 
 

@@ -270,6 +270,7 @@ def main() -> None:
       archive, "hf_older", change=older, vision={"hidden_act": "gelu"}, text={"hidden_act": "gelu"}
     )
     hf(archive, "hf_eos_2", text={"eos_token_id": 2})
+    hf(archive, "hf_wide_mlp", vision={"intermediate_size": 78})
     hf_preprocessor(archive)
     tanh = {"hidden_act": "gelu_pytorch_tanh"}
     hf(archive, "hf_tanh", True, vision=tanh, text=tanh)
@@ -281,6 +282,7 @@ def main() -> None:
 
     openclip(archive, "openclip")
     openclip(archive, "openclip_custom", custom_text=True, quick_gelu=True)
+    openclip(archive, "openclip_wide_mlp", vision={"mlp_ratio": 4.9231})
     half = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
     openclip(archive, "openclip_half", preprocess=half)
     openclip(archive, "openclip_training", wrap=training_checkpoint)

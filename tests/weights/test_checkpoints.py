@@ -18,16 +18,21 @@ def test_names():
   assert address.repository == "owner/na.me" and address.files == ("sub/model.safetensors",)
   assert address.revision == "refs/pr/1" and "/" not in address.slug
   one_line("CLIP 'ViT-B/18' is not known; did you mean 'ViT-B/16'", find, "ViT-B/18")
+  # g/14 is another model than the giant G/14, which open_clip calls bigG/14.
+  assert find("VIT-g-14-LAION2B").name == "ViT-g/14-laion2b"
+  assert find("ViT-bigg-14-laion2b").name == "ViT-bigG/14-laion2b"
+  one_line("CLIP 'ViT-G/14-laion2b' is not known", find, "ViT-G/14-laion2b")
   for wrong in ("hf://owner", "hf://owner/name/../../x", "hf://a b/c", "hf://"):
     one_line("expected hf://owner/name", find, wrong)
 
 
 def count(c: CLIPConfig) -> int:
   """Parameters of a CLIP, from the formula of a transformer."""
-  blocks = lambda width, layers: layers * (12 * width**2 + 13 * width)
-  vision = blocks(c.vision_width, c.vision_layers)
+  # Attention of 4 D² + 4 D, norms of 4 D, and two projections between D and the MLP's width.
+  blocks = lambda d, mlp, layers: layers * (4 * d**2 + 9 * d + (2 * d + 1) * mlp)
+  vision = blocks(c.vision_width, c.vision_mlp_width or 4 * c.vision_width, c.vision_layers)
   vision += c.vision_width * (3 * c.patch_size**2 + 1 + c.grid**2 + 1 + 4 + c.embed_dim)
-  text = blocks(c.text_width, c.text_layers)
+  text = blocks(c.text_width, 4 * c.text_width, c.text_layers)
   text += c.text_width * (c.vocab_size + c.context_length + 2 + c.embed_dim)
   return vision + text + 1
 
@@ -43,7 +48,7 @@ def test_the_table():
     # Heads are not told by a file alone.
     for tower in ("vision", "text"):
       width, heads = (getattr(row.config, f"{tower}_{what}") for what in ("width", "heads"))
-      assert width == 64 * heads
+      assert heads == (16 if width > 1280 else width / 64)
 
 
 def test_the_page_has_the_table():

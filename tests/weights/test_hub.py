@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 
@@ -24,7 +25,7 @@ from rpn_jax.weights import arrays, checkpoints, clip_file, hub, names, transfer
 from tests import ROOT, tiny
 from tests.tools.hub_server import Fault, serve
 from tests.weights.checks import flatten, one_line, same
-from tests.weights.files import hf_names, write_state
+from tests.weights.files import hf_names, write_shards, write_state
 
 NAME, REPOSITORY = "ViT-T/8", "test/tiny"
 # As transformers writes it for the tiny CLIP.
@@ -184,6 +185,48 @@ def test_a_downloaded_folder_is_a_model(server, tmp_path):
   assert Segmenter.load(tmp_path, templates="single").predictor.clip == tiny.TINY
 
 
+def sharded() -> dict[str, bytes]:
+  """A repository of transformers whose weights are in three shards."""
+  with tempfile.TemporaryDirectory() as folder:
+    write_shards(pathlib.Path(folder), hf_names(openai_state(), 2, 1))
+    files = {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
+  return files | {"config.json": json.dumps(CONFIG).encode()}
+
+
+def test_shards(server, monkeypatch):
+  """All are fetched, the rest of an interrupted transfer only, and a missing one is named."""
+  files = sharded()
+  monkeypatch.setitem(server.repositories, "test/shards", files)
+  name, shards = "hf://test/shards", sorted(x for x in files if x.startswith("model-"))
+  assert len(shards) == 3
+  lacking = {x: content for x, content in files.items() if x != shards[2]}
+  monkeypatch.setitem(server.repositories, "test/shards", lacking)
+  one_line("HTTP 404, no such file", clip_file.load_clip, name)
+  monkeypatch.setitem(server.repositories, "test/shards", files)
+  server.log.clear()
+  config, params = clip_file.load_clip(name)
+  assert config == tiny.TINY and server.log.count("GET cdn - -") == 1
+  same(params, tiny._params(0))
+  assert kept() == ["test-shards.safetensors"]
+  # By its index, too, and from what another program fetched.
+  for file in files:
+    huggingface_hub.hf_hub_download("test/shards", file)
+  server.log.clear()
+  same(clip_file.load_clip(f"{name}/model.safetensors.index.json")[1], tiny._params(0))
+  assert server.log == []
+  hub.remove(checkpoints.find(name))
+  next(pathlib.Path(constants.HF_HUB_CACHE).rglob(shards[1])).unlink()
+  same(clip_file.load_clip(name)[1], tiny._params(0))
+  assert server.log.count("GET cdn - -") == 3
+
+
+def test_an_index_leads_nowhere_else(server, monkeypatch):
+  index = json.dumps({"weight_map": {"logit_scale": "../../x.safetensors"}}).encode()
+  monkeypatch.setitem(server.repositories, "test/shards", sharded() | {
+    "model.safetensors.index.json": index})  # fmt: skip
+  one_line("expected file names in .*got the path", clip_file.load_clip, "hf://test/shards")
+
+
 def test_the_token_stays_on_the_hub(server, monkeypatch):
   monkeypatch.setenv("HF_TOKEN", "hf_secret")
   clip_file.find_weights(NAME)
@@ -261,6 +304,32 @@ def test_two_at_once_fetch_once(server, capsys):
   holder = rf"(process {os.getpid()} on \S+|another process)"
   out = capsys.readouterr().out
   assert re.search(rf"{re.escape(f'{NAME} in {hub.folder()}')} is in use by {holder}: waiting", out)
+
+
+# The conversion is a copy, which is done in no time.
+FETCH = """
+import shutil, sys
+from huggingface_hub import constants
+from rpn_jax.weights import checkpoints, hub
+row = checkpoints.find(sys.argv[1])
+print(hub.get(row, lambda source, row, path, origin: shutil.copy(source, path)))
+"""
+
+
+def test_two_processes_fetch_once(server, tmp_path):
+  server.faults["cdn"] = Fault(slow=1.0)
+  environment = os.environ | {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "hf"),
+                              "HF_HUB_OFFLINE": "0"}  # fmt: skip
+  command = [sys.executable, "-c", FETCH, f"hf://{REPOSITORY}"]
+  both = [
+    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    for _ in range(2)
+  ]
+  out = [process.communicate(timeout=120)[0] for process in both]
+  assert [process.returncode for process in both] == [0, 0]
+  assert server.log.count("GET cdn - -") == 1 and kept() == ["test-tiny.safetensors"]
+  path = str(hub.folder() / "test-tiny.safetensors")
+  assert [text.splitlines()[-1] for text in out] == [path, path]
 
 
 REFUSALS = {
