@@ -127,17 +127,26 @@ def locked(
         file.truncate(0)
 
 
+def cache_path() -> pathlib.Path:
+  """Path of the cache folder: `rpn_jax` in XDG_CACHE_HOME, by default in `~/.cache`.
+
+  Raises:
+    RuntimeError: there is no home folder.
+  """
+  xdg = os.environ.get("XDG_CACHE_HOME", "")
+  # The XDG specification says to ignore relative paths.
+  root = pathlib.Path(xdg) if os.path.isabs(xdg) else pathlib.Path.home() / ".cache"
+  return root / "rpn_jax"
+
+
 @functools.cache
 def cache_dir() -> pathlib.Path | None:
-  """The cache folder: `rpn_jax` in XDG_CACHE_HOME, by default in `~/.cache`.
+  """The cache folder, to be written to.
 
   None, with a warning, if it cannot be created, as in a container without a home folder.
   """
-  xdg = os.environ.get("XDG_CACHE_HOME", "")
   try:
-    # The XDG specification says to ignore relative paths.
-    root = pathlib.Path(xdg) if os.path.isabs(xdg) else pathlib.Path.home() / ".cache"
-    folder = root / "rpn_jax"
+    folder = cache_path()
     folder.mkdir(parents=True, exist_ok=True)
     if os.access(folder, os.W_OK | os.X_OK):
       return folder

@@ -19,6 +19,7 @@ All were trained on images normalized with OpenAI's mean and deviation. LAION-2B
 """
 
 import dataclasses
+import hashlib
 import re
 from typing import Any
 
@@ -75,8 +76,15 @@ class Checkpoint:
 
   @property
   def slug(self) -> str:
-    """The name as a file name, the same for all spellings."""
-    return re.sub(r"[^\w.@-]+", "-", self.name.removeprefix(_HUB))
+    """The name as a file name: the same for all spellings, and another one for another name."""
+    if not self.name.startswith(_HUB):
+      return self.name.replace("/", "-")
+    # As the hub's own cache has it; no owner and no repository has two hyphens in a row.
+    address = self.name.removeprefix(_HUB)
+    slug = re.sub(r"[^\w.@-]", "-", address.replace("/", "--"))
+    if slug.replace("--", "/") == address:
+      return slug
+    return f"{slug}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
 
   @property
   def page(self) -> str:
@@ -187,6 +195,8 @@ _ROWS = (
 CHECKPOINTS = {row.name: row for row in _ROWS}
 # Other spellings, as those of open_clip ("ViT-B-16"), are the same name.
 _FOLDED = re.compile(r"[/_-]")
+# What is typed or pasted in place of hf://.
+_LIKE_HUB = re.compile(r"(?i)(hf|huggingface):/*|https?://(www\.)?(huggingface\.co|hf\.co)/+")
 
 
 def find(name: object) -> Checkpoint | None:
@@ -198,6 +208,11 @@ def find(name: object) -> Checkpoint | None:
   text = str(name)
   if text.startswith(_HUB):
     return _of_address(text)
+  if typo := _LIKE_HUB.match(text):
+    raise InputError(
+      f"expected hf://owner/name for a repository of the hub, got {text!r}: did you mean "
+      f"{_HUB + text[typo.end() :]!r}?"
+    )
   folded = {_fold(known): row for known, row in CHECKPOINTS.items()}
   if row := folded.get(_fold(text)):
     return row
@@ -214,8 +229,10 @@ def check_name(name: str) -> Checkpoint:
   """
   if checkpoint := find(name):
     return checkpoint
+  is_address = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.lower().startswith("vit")
+  near = _HUB + name if is_address else suggestion(name, CHECKPOINTS)
   raise InputError(
-    f"{name!r} is no name of weights; did you mean {suggestion(name, CHECKPOINTS)!r}? "
+    f"{name!r} is no name of weights; did you mean {near!r}? "
     "`rpn weights` lists them; hf://owner/name is any other repository of the hub"
   )
 

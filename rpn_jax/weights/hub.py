@@ -5,6 +5,7 @@ where it is from. Only the process with the lock fetches; the others of a host w
 """
 
 import contextlib
+import glob
 import os
 import pathlib
 import shutil
@@ -28,19 +29,15 @@ _CONFIGS = (
 
 
 def folder() -> pathlib.Path:
-  """Where weights are kept.
+  """Where weights are kept; it may not exist, or not be writable.
 
   Raises:
-    InputError: there is no writable cache folder.
+    InputError: there is no home folder.
   """
-  cache = paths.cache_dir()
-  if cache is None:
-    raise InputError(
-      "expected a folder to keep weights in, the cache cannot be written: set XDG_CACHE_HOME to a "
-      "writable folder"
-    )
-  (cache / "weights").mkdir(exist_ok=True)
-  return cache / "weights"
+  try:
+    return paths.cache_path() / "weights"
+  except RuntimeError as error:
+    raise InputError(f"{error}, so weights cannot be kept: set XDG_CACHE_HOME") from None
 
 
 def cached(checkpoint: Checkpoint) -> pathlib.Path:
@@ -77,9 +74,11 @@ def adopt(checkpoint: Checkpoint, source: pathlib.Path, convert: Convert) -> pat
 def remove(checkpoint: Checkpoint) -> int:
   """Removes the weights of a name, and what an interrupted transfer left; returns the bytes."""
   with _locked(checkpoint):
-    files = [cached(checkpoint), *_unfinished(checkpoint).rglob("*")]
+    written = [cached(checkpoint), *_half_written(checkpoint)]
+    files = [*written, *_unfinished(checkpoint).rglob("*")]
     size = sum(file.stat().st_size for file in files if file.is_file())
-    cached(checkpoint).unlink(missing_ok=True)
+    for file in written:
+      file.unlink(missing_ok=True)
     shutil.rmtree(_unfinished(checkpoint), ignore_errors=True)
   return size
 
@@ -105,6 +104,20 @@ def holds_weights(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(checkpoint: Checkpoint) -> Iterator[None]:
+  """
+  Raises:
+    InputError: weights cannot be kept.
+  """
+  try:
+    folder().mkdir(parents=True, exist_ok=True)
+    reason = "" if os.access(folder(), os.W_OK | os.X_OK) else "it cannot be written"
+  except OSError as error:
+    reason = str(error.strerror)
+  if reason:
+    raise InputError(
+      f"expected a folder to keep weights in, got {folder()} ({reason}): set XDG_CACHE_HOME to a "
+      "writable folder"
+    )
   lock = folder() / f".{checkpoint.slug}.lock"
   with paths.locked(lock, f"{checkpoint.name} in {folder()}", wait=True):
     yield
@@ -114,13 +127,23 @@ def _unfinished(checkpoint: Checkpoint) -> pathlib.Path:
   return folder() / f".{checkpoint.slug}"
 
 
+def _half_written(checkpoint: Checkpoint) -> list[pathlib.Path]:
+  """What a conversion leaves that was killed."""
+  return list(folder().glob(f".{glob.escape(cached(checkpoint).name)}.*.tmp"))
+
+
 def _fetch(checkpoint: Checkpoint, path: pathlib.Path, convert: Convert) -> None:
   staging = _unfinished(checkpoint)
+  for file in _half_written(checkpoint):
+    file.unlink()
   staging.mkdir(exist_ok=True)
   found = _in_cache_of_the_hub(checkpoint)
-  if found is None:
-    found = _download(checkpoint, staging)
-  source, origin = found
+  try:
+    source, origin = found or _download(checkpoint, staging)
+  except InputError:
+    with contextlib.suppress(OSError):  # what has come stays
+      staging.rmdir()
+    raise
   size = sum(file.stat().st_size for file in _with_shards(source))
   transfer.check_space(path.parent, 4 * checkpoint.parameters or size)
   try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from rpn_jax.config import check
 from rpn_jax.models.clip import VisionTransformer
 from rpn_jax.tasks import evaluate, predict, train
 from rpn_jax.weights import clip_file
-from tests import tiny
+from tests import ROOT, tiny
 from tests.tasks.test_train import make_config
 from tests.weights.test_publisher import unpack
 
@@ -102,10 +103,13 @@ def test_what_the_config_says_comes_first(home):
   assert clip_file.with_normalization(config).data.std == pixels.CLIP_STD
 
 
-def test_a_flag_is_what_the_config_says(home):
+def test_a_flag_is_what_the_config_says(monkeypatch):
+  arguments = ["main.py", "--config=configs/shapes.py", "--config.data.std=(0.1, 0.2, 0.3)"]
+  monkeypatch.setattr(sys, "argv", arguments)  # where ml_collections looks for overrides
+  monkeypatch.chdir(ROOT)
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-  parse(values, ["main.py", "--config=configs/shapes.py", "--config.data.std=(0.1, 0.2, 0.3)"])
+  parse(values, arguments)
   check(values.config)
   assert values.config.data.std == (0.1, 0.2, 0.3) and values.config.data.mean is None
 

@@ -26,6 +26,23 @@ def test_names():
     one_line("expected hf://owner/name", find, wrong)
 
 
+def test_every_address_has_a_file_of_its_own():
+  names = [
+    "hf://a/b-c", "hf://a-b/c", "hf://ViT-B/16", "ViT-B/16", "hf://a/b@x", "hf://a/b/x", "hf://a/b",
+    "hf://a/b/x y", "hf://a/b/x-y", "hf://a/b--x", "hf://a/b@c%2Fd", "hf://a/b@c-2Fd",
+  ]  # fmt: skip
+  slugs = [checkpoints.find(name).slug for name in names]
+  assert len({*slugs}) == len(names) and all("/" not in slug for slug in slugs)
+
+
+def test_what_is_nearly_an_address():
+  for text in ("HF://a/b", "hf:/a/b", "hf:a/b", "https://huggingface.co/a/b", "huggingface://a/b"):
+    message = f"got '{text}': did you mean 'hf://a/b'"
+    one_line(message, checkpoints.find, text)
+    one_line(message, checkpoints.check_name, text)
+  one_line("'a/b' is no name of weights; did you mean 'hf://a/b'", checkpoints.check_name, "a/b")
+
+
 def count(c: CLIPConfig) -> int:
   """Parameters of a CLIP, from the formula of a transformer."""
   # Attention of 4 D² + 4 D, norms of 4 D, and two projections between D and the MLP's width.

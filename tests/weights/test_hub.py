@@ -21,6 +21,7 @@ from huggingface_hub import constants
 from rpn_jax import Segmenter, cli
 from rpn_jax.base import paths
 from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.tasks import demo
 from rpn_jax.weights import arrays, checkpoints, clip_file, hub, names, transfer
 from tests import ROOT, tiny
 from tests.tools.hub_server import Fault, serve
@@ -139,7 +140,7 @@ def test_the_whole_way(server, tmp_path):
     requests.append(len(server.log))
   assert results[0]["classes"] == results[1]["classes"]
   assert requests[0] == requests[1] and server.log[0] == "GET api - -"
-  assert kept() == ["test-tiny.safetensors"]
+  assert kept() == ["test--tiny.safetensors"]
 
 
 def test_both_layouts_hold_the_same_weights(server):
@@ -149,7 +150,7 @@ def test_both_layouts_hold_the_same_weights(server):
   config, params = clip_file.load_clip("hf://test/openclip@main")
   assert config == tiny.TINY
   same(params, tiny._params(0))
-  header = arrays.read_safetensors(hub.folder() / "test-openclip@main.safetensors")[1]
+  header = arrays.read_safetensors(hub.folder() / "test--openclip@main.safetensors")[1]
   assert header["fingerprint"] == arrays.fingerprint(params)
   assert header["origin"].startswith("hf://test/openclip@c0ffee")
   assert header["origin"].endswith("/open_clip_model.safetensors")
@@ -207,7 +208,7 @@ def test_shards(server, monkeypatch):
   config, params = clip_file.load_clip(name)
   assert config == tiny.TINY and server.log.count("GET cdn - -") == 1
   same(params, tiny._params(0))
-  assert kept() == ["test-shards.safetensors"]
+  assert kept() == ["test--shards.safetensors"]
   # By its index, too, and from what another program fetched.
   for file in files:
     huggingface_hub.hf_hub_download("test/shards", file)
@@ -327,8 +328,8 @@ def test_two_processes_fetch_once(server, tmp_path):
   ]
   out = [process.communicate(timeout=120)[0] for process in both]
   assert [process.returncode for process in both] == [0, 0]
-  assert server.log.count("GET cdn - -") == 1 and kept() == ["test-tiny.safetensors"]
-  path = str(hub.folder() / "test-tiny.safetensors")
+  assert server.log.count("GET cdn - -") == 1 and kept() == ["test--tiny.safetensors"]
+  path = str(hub.folder() / "test--tiny.safetensors")
   assert [text.splitlines()[-1] for text in out] == [path, path]
 
 
@@ -423,6 +424,39 @@ def test_a_full_disk(server, monkeypatch, tmp_path):
 
 
 # Second addresses
+
+
+def test_a_killed_conversion(server, monkeypatch):
+  """What came stays, what was half written goes, and nothing of it is taken for whole."""
+
+  def killed(source, row, path, origin):
+    (path.parent / f".{path.name}.0123456789abcdef.tmp").write_bytes(b"half")
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    hub.get(row(), killed)
+  assert not hub.cached(row()).exists() and len(kept()) == 3
+  server.log.clear()
+  same(clip_file.load_clip(NAME)[1], tiny._params(0))
+  assert "GET cdn - -" not in server.log and kept() == ["ViT-T-8.safetensors"]
+
+
+def test_a_cache_that_cannot_be_written(server, monkeypatch):
+  clip_file.find_weights(NAME)
+  monkeypatch.setattr(os, "access", lambda *_: False)
+  same(clip_file.load_clip(NAME)[1], tiny._params(0))  # what is there is used
+  refused = r"expected a folder to keep weights in, got .*\(it cannot be written\): set XDG_CACHE"
+  one_line(refused, clip_file.find_weights, f"hf://{REPOSITORY}")
+  one_line(refused, hub.remove, row())
+
+
+def test_the_page_takes_a_name(server):
+  """And offers it under the name that was typed."""
+  models = demo.Models([f"hf://{REPOSITORY}"])
+  choices = (models.names[0], demo.OWN_METHOD)
+  result = demo.segment(models, str(demo.SCENE), "sand, water", "", 0.0, *choices)
+  assert f"hf://{REPOSITORY}" in result.method and result.labels.shape == (192, 256)
+  one_line("hf://test/none could not be fetched: HTTP 401", demo.Models, ["hf://test/none"])
 
 
 def test_the_second_address(server, tmp_path, monkeypatch):
