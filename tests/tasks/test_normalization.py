@@ -31,7 +31,7 @@ HALF, QUARTER = (0.5,) * 3, (0.25,) * 3
 
 def white(data_config, split):
   image, label = np.full((32, 32, 3), 255, np.uint8), np.zeros((32, 32), np.uint8)
-  return [{"image": image, "label": label, "id": f"{split} {i}"} for i in range(2)]
+  return [{"image": image, "label": label, "id": f"{split} {i}"} for i in range(8)]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_the_whole_way(home, seen, monkeypatch):
   Image.new("RGB", (32, 32), (255, 255, 255)).save(home / "white.png")
   config = make_config(
     home, "runlocal,supervised", steps=1, **{"data.name": "white", "data.ratio": (1.0, 1.0)},
-    **{"data.photometric": False},
+    **{"data.photometric": False, "data.batch_size": 8},
   )  # fmt: skip
   assert (config.data.mean, config.data.std) == (HALF, QUARTER)
   workdir = home / "run"
