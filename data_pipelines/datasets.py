@@ -73,13 +73,19 @@ def load_evaluations(config) -> list[SegmentationData]:
   """
   if not config.eval.sets:
     return [load(config)]
-  return [_open(config, name, "supervised") for name in config.eval.sets]
+  naming = config.eval.get("naming", "")
+  return [
+    _open(config, name, "supervised", naming=naming if naming in vocabularies.namings(name) else "")
+    for name in config.eval.sets
+  ]
 
 
-def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
+def _open(config, name: str, setting: str, process=(0, 1), naming: str = "") -> SegmentationData:
+  """A data set; `naming` is of its classes, by default config.data's for the training set."""
   c = config.data
   data_set = registry.get(name)
-  vocabulary = _vocabulary(c, data_set)
+  naming = naming or (c.naming if name == c.name else "dataset")
+  vocabulary = _vocabulary(c, data_set, naming)
   seen, unseen = vocabulary.seen, vocabulary.unseen
   count = len(vocabulary.names)
   if setting != "supervised" and not unseen:
@@ -163,10 +169,10 @@ def _open(config, name: str, setting: str, process=(0, 1)) -> SegmentationData:
   )
 
 
-def _vocabulary(c, data_set: registry.DataSet) -> vocabularies.Vocabulary:
+def _vocabulary(c, data_set: registry.DataSet, naming: str) -> vocabularies.Vocabulary:
   if data_set.classes is None:
     return records.stored_vocabulary(data_set.prepared, c.data_dir, c.variant)
-  return vocabularies.load(data_set.name, c.naming if data_set.name == c.name else "dataset")
+  return vocabularies.load(data_set.name, naming)
 
 
 def _source(c, data_set: registry.DataSet, split: str):

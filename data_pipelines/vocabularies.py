@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from data_pipelines import registry
 from rpn_jax.base.errors import InputError
@@ -71,6 +71,7 @@ class ClassFiles:
     scored: class as which all names from this position on are scored.
     background: whether the name "background" comes before those in the file.
     spaced: file of the names with their words apart, for the naming "spaced".
+    catseg: (name, what CAT-Seg calls it instead), for the naming "catseg".
   """
 
   names: str
@@ -82,6 +83,7 @@ class ClassFiles:
   scored: int | None = None
   background: bool = False
   spaced: str = ""
+  catseg: tuple[tuple[str, str], ...] = ()
 
 
 def vocabulary_names() -> tuple[str, ...]:
@@ -96,7 +98,8 @@ def load(name: str, naming: str = "dataset") -> Vocabulary:
   Args:
     name: as registered.
     naming: "dataset", the names in the data set's files; "maskclip", the wording MaskCLIP
-      prompts with ("potted plant"); "spaced", context459 with its words apart.
+      prompts with ("potted plant"); "spaced", context459 with its words apart; "catseg", where
+      CAT-Seg's lists have other names (context59's "table" is VOC's "diningtable").
 
   Raises:
     InputError: an unknown name or naming, with the nearest known one; a damaged file; a set whose
@@ -137,13 +140,27 @@ def of_names(
   return Vocabulary(name, names, seen, unseen, ids, "error", ignore, classes)
 
 
+def namings(name: str) -> tuple[str, ...]:
+  """The namings of a registered data set, see `load`."""
+  classes = registry.get(name).classes
+  return tuple(_namings(name, classes)) if isinstance(classes, ClassFiles) else ("dataset",)
+
+
+def _namings(name: str, files: ClassFiles) -> dict[str, Callable[[], Sequence[str]]]:
+  """Naming -> () -> names of the classes in the files."""
+  found = {"dataset": lambda: _read(files.names)}
+  if name in _read("prompt_names_maskclip"):
+    found["maskclip"] = lambda: _read("prompt_names_maskclip")[name]
+  if files.spaced:
+    found["spaced"] = lambda: _read(files.spaced)
+  if files.catseg:
+    found["catseg"] = lambda: [dict(files.catseg).get(n, n) for n in _read(files.names)]
+  return found
+
+
 @functools.cache
 def _from_files(name: str, files: ClassFiles, naming: str) -> Vocabulary:
-  namings = {"dataset": lambda: _read(files.names)}
-  if name in _read("prompt_names_maskclip"):
-    namings["maskclip"] = lambda: _read("prompt_names_maskclip")[name]
-  if files.spaced:
-    namings["spaced"] = lambda: _read(files.spaced)
+  namings = _namings(name, files)
   check_known(f"naming of {name} ", naming, namings)
   names = (("background",) if files.background else ()) + tuple(namings[naming]())
   if len(names) != files.count:

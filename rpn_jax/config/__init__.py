@@ -93,7 +93,7 @@ class Data:
     "", "for folder the name it was prepared under, for ade847 short512 or native"
   )
   naming: str = field(
-    "dataset", "wording of the class names; some sets also have maskclip or spaced"
+    "dataset", "wording of the class names; some sets also have maskclip, spaced or catseg"
   )
   data_dir: str = field("data", "folder of prepared data sets", is_path=True, free=True)
   setting: str = field(
@@ -153,6 +153,12 @@ class Eval:
 
   sets: tuple[str, ...] = field(
     (), "data sets of --mode=eval, every class prompted; (): the training set, in its setting"
+  )
+  naming: str = field(
+    "",
+    "wording of the class names of these where a set has it: dataset, maskclip, spaced or catseg; "
+    "else, and by default, that of data.naming for the training set and dataset for others",
+    words=("", "dataset", "maskclip", "spaced", "catseg"),
   )
   layout: str = field(
     "windows",

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import coco_stuff, context, folder, open_vocab, voc
+from configs import coco_stuff, context, folder, open_vocab, shapes, voc
 from data_pipelines import DATA_SETS, datasets, prepare, records, registry, vocabularies
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
@@ -126,3 +126,36 @@ def test_a_set_with_a_prompted_background_is_not_trained_on(data_dir):
   config = make(voc, data_dir, "runlocal,supervised", **{"data.name": "voc20b"})
   with pytest.raises(InputError, match="59 names are scored as 21 classes"):
     datasets.load(config).train_batches(0)
+
+
+def test_names_of_evaluations_are_worded_where_a_set_has_the_wording():
+  config = config_of_shapes()
+  config.eval.sets = ("context59", "ade150")
+  context59, ade150 = datasets.load_evaluations(config)
+  assert "table" in context59.names
+  config.eval.naming = "catseg"
+  worded, same = datasets.load_evaluations(config)
+  assert "diningtable" in worded.names and "table" not in worded.names
+  assert same.names == ade150.names
+
+
+def config_of_shapes():
+  config = shapes.get_config("runlocal").unlock()
+  config.data.update({"train_images": 4, "eval_images": 2, "batch_size": 2, "threads": 0})
+  return config
+
+
+def test_the_recipe_of_the_config(tmp_path):
+  images = {}
+  for recipe in ("mmsegmentation", "detectron2"):
+    config = config_of_shapes()
+    config.data.update({"data_dir": str(tmp_path), "recipe": recipe, "mean": (0, 0, 0)})
+    config.data.update({"std": (1 / 255,) * 3, "short_side": 40, "long_side": 32})
+    data = datasets.load(config)
+    batch = next(data.train_batches(0))
+    assert batch["image"].shape == (2, config.data.crop, config.data.crop, 3)
+    examples = data.eval_examples()
+    assert max(examples[0]["image"].shape[:2]) == 32
+    images[recipe] = examples[0]["image"]
+  # Without antialias edges are harder.
+  assert abs(images["mmsegmentation"] - images["detectron2"]).max() > 1

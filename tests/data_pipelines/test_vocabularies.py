@@ -1,5 +1,7 @@
 """The shipped class lists, splits, id tables and templates against the published figures."""
 
+import collections
+
 import numpy as np
 import pytest
 
@@ -125,6 +127,24 @@ def test_other_namings():
   spaced = vocabularies.load("context459", "spaced").names
   plain = vocabularies.load("context459").names
   assert [n.replace(" ", "") for n in spaced] == [n.replace(" ", "") for n in plain]
+
+
+def test_catseg_takes_the_table_of_context_for_that_of_voc():
+  ours, theirs = (vocabularies.load("context59", n).names for n in ("dataset", "catseg"))
+  assert [(a, b) for a, b in zip(ours, theirs, strict=True) if a != b] == [("table", "diningtable")]
+  background = vocabularies.load("voc20b").names
+  assert set(theirs) == set(background) and len(background) == 59
+  # Names of A-847 with synonyms, and those that are first for two classes.
+  names = vocabularies.load("ade847").names
+  first = collections.Counter(name.split(", ")[0] for name in names)
+  assert sum(", " in name for name in names) == 217
+  assert sum(count > 1 for count in first.values()) == 9
+
+
+def test_namings_of_a_set():
+  assert vocabularies.namings("context59") == ("dataset", "maskclip", "catseg")
+  assert vocabularies.namings("context459") == ("dataset", "maskclip", "spaced")
+  assert vocabularies.namings("shapes") == ("dataset",)
 
 
 def test_unknown_names_suggest_the_nearest():
