@@ -73,9 +73,10 @@ def load_evaluations(config) -> list[SegmentationData]:
   """
   if not config.eval.sets:
     return [load(config)]
-  naming = config.eval.get("naming", "")
+  naming = config.eval.get("naming", "dataset")
+  worded = {n for n in config.eval.sets if naming in vocabularies.namings(n)[1:]}
   return [
-    _open(config, name, "supervised", naming=naming if naming in vocabularies.namings(name) else "")
+    _open(config, name, "supervised", naming=naming if name in worded else "")
     for name in config.eval.sets
   ]
 

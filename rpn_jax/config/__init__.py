@@ -155,10 +155,10 @@ class Eval:
     (), "data sets of --mode=eval, every class prompted; (): the training set, in its setting"
   )
   naming: str = field(
-    "",
-    "wording of the class names of these where a set has it: dataset, maskclip, spaced or catseg; "
-    "else, and by default, that of data.naming for the training set and dataset for others",
-    words=("", "dataset", "maskclip", "spaced", "catseg"),
+    "dataset",
+    "wording of the class names of these where a set has it: maskclip, spaced or catseg; else "
+    "dataset, or data.naming for the training set",
+    words=("dataset", "maskclip", "spaced", "catseg"),
   )
   layout: str = field(
     "windows",

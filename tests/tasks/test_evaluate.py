@@ -343,7 +343,7 @@ def confusion_of_scenes():
     examples.append({"image": np.float32(image), "label": label, "id": f"{i}"})
   data = Data("shapes", shapes.CLASSES, examples, shapes.VOCABULARY.seen, shapes.UNSEEN)
   segmenter = predictor.for_data(data)
-  assert segmenter.flip and segmenter.scales == (1.0, 0.7)
+  assert segmenter.layout.flip and segmenter.layout.scales == (1.0, 0.7)
   assert segmenter.window_batch % jax.local_device_count() == 0
   return evaluation.evaluate(segmenter, examples, data).confusion_CxC
 
