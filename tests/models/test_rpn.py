@@ -17,9 +17,10 @@ from rpn_jax.models.trained import init_prompts
 from rpn_jax.training import losses
 
 TINY = CLIPConfig(
-  embed_dim=12, image_size=32, patch_size=8, vision_width=16, vision_layers=3, vision_heads=2,
-  text_width=8, text_layers=2, text_heads=2, context_length=16, vocab_size=50,
+  embed_dim=12, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2,
+  text_width=8, text_layers=1, text_heads=2, context_length=16, vocab_size=50,
 )  # fmt: skip
+DEEPER = CLIPConfig(**{**vars(TINY), "vision_layers": 3})
 B16 = CLIPConfig()
 L14 = CLIPConfig(
   embed_dim=768, patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16,
@@ -42,7 +43,9 @@ def network(clip, preset, released_tokens, side, **changes):
   return RPN(clip, RPNConfig(**{**fields, **changes}))
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=[pytest.mark.slow] if "L/14" in n else []) for n in COUNTS]
+)
 def test_parameter_counts(name):
   clip, preset, deep_tokens, side, expected = COUNTS[name]
   model = network(clip, preset, deep_tokens, side)
@@ -76,15 +79,16 @@ def inputs():
 
 
 @functools.cache
-def tiny(preset="paper", **changes):
-  model = network(TINY, preset, 2, 32, **changes)
+def tiny(preset="paper"):
+  """Of as many experts as a token takes: every expert is two convolutions to compile."""
+  model = network(TINY, preset, 2, 32, m2oe_experts=2)
   params, image, text = inputs()
   return model, params, init_prompts(model, params, text, jax.random.key(3), 32), image, text
 
 
 def prompt_shapes(**changes):
   """The prompts of a variant of the paper preset, as shapes."""
-  model = network(TINY, "paper", 2, 32, **changes)
+  model = network(DEEPER, "paper", 2, 32, **changes)
   image, text = jnp.zeros((1, 32, 32, 3)), jnp.zeros((5, TINY.embed_dim))
   return jax.eval_shape(lambda: model.init(jax.random.key(0), image, text))["prompts"]
 
@@ -167,30 +171,33 @@ def test_paper_preset_runs_at_other_sizes():
   assert out.shape == (1, 5, 8, 5)
 
 
+@functools.cache
+def gradients(**fields):
+  """Gradients of a loss, and the logits, of the tiny network with other fields."""
+  model, params, tree, image, text = tiny()
+  label = np.arange(2 * 32 * 32).reshape(2, 32, 32) // 100 % 5
+
+  def loss(prompts):
+    variables = {"params": params, "prompts": prompts}
+    logits = model.clone(**fields).apply(variables, image, text)
+    return sum(term.value for term in losses.sigmoid_loss(logits, label).values()), logits
+
+  return jax.jit(jax.grad(loss, has_aux=True))(tree)
+
+
 @pytest.mark.parametrize("policy", ["dots", "full"])
 def test_recomputing_blocks_changes_nothing(policy):
-  model, params, tree, image, text = tiny()
-  again = RPN(model.clip, model.config, remat=policy)
-  loss = lambda m: lambda p: m.apply({"params": params, "prompts": p}, image, text).sum()
-  plain, remat = (jax.jit(jax.grad(loss(m)))(tree) for m in (model, again))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    gradients(),
+    gradients(remat=policy),
+  )
 
 
 def test_bfloat16_is_near_float32():
-  model, params, tree, image, text = tiny()
-  half = RPN(model.clip, model.config, dtype=jnp.bfloat16)
-  variables = {"params": params, "prompts": tree}
-  want, got = (jax.jit(m.apply)(variables, image, text) for m in (model, half))
-  assert got.dtype == jnp.float32
-  assert np.abs(want - got).max() < 0.05 * np.abs(want).max()
-
-  label = np.arange(2 * 32 * 32).reshape(2, 32, 32) // 100 % 5
-
-  def loss(model, prompts):
-    logits = model.apply({"params": params, "prompts": prompts}, image, text)
-    return sum(term.value for term in losses.sigmoid_loss(logits, label).values())
-
-  want, got = (jax.jit(jax.grad(functools.partial(loss, m)))(tree) for m in (model, half))
+  (want, logits), (got, half) = gradients(), gradients(dtype=jnp.bfloat16)
+  assert half.dtype == jnp.float32
+  assert np.abs(logits - half).max() < 0.05 * np.abs(logits).max()
   for x in jax.tree.leaves(got):
     assert x.dtype == jnp.float32
   difference = jax.tree.map(jnp.subtract, want, got)
@@ -208,7 +215,7 @@ def test_switched_off_parts_have_no_parameters():
 
 def test_a_prompt_of_the_wrong_shape_is_refused():
   model, params, tree, image, text = tiny()
-  wrong = {**tree, "h": tree["h"][:1]}
+  wrong = {**tree, "h": tree["h"][:, :1]}  # would broadcast
   with pytest.raises(Exception, match="h"):
     model.apply({"params": params, "prompts": wrong}, image, text)
 

@@ -25,21 +25,24 @@ SMALL = {
   "deep_tokens": 3, "adapter_width": 4, "lora_rank": 2, "lst_reduction": 2, "m2oe": "none",
 }  # fmt: skip
 OF_SITES = ["adapter", "bitfit", "lora", "ssf"]
+# In `make test` the tuners of sites run together; one by one they are slow tests.
+SITES = "adapter+bitfit+lora+ssf"
+SINGLE = [pytest.param(name, marks=pytest.mark.slow) for name in OF_SITES]
 
 # Trained parameters with ViT-B/16 and the head of the paper preset, 789,504 of them in the head.
 HEAD = 789_504
+# Per block, and beside the blocks.
 COUNTS = {
-  "lpm": HEAD,
-  "bitfit": HEAD + 12 * (2 * 768 + 3 * 768 + 768 + 4 * 768 + 768) + 2 * 768,
-  "adapter": HEAD + 12 * 2 * (2 * 768 * 64 + 64 + 768),
-  "ssf": HEAD + 12 * 2 * (2 * 768 + 3 * 768 + 768 + 4 * 768 + 768) + 2 * 3 * 768,
-  "lora": HEAD + 12 * 4 * 768 * 8,
-  "vpt": HEAD + 12 * 40 * 768 + 768 * 768 + 3 * 768,
-  # Gates, thirteen ways down, twelve blocks of width 96, a norm, the way up.
-  "lst": HEAD + 12 + 13 * (768 * 96 + 96) + 12 * (4 * 96 + 12 * 96**2 + 9 * 96) + 192 + 97 * 768,
-  "full": HEAD + 86_192_640,
-  "rpn": 3_098_193,
-  "rpn+vpt": 3_098_193 + 12 * 40 * 768,
+  "lpm": (0, 0),
+  "bitfit": (2 * 768 + 3 * 768 + 768 + 4 * 768 + 768, 2 * 768),
+  "adapter": (2 * (2 * 768 * 64 + 64 + 768), 0),
+  "ssf": (2 * (2 * 768 + 3 * 768 + 768 + 4 * 768 + 768), 2 * 3 * 768),
+  "lora": (4 * 768 * 8, 0),
+  "vpt": (40 * 768, 768 * 768 + 3 * 768),
+  # A gate, a way down and a block of width 96; another way down, a norm, the way up.
+  "lst": (1 + 768 * 96 + 96 + 4 * 96 + 12 * 96**2 + 9 * 96, 768 * 96 + 96 + 192 + 97 * 768),
+  # Of the 86,192,640 parameters of the tower, a block has 12 matrices, 9 biases and 2 norms.
+  "full": (12 * 768**2 + 13 * 768, 86_192_640 - 12 * (12 * 768**2 + 13 * 768)),
 }
 
 
@@ -77,19 +80,33 @@ def moved(tree):
   return jax.tree.unflatten(form, [x + n for x, n in zip(leaves, noise)])
 
 
-@pytest.mark.parametrize("tuner", COUNTS)
-def test_parameter_counts(tuner):
-  model = RPN(B16, RPNConfig(tuner=tuner))
+@pytest.mark.parametrize(
+  "tuner, layers",
+  [(tuner, 2) for tuner in COUNTS]
+  + [pytest.param(tuner, 12, marks=pytest.mark.slow) for tuner in COUNTS],
+)
+def test_parameter_counts(tuner, layers):
+  block, rest = COUNTS[tuner]
+  tower = dataclasses.replace(B16, vision_layers=layers)
+  assert count(tower, tuner) == HEAD + layers * block + rest
+
+
+@pytest.mark.slow
+def test_parameter_counts_with_rpn():
+  assert count(B16, "rpn+vpt") == count(B16, "rpn") + 12 * 40 * 768 == 3_098_193 + 12 * 40 * 768
+
+
+def count(tower, tuner):
+  """Trained parameters."""
+  model = RPN(tower, RPNConfig(tuner=tuner))
   shapes = jax.eval_shape(
     lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), jnp.zeros((15, 512)))
   )
-  trained = prompts.count(shapes["prompts"])
-  if tuner == "full":
-    trained += prompts.count(shapes["params"])
-  assert trained == COUNTS[tuner]
+  visual = prompts.count(shapes["params"]) if tuner == "full" else 0
+  return prompts.count(shapes["prompts"]) + visual
 
 
-@pytest.mark.parametrize("tuner", [*OF_SITES, "lst", "full", "adapter+bitfit+lora+ssf"])
+@pytest.mark.parametrize("tuner", [*SINGLE, "lst", "full", SITES])
 def test_it_starts_as_the_frozen_tower_to_the_bit(tuner):
   bare, params, head, image, text = tiny("lpm")
   model, _, tree, _, _ = tiny(tuner)
@@ -101,7 +118,7 @@ def test_it_starts_as_the_frozen_tower_to_the_bit(tuner):
   assert np.abs(changed - want).max() > 1e-3
 
 
-@pytest.mark.parametrize("tuner", ["bitfit", "lora", "ssf", "full", "bitfit+lora+ssf", "rpn+lora"])
+@pytest.mark.parametrize("tuner", [*SINGLE[1:], "full", "bitfit+lora+ssf", "rpn+lora"])
 def test_merged_into_the_tower_it_gives_the_same(tuner):
   model, params, tree, image, text = tiny(tuner)
   tree = moved(tree)
@@ -114,11 +131,11 @@ def test_merged_into_the_tower_it_gives_the_same(tuner):
 
 
 def test_what_has_no_weights_of_its_own_is_not_merged():
-  model, params, tree, _, _ = tiny("adapter+bitfit")
+  model, params, tree, _, _ = tiny(SITES)
   assert tuners.merge(model.config, params, tree) == (model.config, params, tree)
 
 
-@pytest.mark.parametrize("tuner", [*OF_SITES, "vpt", "lst", "full", "rpn+lora"])
+@pytest.mark.parametrize("tuner", [*SINGLE, SITES, "vpt", "lst", "full", "rpn+lora"])
 def test_every_trained_tensor_gets_a_gradient(tuner):
   model, params, tree, image, text = tiny(tuner)
   batch = {"image": image, "label": np.arange(2 * 32 * 32).reshape(2, 32, 32) // 90 % 5}
@@ -167,7 +184,9 @@ def test_the_whole_text_tower_is_within_reach():
   assert len(shapes) == len(parents) == 1 + 6 * TINY.text_layers
 
 
-@pytest.mark.parametrize("words", [("lora",), ("ssf",), ("lora", "ssf")])
+@pytest.mark.parametrize(
+  "words", [*(pytest.param((x,), marks=pytest.mark.slow) for x in ("lora", "ssf")), ("lora", "ssf")]
+)
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_the_text_tower_is_tuned_at_the_same_sites(words, remat):
   tokens, params = text_tower()
@@ -192,7 +211,7 @@ def test_the_text_tower_is_tuned_at_the_same_sites(words, remat):
     assert np.abs(grad).max() > 0
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_recomputed_blocks_are_tuned_too(remat):
   model, params, tree, image, text = tiny("lora+ssf")
   tree = moved(tree)
@@ -201,7 +220,7 @@ def test_recomputed_blocks_are_tuned_too(remat):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), want, got)
 
 
-@pytest.mark.parametrize("tuner", [*OF_SITES, "lst"])
+@pytest.mark.parametrize("tuner", [*SINGLE, SITES, "lst"])
 def test_bfloat16_keeps_its_type(tuner):
   model, params, tree, image, text = tiny(tuner)
   want = logits(model, params, moved(tree), image, text)
@@ -231,6 +250,6 @@ def test_a_tree_of_the_wrong_shape_is_refused():
 
 def test_default_groups_cover_every_tuner():
   groups = Optimizer().groups
-  for tuner in ("rpn", "vpt", "lst", "full", *OF_SITES):
+  for tuner in ("rpn+lora", "vpt", "lst", "full", SITES):
     names = assign_groups(tiny(tuner)[2], groups)
     assert set(jax.tree.leaves({k: v for k, v in names.items() if k != "h"})) == {"rest"}
