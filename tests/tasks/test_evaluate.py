@@ -348,7 +348,7 @@ def confusion_of_scenes():
   return evaluation.evaluate(segmenter, examples, data).confusion_CxC
 
 
-@pytest.mark.parametrize("processes, devices", [(1, 8), (2, 2)])
+@pytest.mark.parametrize("processes, devices", [pytest.param(1, 8, marks=pytest.mark.slow), (2, 2)])
 def test_devices_and_processes_share_the_work(tmp_path, processes, devices):
   root = str(ROOT)
   with socket.socket() as free:
