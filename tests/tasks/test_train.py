@@ -45,6 +45,11 @@ def make_config(home, arg="runlocal", **changes):
   return with_normalization(config)
 
 
+def small_config(home, arg="runlocal", **changes):
+  """Of the head alone, evaluated once: for what the loop does, whatever the network is."""
+  return make_config(home, arg, **{"model.tuner": "lpm", "eval_every": 8, **changes})
+
+
 @pytest.fixture(scope="module")
 def finished(home):
   """A run of eight steps, evaluated at four and eight."""
@@ -116,7 +121,7 @@ def with_nan(data, steps):
 
 
 def test_a_step_gone_wrong_is_left_out_and_counted(home, capsys):
-  config = make_config(home, max_skipped=2, log_every=1)
+  config = small_config(home, max_skipped=2, log_every=1)
   workdir = home / "nan"
   data = with_nan(datasets.load(config), {3, 6})
   train.train(config, workdir, data)
@@ -131,7 +136,7 @@ def test_a_step_gone_wrong_is_left_out_and_counted(home, capsys):
 
 
 def test_too_many_in_a_row_end_the_run(home):
-  config = make_config(home, max_skipped=3, save_every=2)
+  config = small_config(home, max_skipped=3, save_every=2)
   workdir = home / "nans"
   data = datasets.load(config)
   indices = ", ".join(map(str, data.train_indices(4)))
@@ -149,7 +154,7 @@ def test_too_many_in_a_row_end_the_run(home):
 
 def test_a_full_disk_does_not_end_a_run(home, monkeypatch, capsys):
   """All saves but the last one fail, and the curves are kept back."""
-  config = make_config(home, save_every=1, log_every=1)
+  config = small_config(home, save_every=1, log_every=1)
   workdir = home / "full"
   save = checkpoint.Checkpoints.save
   tries = []
@@ -184,7 +189,7 @@ def test_eval_mode_gives_the_scores_of_training(finished):
 
 
 def test_a_run_is_evaluated_on_two_worlds_by_their_own_names(home):
-  config = make_config(home, "runlocal,open_vocab")
+  config = small_config(home, "runlocal,open_vocab")
   workdir = home / "two_worlds"
   train.train(config, workdir, datasets.load(config))
   shapes_data, crowds = datasets.load_evaluations(config)
@@ -238,15 +243,14 @@ def test_a_transductive_run_learns_from_pseudo_labels(home):
   """They begin half-way: the last four of eight steps differ from a run that never has them."""
   histories = []
   for i, start in enumerate((0.5, 1.0)):
-    config = make_config(home, "runlocal,transductive", **{"self_training.start": start})
-    config.unlock()
-    config.log_every = 1
+    changes = {"self_training.start": start, "log_every": 1}
+    config = small_config(home, "runlocal,transductive", **changes)
     train.train(config, home / f"transductive{i}", datasets.load(config))
     histories.append(read_history(home / f"transductive{i}/metrics.jsonl")["train/loss"])
   with_labels, without = np.array(histories)[..., 1]
   np.testing.assert_array_equal(with_labels[:4], without[:4])
   assert (with_labels[4:] != without[4:]).all()
-  config = make_config(home, "runlocal,transductive", **{"self_training.pixels": "all"})
+  config = small_config(home, "runlocal,transductive", **{"self_training.pixels": "all"})
   with pytest.raises(InputError, match="pixels='all' is not known; did you mean"):
     train.train(config, home / "transductive2", datasets.load(config))
 
