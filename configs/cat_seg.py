@@ -58,6 +58,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.clip, c.cat_seg.resolution, c.cat_seg.guidance_layers = BACKBONES[args.backbone]
   c.remat = "full"
   c.eval.sets = ("ade847", "context459", "ade150", "context59", "voc20", "voc20b")
+  c.eval.naming = "catseg"
   if args.runlocal:
     c.steps, c.eval_every, c.log_every = 4, 4, 1
     c.data.batch_size, c.data.eval_images = 2, 4
