@@ -75,7 +75,7 @@ def schedules(config: ml_collections.ConfigDict) -> dict[str, Callable]:
     name: make_schedule(
       config.base_lr * factor,
       config.steps,
-      decay=config.schedule,
+      decay=getattr(config, "schedule", "poly"),  # runs of 0.2.0 lack it
       power=config.power,
       minimum=config.min_lr,
       warmup_steps=config.warmup_steps,
@@ -96,9 +96,10 @@ def make_optimizer(
     prompts: the trained parameters, or their shapes.
   """
   groups = flax.traverse_util.flatten_dict(assign_groups(prompts, config.groups), sep="/")
+  no_decay = getattr(config, "no_decay", "")  # runs of 0.2.0 lack it
   # Groups keep their names where everything decays: states of earlier versions have these.
   labels = {
-    path: f"{group}, no decay" if re.fullmatch(config.no_decay, path) else group
+    path: f"{group}, no decay" if re.fullmatch(no_decay, path) else group
     for path, group in groups.items()
   }
   transforms = {}

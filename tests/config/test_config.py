@@ -23,6 +23,7 @@ BOUNDED = [path for path, f in DECLARED.items() if config.spec(f).bounds]
 WORDED = [path for path, f in DECLARED.items() if config.spec(f).words]
 # What only configs/shapes.py has.
 SHAPES_ONLY = {"data.train_images"}
+NO_PRESET = ("training_free", "cat_seg", "shapes_clip")
 OLD_RUN = FIXTURES / "run_0_2_0/workdir/config.json"
 
 
@@ -37,7 +38,7 @@ def changed(path: str, value) -> dict:
 def families():
   for name in reference.FAMILIES:
     words = "table5_rpn" if name == "ablations" else ""
-    for preset in ("", "released") if name not in ("training_free", "shapes_clip") else ("",):
+    for preset in ("", "released") if name not in NO_PRESET else ("",):
       c = importlib.import_module(f"configs.{name}").get_config(
         ",".join(filter(None, (words, preset)))
       )

@@ -55,25 +55,42 @@ def tiny():
   return {"params": params, "prompts": prompts}, np.float32(image), tokens
 
 
-def logits_and_gradients(network, variables, image, tokens):
-  def loss(variables):
-    logits = network.apply(variables, image, tokens, train=True)
-    return (logits**2).sum(), logits
+@pytest.fixture(scope="module")
+def inputs():
+  """Made-up features, guidance and text of two images and three classes, for `segment`."""
+  rng, c = np.random.default_rng(2), CAT_SEG
+  array = lambda *shape: np.float32(rng.normal(size=shape))
+  guidance = tuple(array(2, 4 * f, 4 * f, w) for f, w in zip((2, 4), c.guidance_widths))
+  return array(2, 4, 4, TINY.embed_dim), guidance, array(3, 1, TINY.embed_dim)
 
-  (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
-  return logits, grads
+
+def segment(variables, inputs, config, train=False):
+  apply = functools.partial(CATSeg(TINY, config).apply, method="segment", train=train)
+  return jax.jit(apply)(variables, *inputs)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_chunks_change_nothing(tiny, monkeypatch, remat):
-  want, grads = logits_and_gradients(CATSeg(TINY, CAT_SEG), *tiny)
+def test_chunks_change_nothing(tiny, inputs, monkeypatch, remat):
+  config = dataclasses.replace(CAT_SEG, layers=1)
+
+  def logits_and_gradients(remat):
+    network = CATSeg(TINY, config, remat=remat)
+
+    def loss(prompts):
+      variables = {**tiny[0], "prompts": prompts}
+      logits = network.apply(variables, *inputs, train=True, method="segment")
+      return (logits**2).sum(), logits
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(tiny[0]["prompts"])
+    return logits, traverse_util.flatten_dict(grads)
+
+  want, grads = logits_and_gradients(remat)
   monkeypatch.setattr(cost_aggregation, "CHUNK_ELEMENTS", 2**12)  # one class, some positions
-  got, chunked = logits_and_gradients(CATSeg(TINY, CAT_SEG, remat=remat), *tiny)
+  got, chunked = logits_and_gradients(remat)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-  for path, value in traverse_util.flatten_dict(grads).items():
+  for path, value in grads.items():
     tolerance = 1e-4 * max(float(jnp.abs(value).max()), 1)
-    other = traverse_util.flatten_dict(chunked)[path]
-    np.testing.assert_allclose(other, value, atol=tolerance, err_msg=str(path))
+    np.testing.assert_allclose(chunked[path], value, atol=tolerance, err_msg=str(path))
 
 
 def test_windows_of_any_grid():
@@ -96,41 +113,58 @@ def test_windows_of_any_grid():
           assert added[i, j] == cost_aggregation.NOT_NEIGHBORS
 
 
-def test_a_grid_that_is_no_multiple_of_the_window(tiny):
-  variables, image, tokens = tiny
-  config = dataclasses.replace(CAT_SEG, window=3)
-  logits = jax.jit(CATSeg(TINY, config).apply)(variables, image, tokens)
+def test_a_grid_that_is_no_multiple_of_the_window(tiny, inputs):
+  logits = segment(tiny[0], inputs, dataclasses.replace(CAT_SEG, window=3))
   assert logits.shape == (2, 16, 16, 3) and jnp.isfinite(logits).all()
 
 
-def test_classes_in_another_order(tiny):
-  variables, image, tokens = tiny
-  apply = jax.jit(CATSeg(TINY, CAT_SEG).apply)
+@pytest.fixture(scope="module")
+def base(tiny, inputs):
+  return segment(tiny[0], inputs, CAT_SEG)
+
+
+def test_classes_in_another_order(tiny, inputs, base):
   order = np.array([2, 0, 1])
-  want = apply(variables, image, tokens)[..., order]
-  np.testing.assert_allclose(apply(variables, image, tokens[order]), want, atol=1e-4)
+  features, guidance, text = inputs
+  got = segment(tiny[0], (features, guidance, text[order]), CAT_SEG)
+  np.testing.assert_allclose(got, base[..., order], atol=1e-4)
+
+
+def test_pooling_differs_between_training_and_evaluation(tiny, inputs, base):
+  pooled = segment(tiny[0], inputs, CAT_SEG, train=True)
+  assert float(jnp.abs(pooled - base).max()) > 1e-4
+  same = dataclasses.replace(CAT_SEG, class_pooling_eval=CAT_SEG.class_pooling_train)
+  np.testing.assert_allclose(segment(tiny[0], inputs, same), pooled, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-  "fields, change",
+  "field, value",
   [
-    ("class_pooling_eval", (2, 2)), ("class_pool_align_corners", False),
-    ("class_residual_includes_pooled", False), ("dense_residual", "own"), ("pad_len", 0),
-    ("truncated_logit", -7.0), ("class_attention", "full"),
+    ("class_pool_align_corners", False), ("class_residual_includes_pooled", False), ("pad_len", 0),
+    ("pad_len", 2), ("class_attention", "full"), ("layers", 1),
   ],
 )  # fmt: skip
-def test_every_quirk_matters(tiny, fields, change):
-  variables, image, tokens = tiny
-  base = {"class_pooling_eval": (2, 2)} if "pool" in fields else {}
-  base |= {"pad_len": 2} if fields == "truncated_logit" else {}
-  networks = [
-    CATSeg(TINY, dataclasses.replace(CAT_SEG, **{**base, **more}))
-    for more in ({}, {fields: change})
-  ]
-  if fields == "class_pooling_eval":
-    networks[0] = CATSeg(TINY, CAT_SEG)
-  first, second = (jax.jit(n.apply)(variables, image, tokens) for n in networks)
-  assert float(jnp.abs(first - second).max()) > 1e-4
+def test_every_quirk_matters(tiny, inputs, base, field, value):
+  pooled = {"class_pooling_eval": (2, 2)} if "pool" in field else {}
+  want = segment(tiny[0], inputs, dataclasses.replace(CAT_SEG, **pooled)) if pooled else base
+  got = segment(tiny[0], inputs, dataclasses.replace(CAT_SEG, **pooled, **{field: value}))
+  assert float(jnp.abs(want - got).max()) > 1e-4
+
+
+def test_the_residual_of_the_last_block(tiny):
+  variables, image, _ = tiny
+  dense = [
+    CATSeg(TINY, dataclasses.replace(CAT_SEG, dense_residual=residual))
+    .apply(variables, image, method="dense_features")[0]
+    for residual in ("class_token", "own")
+  ]  # fmt: skip
+  assert float(jnp.abs(dense[0] - dense[1]).max()) > 1e-4
+
+
+def test_classes_that_are_not_kept(tiny, inputs):
+  config = dataclasses.replace(CAT_SEG, pad_len=2, truncated_logit=-7.0)
+  logits = segment(tiny[0], inputs, config)
+  assert ((logits == -7).all((1, 2)).sum(-1) == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -164,13 +198,10 @@ def test_the_unused_query_can_be_left_alone(tiny):
 
 
 def test_names_are_encoded_once(tiny):
-  variables, image, tokens = tiny
-  network = CATSeg(TINY, CAT_SEG)
-  text = network.apply(variables, tokens, method="encode_text")
-  apply = functools.partial(network.apply, variables, image)
-  np.testing.assert_allclose(apply(text), apply(tokens), atol=1e-5)
-  calls = jax.make_jaxpr(apply)(text).pretty_print()
-  assert "gather" not in calls  # no token embedding
+  variables, _, tokens = tiny
+  encode = functools.partial(CATSeg(TINY, CAT_SEG).apply, variables, method="encode_text")
+  text = encode(tokens)
+  assert text.shape == (3, 1, TINY.embed_dim) and encode(text) is text
 
 
 @pytest.mark.parametrize(
