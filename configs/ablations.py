@@ -18,10 +18,14 @@ everything about them: docs/method.md lists how they were read. Table 12 needs w
 
 from ml_collections import config_dict
 
-from configs import coco_stuff, context, shapes, voc
+from configs import cat_seg, coco_stuff, context, shapes, voc
 from rpn_jax import config
 
 DATASETS = {"shapes": shapes, "voc": voc, "coco_stuff": coco_stuff, "context": context}
+# The same data in the words of configs/cat_seg.py, whose own setting is another.
+CAT_SEG = {
+  "shapes": "shapes", "voc": "voc20", "coco_stuff": "coco_stuff171", "context": "context60",
+}  # fmt: skip
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -92,6 +96,12 @@ TABLES = {
     "mul": {"model.combine": "mul"},
     "cat": {},
   },
+  # Not of the paper: another network, by the recipe of its own code.
+  "networks": {
+    "cat_seg": {"family": "cat_seg"},
+    **{tuner: {"model.tuner": tuner} for tuner in ("full", "lpm", "vpt")},
+    "rpn": {},
+  },
   # Not of the paper: both presets and what is left without relationship prompts.
   "parts": {
     "rpn_paper": {},
@@ -117,6 +127,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   changes = dict(TABLES[table][row])
   if "preset" in changes:
     words.append(f"preset={changes.pop('preset')}")
-  c = DATASETS[dataset].get_config(",".join(words)).unlock()
+  if changes.pop("family", "") == "cat_seg":
+    c = cat_seg.get_config(",".join(["zero_shot", *words, f"data={CAT_SEG[dataset]}"])).unlock()
+  else:
+    c = DATASETS[dataset].get_config(",".join(words)).unlock()
   c.update_from_flattened_dict(changes)
   return c.lock()
