@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from rpn_jax.base.errors import InputError
+
 # Share of the rate that is left when a share of the steps is done.
 DECAYS = {
   "poly": lambda done, power: jnp.maximum(1 - done, 0.0) ** power,
@@ -44,6 +46,15 @@ def make_schedule(
   return schedule
 
 
+def _matches(field: str, pattern: str, path: str) -> bool:
+  try:
+    return bool(re.fullmatch(pattern, path))
+  except re.error as error:
+    raise InputError(
+      f"config.optimizer.{field}: expected a regular expression, got {pattern!r} ({error})"
+    ) from None
+
+
 def assign_groups(tree: dict, rules: Sequence[tuple[str, str, float]]) -> dict:
   """The optimizer group of every leaf, as a tree of the same structure.
 
@@ -53,14 +64,18 @@ def assign_groups(tree: dict, rules: Sequence[tuple[str, str, float]]) -> dict:
       '/'-joined path of a parameter.
 
   Raises:
-    ValueError: a parameter that does not match exactly one rule.
+    InputError: a parameter that does not match exactly one rule, or no regular expression.
   """
   flat = flax.traverse_util.flatten_dict(tree, sep="/")
   groups = {}
   for path in flat:
-    hits = [name for name, pattern, _ in rules if re.fullmatch(pattern, path)]
+    hits = [name for name, pattern, _ in rules if _matches("groups", pattern, path)]
     if len(hits) != 1:
-      raise ValueError(f"parameter {path!r} must match one optimizer group, it matches {hits}")
+      raise InputError(
+        f"config.optimizer.groups: expected one group for parameter {path!r}, "
+        f"{' and '.join(hits) or 'none'} of {', '.join(name for name, *_ in rules)} matches its "
+        "whole path: change their regular expressions"
+      )
     groups[path] = hits[0]
   return flax.traverse_util.unflatten_dict(groups, sep="/")
 
@@ -99,7 +114,7 @@ def make_optimizer(
   no_decay = getattr(config, "no_decay", "")  # runs of 0.2.0 lack it
   # Groups keep their names where everything decays: states of earlier versions have these.
   labels = {
-    path: f"{group}, no decay" if re.fullmatch(no_decay, path) else group
+    path: f"{group}, no decay" if _matches("no_decay", no_decay, path) else group
     for path, group in groups.items()
   }
   transforms = {}

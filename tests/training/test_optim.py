@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from rpn_jax import config
+from rpn_jax.base.errors import InputError
 from rpn_jax.training import optim
 
 TREE = {"h": 0, "head": {"patch_proj": {"kernel": 0}}, "m2oe_0": {"gate": 0}}
@@ -23,13 +24,20 @@ def test_every_parameter_has_one_group():
 
 
 def test_a_parameter_outside_all_groups_is_refused():
-  with pytest.raises(ValueError, match=r"'head/patch_proj/kernel' .* \[\]"):
+  with pytest.raises(InputError, match=r"parameter 'head/patch_proj/kernel', none of h, m2oe "):
     optim.assign_groups(TREE, (("h", "h", 1.0), ("m2oe", "m2oe.*", 10.0)))
 
 
 def test_a_parameter_in_two_groups_is_refused():
-  with pytest.raises(ValueError, match=r"'h' .* \['h', 'all'\]"):
+  with pytest.raises(InputError, match=r"parameter 'h', h and all of h, all matches"):
     optim.assign_groups(TREE, (("h", "h", 1.0), ("all", ".*", 10.0)))
+
+
+@pytest.mark.parametrize("field, value", [("groups", (("h", "(h", 1.0),)), ("no_decay", "*")])
+def test_what_is_no_regular_expression_is_refused(field, value):
+  settings = config.Optimizer(**{field: value})
+  with pytest.raises(InputError, match=f"config.optimizer.{field}: expected a regular expression"):
+    optim.make_optimizer(settings, {"h": jnp.ones(2)})
 
 
 def test_gradients_are_clipped_by_their_norm_over_all_groups():
