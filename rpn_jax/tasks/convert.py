@@ -25,6 +25,7 @@ import jax
 from rpn_jax.base import paths
 from rpn_jax.base.console import run_command, table
 from rpn_jax.base.errors import InputError
+from rpn_jax.config import CATSegConfig
 from rpn_jax.text.embeddings import class_embeddings
 from rpn_jax.weights import authors, cat_seg, checkpoints, clip_file, prompts_file, publisher
 from rpn_jax.weights.architecture import describe
@@ -147,10 +148,9 @@ def _authors_to_prompts(
 def _cat_seg_to_prompts(
   file: WeightsFile, destination: pathlib.Path, clip_path: str | None
 ) -> list[str]:
-  config, clip = _clip_of(clip_path, f"{file.path} is a checkpoint of CAT-Seg")
-  heads = {"vision_heads": config.vision_heads, "text_heads": config.text_heads}
+  _, clip = _clip_of(clip_path, f"{file.path} is a checkpoint of CAT-Seg")
   where = f"{file.path} and {clip_path}"
-  official = cat_seg.from_official(file.arrays, str(file.path), heads)
+  official = cat_seg.from_official(file.arrays, str(file.path))
   trained, tuned = cat_seg.trained_part(official, clip, where)
   prompts = {**official.prompts, **trained}
   _save_prompts(
@@ -170,8 +170,7 @@ def _clip_of(path: str | None, checkpoint: str) -> tuple:
   """Architecture and parameters of the CLIP that a checkpoint was trained around."""
   if path is None:
     raise InputError(
-      f"{checkpoint}: pass --clip=FILE_OR_NAME, the CLIP weights it was trained around, which are "
-      "compared with the ones in it"
+      f"{checkpoint}: pass --clip=FILE_OR_NAME, the CLIP weights that it was trained around"
     )
   return clip_file.load_clip(path)
 
@@ -188,14 +187,21 @@ def _prompts_to_authors(
   notes = {"clip": content.clip, "step": str(content.step), "written_by": "rpn_jax"}
   if content.config.get("method") == "cat_seg":
     config, clip = _clip_of(clip_path, f"{source} becomes a checkpoint with the whole CLIP in it")
-    fields = prompts_file.config_of(source)
+    run = prompts_file.config_of(source).to_dict()
     if content.clip != fingerprint(clip):
       raise InputError(
         f"{source} was trained around the CLIP weights {content.clip}, {clip_path} has "
         f"{fingerprint(clip)}: pass --clip with those weights"
       )
-    arrays = cat_seg.save(destination, config, clip, content.prompts, fields.cat_seg, notes)
-    return [f"wrote {arrays} arrays by the official names to {destination}, as detectron2 does"]
+    fields = CATSegConfig(**run["cat_seg"])
+    state = cat_seg.save(destination, config, clip, content.prompts, fields, notes)
+    lines = [
+      f"wrote {len(state)} arrays by the official names to {destination}, as detectron2 does"
+    ]
+    official = cat_seg.from_official(state, str(destination))
+    if changed := cat_seg.unwritten(official, run):
+      lines.append(f"no checkpoint holds these settings (official -> yours): {'; '.join(changed)}")
+    return lines
   arrays = authors.save(destination, content.prompts, notes)
   return [
     f"wrote {arrays} arrays by the authors' names to {destination}: load them over a model "

@@ -1,5 +1,6 @@
 """Checkpoints of the official CAT-Seg code (`cvlab-kaist/CAT-Seg`, CVPR version), both ways."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.words import differences
 from rpn_jax.config import CATSegConfig
 from rpn_jax.models import cost_aggregation
 from rpn_jax.models.cat_seg import TUNED, CATSeg
@@ -193,7 +195,7 @@ def _fields(state: Mapping, masks: Mapping, clip: CLIPConfig, where: str) -> dic
       aggregator(f"decoder_guidance_projection.{i}.0.weight")[0] for i in (0, 1)
     ],
     "decoder_widths": [aggregator(f"decoder{i}.conv.double_conv.0.weight")[0] for i in (1, 2)],
-    "guidance_layers": [third - 1, 2 * third - 1],
+    "guidance_layers": [max(third - 1, 0), max(2 * third - 1, 0)],
   }
   padding = f"{_AGGREGATOR}layers.0.attention.padding_tokens" in state
   return {
@@ -258,9 +260,14 @@ def trained_part(official: Official, clip: Mapping, where: str) -> tuple[dict, d
   changed = set()
   before, after = (_apart(tree) for tree in (clip, official.params))
   for name, value in after.items():
-    want = before.get(name)
+    want = np.shape(before[name]) if name in before else "no such array"
+    if want != np.shape(value):
+      raise InputError(
+        f"expected one CLIP in {where}, {name} has shape {np.shape(value)} in the first, {want} in "
+        "the second: pass the weights that were trained around (ViT-L/14@336px of model_large.pth)"
+      )
     # OpenAI's weights are float16, which a checkpoint of float32 holds exactly.
-    if want is None or want.shape != value.shape or not np.allclose(want, value, atol=1e-4):
+    if not np.allclose(before[name], value, atol=1e-4):
       changed.add(name)
   for positions in (False, True):
     for tuned in TUNED:
@@ -274,6 +281,21 @@ def trained_part(official: Official, clip: Mapping, where: str) -> tuple[dict, d
     f"expected one CLIP in {where}, {min(changed)} differs, which CAT-Seg does not train: pass the "
     "weights that were trained around"
   )
+
+
+def unwritten(official: Official, config: Mapping) -> list[str]:
+  """Settings of a run that its checkpoint for the official code does not hold, as lines.
+
+  Args:
+    official: what such a checkpoint is read as.
+    config: of the run, as nested dictionaries.
+  """
+  read = {**settings(official, {}), "cat_seg": vars(CATSegConfig(**official.fields))}
+  kept = ("cat_seg", "templates", "synonyms")
+  was, asked = (json.loads(json.dumps({k: tree.get(k) for k in kept})) for tree in (read, config))
+  for name in ("tuned", "tuned_positions", "tuned_unused_query"):  # only training knows them
+    was["cat_seg"].pop(name), asked["cat_seg"].pop(name, None)
+  return differences(was, {**asked, "cat_seg": {**was["cat_seg"], **asked["cat_seg"]}})
 
 
 def _apart(tree: Mapping) -> dict[str, Any]:
@@ -305,7 +327,7 @@ def settings(official: Official, tuned: Mapping) -> dict:
 
 def save(
   path: Any, clip: CLIPConfig, params: Mapping, tree: Mapping, fields: Any, notes: Mapping[str, str]
-) -> int:
+) -> dict[str, np.ndarray]:
   """Writes a trained CAT-Seg as detectron2 writes the official code's, with the whole CLIP.
 
   Args:
@@ -317,7 +339,7 @@ def save(
     notes: stored beside the arrays.
 
   Returns:
-    The number of arrays.
+    The arrays, by the official names.
 
   Raises:
     InputError: the tree has no names there, or the path cannot be written.
@@ -329,4 +351,4 @@ def save(
   )
   with writing(path) as temporary:
     torch_archive.write(temporary, state, notes, "model")
-  return len(state)
+  return state

@@ -18,7 +18,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import differences
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.weights import checkpoints, hub, publisher
+from rpn_jax.weights import authors, cat_seg, checkpoints, hub, publisher
 from rpn_jax.weights.architecture import (
   IMAGE_FIELDS,
   Normalization,
@@ -183,6 +183,12 @@ def parse(file: WeightsFile, overrides: Mapping | None = None) -> tuple[str, CLI
     config = complete_config(_own_fields(file.metadata, where), overrides, where)
     views = file.arrays
   else:
+    for paper, known in (("RPN", authors.is_authors), ("CAT-Seg", cat_seg.is_cat_seg)):
+      if known(file.arrays):
+        raise InputError(
+          f"expected CLIP weights, {where} is a checkpoint of {paper}'s official code: convert it "
+          f"first, rpn convert {where} PROMPTS.safetensors --clip=CLIP, and use PROMPTS.safetensors"
+        )
     hf = _has_hf_names(file.arrays)
     kind = f"{file.kind} with the names of {'Hugging Face' if hf else 'OpenAI'}"
     # Before the arrays: a model of another kind is named by its config.

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from rpn_jax.base.errors import InputError
 from rpn_jax.models.trained import join
 from rpn_jax.tasks import convert
 from rpn_jax.weights import cat_seg, clip_file, prompts_file, torch_archive
 from rpn_jax.weights.arrays import read_arrays
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,23 @@ def test_there_and_back(official, golden_catseg, tmp_path, capsys):
     np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
+def test_settings_that_no_checkpoint_holds_are_told(official, golden_catseg, tmp_path, capsys):
+  clip, source = clip_before(official, tmp_path), golden_catseg / "model_tiny.pth"
+  prompts, back = tmp_path / "cat_seg.safetensors", tmp_path / "back.pth"
+  assert convert.main([str(source), str(prompts), f"--clip={clip}"]) == 0
+  content = prompts_file.load(prompts)
+  for changes, told in (
+    ({}, ""),
+    ({"class_attention": "full"}, "cat_seg.class_attention: linear -> full"),
+  ):
+    own = {**content.config, "cat_seg": {**content.config["cat_seg"], **changes}}
+    prompts_file.save(prompts, content._replace(config=own))
+    capsys.readouterr()
+    assert convert.main([str(prompts), str(back), f"--clip={clip}"]) == 0
+    *_, line = capsys.readouterr().out.strip().splitlines()
+    assert line.endswith(told) and ("no checkpoint holds" in line) == bool(changes)
+
+
 def test_what_was_trained_is_told_by_what_differs(official, tmp_path):
   for changed, tuned in (("(query|key)", "query_key"), ("(query|key|value)", "attention")):
     _, clip = clip_file.load_clip(clip_before(official, tmp_path, changed))
@@ -93,6 +112,12 @@ def test_bad_checkpoints(official, golden_catseg, tmp_path, capsys):
   clip_file.save(other, config, params, "float32", {})
   line = convert_error(capsys, source, out, f"--clip={other}")
   assert "visual/ln_pre/scale differs, which CAT-Seg does not train" in line
+
+  tiny.save(other)
+  line = convert_error(capsys, source, out, f"--clip={other}")
+  assert "has shape" in line and "pass the weights that were trained around" in line
+  with pytest.raises(InputError, match=r"model_tiny.pth is a checkpoint of CAT-Seg's .*convert it"):
+    clip_file.load_clip(source)
 
   state = dict(read_arrays(source).arrays)
   broken = tmp_path / "broken.pth"
