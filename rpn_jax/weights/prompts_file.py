@@ -25,7 +25,7 @@ from rpn_jax.weights.arrays import float32, read_safetensors, write_safetensors
 FORMAT, VERSION = "rpn_jax.prompts", "1"
 # Config fields that prompts depend on when they predict, beside the section of their network; those
 # of `data` are the normalization.
-FIELDS = ("method", "templates", "synonyms", "data.mean", "data.std")
+FIELDS = ("method", "templates", "synonyms", "loss.name", "data.mean", "data.std")
 
 _MAX_DEPTH = 64
 

@@ -13,7 +13,10 @@ TREE = {
   "h": np.arange(8, dtype=np.float32).reshape(4, 2),
   "head": {"bias": np.ones(3, np.float32), "scale": np.float32(2)},
 }
-CONFIG = {"model": {"tuner": "rpn", "h_grid": [2, 2]}, "templates": "single", "steps": 8}
+CONFIG = {
+  "method": "rpn", "model": {"tuner": "rpn", "h_grid": [2, 2]}, "templates": "single", "steps": 8,
+  "loss": {"name": "sigmoid"},
+}  # fmt: skip
 CONTENT = prompts_file.Prompts(TREE, "0" * 16, CONFIG, ("sea, océan", "sky"), 8)
 
 
@@ -66,6 +69,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
   [
     ({"clip": "1" * 16}, f"around the CLIP weights {'1' * 16}, config.clip has {'0' * 16}"),
     ({"config": {**CONFIG, "templates": "zegclip15"}}, "templates: zegclip15 -> single"),
+    ({"config": {**CONFIG, "loss": {"name": "softmax"}}}, "loss.name: softmax -> sigmoid"),
     ({"config": {**CONFIG, "model": {"tuner": "vpt"}}}, r"model\.tuner: vpt -> rpn"),
     ({"prompts": {**TREE, "h": np.zeros((4, 3))}}, r"h: \(4, 3\) -> \(4, 2\)"),
     ({"prompts": {"h": TREE["h"]}}, "head/bias: None -> "),
