@@ -72,7 +72,10 @@ def relationship_maps(
   clip = predictor.clip
   # What has no map in pixels: no relationship prompts, or none that look at them.
   if not getattr(network, "prompting", ()) or "rpn" not in network.tuner_names:
-    raise InputError("no relationship prompts in this config: there are no maps to draw")
+    raise InputError(
+      f"no relationship prompts in this config ({network.title}): there are no maps to draw; give "
+      "one with method=rpn and rpn in model.tuner"
+    )
   if network.config.itp == "no_pixel":
     raise InputError('config.model.itp="no_pixel" has no map of the pixels to draw')
   inside, class_of_row = inside_trained(predictor, inputs_1xHxWx3, names)

@@ -100,10 +100,16 @@ def distance(predictor, files: Sequence[pathlib.Path], names, out) -> list[pathl
   """Draws and lists the attention distance, the mean over image files; returns the files written.
 
   Raises:
-    InputError: nothing was trained, or an unreadable image.
+    InputError: nothing was trained, a network that resizes its images, or an unreadable image.
   """
   if not predictor.prompts:
     raise InputError("a training-free config has no training to compare: give a trained one")
+  network = predictor.network
+  if network.input_multiple != predictor.clip.patch_size:
+    raise InputError(
+      f"expected a network that sees images as they are, {network.title} resizes each to a square: "
+      "distances there are not those in the image; give a run of another method"
+    )
   found = []
   for file in files:
     _, inputs = read_image(file, predictor.protocol, predictor.clip.patch_size)

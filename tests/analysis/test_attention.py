@@ -18,9 +18,11 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import parse_names
 from rpn_jax.config import RPNConfig
 from rpn_jax.inference.predictor import Predictor, Protocol
+from rpn_jax.models.cat_seg import CATSeg
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
 from rpn_jax.models.trained import init_prompts
+from tests.models.test_network import CAT_SEG
 from tests.tiny import TINY
 
 NAMES = ["a cat", "grass", "sky"]
@@ -173,6 +175,12 @@ def test_what_has_no_maps_is_refused(picture, tmp_path):
   for changes, message in (({"tuner": "lora"}, "no relationship"), ({"itp": "no_pixel"}, "no map")):
     with pytest.raises(InputError, match=message):
       attention.attention(predictor(**changes), [picture], NAMES, tmp_path)
+  squashing = predictor()
+  squashing.network, squashing.prompts = CATSeg(TINY, CAT_SEG), {"some": 1}
+  with pytest.raises(InputError, match=r"no relationship prompts in this config \(CAT-Seg\)"):
+    attention.attention(squashing, [picture], NAMES, tmp_path)
+  with pytest.raises(InputError, match="CAT-Seg resizes each to a square"):
+    distance.distance(squashing, [picture], NAMES, tmp_path)
   with pytest.raises(InputError, match="at most 12"):
     attention.attention(predictor(), [picture], [str(i) for i in range(13)], tmp_path)
   (tmp_path / "no.png").write_text("no picture")
