@@ -23,7 +23,7 @@ from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.inference.views import round_up
-from rpn_jax.models import training_free
+from rpn_jax.models import NETWORKS, training_free
 from rpn_jax.training.run import Run, read_config
 from rpn_jax.weights import checkpoints, clip_file, hub, prompts_file
 
@@ -72,8 +72,8 @@ class Segmenter:
     Args:
       model: a folder, a file, one of SHIPPED_PROMPTS or SHIPPED, or the name of public weights, as
         "ViT-B/16" or "hf://owner/name": these are fetched once (`weights.checkpoints`).
-      method: None uses the trained network of a run, and "sclip" for weights; one of METHODS uses
-        CLIP without training, also that of a run.
+      method: None uses the trained network of a run, as its own name does, and "sclip" for weights;
+        one of METHODS uses CLIP without training, also that of a run.
       checkpoint: for runs: "last", or "best", the one with the highest evaluation score.
       templates: sentences around a name, see `text.templates.template_sentences`; None uses those
         of the run, and ImageNet's 80 for weights.
@@ -85,7 +85,7 @@ class Segmenter:
       InputError: no such model, or a damaged one.
     """
     if method is not None:
-      check_known("method=", method, ("rpn", *METHODS))
+      check_known("method=", method, (*NETWORKS, *METHODS))
     if checkpoint not in ("last", "best"):
       raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
     path, name, own_templates = expand(model), str(model), "imagenet80"
@@ -110,8 +110,8 @@ class Segmenter:
         f"model={name!r}: expected the workdir of a run, a file of prompts or CLIP weights, or one "
         f"of {', '.join([*SHIPPED_PROMPTS, *SHIPPED, *checkpoints.CHECKPOINTS])}; nothing is there"
       )
-    if method == "rpn":
-      raise InputError(f"method='rpn' needs a training run or its prompts, got {model}")
+    if method in NETWORKS:
+      raise InputError(f"method={method!r} needs a training run or its prompts, got {model}")
     if file == path:  # fetched now, not before everything else was checked
       file = clip_file.find_weights(model)
     predictor = Predictor.from_weights(
@@ -131,6 +131,11 @@ class Segmenter:
     chosen = config.copy_and_resolve_references().unlock()
     if method in METHODS:
       chosen.method, chosen.dense.method = "training_free", method
+    elif method not in (None, config.method):
+      raise InputError(
+        f"method={method!r}: expected {config.method!r}, which {where} was trained as, or one "
+        f"without training: {', '.join(METHODS)}"
+      )
     chosen.update({field: value for field, value in choices.items() if value is not None})
     predictor = Predictor.from_config(chosen.lock())
     run = Run(config.lock(), where, predictor.encoder.fingerprint)

@@ -70,6 +70,8 @@ def test_the_shipped_prompts_know_the_scene(tmp_path):
   assert free.startswith("training-free maskclip on shapes_clip, no trained prompts")
   other = tmp_path / "clip.safetensors"
   tiny.save(other)
+  with pytest.raises(InputError, match=r"method='cat_seg': expected 'rpn', which .*prompts was tr"):
+    Segmenter.load(moved, method="cat_seg")
   with pytest.raises(InputError, match=r"fingerprint|weights \w{16}"):
     Segmenter.load(moved, clip=str(other))
 
