@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -103,12 +104,13 @@ class _ShapeEncoder(NamedTuple):
   """Stands in for a text encoder where only shapes matter."""
 
   embed_dim: int
+  sentences: int
 
   def embed(self, names: Sequence[str]) -> np.ndarray:
     return np.zeros((len(names), self.embed_dim), np.float32)
 
   def tokens(self, names: Sequence[str]) -> np.ndarray:
-    return np.zeros((len(names), 1, 8), np.int32)
+    return np.zeros((len(names), self.sentences, 8), np.int32)
 
 
 class Predictor:
@@ -255,7 +257,7 @@ class Predictor:
   def prompt_shapes(self, crop: int) -> dict:
     """Shapes and types of the trained parameters, for training crops of a side in pixels."""
     # No shape depends on the classes.
-    text = self.network.text_input(_ShapeEncoder(self.clip.embed_dim), ("",))
+    text = self._text_input(_ShapeEncoder(self.clip.embed_dim, self.encoder.sentences), ("",))
     return jax.eval_shape(lambda text: self.init_prompts(text, jax.random.key(0), crop), text)
 
   def prepare(self, image_HxWx3: np.ndarray) -> np.ndarray:
@@ -290,7 +292,23 @@ class Predictor:
     check_process()
     ids = range(len(names)) if class_ids is None else class_ids
     prompted, class_of_row = expand(names, ids, self.encoder.synonyms)
-    return self.network.text_input(self.encoder, prompted), np.array(class_of_row)
+    return self._text_input(self.encoder, prompted), np.array(class_of_row)
+
+  def training_text(self, names: Sequence[str]) -> Any:
+    """The network's text input for the classes of a training set, a row for each.
+
+    Raises:
+      InputError: names or templates that the network cannot be trained with.
+    """
+    return self._text_input(self.encoder, names)
+
+  def _text_input(self, encoder: Any, names: Sequence[str]) -> Any:
+    try:
+      return self.network.text_input(encoder, names)
+    except InputError:
+      raise
+    except ValueError as error:
+      raise _setting_error(self.network.section, error) from None
 
   def sliding_window(
     self,
@@ -388,4 +406,11 @@ def _create(
   try:
     return cls.create(clip, settings, kernels=kernels.for_platform(platform), **options)
   except ValueError as error:
-    raise InputError(f"config.{cls.section} with {where}: {error}") from None
+    raise _setting_error(cls.section, error, f" with {where}") from None
+
+
+def _setting_error(section: str, error: ValueError, where: str = "") -> InputError:
+  """What a network says about its settings; it may begin with one, as in "width=3: expected"."""
+  joint = "." if re.match(r"\w+[=:]", str(error)) else f"{where}: "
+  end = where if joint == "." else ""
+  return InputError(f"config.{section}{joint}{error}{end}")

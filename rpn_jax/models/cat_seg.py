@@ -94,17 +94,24 @@ class CATSeg(Defaults, nn.Module):
         f"read another way, got {wrong[0]}; the official code has those at a third and two thirds "
         "of the tower"
       )
-    for name, unit in (("width", c.heads), ("decoder_widths", 16)):
-      values = np.atleast_1d(getattr(c, name))
-      if (values % unit).any():
-        raise ValueError(f"{name}={getattr(c, name)}: expected multiples of {unit}")
+    grid = c.resolution // clip.patch_size
+    for name in ("class_pooling_train", "class_pooling_eval"):
+      if max(getattr(c, name)) > grid:
+        raise ValueError(
+          f"{name}={getattr(c, name)}: expected at most the {grid} x {grid} patches of resolution="
+          f"{c.resolution}"
+        )
+    units = (("width", c.heads, "the heads"), ("decoder_widths", 16, "channels of a group"))
+    for name, unit, what in units:
+      if (np.atleast_1d(getattr(c, name)) % unit).any():
+        raise ValueError(f"{name}={getattr(c, name)}: expected a multiple of {unit}, {what}")
     for i, (before, guidance) in enumerate(
       zip((c.width, c.decoder_widths[0]), c.decoder_guidance_widths)
     ):
       if guidance >= before:
         raise ValueError(
-          f"decoder_guidance_widths: expected fewer than the {before} channels before upsampling "
-          f"{i}, got {guidance}"
+          f"decoder_guidance_widths: expected fewer than the {before} channels before doubling "
+          f"{i + 1}, got {guidance}"
         )
     super().__post_init__()
 
@@ -204,13 +211,12 @@ class CATSeg(Defaults, nn.Module):
     Raises:
       ValueError: there are not `prompts` sentences.
     """
-    tokens = encoder.tokens(names)
-    if tokens.shape[1] % self.config.prompts:
+    if self.config.prompts not in (1, encoder.sentences):
       raise ValueError(
-        f"prompts={self.config.prompts}: expected as many sentences in the templates, got "
-        f"{tokens.shape[1]} for a name"
+        f"prompts={self.config.prompts}: expected 1 or as many as config.templates has sentences, "
+        f"{encoder.sentences}"
       )
-    return tokens
+    return encoder.tokens(names)
 
   def encode_text(self, text: jax.Array) -> jax.Array:
     """Embeddings (C, P, E), unit length, of token ids (C, K, T); embeddings stay as they are."""

@@ -68,7 +68,7 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
   """`train`, once the workdir is locked."""
   config, network = run.config, predictor.network
   trained = [data.names[i] for i in data.trained]
-  text = network.text_input(predictor.encoder, trained)
+  text = predictor.training_text(trained)
   key = jax.random.key(config.seed)
   prompts = predictor.init_prompts(text, key, config.data.crop)
   optimizer = optim.make_optimizer(config.optimizer, prompts)

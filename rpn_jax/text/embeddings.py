@@ -49,6 +49,11 @@ class TextEncoder:
   synonyms: str = "mean"
   fingerprint: str = ""
 
+  @property
+  def sentences(self) -> int:
+    """Number of sentences around a name."""
+    return len(template_sentences(self.templates))
+
   def embed(self, names: Sequence[str]) -> np.ndarray:
     """Unit-length embeddings (C, E) float32 by these parameters; see `class_embeddings`."""
     return class_embeddings(

@@ -1,5 +1,6 @@
 """A predictor asks a network for its text once, and for whole patches where it needs them."""
 
+import dataclasses
 import types
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
+from rpn_jax.config import defaults
 from rpn_jax.inference import predictor
 from rpn_jax.inference.predictor import Predictor, Protocol
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.network import Defaults, Windows
+from tests import tiny
+from tests.models.test_network import CAT_SEG
 
 CLIP = CLIPConfig(patch_size=16)
 ENCODED: list[tuple] = []
@@ -88,3 +92,27 @@ def test_images_and_windows_are_those_of_the_networks_protocol():
   layout = one.sliding_window(np.ones((3, 2), np.int32)).layout
   assert type(layout).__name__ == "Square" and len(layout.windows(got)) == 5
   assert (layout.crop, layout.stride, layout.square) == (16, 8, 20)
+
+
+def test_what_a_network_refuses_is_named_as_a_field_of_the_config(tmp_path):
+  tiny.save(tmp_path / "clip.safetensors")
+
+  def made(**fields):
+    config = defaults()
+    config.update(method="cat_seg", clip=str(tmp_path / "clip.safetensors"))
+    config.cat_seg.update(dataclasses.asdict(CAT_SEG))
+    config.update_from_flattened_dict(fields)
+    return Predictor.from_config(config)
+
+  with pytest.raises(
+    InputError, match=r"^config\.cat_seg\.resolution=36: expected .* with /.*clip"
+  ):
+    made(**{"cat_seg.resolution": 36})
+  # Before anything is trained, or read: two synonyms of one sentence are no two sentences.
+  one = made(**{"cat_seg.prompts": 2})
+  for text in (lambda: one.training_text(["a, b"]), lambda: one.prompt_shapes(32)):
+    with pytest.raises(InputError, match=r"^config\.cat_seg\.prompts=2: expected 1 or .*, 1$"):
+      text()
+  many = made(**{"cat_seg.prompts": 15, "templates": "zegclip15"})
+  assert many.training_text(["a, b"]).shape[:2] == (1, 30)
+  assert many.prompt_shapes(32)["cost_embed"]["kernel"].shape[2] == 15

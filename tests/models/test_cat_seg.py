@@ -209,11 +209,18 @@ def test_names_are_encoded_once(tiny):
   [
     ({"resolution": 36}, "resolution=36: expected a multiple of the patch size, 8, as 192"),
     ({"guidance_layers": (0, 1)}, "expected blocks of 0 to 0, since the last is read another way"),
-    ({"width": 30}, r"width=30: expected multiples of 4"),
-    ({"decoder_widths": (16, 20)}, r"decoder_widths=\(16, 20\): expected multiples of 16"),
+    (
+      {"class_pooling_eval": (1, 5)},
+      r"class_pooling_eval=\(1, 5\): expected at most the 4 x 4 pat",
+    ),
+    ({"width": 30}, r"width=30: expected a multiple of 4, the heads"),
+    (
+      {"decoder_widths": (16, 20)},
+      r"decoder_widths=\(16, 20\): expected a multiple of 16, channels",
+    ),
     (
       {"decoder_guidance_widths": (32, 3)},
-      "expected fewer than the 32 channels before upsampling 0",
+      "expected fewer than the 32 channels before doubling 1",
     ),
   ],
 )
@@ -228,12 +235,10 @@ def test_a_plain_tower_is_refused():
 
 
 def test_the_number_of_sentences_must_fit(tiny):
-  class OfThree:
-    def tokens(self, names):
-      return np.zeros((len(names), 3, 8), np.int32)
+  class OfTwo(Encoder):
+    sentences = 2
 
-  network = CATSeg(TINY, dataclasses.replace(CAT_SEG, prompts=2))
-  with pytest.raises(
-    ValueError, match="prompts=2: expected as many sentences in the templates, got 3"
-  ):
-    network.text_input(OfThree(), ["a"])
+  network = CATSeg(TINY, dataclasses.replace(CAT_SEG, prompts=4))
+  # Though names with two synonyms have four.
+  with pytest.raises(ValueError, match=r"prompts=4: expected 1 or as many as .* sentences, 2"):
+    network.text_input(OfTwo(), ["a, b"])

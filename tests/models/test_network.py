@@ -36,6 +36,8 @@ MEMBERS = [name for name in vars(Network) if not name.startswith("_")] + [*Netwo
 
 
 class Encoder:
+  sentences = 1
+
   def embed(self, names):
     return np.eye(len(names), CLIP.embed_dim, dtype=np.float32)
 
