@@ -137,7 +137,8 @@ class Segmentation:
   def scores(self) -> np.ndarray:
     """Scores (h, w, C) float32 in [0, 1] at the resolution of the network's input.
 
-    Independent sigmoids for RPN, a softmax over all words for training-free methods.
+    Independent sigmoids for a trained network, unless its loss was softmax; a softmax over all
+    words for training-free methods.
     """
     scores = self.class_scores.rows(self._bias)
     rows = [np.flatnonzero(self.class_scores.class_of_row == i) for i in range(len(self.names))]
