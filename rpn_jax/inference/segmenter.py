@@ -136,7 +136,8 @@ class Segmenter:
         f"method={method!r}: expected {config.method!r}, which {where} was trained as, or one "
         f"without training: {', '.join(METHODS)}"
       )
-    chosen.update({field: value for field, value in choices.items() if value is not None})
+    with chosen.ignore_type():  # templates are a name or several sentences
+      chosen.update({field: value for field, value in choices.items() if value is not None})
     predictor = Predictor.from_config(chosen.lock())
     run = Run(config.lock(), where, predictor.encoder.fingerprint)
     return cls.from_run(predictor, run, checkpoint)

@@ -66,6 +66,8 @@ def test_the_shipped_prompts_know_the_scene(tmp_path):
   moved.write_bytes((clip_file.ASSETS / segmenter.SHIPPED_PROMPTS["shapes"]).read_bytes())
   own = Segmenter.load(moved, synonyms="max", templates="zegclip15")
   assert own.step == 3000 and own.predictor.encoder.synonyms == "max"
+  several = Segmenter.load(moved, templates=("a {}", "the {}"))
+  assert several.predictor.encoder.sentences == 2
   free = Segmenter.load(moved, method="maskclip").method
   assert free.startswith("training-free maskclip on shapes_clip, no trained prompts")
   other = tmp_path / "clip.safetensors"
