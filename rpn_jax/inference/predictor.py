@@ -406,11 +406,11 @@ def _create(
   try:
     return cls.create(clip, settings, kernels=kernels.for_platform(platform), **options)
   except ValueError as error:
-    raise _setting_error(cls.section, error, f" with {where}") from None
+    raise _setting_error(cls.section, error, where) from None
 
 
-def _setting_error(section: str, error: ValueError, where: str = "") -> InputError:
+def _setting_error(section: str, error: ValueError, clip: str = "") -> InputError:
   """What a network says about its settings; it may begin with one, as in "width=3: expected"."""
-  joint = "." if re.match(r"\w+[=:]", str(error)) else f"{where}: "
-  end = where if joint == "." else ""
-  return InputError(f"config.{section}{joint}{error}{end}")
+  if re.match(r"\w+[=:]", str(error)):
+    return InputError(f"config.{section}.{error}" + (f" (config.clip={clip})" if clip else ""))
+  return InputError(f"config.{section} with {clip}: {error}")

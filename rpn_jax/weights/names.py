@@ -281,6 +281,6 @@ def check_same_names(wanted: set[str], got: Iterable[str], where: str) -> None:
       first = sorted(names)[0]
       more = f" and {len(names) - 1} more" if len(names) > 1 else ""
       raise InputError(
-        f"expected the {len(wanted)} arrays of a CLIP ViT, {first!r}{more} {what} in {where}: "
-        "use the complete, unchanged file of such a model"
+        f"expected the {len(wanted)} arrays of this kind of model, {first!r}{more} {what} in "
+        f"{where}: use its complete, unchanged file"
       )

@@ -105,7 +105,7 @@ def test_what_a_network_refuses_is_named_as_a_field_of_the_config(tmp_path):
     return Predictor.from_config(config)
 
   with pytest.raises(
-    InputError, match=r"^config\.cat_seg\.resolution=36: expected .* with /.*clip"
+    InputError, match=r"^config\.cat_seg\.resolution=36: expected .* code \(config\.clip="
   ):
     made(**{"cat_seg.resolution": 36})
   # Before anything is trained, or read: two synonyms of one sentence are no two sentences.
