@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from rpn_jax.base import console
 from rpn_jax.base.errors import InputError
@@ -121,6 +122,10 @@ def runtime(coordinator: Sequence[str] = (), matmul_precision: str = "default") 
   if jax.process_index():
     console.silence()  # the first process speaks for all
   with one_line_runtime_errors():
+    if jax.process_count() > 1:
+      # While all are here: CPUs have half a minute to meet for the first time, and compiling, which
+      # only the first process finds done in the cache, may set them further apart than that.
+      multihost_utils.sync_global_devices("connected")
     yield
 
 
