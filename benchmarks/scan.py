@@ -26,7 +26,7 @@ def main(argv) -> None:
   del argv
   devices.configure_cpu()
   clip = costs.BACKBONES["b16"]
-  tower = costs.random_tower(clip, jax.random.key(0))["visual"]
+  tower = costs.random_towers(clip, jax.random.key(0))["visual"]
   layers = [tower[f"block_{i}"] for i in range(clip.vision_layers)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
   device_kernels = kernels.for_platform(jax.local_devices()[0].platform)

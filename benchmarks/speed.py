@@ -13,8 +13,6 @@ import json
 import os
 import pathlib
 import platform
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks.processes import best, peak_bytes, run
 from configs import coco_stuff, voc
 from rpn_jax import devices
 from rpn_jax.analysis import costs
@@ -67,7 +66,7 @@ def write_case(folder: pathlib.Path, case: str, what: str, batch: int) -> None:
   config, clip_config = config_of(case), costs.BACKBONES[backbone]
   classes = trained if what == "train" else tested
   side = config.data.crop
-  tower = costs.random_tower(clip_config, jax.random.key(0))
+  tower = costs.random_towers(clip_config, jax.random.key(0))
   text = np.random.default_rng(1).normal(size=(classes, clip_config.embed_dim))
   text = np.float32(text / np.linalg.norm(text, axis=-1, keepdims=True))
   model = RPN(clip_config, RPNConfig(**config.model))
@@ -123,30 +122,15 @@ def child(folder: pathlib.Path, what: str, dtype: str, remat: str) -> dict:
     arguments, donated = [state, params, data, jax.random.key(0)], 0
     del prompts
   result = costs.measure(function, *arguments, donated=donated, timed=case["seconds"])
-  device = jax.devices()[0]
-  statistics = device.memory_stats() or {}
-  own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  peak = peak_bytes()
   if what == "forward":
     np.save(folder / "jax.npy", np.asarray(function(*arguments), np.float32))
   return {
     **result,
-    "peak_bytes": statistics.get("peak_bytes_in_use", own),
-    "device": device.device_kind,
+    "peak_bytes": peak,
+    "device": jax.devices()[0].device_kind,
     "version": jax.__version__,
   }
-
-
-def run(command: list[str]) -> dict | None:
-  done = subprocess.run(command, capture_output=True, text=True)
-  if done.returncode:
-    print(f"{' '.join(command)} failed:\n{done.stderr[-1500:]}", file=sys.stderr)
-    return None
-  return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def best(results: list[dict | None]) -> dict | None:
-  results = [r for r in results if r]
-  return min(results, key=lambda r: r["seconds"]) if results else None
 
 
 def measure_case(case: str, what: str, batch: int) -> list[list]:

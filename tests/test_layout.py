@@ -32,7 +32,7 @@ ROOMS = {
   ],
   "tasks": ["inference", "training", "drawing", "weights", "text", "devices", "config", "base"],
   "analysis": [
-    "inference", "training", "drawing", "weights", "models", "devices", "config", "base",
+    "inference", "training", "drawing", "weights", "text", "models", "devices", "config", "base",
   ],
   "data_pipelines": ["base"],
   "configs": ["config"],

@@ -2,16 +2,16 @@
 
 Parameters by component, floating-point operations of one image, memory and images per second of a
 forward pass and of a training step on this machine (the columns of the paper's Table 1), as text
-and, with --json=FILE, as JSON. With --backbone=b16 or l14 no weights are needed: they are random,
-which costs the same.
+and, with --json=FILE, as JSON. Where a text tower is trained, a training step encodes the class
+names; in inference that is done once and has a row of its own. With --backbone=b16 or l14 no
+weights are needed: they are random, which costs the same.
 """
 
 import argparse
 import importlib.metadata
 import math
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +25,33 @@ from rpn_jax.base.console import table
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
 from rpn_jax.inference.predictor import make_network
-from rpn_jax.models.clip import CLIPConfig, VisionTransformer
+from rpn_jax.models.clip import CLIPConfig, TextTransformer, VisionTransformer
 from rpn_jax.models.prompts import count
 from rpn_jax.models.trained import TOWERS, init_prompts, join, split
+from rpn_jax.text.embeddings import TextEncoder
 from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, train_step
 from rpn_jax.weights import checkpoints, clip_file
 
+TITLES = {"visual": "vision tower", "text": "text tower"}
 BACKBONES = {name: CLIPConfig(**b.architecture) for name, b in declared.BACKBONES.items()}
 
 
-def random_tower(clip_config: CLIPConfig, key) -> dict:
-  """Random parameters of a vision tower, as numpy."""
+def random_towers(
+  clip_config: CLIPConfig, key: jax.Array, towers: Sequence[str] = ("visual",)
+) -> dict:
+  """Random parameters of towers by their names, as numpy."""
   side = clip_config.image_size
-  init = jax.jit(VisionTransformer(clip_config).init)
-  return jax.device_get({"visual": init(key, jnp.zeros((1, side, side, 3)))["params"]})
+  inputs = {
+    "visual": (VisionTransformer(clip_config), jnp.zeros((1, side, side, 3))),
+    "text": (TextTransformer(clip_config), jnp.zeros((1, 8), jnp.int32)),
+  }
+
+  def init(name: str) -> dict:
+    tower, example = inputs[name]
+    return jax.jit(tower.init)(key, example)["params"]
+
+  return jax.device_get({name: init(name) for name in towers})
 
 
 def random_batch(batch: int, side: int, classes: int) -> dict:
@@ -53,7 +65,7 @@ def random_batch(batch: int, side: int, classes: int) -> dict:
 
 
 def parameters(prompts: dict, frozen: dict) -> dict[str, int]:
-  """Parameters by component: the parts of what is trained, then the frozen part of the tower."""
+  """Parameters by component: the parts of what is trained, then the frozen parts of the towers."""
   parts = {
     f"{'params' if name in TOWERS else 'prompts'}/{name}": count(tree)
     for name, tree in prompts.items()
@@ -63,7 +75,8 @@ def parameters(prompts: dict, frozen: dict) -> dict[str, int]:
   if experts:
     parts["prompts/m2oe"] = experts
   parts = dict(sorted(parts.items()))
-  return {**parts, "trained": count(prompts), "frozen vision tower": count(frozen)}
+  rest = {f"frozen {TITLES[name]}": count(tree) for name, tree in frozen.items()}
+  return {**parts, "trained": count(prompts), **rest}
 
 
 def operations(jaxpr) -> float:
@@ -127,23 +140,22 @@ def measure(
   }
 
 
-class RandomEncoder(NamedTuple):
-  """Random unit-length embeddings: what a network costs does not depend on them."""
-
-  embed_dim: int
+class RandomEncoder(TextEncoder):
+  """Token ids of real sentences; embeddings are random, since what a network costs does not depend
+  on them."""
 
   def embed(self, names: Sequence[str]) -> np.ndarray:
-    text = np.random.default_rng(1).normal(size=(len(names), self.embed_dim))
+    text = np.random.default_rng(1).normal(size=(len(names), self.config.embed_dim))
     return (text / np.linalg.norm(text, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int) -> dict:
+def costs(config, clip_config: CLIPConfig, params: Mapping, classes: int, batch: int) -> dict:
   """Everything the command prints.
 
   Args:
     config: config of a segmentation run.
-    clip_config: architecture of the tower.
-    tower: its parameters, the branch `visual`.
+    clip_config: architecture of the towers.
+    params: their parameters, at least of those towers that the network uses.
     classes: how many are prompted.
     batch: images at a time.
 
@@ -154,31 +166,39 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
   if not model.trainable:
     raise InputError(f"method {config.method!r} has no parameters to count: inspect another config")
   declared.check_whole_patches("config.data.crop", side, config.clip, model.input_multiple)
-  text = model.text_input(RandomEncoder(clip_config.embed_dim), [""] * classes)
+  encoder = RandomEncoder(clip_config, {}, config.templates, config.synonyms)
+  text = jnp.asarray(model.text_input(encoder, [f"class {i}" for i in range(classes)]))
   key = jax.random.key(config.seed)
-  prompts = init_prompts(model, tower, text, key, side)
+  towers = {name: params[name] for name in model.towers}
+  prompts = init_prompts(model, towers, text, key, side)
   optimizer = optim.make_optimizer(config.optimizer, prompts)
   data = random_batch(batch, side, classes)
+  _, frozen = split(towers, model.trained)
+  result: dict[str, dict] = {
+    "parameters": parameters(prompts, {name: frozen.get(name, {}) for name in model.towers})
+  }
 
-  # As in inference: merged into the tower where that is possible.
-  merged_model, *merged = model.merged(tower, prompts)
-  forward = jax.jit(lambda variables, image: merged_model.apply(variables, image, text))
-  _, frozen = split(tower, model.trained)
+  # As in inference: merged into the towers where that is possible, and the text encoded once.
+  merged_model, *merged = model.merged(towers, prompts)
+  variables, encoded = join(*merged), text
+  if "text" in model.towers:
+    encode = jax.jit(lambda v, text: merged_model.apply(v, text, method="encode_text"))
+    result["text"] = measure(encode, variables, text)
+    encoded = encode(variables, text)
+  forward = jax.jit(lambda v, image, text: merged_model.apply(v, image, text))
+  result["forward"] = measure(forward, variables, data["image"], encoded)
+  del variables
 
-  def one_step(state, params, batch, key):
+  def one_step(state, params, text, batch, key):
     return train_step(
       state, params, text, batch, key,
-      model=model, optimizer=optimizer, loss_fn=losses.sigmoid_loss,
+      model=model, optimizer=optimizer, loss_fn=losses.make_loss(config.loss),
     )  # fmt: skip
 
-  params = jax.device_put(frozen)
-  result: dict[str, dict] = {
-    "parameters": parameters(prompts, frozen),
-    "forward": measure(forward, join(*merged), data["image"]),
-  }
   state = TrainState(jnp.int32(0), prompts, jax.jit(optimizer.init)(prompts))
   jitted = jax.jit(one_step, donate_argnums=0, compiler_options=devices.compiler_options(mesh))
-  result["train_step"] = measure(jitted, state, params, data, key, donated=0)
+  arguments = (state, jax.device_put(frozen), text, data, key)
+  result["train_step"] = measure(jitted, *arguments, donated=0)
   for part in ("forward", "train_step"):
     result[part]["images_per_second"] = batch / result[part]["seconds"]
     result[part]["flops_per_image"] = result[part]["flops"] / batch
@@ -196,17 +216,23 @@ def costs(config, clip_config: CLIPConfig, tower: dict, classes: int, batch: int
 def text_of(result: dict) -> str:
   """The numbers as two tables."""
   parts = result["parameters"]
-  total = parts["trained"] + parts["frozen vision tower"]
+  total = parts["trained"] + sum(n for name, n in parts.items() if name.startswith("frozen "))
   rows = [[name, f"{n:,}", f"{100 * n / total:.2f} %"] for name, n in parts.items()]
+  rows.append(["all", f"{total:,}", ""])
   cost = [
     [
-      name.replace("_", " "),
-      f"{r['flops_per_image'] / 1e9:.1f}",
+      title,
+      f"{r.get('flops_per_image', r['flops']) / 1e9:.1f}",
       f"{r['temporary_bytes'] / 2**20:,.0f}",
-      f"{r['images_per_second']:.3g}",
+      f"{r['images_per_second']:.3g}" if "images_per_second" in r else "",
       f"{r['seconds_to_compile']:.1f}",
     ]
-    for name, r in ((name, result[name]) for name in ("forward", "train_step"))
+    for title, r in (
+      ("class names, once", result.get("text")),
+      ("forward", result["forward"]),
+      ("train step", result["train_step"]),
+    )
+    if r
   ]
   heads = ["", "GFLOPs/image", "temporary MiB", "images/s", "compile s"]
   note = (
@@ -241,23 +267,24 @@ def main(arguments: list[str]) -> int:
   add("--json", help="also write the numbers to this file")
   args, config = parse(parser, arguments)
   devices.configure_cpu()  # no cache of programs: how long they compile is measured
+  params = None
   if args.backbone:
     clip_config = BACKBONES[args.backbone]
-    tower = random_tower(clip_config, jax.random.key(0))
   elif (
     not expand(config.clip).exists() and (named := checkpoints.find(config.clip)) and named.config
   ):
     clip_config = named.config  # what it costs depends on no weight: nothing is fetched
-    tower = random_tower(clip_config, jax.random.key(0))
   else:
     path = clip_file.find_weights(config.clip)
     if not path.exists():
       raise InputError(
         f"config.clip={config.clip}: no such file; give --backbone=b16 or l14 for random weights"
       )
-    clip_config, clip = clip_file.load(path)
-    tower = {"visual": clip["visual"]}
-  result = costs(config, clip_config, tower, args.classes, args.batch)
+    clip_config, params = clip_file.load(path)
+  if params is None:
+    towers = make_network(config, clip_config).towers
+    params = random_towers(clip_config, jax.random.key(0), towers)
+  result = costs(config, clip_config, params, args.classes, args.batch)
   print(text_of(result))
   if args.json:
     write_json(expand(args.json), result)

@@ -20,9 +20,8 @@ from rpn_jax.tasks.evaluate import (
   score_table,
   write_metrics,
 )
-from rpn_jax.training import optim, pseudo_labels, sharding
+from rpn_jax.training import losses, optim, pseudo_labels, sharding
 from rpn_jax.training.loop import Loop
-from rpn_jax.training.losses import LOSSES
 from rpn_jax.training.metric_log import MetricWriter
 from rpn_jax.training.preemption import PreemptionGuard
 from rpn_jax.training.run import Run, held_workdir
@@ -79,7 +78,7 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
     optimizer,
     shard_state=config.shard_state,
     model=network,
-    loss_fn=make_loss(config.loss),
+    loss_fn=losses.make_loss(config.loss),
     relabel=make_relabel(config, data),
   )
   examples = data.eval_examples()
@@ -132,14 +131,6 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
     report(run, loop, writer, latest, time.time() - began, state.trained_parameters)
   make_partial(run, data, "train", 0, 0).path.unlink(missing_ok=True)
   return {"last": loop.last, "best": loop.best}
-
-
-def make_loss(config):
-  """The configured loss as a function of logits and labels."""
-  options = {}
-  if config.name == "sigmoid":
-    options = {"mask_ignored": config.mask_ignored, "skip_empty": config.get("skip_empty", False)}
-  return functools.partial(LOSSES[config.name], **options)
 
 
 def make_relabel(config, data):

@@ -7,6 +7,7 @@ adds them to the sums, and recomputes them in the backward pass.
 Shape letters: B batch, h/w logit grid, H/W label pixels, C classes, Y rows of one chunk.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -184,3 +185,12 @@ def bce_loss(
 
 
 LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss, "bce": bce_loss}
+# Fields of config.loss that each of them takes.
+OPTIONS = {"sigmoid": ("mask_ignored", "skip_empty"), "softmax": (), "bce": ("mask_ignored",)}
+
+
+def make_loss(config: Any) -> Callable[[jax.Array, jax.Array], dict[str, Term]]:
+  """The loss of a config section as a function of logits and labels."""
+  options = {"mask_ignored": config.mask_ignored, "skip_empty": config.get("skip_empty", False)}
+  taken = {name: options[name] for name in OPTIONS[config.name]}
+  return functools.partial(LOSSES[config.name], **taken)

@@ -63,7 +63,7 @@ def test_a_tower_that_is_trained_is_counted_once():
   config = shapes_config.get_config("tuner=full").unlock()
   config.data.crop = config.eval.crop = 32
   clip = dataclasses.replace(tiny.TINY, vision_layers=1)
-  tower = costs.random_tower(clip, jax.random.key(0))
+  tower = costs.random_towers(clip, jax.random.key(0))
   result = costs.costs(config, clip, tower, 3, 1)
   parts = result["parameters"]
   assert parts["params/visual"] == sum(x.size for x in jax.tree.leaves(tower))

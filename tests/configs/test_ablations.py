@@ -14,8 +14,7 @@ from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
 from rpn_jax.models.trained import init_prompts
 from rpn_jax.models.training_free import DenseCLIP
-from rpn_jax.tasks import train
-from rpn_jax.training import optim, step
+from rpn_jax.training import losses, optim, step
 from tests.tiny import TINY
 
 ROWS = {
@@ -96,7 +95,7 @@ def one_step(row, changes=(), update=True):
   # Made up instead of initial: nothing to compile, and no zeros that hold gradients back.
   tree = jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), like)
   batch = {"image": image, "label": np.arange(2 * 64 * 64).reshape(2, 64, 64) // 700 % 5}
-  settings = {"model": model, "loss_fn": train.make_loss(config.loss)}
+  settings = {"model": model, "loss_fn": losses.make_loss(config.loss)}
   arguments = (params, text, batch, jax.random.key(4))
   if not update:  # gradients that nothing uses are not compiled
     state = step.TrainState(jnp.int32(20), tree, ())

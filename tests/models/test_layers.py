@@ -65,7 +65,7 @@ def test_what_is_computed_again_is_not_stored():
   model = RPN(tower, settings, kernels=kernels.for_platform("cpu"))
 
   def start(key):
-    params = costs.random_tower(tower, key)
+    params = costs.random_towers(tower, key)
     return params, init_prompts(model, params, text, key, 128)
 
   key = jax.random.key(0)

@@ -434,7 +434,7 @@ def test_unknown_names_are_refused_with_the_nearest(home):
 def test_softmax_loss_trains(home):
   config = make_config(home, **{"loss.name": "softmax"})
   logits = np.zeros((1, 4, 4, 3), np.float32)
-  terms = train.make_loss(config.loss)(logits, np.zeros((1, 8, 8), np.int32))
+  terms = losses.make_loss(config.loss)(logits, np.zeros((1, 8, 8), np.int32))
   np.testing.assert_allclose(terms["loss_ce"].value, np.log(3), rtol=1e-6)
   scores = Predictor.from_config(config).network.scores(logits)
   np.testing.assert_allclose(scores, 1 / 3, rtol=1e-6)
