@@ -222,7 +222,12 @@ class CATSeg(Defaults, nn.Module):
     """Embeddings (C, P, E), unit length, of token ids (C, K, T); embeddings stay as they are."""
     if jnp.issubdtype(text.dtype, jnp.floating):
       return text
-    sentences = self.text(text.reshape(-1, text.shape[-1]))
+    length = text.shape[-1]
+    widest = length * max(4 * self.clip.text_width, length * self.clip.text_heads)
+    sentences = cost_aggregation.in_chunks(
+      lambda module, tokens: module.text(tokens[0])[None],
+      self, (text.reshape(1, -1, length),), (), axis=1, elements=widest, remat=False,
+    )  # fmt: skip
     sentences = l2_normalize(sentences).reshape(*text.shape[:2], -1)
     # Rows of zeros fill up names with fewer synonyms.
     sentences = jnp.where((text > 0).any(-1)[..., None], sentences, 0)

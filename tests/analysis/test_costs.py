@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import cat_seg as cat_seg_config
 from configs import shapes as shapes_config
 from rpn_jax import cli
 from rpn_jax.analysis import costs
@@ -69,6 +70,42 @@ def test_a_tower_that_is_trained_is_counted_once():
   assert parts["params/visual"] == sum(x.size for x in jax.tree.leaves(tower))
   assert parts["frozen vision tower"] == 0
   assert parts["trained"] == sum(n for name, n in parts.items() if "/" in name)
+
+
+def test_a_network_that_trains_both_towers(monkeypatch):
+  """The text tower runs once for a list of classes, and in every training step."""
+  config = cat_seg_config.get_config("data=shapes").unlock()
+  config.data.crop = 32
+  config.cat_seg.update(
+    resolution=32, width=16, heads=2, layers=1, window=2, appearance_width=4, text_width=4,
+    guidance_layers=(0, 0), guidance_widths=(6, 5), decoder_guidance_widths=(4, 3),
+    decoder_widths=(16, 16),
+  )  # fmt: skip
+  metrics = {}
+
+  def traced(function, *arguments, donated=None):
+    """`measure` without compiling."""
+    if donated is not None:
+      metrics.update(jax.eval_shape(function, *arguments)[1])
+    flops = costs.operations(function.trace(*arguments).jaxpr.jaxpr)
+    return dict.fromkeys(("seconds", "seconds_to_compile", "temporary_bytes"), 1) | {"flops": flops}
+
+  monkeypatch.setattr(costs, "measure", traced)
+  towers = costs.random_towers(tiny.TINY, jax.random.key(0), ("visual", "text"))
+  result = costs.costs(config, tiny.TINY, towers, 3, 2)
+  assert "loss_bce" in metrics
+  parts = result["parameters"]
+  of_blocks = tiny.TINY.vision_layers * 2 * 16**2, tiny.TINY.text_layers * 2 * 8**2
+  assert (parts["params/visual"], parts["params/text"]) == of_blocks  # queries and values
+  for name, title, trained in zip(("visual", "text"), ("vision", "text"), of_blocks):
+    total = sum(x.size for x in jax.tree.leaves(towers[name]))
+    assert parts[f"frozen {title} tower"] == total - trained
+  # "a photo of a class 0" and two ends are 8 tokens; every weight of a block takes part.
+  text, forward, step = (result[part]["flops"] for part in ("text", "forward", "train_step"))
+  weights = 12 * 8**2 * tiny.TINY.text_layers
+  assert 2 * weights < text / (3 * 8) < 3 * weights
+  assert step > 2 * (forward + text)
+  assert "class names, once" in costs.text_of(result)
 
 
 def test_operations_of_loops_and_of_what_is_computed_again():

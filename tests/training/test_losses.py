@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from rpn_jax.training import losses
 
@@ -118,3 +119,15 @@ def test_rows_per_chunk_divides():
   assert losses.rows_per_chunk(1, 512, 512, 20, 512) == 512
   assert 512 % losses.rows_per_chunk(8, 512, 512, 156, 32) == 0
   assert losses.rows_per_chunk(8, 7, 10**9, 156, 32) == 1
+
+
+def test_a_loss_takes_the_fields_of_its_config():
+  """A field that a loss has is passed on: half of these pixels are ignored."""
+  logits, label = np.zeros((1, 2, 2, 3), np.float32), np.array([[[0, 255], [255, 1]]])
+  for name, term in (("sigmoid", "loss_mask"), ("bce", "loss_bce")):
+    for mask_ignored in (False, True):
+      fields = ConfigDict({"name": name, "mask_ignored": mask_ignored})
+      want = losses.LOSSES[name](logits, label, mask_ignored=mask_ignored)[term]
+      got = losses.make_loss(fields)(logits, label)[term]
+      assert got.total == want.total and got.normalizer == want.normalizer
+    assert got.total != losses.LOSSES[name](logits, label)[term].total
