@@ -32,9 +32,10 @@ docs: $(VENV)/.run
 ablations: $(VENV)/.run
 	$(RUN) -m rpn_jax sweep all --jobs=2
 
-# Speed and memory of the network; TORCH=a Python that has torch, to compare with.
+# Speed and memory of the networks; TORCH=a Python that has torch, to compare with.
 bench: $(VENV)/.run
 	$(RUN) -m benchmarks.speed --torch=$(TORCH)
+	$(RUN) -m benchmarks.cat_seg --torch=$(TORCH)
 
 # Speed of the training pipeline on generated pictures of VOC's size.
 bench-data: $(VENV)/.run
