@@ -45,15 +45,18 @@ def pytest_configure(config):
 # Half a minute or more each: two workers take a file at a time, and the last should be a short one.
 LONGEST = (
   "tasks/test_train.py",
-  "training/test_checkpoint.py",
-  "models/test_tuners.py",
-  "training/test_processes.py",
-  "test_extending.py",
+  "test_cat_seg_parity.py",
   "test_main.py",
+  "models/test_tuners.py",
+  "models/test_cat_seg.py",
   "test_parity.py",
-  "models/test_rpn.py",
   "tasks/test_evaluate.py",
-  "training/test_sharding.py",
+  "models/test_rpn.py",
+  "inference/test_layouts.py",
+  "training/test_processes.py",
+  "tasks/test_demo.py",
+  "inference/test_segmenter.py",
+  "test_package.py",
   "configs/test_ablations.py",
 )
 

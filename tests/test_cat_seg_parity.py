@@ -396,18 +396,17 @@ def steps(golden, batch):
   tokens = golden.tokens("train")
 
   @jax.jit
-  def gradients_of(state):
-    return gradients(
+  def step(state):
+    grads, terms = gradients(
       state, golden.frozen, tokens, batch, jax.random.key(0), model=golden.model,
       loss_fn=losses.bce_loss,
     )  # fmt: skip
+    return grads, *update(state, grads, terms, optimizer)
 
-  apply = jax.jit(functools.partial(update, optimizer=optimizer))
   first, taken = None, []
   for _ in range(3):
-    grads, terms = gradients_of(state)
+    grads, state, metrics = step(state)
     first = first or grads
-    state, metrics = apply(state, grads, terms)
     taken.append((state.prompts, float(metrics["loss"]), float(metrics["grad_norm"])))
   return first, taken, settings
 

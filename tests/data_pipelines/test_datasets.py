@@ -142,6 +142,7 @@ def test_names_of_evaluations_are_worded_where_a_set_has_the_wording():
 def config_of_shapes():
   config = shapes.get_config("runlocal").unlock()
   config.data.update({"train_images": 4, "eval_images": 2, "batch_size": 2, "threads": 0})
+  config.data.update({"mean": pixels.CLIP_MEAN, "std": pixels.CLIP_STD})
   return config
 
 

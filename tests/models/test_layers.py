@@ -53,6 +53,7 @@ def test_norm_computes_in_float32(version):
   assert back(out)[0].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="plans of XLA's CPU compiler")
 def test_what_is_computed_again_is_not_stored():
   """Without the compiler option, XLA computed it in the forward pass and kept it."""

@@ -1,6 +1,5 @@
 """What every network of the registry answers; trained and frozen parameters kept apart."""
 
-import dataclasses
 import inspect
 
 import jax
@@ -28,7 +27,7 @@ SETTINGS = {
     RPNConfig(tuner="full"),
     RPNConfig(tuner="lora+ssf", head="tfpm_c"),
   ],
-  "cat_seg": [CAT_SEG, dataclasses.replace(CAT_SEG, tuned="full", class_attention="full")],
+  "cat_seg": [CAT_SEG],
   "training_free": [{"method": "sclip", "denoise": 0.0, "key_smoothing": False}],
 }
 CASES = [(name, settings) for name in NETWORKS for settings in SETTINGS[name]]

@@ -64,7 +64,7 @@ def test_the_whole_way(home, seen, monkeypatch):
   Image.new("RGB", (32, 32), (255, 255, 255)).save(home / "white.png")
   config = make_config(
     home, "runlocal,supervised", steps=1, **{"data.name": "white", "data.ratio": (1.0, 1.0)},
-    **{"data.photometric": False, "data.batch_size": 8},
+    **{"data.photometric": False, "data.batch_size": 8, "model.tuner": "lpm"},
   )  # fmt: skip
   assert (config.data.mean, config.data.std) == (HALF, QUARTER)
   workdir = home / "run"

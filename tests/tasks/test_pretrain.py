@@ -4,6 +4,7 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs import shapes_clip
 from data_pipelines import datasets
@@ -27,6 +28,7 @@ def test_equal_captions_share_the_target():
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_short_pretraining_writes_weights_that_load(tmp_path):
   config = shapes_clip.get_config("runlocal")
   with config.unlocked():

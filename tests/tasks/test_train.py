@@ -41,6 +41,7 @@ def make_config(home, arg="runlocal", **changes):
     config.data.data_dir = str(home / "data")
     config.data.crop = config.data.short_side = config.eval.crop = 32
     config.data.scale, config.eval.stride = (128, 32), 24
+    config.data.eval_images = 8  # of many sizes, and each size has a program
     config.update_from_flattened_dict(changes)
   return with_normalization(config)
 
