@@ -413,4 +413,4 @@ def _setting_error(section: str, error: ValueError, clip: str = "") -> InputErro
   """What a network says about its settings; it may begin with one, as in "width=3: expected"."""
   if re.match(r"\w+[=:]", str(error)):
     return InputError(f"config.{section}.{error}" + (f" (config.clip={clip})" if clip else ""))
-  return InputError(f"config.{section} with {clip}: {error}")
+  return InputError(f"config.{section}" + (f" with {clip}" if clip else "") + f": {error}")

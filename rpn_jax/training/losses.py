@@ -85,6 +85,11 @@ def sum_over_chunks(
   return jax.lax.scan(body, zeros, (row_weights, labels))[0]
 
 
+def softplus(x: jax.Array) -> jax.Array:
+  """log(1 + exp(x)). jax.nn.softplus, which handles infinities, doubles the time of the loss."""
+  return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
 def sigmoid_loss(
   logits_BxhxwxC: jax.Array,
   label_BxHxW: jax.Array,
@@ -116,8 +121,7 @@ def sigmoid_loss(
     against = jnp.where(y, -logits, logits)
     wrong = jax.nn.sigmoid(against)
     p = jnp.where(y, 1 - wrong, wrong)
-    # softplus(against). jax.nn.softplus, which handles infinities, doubles the time of the loss.
-    cross_entropy = jnp.maximum(against, 0) + jnp.log1p(jnp.exp(-jnp.abs(against)))
+    cross_entropy = softplus(against)
     focal = jnp.where(y, FOCAL_ALPHA, 1 - FOCAL_ALPHA) * wrong**FOCAL_GAMMA * cross_entropy
     if mask_ignored:
       focal = focal * valid
@@ -176,7 +180,7 @@ def bce_loss(
 
   def sums(logits: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
     against = jnp.where(label[..., None] == jnp.arange(classes), -logits, logits)
-    cross_entropy = jnp.maximum(against, 0) + jnp.log1p(jnp.exp(-jnp.abs(against)))
+    cross_entropy = softplus(against)
     counted = jnp.ones(label.shape, bool) if not mask_ignored else label != ignore_label
     return (cross_entropy * counted[..., None]).sum(), counted.sum(dtype=jnp.float32)
 

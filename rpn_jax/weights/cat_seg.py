@@ -33,7 +33,6 @@ MARK = f"{_AGGREGATOR}conv1.weight"
 _VERSION_1 = re.compile(r"backbone\.")
 # Computed from the sides of grid and window.
 _MASK = re.compile(r".*\.attn_mask")
-_PADDING = re.compile(r"layer_\d+/padding_(token|guidance)|classes_\d+/padding_(token|guidance)")
 
 
 def is_cat_seg(names: Any) -> bool:
@@ -229,12 +228,7 @@ def to_official(
   towers = tower_rules(clip)
   layers = sum(name.startswith("spatial_") for name in prompts)
   padding = "padding_token" in prompts.get("classes_0", {})
-  flat = traverse_util.flatten_dict({**params, **prompts}, sep="/")
-  flat = {
-    name: value
-    for path, x in flat.items()
-    for name, value in (thirds(path, x) or {path: x}).items()
-  }
+  flat = _apart({**params, **prompts})
   state = to_theirs([*towers, *prompt_rules(layers, padding)], flat, "the trained CAT-Seg")
   for name, value in state.items():
     if ".padding_" in name:
