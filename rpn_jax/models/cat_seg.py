@@ -30,6 +30,7 @@ from rpn_jax.models.clip import (
 )
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.network import Defaults, Windows, as_record
+from rpn_jax.models.resizing import bicubic_matrix
 from rpn_jax.models.trained import TOWERS, join
 from rpn_jax.models.training_free import own_value
 
@@ -354,23 +355,3 @@ def resize_bicubic(positions_NxD: jax.Array, height: int, width: int) -> jax.Arr
   rows, columns = bicubic_matrix(side, height), bicubic_matrix(side, width)
   grid = jnp.einsum("Hh,hwd,Ww->HWd", rows, grid, columns, precision=exact)
   return jnp.concatenate([positions_NxD[:1], rearrange(grid, "h w d -> (h w) d")])
-
-
-def bicubic_matrix(inputs: int, outputs: int, a: float = -0.75) -> np.ndarray:
-  """(outputs, inputs) weights of a bicubic resize by half pixels, without antialias.
-
-  JAX's own has a = -0.5, and cuts the kernel off at the border where this one repeats the edge.
-  """
-  at = (np.arange(outputs) + 0.5) * inputs / outputs - 0.5
-  left = np.floor(at).astype(int)
-  matrix = np.zeros((outputs, inputs), np.float32)
-  for offset in (-1, 0, 1, 2):
-    x = np.abs(at - (left + offset))
-    near = ((a + 2) * x - (a + 3)) * x**2 + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    np.add.at(
-      matrix,
-      (np.arange(outputs), np.clip(left + offset, 0, inputs - 1)),
-      np.where(x <= 1, near, far),
-    )
-  return matrix

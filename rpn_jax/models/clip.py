@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.layers import ACTIVATIONS, LAYER_NORM_EPSILON, LayerNorm
+from rpn_jax.models.resizing import resize_grid
 
 # What a block stores for the backward pass beside its input.
 REMAT_POLICIES = {
@@ -80,16 +81,6 @@ class CLIPConfig:
   def grid(self) -> int:
     """Patches along one side of a training image."""
     return self.image_size // self.patch_size
-
-
-def resize_grid(grid_hxwxD: jax.Array, height: int, width: int) -> jax.Array:
-  """Bilinear resize of the two leading axes, align_corners=False, no antialias."""
-  if grid_hxwxD.shape[:2] == (height, width):
-    return grid_hxwxD
-  shape = (height, width, *grid_hxwxD.shape[2:])
-  return jax.image.resize(
-    grid_hxwxD, shape, "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST
-  )
 
 
 def resize_positions(positions_NxD: jax.Array, height: int, width: int) -> jax.Array:

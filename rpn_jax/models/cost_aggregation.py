@@ -24,8 +24,8 @@ import numpy as np
 from einops import rearrange
 
 from rpn_jax.models import prompts
-from rpn_jax.models.clip import resize_grid
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
+from rpn_jax.models.resizing import aligned_matrix, interpolation_matrix
 
 # Scalars of the widest array of one chunk: 64 MB in float32.
 CHUNK_ELEMENTS = 2**24
@@ -380,18 +380,7 @@ def enlarge(x: jax.Array, height: int, width: int, align_corners: bool) -> jax.A
   """Bilinear resize of the two axes before the last."""
   if x.shape[-3:-1] == (height, width):
     return x
-  resize = aligned_matrix if align_corners else half_pixel_matrix
+  resize = aligned_matrix if align_corners else interpolation_matrix
   rows, columns = resize(x.shape[-3], height), resize(x.shape[-2], width)
   exact = jax.lax.Precision.HIGHEST
   return jnp.einsum("Hh,...hwd,Ww->...HWd", rows, x, columns, precision=exact)
-
-
-def aligned_matrix(inputs: int, outputs: int) -> np.ndarray:
-  """(outputs, inputs) weights of a bilinear resize with aligned corners."""
-  at = np.linspace(0, inputs - 1, outputs)
-  return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(inputs))).astype(np.float32)
-
-
-def half_pixel_matrix(inputs: int, outputs: int) -> jax.Array:
-  """(outputs, inputs) weights of a bilinear resize by half pixels, without antialias."""
-  return resize_grid(jnp.eye(inputs)[:, None], outputs, 1)[:, 0]

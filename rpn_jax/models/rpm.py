@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from rpn_jax.models import prompts
-from rpn_jax.models.clip import resize_grid
+from rpn_jax.models.resizing import resize_grid
 
 
 def itp(

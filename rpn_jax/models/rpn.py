@@ -19,10 +19,10 @@ from rpn_jax.models.clip import (
   CLIPConfig,
   VisionTransformer,
   l2_normalize,
-  resize_grid,
 )
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.network import Defaults, Windows, as_record
+from rpn_jax.models.resizing import resize_grid
 
 
 class RPN(Defaults, nn.Module):

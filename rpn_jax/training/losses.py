@@ -15,7 +15,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from rpn_jax.models.clip import resize_grid
+from rpn_jax.models.resizing import interpolation_matrix
 
 # Scalars in one upsampled chunk: 64 MB in float32.
 CHUNK_ELEMENTS = 2**24
@@ -44,11 +44,6 @@ class Term:
   def value(self) -> jax.Array:
     mean = self.total / jnp.maximum(self.normalizer, 1)
     return mean * (self.normalizer > 0) if self.skip_empty else mean
-
-
-def interpolation_matrix(inputs: int, outputs: int) -> jax.Array:
-  """(outputs, inputs) weights of a bilinear resize, align_corners=False, no antialias."""
-  return resize_grid(jnp.eye(inputs), outputs, inputs)
 
 
 def rows_per_chunk(batch: int, height: int, width: int, classes: int, logit_rows: int) -> int:

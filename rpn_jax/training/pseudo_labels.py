@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpn_jax.training.losses import interpolation_matrix
+from rpn_jax.models.resizing import interpolation_matrix
 
 
 def pseudo_labels(

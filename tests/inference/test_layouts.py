@@ -10,7 +10,7 @@ from rpn_jax.base import fields
 from rpn_jax.base.errors import InputError
 from rpn_jax.config import Run, check, defaults
 from rpn_jax.inference import layouts, sliding, views
-from rpn_jax.models.clip import resize_grid
+from rpn_jax.models.resizing import resize_grid
 
 CROP, STRIDE, SQUARE, CLASSES = 24, 16, 40, 5
 

@@ -10,7 +10,7 @@ import pytest
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.inference import layouts, sliding, views
-from rpn_jax.models.clip import resize_grid
+from rpn_jax.models.resizing import resize_grid
 
 
 def identity(logits):

@@ -1,0 +1,46 @@
+"""Resizes without antialias, of arrays and as matrices that multiply an axis."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def resize_grid(grid_hxwxD: jax.Array, height: int, width: int) -> jax.Array:
+  """Bilinear resize of the two leading axes, align_corners=False, no antialias."""
+  if grid_hxwxD.shape[:2] == (height, width):
+    return grid_hxwxD
+  shape = (height, width, *grid_hxwxD.shape[2:])
+  return jax.image.resize(
+    grid_hxwxD, shape, "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def interpolation_matrix(inputs: int, outputs: int) -> jax.Array:
+  """(outputs, inputs) weights of a bilinear resize, align_corners=False, no antialias."""
+  return resize_grid(jnp.eye(inputs), outputs, inputs)
+
+
+def aligned_matrix(inputs: int, outputs: int) -> np.ndarray:
+  """(outputs, inputs) weights of a bilinear resize with aligned corners."""
+  at = np.linspace(0, inputs - 1, outputs)
+  return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(inputs))).astype(np.float32)
+
+
+def bicubic_matrix(inputs: int, outputs: int, a: float = -0.75) -> np.ndarray:
+  """(outputs, inputs) weights of a bicubic resize by half pixels, without antialias.
+
+  JAX's own has a = -0.5, and cuts the kernel off at the border where this one repeats the edge.
+  """
+  at = (np.arange(outputs) + 0.5) * inputs / outputs - 0.5
+  left = np.floor(at).astype(int)
+  matrix = np.zeros((outputs, inputs), np.float32)
+  for offset in (-1, 0, 1, 2):
+    x = np.abs(at - (left + offset))
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    np.add.at(
+      matrix,
+      (np.arange(outputs), np.clip(left + offset, 0, inputs - 1)),
+      np.where(x <= 1, near, far),
+    )
+  return matrix
