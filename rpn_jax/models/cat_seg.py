@@ -203,7 +203,9 @@ class CATSeg(Defaults, nn.Module):
       )
       for _ in range(c.layers)
     ]
-    self.decoder = cost_decoder.Decoder(c.decoder_widths, c.decoder_guidance_widths, remat, dtype)
+    self.decoder = cost_decoder.Decoder(
+      c.decoder_widths, c.decoder_guidance_widths, remat, dtype, self.kernels
+    )
 
   @nn.nowrap
   def text_input(self, encoder: Any, names: Sequence[str]) -> Any:

@@ -42,12 +42,14 @@ class Guided(nn.Module):
     kernel_size: (3, 3) for a convolution with padding, () for a linear layer.
     use_bias: whether there is a bias.
     dtype: compute type.
+    kernels: see `Kernels`.
   """
 
   features: int
   kernel_size: tuple[int, ...] = ()
   use_bias: bool = True
   dtype: Any = jnp.float32
+  kernels: Kernels = TEXTBOOK
 
   @nn.compact
   def __call__(self, x: jax.Array, guidance: jax.Array) -> jax.Array:
@@ -57,7 +59,7 @@ class Guided(nn.Module):
     init = prompts.uniform(fan_in**-0.5)
     shape = (*self.kernel_size, width + guidance.shape[-1], self.features)
     kernel = prompts.prompt(self, "kernel", init, shape).astype(self.dtype)
-    apply = convolve if self.kernel_size else jnp.matmul
+    apply = self._convolve if self.kernel_size else jnp.matmul
     out = apply(x.astype(self.dtype), kernel[..., :width, :])
     if guidance.shape[-1]:
       out += apply(guidance.astype(self.dtype), kernel[..., width:, :])
@@ -65,14 +67,10 @@ class Guided(nn.Module):
       out += prompts.prompt(self, "bias", init, (self.features,)).astype(self.dtype)
     return out
 
-
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Convolution over the two axes before the last, padded to the same size: (…, h, w, features)."""
-  flat = x.reshape(-1, *x.shape[-3:])
-  y = jax.lax.conv_general_dilated(
-    flat, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-  )
-  return y.reshape(*x.shape[:-1], kernel.shape[-1])
+  def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution over the two axes before the last: (…, h, w, features)."""
+    y = self.kernels.convolve(x.reshape(-1, *x.shape[-3:]), kernel)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def torch_conv(

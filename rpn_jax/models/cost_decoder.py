@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from rpn_jax.models import prompts
-from rpn_jax.models.cost_aggregation import Guided, in_chunks, torch_conv
+from rpn_jax.models.cost_aggregation import Guided, in_chunks
+from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.layers import LAYER_NORM_EPSILON
 
 
@@ -63,18 +64,20 @@ class UpsampleStep(nn.Module):
     features: channels out.
     guidance_width: G.
     dtype: compute type.
+    kernels: see `Kernels`.
   """
 
   features: int
   guidance_width: int
   dtype: Any = jnp.float32
+  kernels: Kernels = TEXTBOOK
 
   @nn.compact
   def __call__(self, x: jax.Array, guidance_Bx1xhxwxG: jax.Array) -> jax.Array:
     """(B, C, h, w, D) -> (B, C, 2 h, 2 w, features)."""
     x = Upsample(x.shape[-1] - self.guidance_width, 2, self.dtype, name="up")(x)
     for i, guidance in enumerate((guidance_Bx1xhxwxG, guidance_Bx1xhxwxG[..., :0])):
-      conv = Guided(self.features, (3, 3), False, self.dtype, name=f"conv_{i}")
+      conv = Guided(self.features, (3, 3), False, self.dtype, self.kernels, name=f"conv_{i}")
       x = jax.nn.relu(GroupNorm(name=f"norm_{i}")(conv(x, guidance)))
     return x
 
@@ -87,19 +90,21 @@ class Decoder(nn.Module):
     guidance_widths: G and G'.
     remat: whether chunks of classes are computed again in the backward pass.
     dtype: compute type.
+    kernels: see `Kernels`.
   """
 
   widths: tuple[int, int]
   guidance_widths: tuple[int, int]
   remat: bool = False
   dtype: Any = jnp.float32
+  kernels: Kernels = TEXTBOOK
 
   def setup(self) -> None:
     self.step = [
-      UpsampleStep(width, guidance, self.dtype)
+      UpsampleStep(width, guidance, self.dtype, self.kernels)
       for width, guidance in zip(self.widths, self.guidance_widths)
     ]
-    self.head = torch_conv(1, (3, 3), self.widths[-1], self.dtype)
+    self.head = Guided(1, (3, 3), True, self.dtype, self.kernels)
 
   def __call__(self, x_BxCxhxwxD: jax.Array, guidance: tuple[jax.Array, ...]) -> jax.Array:
     """Logits (B, C, 4 h, 4 w), of guidance (B, 2 h, 2 w, G) and (B, 4 h, 4 w, G')."""
@@ -108,8 +113,7 @@ class Decoder(nn.Module):
       for step, g in zip(module.step, guidance):
         x = step(x, g[:, None])
         module.sow("intermediates", "step", x)
-      logits = module.head(x.reshape(-1, *x.shape[2:]))
-      return logits.reshape(x.shape[:-1]).astype(jnp.float32)
+      return module.head(x, x[..., :0])[..., 0].astype(jnp.float32)
 
     x = x_BxCxhxwxD
     pixels, (first, second) = len(x) * x.shape[2] * x.shape[3], self.widths

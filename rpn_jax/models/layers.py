@@ -1,9 +1,10 @@
-"""Activations, LayerNorm and attention as the papers write them.
+"""Activations, LayerNorm, attention and convolution as the papers write them.
 
 Plain `jax.numpy`, differentiated automatically. `models/kernels` holds versions that compute the
 same values and gradients with less memory or time.
 
-Shape letters: B batch, N tokens, M tokens attended to, H heads, d width of a head, D width.
+Shape letters: B batch, N tokens, M tokens attended to, H heads, d width of a head, D width; in a
+convolution N images, H/W pixels, C channels, F features, K side of the kernel.
 """
 
 from collections.abc import Callable
@@ -39,6 +40,13 @@ def attend(
     scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
   weights = jax.nn.softmax(scores).astype(v_BxMxHxd.dtype)
   return jnp.einsum("bhnm,bmhd->bnhd", weights, v_BxMxHxd)
+
+
+def convolve(x_NxHxWxC: jax.Array, kernel_KxKxCxF: jax.Array) -> jax.Array:
+  """Convolution with an odd kernel, of the image padded with 0 to keep its size: (N, H, W, F)."""
+  return jax.lax.conv_general_dilated(
+    x_NxHxWxC, kernel_KxKxCxF, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
 
 class LayerNorm(nn.Module):

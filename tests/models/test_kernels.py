@@ -1,5 +1,7 @@
 """Every kernel against the textbook layers, and which of them a platform's program has."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,38 @@ def test_activations_are_the_textbooks(name, platform):
   functions = (kernels.for_platform(platform).activations[name], layers.ACTIVATIONS[name])
   got, want = ((f(x), jax.grad(lambda x, f=f: f(x).sum())(x)) for f in functions)
   jax.tree.map(close, got, want)
+
+
+@pytest.mark.parametrize("platform", kernels.PLATFORMS)
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_convolutions_are_the_textbooks(platform, side):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  arrays, g = (draw(2, 6, 9, 4), draw(side, side, 4, 3)), draw(2, 6, 9, 3)
+  value_and_gradients = lambda f: (f(*arrays), *jax.vjp(f, *arrays)[1](g))
+  convolve = kernels.for_platform(platform).convolve
+  want = value_and_gradients(layers.convolve)
+  jax.tree.map(close, value_and_gradients(convolve), want)
+  half = [x.astype(jnp.bfloat16) for x in arrays]
+  out, pull = jax.vjp(convolve, *half)
+  for got, exact in zip((out, *pull(g.astype(jnp.bfloat16))), want):
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(got), exact, atol=0.02 * abs(exact).max())
+
+
+def test_gradients_of_convolutions_in_loops_have_the_fast_order():
+  """XLA's CPU compiler has a slow convolution for other orders of the arrays."""
+  x, kernel = jnp.ones((3, 2, 6, 6, 4)), jnp.ones((3, 3, 4, 4))
+
+  def program(convolve):
+    loss = lambda x, kernel: jax.lax.scan(
+      lambda y, x: (y + (convolve(x, kernel) ** 2).sum(), None), 0.0, x
+    )[0]
+    return jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).compile().as_text()
+
+  orders = lambda text: set(re.findall(r"dim_labels=(\S+?)[,\s]", text))
+  assert orders(program(cpu.convolve)) == {"b01f_01io->b01f"}
+  assert len(orders(program(layers.convolve))) > 1
 
 
 def test_kernels_are_part_of_a_programs_key():

@@ -1,4 +1,4 @@
-"""Which version of attention, LayerNorm and activations a device runs.
+"""Which version of attention, LayerNorm, activations and convolutions a device runs.
 
 A version computes the values and gradients of `rpn_jax.models.layers`. It is chosen by the platform
 that a program is compiled for, which need not be the platform of the compiling process.
@@ -21,17 +21,20 @@ class Kernels:
     attend: (q (B, N, H, d), k (B, M, H, d), v (B, M, H, d), causal=False) -> (B, N, H, d).
     layer_norm: (x (..., D), scale (D,), bias (D,), epsilon) -> (..., D) float32.
     activations: name -> elementwise function; the names are those of `layers.ACTIVATIONS`.
+    convolve: (x (N, H, W, C), kernel (K, K, C, F)) -> (N, H, W, F), where x needs a gradient. The
+      convolutions of Flax's own layers are not of this.
   """
 
   attend: Callable
   layer_norm: Callable
   activations: Mapping[str, Callable]
+  convolve: Callable = layers.convolve
 
 
 TEXTBOOK = Kernels(layers.attend, layers.layer_norm, flax.core.FrozenDict(layers.ACTIVATIONS))
 LEAN = Kernels(lean.attend, lean.layer_norm, flax.core.FrozenDict(lean.ACTIVATIONS))
 PLATFORMS = {
-  "cpu": dataclasses.replace(LEAN, attend=cpu.attend),
+  "cpu": dataclasses.replace(LEAN, attend=cpu.attend, convolve=cpu.convolve),
   "gpu": LEAN,
   "tpu": LEAN,
 }

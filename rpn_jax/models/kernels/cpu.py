@@ -1,9 +1,10 @@
-"""Attention head by head, for CPUs.
+"""Attention head by head, and the gradients of convolutions, for CPUs.
 
 The attention maps of 512 x 512 images would go through main memory several times; those of one head
 stay in the cache (docs/benchmarks.md).
 
-Shape letters: N tokens, M tokens attended to, H heads of all images, d width of a head.
+Shape letters: N tokens, M tokens attended to, H heads of all images, d width of a head; in a
+convolution as in `layers`.
 """
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
+from rpn_jax.models import layers
 from rpn_jax.models.kernels import lean
 
 # A layer whose attention maps have more elements than this, 16 MB, goes head by head.
@@ -79,3 +81,42 @@ def attend_backward(stored: tuple[jax.Array, ...], g_HxNxd: jax.Array) -> tuple[
 
 
 attend_by_head.defvjp(attend_forward, attend_backward)
+
+
+@jax.custom_vjp
+def convolve(x_NxHxWxC: jax.Array, kernel_KxKxCxF: jax.Array) -> jax.Array:
+  """`layers.convolve` with gradients that are fast inside of loops.
+
+  In the body of a loop XLA's CPU compiler has a fast convolution for arrays in their usual order
+  alone, and otherwise one that takes a hundred times as long. The gradient of the kernel is a
+  matrix product for each of its pixels, which is faster outside of loops, too.
+  """
+  return layers.convolve(x_NxHxWxC, kernel_KxKxCxF)
+
+
+def convolve_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  return layers.convolve(x, kernel), (x, kernel)
+
+
+def convolve_backward(
+  stored: tuple[jax.Array, ...], g_NxHxWxF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  x, kernel = stored
+  # The barrier keeps the compiler from expressing the reversal by another order of the arrays.
+  reversed_KxKxFxC = jax.lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
+  dx = layers.convolve(g_NxHxWxF, reversed_KxKxFxC)
+  side = kernel.shape[0]
+  _, height, width, _ = x.shape
+  padding = (0, 0), (side // 2, side // 2), (side // 2, side // 2), (0, 0)
+  padded = jnp.pad(x, padding)
+  rows = [
+    [
+      jnp.einsum("nhwc,nhwf->cf", padded[:, i : i + height, j : j + width], g_NxHxWxF)
+      for j in range(side)
+    ]
+    for i in range(side)
+  ]
+  return dx, jnp.array(rows)
+
+
+convolve.defvjp(convolve_forward, convolve_backward)
