@@ -34,6 +34,11 @@ def pytest_addoption(parser):
   parser.addoption(
     "--golden-catseg", default=str(HERE / "golden_catseg"), help="the same of CAT-Seg"
   )
+  parser.addoption(
+    "--golden-training-free",
+    default=str(HERE / "golden_training_free"),
+    help="the same of the training-free methods",
+  )
 
 
 def pytest_configure(config):
@@ -76,10 +81,10 @@ def _home(tmp_path_factory, pytestconfig):
     yield
 
 
-def _golden(pytestconfig, option: str) -> pathlib.Path:
+def _golden(pytestconfig, option: str, known_by: str = "meta.json") -> pathlib.Path:
   path = pathlib.Path(pytestconfig.getoption(option))
-  if not (path / "meta.json").exists():
-    sys.exit(f"{option}={path}: expected a folder with meta.json and the .npz files")
+  if not (path / known_by).exists():
+    sys.exit(f"{option}={path}: expected a folder with {known_by} and the .npz files")
   return path
 
 
@@ -91,3 +96,8 @@ def golden_dir(pytestconfig) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def golden_catseg(pytestconfig) -> pathlib.Path:
   return _golden(pytestconfig, "--golden-catseg")
+
+
+@pytest.fixture(scope="session")
+def golden_training_free(pytestconfig) -> pathlib.Path:
+  return _golden(pytestconfig, "--golden-training-free", "weights.npz")

@@ -83,11 +83,16 @@ class CLIPConfig:
     return self.image_size // self.patch_size
 
 
-def resize_positions(positions_NxD: jax.Array, height: int, width: int) -> jax.Array:
-  """(1 + height * width, D): the class row, then the square grid of rows resized."""
+def resize_positions(
+  positions_NxD: jax.Array, height: int, width: int, resize: Callable = resize_grid
+) -> jax.Array:
+  """(1 + height * width, D): the class row, then the square grid of rows resized, by default
+  bilinearly; `resize` is (grid (h, w, D), height, width) -> (height, width, D)."""
   side = round((positions_NxD.shape[0] - 1) ** 0.5)
+  if (side, side) == (height, width):
+    return positions_NxD
   grid = rearrange(positions_NxD[1:], "(h w) d -> h w d", h=side)
-  grid = rearrange(resize_grid(grid, height, width), "h w d -> (h w) d")
+  grid = rearrange(resize(grid, height, width), "h w d -> (h w) d")
   return jnp.concatenate([positions_NxD[:1], grid])
 
 
@@ -239,12 +244,14 @@ class VisionTransformer(nn.Module):
     remat: what the blocks compute again in the backward pass instead of storing it: "none", "dots"
       (the MLP and the norms, so that only the attention's products are stored) or "full".
     kernels: see `Kernels`.
+    epsilon: of the norms; None is what the tower was trained with.
   """
 
   config: CLIPConfig
   dtype: Any = jnp.float32
   remat: str = "none"
   kernels: Kernels = TEXTBOOK
+  epsilon: float | None = None
 
   def setup(self) -> None:
     c = self.config
@@ -258,9 +265,9 @@ class VisionTransformer(nn.Module):
       "position_embedding", init, (1 + c.grid**2, c.vision_width)
     )
     plain = c.vision == "vit"
-    epsilon = 1e-6 if plain else LAYER_NORM_EPSILON
+    epsilon = self.epsilon or (1e-6 if plain else LAYER_NORM_EPSILON)
     norm = functools.partial(LayerNorm, function=self.kernels.layer_norm)
-    self.ln_pre = None if plain else norm()
+    self.ln_pre = None if plain else norm(epsilon)
     activation = "gelu" if plain else c.activation
     block = functools.partial(Block, kernels=self.kernels, mlp_width=c.vision_mlp_width)
     settings = (c.vision_width, c.vision_heads, activation, self.dtype, epsilon)
@@ -308,15 +315,19 @@ class VisionTransformer(nn.Module):
     block = self.block[i]
     return run_block(block, self.remat, x_BxNxD, read, residual, tune, extra_BxPxD)
 
-  def project(self, x_BxNxD: jax.Array, tune: Callable = keep_result) -> jax.Array:
+  def project(
+    self, x_BxNxD: jax.Array, tune: Callable = keep_result, exact: bool = False
+  ) -> jax.Array:
     """`ln_post`, then the projection into the joint space: (..., D) -> (..., E) float32.
 
-    A plain transformer has none: (..., D) float32.
+    A plain transformer has none: (..., D) float32. `exact`: in float32 on every device, whatever
+    the compute type.
     """
-    x = tune("ln_post", x_BxNxD, self.ln_post(x_BxNxD.astype(jnp.float32))).astype(self.dtype)
+    dtype, precision = (jnp.float32, jax.lax.Precision.HIGHEST) if exact else (self.dtype, None)
+    x = tune("ln_post", x_BxNxD, self.ln_post(x_BxNxD.astype(jnp.float32))).astype(dtype)
     if self.config.vision == "vit":
       return x.astype(jnp.float32)
-    return (x @ self.proj.astype(self.dtype)).astype(jnp.float32)
+    return jnp.matmul(x, self.proj.astype(dtype), precision=precision).astype(jnp.float32)
 
   def __call__(
     self, image_BxHxWx3: jax.Array, kept_patches_BxK: jax.Array | None = None

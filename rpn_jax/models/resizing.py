@@ -1,4 +1,4 @@
-"""Resizes without antialias, of arrays and as matrices that multiply an axis."""
+"""Resizes of arrays, and as matrices that multiply an axis; without antialias unless told."""
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,21 @@ def aligned_matrix(inputs: int, outputs: int) -> np.ndarray:
   return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(inputs))).astype(np.float32)
 
 
-def bicubic_matrix(inputs: int, outputs: int, a: float = -0.75) -> np.ndarray:
+def bicubic_matrix(
+  inputs: int, outputs: int, a: float = -0.75, span: float | None = None
+) -> np.ndarray:
   """(outputs, inputs) weights of a bicubic resize by half pixels, without antialias.
 
   JAX's own has a = -0.5, and cuts the kernel off at the border where this one repeats the edge.
+
+  Args:
+    inputs: rows before.
+    outputs: rows after.
+    a: slope of the kernel.
+    span: how many new rows the old ones span, `outputs` by default. PyTorch with the factor
+      (outputs + 0.1) / inputs makes `outputs` rows that are spaced as if there were 0.1 more.
   """
-  at = (np.arange(outputs) + 0.5) * inputs / outputs - 0.5
+  at = (np.arange(outputs) + 0.5) * inputs / (span or outputs) - 0.5
   left = np.floor(at).astype(int)
   matrix = np.zeros((outputs, inputs), np.float32)
   for offset in (-1, 0, 1, 2):
@@ -44,3 +53,11 @@ def bicubic_matrix(inputs: int, outputs: int, a: float = -0.75) -> np.ndarray:
       np.where(x <= 1, near, far),
     )
   return matrix
+
+
+def resize_by_matrices(
+  grid_hxwxD: jax.Array, rows_Hxh: np.ndarray, columns_Wxw: np.ndarray
+) -> jax.Array:
+  """(H, W, D): both axes resized by matrices of their weights."""
+  exact = jax.lax.Precision.HIGHEST
+  return jnp.einsum("Hh,hwd,Ww->HWd", rows_Hxh, grid_hxwxD, columns_Wxw, precision=exact)
