@@ -11,7 +11,8 @@ Real data sets were not run: neither the weights nor the data could be downloade
 
 Arguments behind the colon:
 
-    method=maskclip|vanilla|sclip|clearclip   how the last block is read (docs/method.md)
+    method=maskclip|maskclip_released|vanilla|sclip|clearclip|naclip|naclip_kk|naclip_nonly|
+           res_clip|sc_clip|gem|pearl   how the tower is read (docs/method.md)
     denoise, smooth            MaskCLIP's prompt denoising at 0.5, and its key smoothing
     data=shapes|crowds|voc20|voc20b|voc21|context59|context60|context459|coco_stuff171|
          ade150|ade847|folder  (folder: with --config.data.variant=NAME)
@@ -32,12 +33,16 @@ DATA = (
   "shapes", "crowds", "voc20", "voc20b", "voc21", "context59", "context60", "context459",
   "coco_stuff171", "ade150", "ade847", "folder",
 )  # fmt: skip
+METHODS = (
+  "maskclip", "maskclip_released", "vanilla", "sclip", "clearclip", "naclip", "naclip_kk",
+  "naclip_nonly", "res_clip", "sc_clip", "gem", "pearl",
+)  # fmt: skip
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   args = common.parse_arg(
     arg,
-    method=("maskclip", "vanilla", "sclip", "clearclip"),
+    method=METHODS,
     denoise=False,
     smooth=False,
     data=DATA,

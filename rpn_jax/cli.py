@@ -74,7 +74,7 @@ def _segment(arguments: list[str]) -> int:
     "and others of `rpn weights`, fetched once; shapes (%(default)s), prompts for the drawn shapes "
     "data set; shapes_clip, the tiny CLIP around them",
   )  # fmt: skip
-  add("--method", help="vanilla, maskclip, sclip, clearclip; else what the model was trained as")
+  add("--method", help="sclip, maskclip, … (docs/method.md); else what the model was trained as")
   add("--checkpoint", default="last", choices=("last", "best"), help="of a run")
   add("--out", default="predictions", help="folder to write to (%(default)s)")
   add(

@@ -34,7 +34,7 @@ def check_known(what: str, word: object, known: Iterable[str]) -> None:
   if word not in known:
     raise InputError(
       f"{what}{word!r} is not known; did you mean {suggestion(word, known)!r}? "
-      f"Known: {', '.join(known)}"
+      f"Known: {', '.join(word or repr(word) for word in known)}"
     )
 
 

@@ -98,14 +98,94 @@ class RPNConfig:
 class Dense:
   """Training-free segmentation."""
 
-  method: str = field("maskclip", "vanilla, maskclip, sclip or clearclip (docs/method.md)")
+  method: str = field(
+    "maskclip",
+    "vanilla, maskclip, maskclip_released, sclip, clearclip, naclip, naclip_kk, naclip_nonly, "
+    "res_clip, sc_clip, gem or pearl (docs/method.md)",
+  )
+  residual: str = field(
+    "",
+    "residual connection and MLP of the last block, in gem the residual connections of its stream; "
+    '"" is the method\'s own in this and the next two',
+    words=("kept", "dropped", ""),
+  )
+  positions: str = field(
+    "",
+    "whose resize of the position embedding: sclip's and maskclip's are bicubic, and take it as it "
+    "is for as many patches as the tower's, gem's is bicubic with antialias, RPN's bilinear",
+    words=("sclip", "maskclip", "gem", "bilinear", ""),
+  )
+  odd_sides: str = field(
+    "",
+    "pixels at the bottom and the right that are no whole patch: left out, and the scores "
+    "stretched (drop), or made whole by zeros (pad)",
+    words=("drop", "pad", ""),
+  )
+  logit_scale: float = field(100.0, "probabilities are softmax(this times cosine)", above=0)
   denoise: float = field(
     0.0,
     "classes whose best probability in a window is lower are suppressed; 0: none",
     at_least=0,
     at_most=1,
   )
-  key_smoothing: bool = field(False, "average probabilities by the similarity of keys")
+  key_smoothing: bool = field(False, "sum probabilities by the similarity of keys")
+  smoothed_below: float = field(
+    1.0, "smooth patches whose largest probability is lower", at_least=0
+  )
+  gaussian_std: float = field(5.0, "naclip's neighborhood and res_clip's blur, patches", above=0)
+  res_clip_base: str = field(
+    "naclip", "method that res_clip adds to", words=("naclip", "clearclip", "sclip")
+  )
+  res_clip_blocks: tuple[int, ...] | None = field(
+    None,
+    "blocks, from 1, whose attention res_clip adds; None: 6 to 9, or as deep in a tower of fewer "
+    "than 12",
+    at_least=1,
+  )
+  res_clip_rcs: tuple[float, float] = field(
+    (2.0, 0.4), "τ and λ of that attention in the sum; (1, 0): none", at_least=0
+  )
+  res_clip_sfr: tuple[float, float] = field(
+    (1.8, 0.7),
+    "τ and λ of what a first pass's labels add; (1, 0): none, and no first pass",
+    at_least=0,
+  )
+  res_clip_decay: bool = field(
+    True, "less weight for patches of one label whose connecting line leaves it"
+  )
+  res_clip_threshold: float = field(
+    0.11,
+    "pixels whose largest probability in the first pass is lower take the first name",
+    at_least=0,
+    at_most=1,
+  )
+  sc_clip_blocks: tuple[int, int, int, int] | None = field(
+    None,
+    "blocks, from 1, whose output says which patches are alike before and after the last block, "
+    "and the first and last of those that sc_clip adds up; None: 9, 4, 4 and 10 of 12, in "
+    "proportion",
+    at_least=1,
+  )
+  sc_clip_neighbors: int = field(
+    30, "of a patch, when outliers are looked for; fewer than patches", at_least=1
+  )
+  sc_clip_contamination: float = field(
+    0.05, "part of the patches that are outliers", at_least=0, at_most=1
+  )
+  sc_clip_beta: float = field(0.4, "cosines of patches that are lower count as 0")
+  sc_clip_class_weight: float = field(0.3, "of the class token that is added to every patch")
+  gem_depth: int | None = field(
+    None,
+    "one more than the last blocks that gem's second stream goes through; None: 7, or half of the "
+    "blocks and one in a tower of fewer than 12",
+    at_least=2,
+  )
+  gem_iterations: int = field(
+    1, "how often gem averages queries, keys and values with their like first", at_least=0
+  )
+  pearl_alpha: float = field(
+    0.08, "weight of the centered keys; 0.3 for ADE20K and Cityscapes", at_least=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)

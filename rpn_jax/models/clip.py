@@ -86,11 +86,8 @@ class CLIPConfig:
 def resize_positions(
   positions_NxD: jax.Array, height: int, width: int, resize: Callable = resize_grid
 ) -> jax.Array:
-  """(1 + height * width, D): the class row, then the square grid of rows resized, by default
-  bilinearly; `resize` is (grid (h, w, D), height, width) -> (height, width, D)."""
+  """(1 + height * width, D): the class row, then the square grid of rows resized."""
   side = round((positions_NxD.shape[0] - 1) ** 0.5)
-  if (side, side) == (height, width):
-    return positions_NxD
   grid = rearrange(positions_NxD[1:], "(h w) d -> h w d", h=side)
   grid = rearrange(resize(grid, height, width), "h w d -> (h w) d")
   return jnp.concatenate([positions_NxD[:1], grid])
@@ -320,8 +317,7 @@ class VisionTransformer(nn.Module):
   ) -> jax.Array:
     """`ln_post`, then the projection into the joint space: (..., D) -> (..., E) float32.
 
-    A plain transformer has none: (..., D) float32. `exact`: in float32 on every device, whatever
-    the compute type.
+    A plain transformer has none: (..., D) float32. `exact`: float32 whatever the compute type.
     """
     dtype, precision = (jnp.float32, jax.lax.Precision.HIGHEST) if exact else (self.dtype, None)
     x = tune("ln_post", x_BxNxD, self.ln_post(x_BxNxD.astype(jnp.float32))).astype(dtype)

@@ -30,6 +30,9 @@ def pamr(
   repeated. Their weights are a softmax over all of them of the negative difference in color, by
   channel and in tenths of the standard deviation around the pixel. The pixel itself has no weight.
 
+  With 171 classes and 1024 x 768 pixels it takes 16 s of CPU time, and the process 1.6 GB with
+  input and output (2 cores of an AMD EPYC, 2026-11-26).
+
   Args:
     image_HxWx3: the image, in any unit.
     scores_HxWxC: of its pixels.

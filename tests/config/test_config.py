@@ -15,6 +15,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.text import templates
 from rpn_jax.training import losses, sharding
+from rpn_jax.training.identity import ADDED_FIELDS
 from rpn_jax.weights.clip_file import with_normalization
 from tests import FIXTURES, ROOT, tiny
 
@@ -99,7 +100,11 @@ def test_a_run_of_0_2_0_has_the_same_config(monkeypatch):
     "optimizer": {"schedule": "poly", "no_decay": ""},
     "data": {"recipe": "mmsegmentation", "label_resize": "floor_nearest", "long_side": 0},
     "eval": {"layout": "windows", "square": 640, "keep_padding": True, "naming": "dataset"},
-  }
+    "dense": {
+      path.removeprefix("dense."): value for path, value in ADDED_FIELDS.items()
+      if path.startswith("dense.")
+    },
+  }  # fmt: skip
   for section, values in added.items():
     assert {name: new[section].pop(name) for name in values} == values
   del new["cat_seg"]
@@ -169,7 +174,10 @@ def test_bounds_are_enforced(path):
 
   def given(number):
     """The number in the form of the field."""
-    of = {"model.h_grid": 2, "eval.scales": 1, "data.std": 3}.get(path)
+    of = {
+      "model.h_grid": 2, "eval.scales": 1, "data.std": 3, "dense.res_clip_blocks": 4,
+      "dense.sc_clip_blocks": 4,
+    }.get(path)  # fmt: skip
     count = of or (len(default) if isinstance(default, tuple) else None)
     c = changed(path, (number,) * count if count else number)
     if path == "eval.crop":  # not below the stride

@@ -28,7 +28,10 @@ SETTINGS = {
     RPNConfig(tuner="lora+ssf", head="tfpm_c"),
   ],
   "cat_seg": [CAT_SEG],
-  "training_free": [{"method": "sclip", "denoise": 0.0, "key_smoothing": False}],
+  "training_free": [
+    {"method": "sclip", "denoise": 0.0, "key_smoothing": False},  # as runs of 0.2.0 have it
+    {"method": "res_clip"},
+  ],
 }
 CASES = [(name, settings) for name in NETWORKS for settings in SETTINGS[name]]
 MEMBERS = [name for name in vars(Network) if not name.startswith("_")] + [*Network.__annotations__]
@@ -123,6 +126,7 @@ def test_rows_are_independent_where_no_class_sees_the_others():
   )
   assert free().independent
   assert not free(denoise=0.5).independent and not free(key_smoothing=True).independent
+  assert free(method="sc_clip").independent and not free(method="res_clip").independent
   assert not NETWORKS["rpn"].create(CLIP, RPNConfig()).independent
 
 

@@ -68,9 +68,9 @@ METHODS = {
   "pearl": Method(tokens=pearl.tokens, residual=False),
 }
 WORDS = {
-  "residual": ("", "kept", "dropped"),
-  "positions": ("", *POSITIONS),
-  "odd_sides": ("", "drop", "pad"),
+  "residual": ("kept", "dropped", ""),
+  "positions": (*POSITIONS, ""),
+  "odd_sides": ("drop", "pad", ""),
 }
 
 
@@ -151,7 +151,7 @@ class DenseCLIP(Defaults, nn.Module):
         near = difflib.get_close_matches(str(value), known, 1, 0.0)[0]
         raise ValueError(
           f"{name}={value!r} is not known; did you mean {near!r}? Known: "
-          f"{', '.join(filter(None, known))}"
+          f"{', '.join(word or repr(word) for word in known)}"
         )
     if not 0 <= self.denoise <= 1:
       raise ValueError(f"denoise={self.denoise}: expected a probability, 0 to 1")

@@ -5,6 +5,7 @@ it is, and the square grid of the others resized.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 
@@ -23,6 +24,8 @@ def bicubic(grid_hxwxD: jax.Array, height: int, width: int, *, excess: float = 0
 
 def smooth_bicubic(grid_hxwxD: jax.Array, height: int, width: int) -> jax.Array:
   """PyTorch's bicubic resize with antialias, whose kernel is JAX's (a = -0.5)."""
+  if grid_hxwxD.shape[:2] == (height, width):
+    return grid_hxwxD
   shape = (height, width, *grid_hxwxD.shape[2:])
   exact = jax.lax.Precision.HIGHEST
   return jax.image.resize(grid_hxwxD, shape, "cubic", antialias=True, precision=exact)
@@ -43,7 +46,7 @@ def gem(positions_NxD: jax.Array, height: int, width: int) -> jax.Array:
   return resize_positions(positions_NxD, height, width, smooth_bicubic)
 
 
-POSITIONS = {
+POSITIONS: dict[str, Callable] = {
   # SCLIP's code and those that began as copies of it, most of them.
   "sclip": functools.partial(if_counts_differ, excess=0.1),
   "maskclip": if_counts_differ,

@@ -77,7 +77,7 @@ def tokens(forward: Forward) -> jax.Array:
   return run(lambda scores: blend(scores, added, s.res_clip_sfr))
 
 
-def blend(own: jax.Array, other: jax.Array | float, tau_lambda: tuple[float, float]) -> jax.Array:
+def blend(own: Any, other: Any, tau_lambda: tuple[float, float]) -> jax.Array:
   """τ ((1 - λ) own + λ other)."""
   tau, weight = tau_lambda
   return (tau * ((1 - weight) * own + weight * other)).astype(own.dtype)
@@ -93,8 +93,9 @@ def cross_attention(
 
 def first_probabilities(image_HxWx3: jax.Array, cosine_hxwxC: jax.Array, scale: float) -> jax.Array:
   """softmax(scale · cosine) of every pixel, the cosines refined by PAMR: (H, W, C)."""
-  size = image_HxWx3.shape[:2]
-  return jax.nn.softmax(scale * pamr(image_HxWx3, resize_grid(cosine_hxwxC, *size), size))
+  height, width = image_HxWx3.shape[:2]
+  cosine_HxWxC = resize_grid(cosine_hxwxC, height, width)
+  return jax.nn.softmax(scale * pamr(image_HxWx3, cosine_HxWxC, (height, width)))
 
 
 def patch_labels(
@@ -150,7 +151,7 @@ def connected(label_hxw: jax.Array) -> jax.Array:
   flat, distance = label_hxw.ravel(), chebyshev(height, width)
   longest = max(height, width) - 1
 
-  def step(clear: jax.Array, x: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+  def step(clear: jax.Array, x: Any) -> tuple[jax.Array, None]:
     number, row_hxh, column_wxw = x
     at = row_hxh[:, None, :, None] * width + column_wxw[None, :, None, :]
     same = flat[at.reshape(flat.size, flat.size)] == flat[:, None]

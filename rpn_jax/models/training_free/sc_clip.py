@@ -7,6 +7,7 @@ square windows, takes one for the other. Blocks are counted from 1.
 Shape letters: B batch, N patches, D width.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -69,7 +70,7 @@ def tokens(forward: Forward) -> jax.Array:
 
   x = average(fill(patches(-1)), alike_before)
   x = average(attention(x, tokens(-1)[:, :1]), alike_after)
-  total = sum(tokens(i) for i in range(first, last + 1))
+  total = functools.reduce(jnp.add, map(tokens, range(first, last + 1)))
   return x + average(attention(total[:, 1:], total[:, :1]), alike_after)
 
 
