@@ -53,11 +53,25 @@ register(
   ClassFiles("coco_stuff171", 171, split="coco_split", ids="coco_stuff_raw_to_train"),
   prepared="coco_stuff",
 )
+# COCO-Object: the 80 things, and a background that all stuff belongs to.
+register(
+  "coco_object",
+  "data_pipelines.sources.coco_stuff:CocoStuff",
+  ClassFiles(
+    "coco_stuff171", 81, ids="coco_stuff_raw_to_train", shift=1, first=80, background=True
+  ),
+  prepared="coco_stuff",
+)
 register("ade150", "data_pipelines.sources.ade150:Ade150", ClassFiles("ade150", 150))
 register(
   "ade847",
   "data_pipelines.sources.ade847:Ade847",
   ClassFiles("ade847", 847, ids="ade847_objectid_to_train"),
+)
+register(
+  "cityscapes",
+  "data_pipelines.sources.cityscapes:Cityscapes",
+  ClassFiles("cityscapes", 19, ids="cityscapes_id_to_train"),
 )
 register("folder", "data_pipelines.sources.folder:Folder")
 # Drawn when first used.

@@ -68,6 +68,8 @@ class ClassFiles:
     ids: file of the table raw value -> class id; without one, raw value k is class k - 1.
     zero: class id of raw value 0; None for pixels without a class.
     shift: added to the class ids in `ids`.
+    first: how many names of the file are classes, from the first on; None for all. The ids in `ids`
+      behind them are class 0.
     scored: class as which all names from this position on are scored.
     background: whether the name "background" comes before those in the file.
     spaced: file of the names with their words apart, for the naming "spaced".
@@ -80,6 +82,7 @@ class ClassFiles:
   ids: str = ""
   zero: int | None = None
   shift: int = 0
+  first: int | None = None
   scored: int | None = None
   background: bool = False
   spaced: str = ""
@@ -148,7 +151,7 @@ def namings(name: str) -> tuple[str, ...]:
 
 def _namings(name: str, files: ClassFiles) -> dict[str, Callable[[], Sequence[str]]]:
   """Naming -> () -> names of the classes in the files."""
-  found = {"dataset": lambda: _read(files.names)}
+  found = {"dataset": lambda: _read(files.names)[: files.first]}
   if name in _read("prompt_names_maskclip"):
     found["maskclip"] = lambda: _read("prompt_names_maskclip")[name]
   if files.spaced:
@@ -175,7 +178,9 @@ def _from_files(name: str, files: ClassFiles, naming: str) -> Vocabulary:
   scored_as = tuple(i if files.scored is None else min(i, files.scored) for i in range(files.count))
   ignore = IGNORE if max(scored_as) < IGNORE else IGNORE_WIDE
   if files.ids:
-    ids = {int(raw): new + files.shift for raw, new in _read(files.ids)["map"].items()}
+    first = files.first or files.count
+    table = {int(raw): new for raw, new in _read(files.ids)["map"].items()}
+    ids = {raw: new + files.shift if new < first else 0 for raw, new in table.items()}
     unlisted = "ignore"
   else:
     classes = files.count if files.scored is None else files.scored

@@ -1,4 +1,4 @@
-"""Miniature raw trees of ADE20K-150, ADE20K-847, COCO-Stuff and of your own folder.
+"""Miniature raw trees of ADE20K-150, ADE20K-847, COCO-Stuff, Cityscapes and of your own folder.
 
 Every function writes files as the real sets have them and returns what it painted: split -> name ->
 label, by plain array slices.
@@ -94,6 +94,30 @@ def coco_stuff(root, train=3, val=2):
       jpeg(root / "images" / f"{split}2017" / f"{name}.jpg", *label.shape, mode)
       gray_png(root / "stuffthingmaps_trainval2017" / f"{split}2017" / f"{name}.png", label)
       painted[split][name] = label
+  return painted
+
+
+def cityscapes(root, train=3, val=2):
+  """leftImg8bit/ and gtFine/ with all that the archives have beside the ids, and the test split."""
+  painted = {"train": {}, "val": {}, "test": {}}
+  for split, cities, count in (
+    ("train", ("aachen", "zürich"), train), ("val", ("lindau",), val), ("test", ("bonn",), 1),
+  ):  # fmt: skip
+    for i in range(count):
+      city = cities[i % len(cities)]
+      name = f"{city}_{i:06d}_000019"
+      label = rectangles(16 + 2 * i, 32 - i, [0, 3, 7, 26 + i, 33], seed=i)
+      files = root / "gtFine" / split / city
+      gray_png(files / f"{name}_gtFine_labelIds.png", label)
+      wide_png(files / f"{name}_gtFine_instanceIds.png", np.where(label < 24, label, label * 1000))
+      color = np.stack([label * 7, label, label, label * 0 + 255], -1).astype(np.uint8)
+      Image.fromarray(color).save(files / f"{name}_gtFine_color.png")
+      (files / f"{name}_gtFine_polygons.json").write_text("{}")
+      image = root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png"
+      image.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(color[..., :3]).save(image)
+      painted[split][name] = label
+  del painted["test"]
   return painted
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from data_pipelines.sources import files
 from data_pipelines.sources.ade150 import Ade150
 from data_pipelines.sources.ade847 import Ade847
+from data_pipelines.sources.cityscapes import Cityscapes
 from data_pipelines.sources.coco_stuff import CocoStuff
 from data_pipelines.sources.context import Context
 from data_pipelines.sources.folder import Folder
@@ -65,6 +66,7 @@ def test_files_with_loss(kind, options, got, tmp_path):
     (Ade150, raw_ade_coco.ade150),
     (Ade847, raw_ade_coco.ade847),
     (CocoStuff, raw_ade_coco.coco_stuff),
+    (Cityscapes, raw_ade_coco.cityscapes),
     (Voc, lambda root: raw_pascal.voc(root, "converted")),
     (Context, lambda root: raw_pascal.context(root, "png")),
   ],

@@ -24,6 +24,8 @@ PUBLISHED = {
   ),
   "ade150": (150, 150, ()),
   "ade847": (847, 847, ()),
+  "coco_object": (81, 81, ()),
+  "cityscapes": (19, 19, ()),
 }
 
 
@@ -75,6 +77,9 @@ def test_every_class_has_a_raw_id(name):
     ("coco_stuff171", (0, 10, 11, 12, 181, 255), (0, 10, 255, 11, 170, 255)),
     ("ade150", (0, 1, 150), (255, 0, 149)),
     ("ade847", (0, 2978, 312, 1), (65535, 0, 1, 65535)),
+    # A thing is its class + 1, a gap none, and stuff the background.
+    ("coco_object", (0, 10, 11, 12, 89, 90, 91, 181, 255), (1, 11, 255, 12, 80, 255, 0, 0, 255)),
+    ("cityscapes", (0, 6, 7, 8, 9, 33, 255), (255, 255, 0, 1, 255, 18, 255)),
   ],
 )
 def test_raw_ids_become_labels(name, raw, ids):
