@@ -31,7 +31,7 @@ register(
 register(
   "context59",
   "data_pipelines.sources.context:Context",
-  ClassFiles("context59", 59, ids="context459id_to_59train", catseg=(("table", "diningtable"),)),
+  ClassFiles("context59", 59, ids="context459id_to_59train"),
   prepared="context",
 )
 register(

@@ -8,7 +8,7 @@ import grain
 
 from data_pipelines import pipeline, recipes, records, registry, shapes, transforms, vocabularies
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.words import check_known
+from rpn_jax.base.words import SEPARATOR, check_known
 
 SETTINGS = ("zero_shot", "transductive", "supervised")
 
@@ -70,11 +70,20 @@ def load_evaluations(config) -> list[SegmentationData]:
   """The data sets of `config.eval.sets`, or the training set alone if none is named.
 
   Every class of these is prompted and none is penalized: the open-vocabulary protocol.
+
+  Raises:
+    InputError: see `load`; a `config.eval.naming` that none of them has.
   """
-  if not config.eval.sets:
-    return [load(config)]
   naming = config.eval.get("naming", "dataset")
   worded = {n for n in config.eval.sets if naming in vocabularies.namings(n)[1:]}
+  if naming != "dataset" and not worded:
+    raise InputError(
+      f"config.eval.naming={naming!r} words the classes of config.eval.sets, got "
+      f"{tuple(config.eval.sets)}, of which none has that wording; leave it out, or use "
+      "config.data.naming for the training set"
+    )
+  if not config.eval.sets:
+    return [load(config)]
   return [
     _open(config, name, "supervised", naming=naming if name in worded else "")
     for name in config.eval.sets
@@ -87,6 +96,7 @@ def _open(config, name: str, setting: str, process=(0, 1), naming: str = "") -> 
   data_set = registry.get(name)
   naming = naming or (c.naming if name == c.name else "dataset")
   vocabulary = _vocabulary(c, data_set, naming)
+  _tell_of_synonyms(vocabulary, naming, config.synonyms)
   seen, unseen = vocabulary.seen, vocabulary.unseen
   count = len(vocabulary.names)
   if setting != "supervised" and not unseen:
@@ -174,6 +184,17 @@ def _vocabulary(c, data_set: registry.DataSet, naming: str) -> vocabularies.Voca
   if data_set.classes is None:
     return records.stored_vocabulary(data_set.prepared, c.data_dir, c.variant)
   return vocabularies.load(data_set.name, naming)
+
+
+def _tell_of_synonyms(vocabulary: vocabularies.Vocabulary, naming: str, synonyms: str) -> None:
+  """Says it where scores are not computed as those of the code whose naming was chosen."""
+  count = sum(SEPARATOR in name for name in vocabulary.names)
+  if count and naming != "dataset" and synonyms != "max":
+    print(
+      f"{vocabulary.name}: naming={naming} gives {count} classes several names; published scores "
+      f"count the best of them, which is --config.synonyms=max, got {synonyms}",
+      flush=True,
+    )
 
 
 def _source(c, data_set: registry.DataSet, split: str):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from data_pipelines import registry
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.words import check_known
+from rpn_jax.base.words import SEPARATOR, check_known
 
 _FOLDER = pathlib.Path(__file__).parent / "vocabularies"
 
@@ -73,7 +73,6 @@ class ClassFiles:
     scored: class as which all names from this position on are scored.
     background: whether the name "background" comes before those in the file.
     spaced: file of the names with their words apart, for the naming "spaced".
-    catseg: (name, what CAT-Seg calls it instead), for the naming "catseg".
   """
 
   names: str
@@ -86,7 +85,6 @@ class ClassFiles:
   scored: int | None = None
   background: bool = False
   spaced: str = ""
-  catseg: tuple[tuple[str, str], ...] = ()
 
 
 def vocabulary_names() -> tuple[str, ...]:
@@ -101,8 +99,8 @@ def load(name: str, naming: str = "dataset") -> Vocabulary:
   Args:
     name: as registered.
     naming: "dataset", the names in the data set's files; "maskclip", the wording MaskCLIP
-      prompts with ("potted plant"); "spaced", context459 with its words apart; "catseg", where
-      CAT-Seg's lists have other names (context59's "table" is VOC's "diningtable").
+      prompts with ("potted plant"); "spaced", context459 with its words apart; "catseg", "sclip",
+      "clearclip", "proxyclip" or "itaclip", what the code of these prompts (`wordings.json`).
 
   Raises:
     InputError: an unknown name or naming, with the nearest known one; a damaged file; a set whose
@@ -150,22 +148,40 @@ def namings(name: str) -> tuple[str, ...]:
 
 
 def _namings(name: str, files: ClassFiles) -> dict[str, Callable[[], Sequence[str]]]:
-  """Naming -> () -> names of the classes in the files."""
-  found = {"dataset": lambda: _read(files.names)[: files.first]}
+  """Naming -> () -> prompted names of the classes in the files."""
+  found = {"dataset": lambda: _own_names(files)}
   if name in _read("prompt_names_maskclip"):
     found["maskclip"] = lambda: _read("prompt_names_maskclip")[name]
   if files.spaced:
     found["spaced"] = lambda: _read(files.spaced)
-  if files.catseg:
-    found["catseg"] = lambda: [dict(files.catseg).get(n, n) for n in _read(files.names)]
+  for naming, wordings in _read("wordings")["sets"].items():
+    if name in wordings:
+      found[naming] = functools.partial(_reworded, files, wordings[name])
   return found
+
+
+def _own_names(files: ClassFiles) -> list[str]:
+  return ["background"] * files.background + _read(files.names)[: files.first]
+
+
+def _reworded(files: ClassFiles, wordings: Sequence[str]) -> list[str]:
+  """The names as some entries of `wordings.json` have them; several for a class are synonyms."""
+  names, prompted = _own_names(files), {}
+  for wording in wordings:
+    if wording == "joined":
+      added = {name: [name.replace(" ", "")] for name in names if " " in name}
+    else:
+      added = _read("wordings")["wordings"][wording]
+    for name, words in added.items():
+      prompted[name] = prompted.get(name, []) + words
+  return [SEPARATOR.join(prompted.get(name, [name])) for name in names]
 
 
 @functools.cache
 def _from_files(name: str, files: ClassFiles, naming: str) -> Vocabulary:
   namings = _namings(name, files)
   check_known(f"naming of {name} ", naming, namings)
-  names = (("background",) if files.background else ()) + tuple(namings[naming]())
+  names = tuple(namings[naming]())
   if len(names) != files.count:
     raise InputError(
       f"expected {files.count} names of {name} ({naming}), got {len(names)} in {_FOLDER.name}; "

@@ -93,7 +93,9 @@ class Data:
     "", "for folder the name it was prepared under, for ade847 short512 or native"
   )
   naming: str = field(
-    "dataset", "wording of the class names; some sets also have maskclip, spaced or catseg"
+    "dataset",
+    "wording of the class names; some sets also have maskclip, spaced, catseg, sclip, clearclip, "
+    "proxyclip or itaclip",
   )
   data_dir: str = field("data", "folder of prepared data sets", is_path=True, free=True)
   setting: str = field(
@@ -156,9 +158,18 @@ class Eval:
   )
   naming: str = field(
     "dataset",
-    "wording of the class names of these where a set has it: maskclip, spaced or catseg; else "
-    "dataset, or data.naming for the training set",
-    words=("dataset", "maskclip", "spaced", "catseg"),
+    "wording of the class names of these where a set has it: maskclip, spaced, catseg, sclip, "
+    "clearclip, proxyclip or itaclip; else dataset, or data.naming for the training set",
+    words=(
+      "dataset",
+      "maskclip",
+      "spaced",
+      "catseg",
+      "sclip",
+      "clearclip",
+      "proxyclip",
+      "itaclip",
+    ),
   )
   layout: str = field(
     "windows",

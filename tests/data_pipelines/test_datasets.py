@@ -139,6 +139,27 @@ def test_names_of_evaluations_are_worded_where_a_set_has_the_wording():
   assert same.names == ade150.names
 
 
+@pytest.mark.parametrize("sets", [(), ("ade847", "voc20b")])
+def test_a_wording_that_no_evaluated_set_has(sets):
+  config = config_of_shapes()
+  config.eval.sets, config.eval.naming = sets, "sclip"
+  with pytest.raises(InputError, match=r"of which none has that wording; .*data\.naming for the"):
+    datasets.load_evaluations(config)
+
+
+def test_names_whose_best_should_count(capsys):
+  config = config_of_shapes()
+  config.eval.sets, config.eval.naming = ("voc21", "context59", "ade847"), "sclip"
+  config.synonyms = "max"
+  datasets.load_evaluations(config)
+  assert capsys.readouterr().out == ""
+  config.synonyms = "mean"
+  datasets.load_evaluations(config)
+  out = capsys.readouterr().out
+  assert out.startswith("voc21: naming=sclip gives 3 classes several names; published")
+  assert out.count("\n") == 1
+
+
 def config_of_shapes():
   config = shapes.get_config("runlocal").unlock()
   config.data.update({"train_images": 4, "eval_images": 2, "batch_size": 2, "threads": 0})

@@ -1,6 +1,7 @@
 """The shipped class lists, splits, id tables and templates against the published figures."""
 
 import collections
+import hashlib
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from data_pipelines import vocabularies
 from data_pipelines.transforms import LabelMap
 from rpn_jax.base.errors import InputError
+from rpn_jax.text.templates import expand
 
 # name: (prompted names, scored classes, unseen ids)
 PUBLISHED = {
@@ -146,8 +148,72 @@ def test_catseg_takes_the_table_of_context_for_that_of_voc():
   assert sum(count > 1 for count in first.values()) == 9
 
 
+# What the repositories prompt, from their own lists: (set, namings, names in all, start of the
+# SHA-256 of the names, with a line for each class and SEPARATOR between its names).
+PROMPTED = (
+  ("ade150", ("sclip", "clearclip", "proxyclip"), 150, "e53ded02c488"),
+  ("cityscapes", ("sclip", "clearclip", "proxyclip"), 19, "6f6782fc1bf9"),
+  ("cityscapes", ("itaclip",), 26, "75773bc7fa5c"),
+  ("coco_object", ("clearclip",), 81, "1f17b53017e4"),
+  ("coco_object", ("itaclip",), 119, "6948c61f59ef"),
+  ("coco_object", ("proxyclip",), 97, "d4a6ca50ef3d"),
+  ("coco_object", ("sclip",), 113, "3475d03d61f8"),
+  ("coco_stuff171", ("sclip", "clearclip", "proxyclip"), 171, "fb98709b9ab1"),
+  ("coco_stuff171", ("itaclip",), 183, "c7a8610f3315"),
+  ("context59", ("sclip", "clearclip", "proxyclip"), 59, "cd808465f06a"),
+  ("context60", ("sclip", "clearclip", "proxyclip"), 60, "e29ff1a0eaea"),
+  ("context60", ("itaclip",), 75, "c569454aa3d7"),
+  ("voc20", ("clearclip", "proxyclip"), 20, "6b9a85ffb907"),
+  ("voc20", ("sclip",), 30, "c68f65a2b342"),
+  ("voc21", ("clearclip",), 21, "265d9ede93be"),
+  ("voc21", ("itaclip",), 80, "4ac9b6259995"),
+  ("voc21", ("proxyclip",), 46, "5018ccdc754e"),
+  ("voc21", ("sclip",), 56, "80e643a9a143"),
+)
+
+
+@pytest.mark.parametrize(("name", "namings", "count", "digest"), PROMPTED)
+def test_names_that_repositories_prompt(name, namings, count, digest):
+  for naming in namings:
+    names = vocabularies.load(name, naming).names
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest().startswith(digest)
+    rows, _ = expand(names, range(len(names)), "max")
+    assert len(rows) == count  # no name has the separator in it
+    assert not [row for row in rows if "," in row or row != row.strip() or not row]
+
+
+def test_every_wording_is_of_a_class_and_used():
+  recorded = vocabularies._read("wordings")
+  used = set()
+  for naming, sets in recorded["sets"].items():
+    for name, wordings in sets.items():
+      own = vocabularies.load(name).names
+      used.update(wordings)
+      for wording in set(wordings) - {"joined"}:
+        assert set(recorded["wordings"][wording]) <= set(own), (naming, name, wording)
+  assert used == {"joined", *recorded["wordings"]} and set(recorded["used_by"]) == {
+    *recorded["sets"]
+  }
+
+
+def test_several_names_of_a_class():
+  names = dict(zip(vocabularies.load("voc21").names, vocabularies.load("voc21", "sclip").names))
+  assert names["background"].split(", ")[::25] == ["sky", "fence"]
+  assert names["boat"] == "ship" and names["diningtable"] == "table" and names["cat"] == "cat"
+  assert names["person"].endswith("person in skirt, person in jacket")
+  assert names["tvmonitor"] == "television monitor, tv monitor, monitor, television, screen"
+  assert vocabularies.load("voc20", "sclip").names == tuple(names.values())[1:]
+  assert vocabularies.load("voc21", "clearclip").names[:5] == (
+    "background", "aeroplane", "bicycle", "bird", "ship",
+  )  # fmt: skip
+  assert vocabularies.load("ade150", "sclip").names[136] == "trafficlight"
+  assert vocabularies.load("coco_object", "sclip").names[10] == "traffic light"
+
+
 def test_namings_of_a_set():
-  assert vocabularies.namings("context59") == ("dataset", "maskclip", "catseg")
+  shared = ("sclip", "clearclip", "proxyclip")
+  assert vocabularies.namings("context59") == ("dataset", "maskclip", "catseg", *shared)
+  assert vocabularies.namings("cityscapes") == ("dataset", *shared, "itaclip")
   assert vocabularies.namings("context459") == ("dataset", "maskclip", "spaced")
   assert vocabularies.namings("shapes") == ("dataset",)
 
