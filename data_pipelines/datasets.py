@@ -191,8 +191,9 @@ def _tell_of_synonyms(vocabulary: vocabularies.Vocabulary, naming: str, synonyms
   count = sum(SEPARATOR in name for name in vocabulary.names)
   if count and naming != "dataset" and synonyms != "max":
     print(
-      f"{vocabulary.name}: naming={naming} gives {count} classes several names; published scores "
-      f"count the best of them, which is --config.synonyms=max, got {synonyms}",
+      f"{vocabulary.name}: naming={naming} has several names for {count} of "
+      f"{len(vocabulary.names)} classes; published scores count the best of them "
+      f"(--config.synonyms=max), got {synonyms}",
       flush=True,
     )
 

@@ -156,7 +156,7 @@ def test_names_whose_best_should_count(capsys):
   config.synonyms = "mean"
   datasets.load_evaluations(config)
   out = capsys.readouterr().out
-  assert out.startswith("voc21: naming=sclip gives 3 classes several names; published")
+  assert out.startswith("voc21: naming=sclip has several names for 3 of 21 classes; published")
   assert out.count("\n") == 1
 
 
