@@ -51,6 +51,7 @@ def pytest_configure(config):
 LONGEST = (
   "tasks/test_train.py",
   "test_cat_seg_parity.py",
+  "test_training_free_parity.py",
   "test_main.py",
   "models/test_tuners.py",
   "models/test_cat_seg.py",

@@ -20,17 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from rpn_jax.models import cost_aggregation, cost_decoder, heads, prompts
+from rpn_jax.models import cost_aggregation, cost_decoder, heads, prompts, resizing
 from rpn_jax.models.clip import (
   REMAT_POLICIES,
   CLIPConfig,
   TextTransformer,
   VisionTransformer,
   l2_normalize,
+  resize_positions,
 )
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.network import Defaults, Windows, as_record
-from rpn_jax.models.resizing import bicubic_matrix
 from rpn_jax.models.trained import TOWERS, join
 from rpn_jax.models.training_free import own_value
 
@@ -349,11 +349,4 @@ def cost_volume(features_BxhxwxE: jax.Array, text_BxCxPxE: jax.Array) -> jax.Arr
 def resize_bicubic(positions_NxD: jax.Array, height: int, width: int) -> jax.Array:
   """(1 + height * width, D): the class row, then the square grid of rows resized by PyTorch's
   bicubic interpolation."""
-  side = int((positions_NxD.shape[0] - 1) ** 0.5)
-  if (side, side) == (height, width):
-    return positions_NxD
-  grid = rearrange(positions_NxD[1:], "(h w) d -> h w d", h=side)
-  exact = jax.lax.Precision.HIGHEST
-  rows, columns = bicubic_matrix(side, height), bicubic_matrix(side, width)
-  grid = jnp.einsum("Hh,hwd,Ww->HWd", rows, grid, columns, precision=exact)
-  return jnp.concatenate([positions_NxD[:1], rearrange(grid, "h w d -> (h w) d")])
+  return resize_positions(positions_NxD, height, width, resizing.resize_bicubic)

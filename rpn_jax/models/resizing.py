@@ -61,3 +61,26 @@ def resize_by_matrices(
   """(H, W, D): both axes resized by matrices of their weights."""
   exact = jax.lax.Precision.HIGHEST
   return jnp.einsum("Hh,hwd,Ww->HWd", rows_Hxh, grid_hxwxD, columns_Wxw, precision=exact)
+
+
+def resize_bicubic(
+  grid_hxwxD: jax.Array, height: int, width: int, excess: float = 0.0
+) -> jax.Array:
+  """PyTorch's bicubic resize of the two leading axes, align_corners=False, no antialias.
+
+  `excess` is what is added to each new side where PyTorch takes a factor instead of a size.
+  """
+  if grid_hxwxD.shape[:2] == (height, width) and not excess:
+    return grid_hxwxD
+  rows, columns = (
+    bicubic_matrix(inputs, outputs, span=outputs + excess)
+    for inputs, outputs in zip(grid_hxwxD.shape, (height, width))
+  )
+  return resize_by_matrices(grid_hxwxD, rows, columns)
+
+
+def resize_antialiased(grid_hxwxD: jax.Array, height: int, width: int) -> jax.Array:
+  """PyTorch's bicubic resize with antialias, whose kernel is JAX's (a = -0.5)."""
+  shape = (height, width, *grid_hxwxD.shape[2:])
+  exact = jax.lax.Precision.HIGHEST
+  return jax.image.resize(grid_hxwxD, shape, "cubic", antialias=True, precision=exact)
