@@ -1,4 +1,4 @@
-"""How an image is laid out for a network that sees square windows of one size.
+"""How an image is laid out in windows for a network.
 
 A layout is a name that config.eval.layout and `Protocol.layout` select; any network can use it.
 """
@@ -54,6 +54,7 @@ class Layout:
     stride: step between windows, pixels.
     square: side of the square of the layout of that name, pixels.
     keep_padding: whether the scores of the padded image are stretched over the image (`Whole`).
+    multiple: what the sides of a window of any shape are padded to multiples of (`Image`), pixels.
     scales: image sizes that scores are averaged over, as factors of the given size.
     flip: also average over mirrored images.
 
@@ -66,6 +67,7 @@ class Layout:
   stride: int
   square: int = 0
   keep_padding: bool = True
+  multiple: int = 1
   scales: tuple[float, ...] = (1.0,)
   flip: bool = False
 
@@ -80,8 +82,8 @@ class Layout:
     """The windows of all views, (crop, crop, 3) each."""
     raise NotImplementedError
 
-  def views(self, size: tuple[int, int], grid: int) -> list[View]:
-    """The views of an image of `size`, from logits (grid, grid, C) of each window."""
+  def views(self, size: tuple[int, int], grid: tuple[int, int]) -> list[View]:
+    """The views of an image of `size`, from logits (*grid, C) of each window."""
     raise NotImplementedError
 
   @property
@@ -117,9 +119,9 @@ class Windows(Layout):
         windows += [view[y : y + self.crop, x : x + self.crop] for y, x in corners]
     return windows
 
-  def views(self, size: tuple[int, int], grid: int) -> list[View]:
+  def views(self, size: tuple[int, int], grid: tuple[int, int]) -> list[View]:
     return [
-      View(height, width, tuple(corners), self.crop, mirrored)
+      View(height, width, tuple(corners), (self.crop, self.crop), mirrored)
       for _, height, width, corners in self._scaled(size)
       for mirrored in self.mirrorings
     ]
@@ -159,13 +161,13 @@ class Square(_Resizing):
       windows.append(resize_image(image, self.crop, self.crop))
     return windows
 
-  def views(self, size: tuple[int, int], grid: int) -> list[View]:
-    large = self.square, self.square
+  def views(self, size: tuple[int, int], grid: tuple[int, int]) -> list[View]:
+    large, window = (self.square, self.square), (self.crop, self.crop)
     views = []
     for mirrored in self.mirrorings:
-      views.append(View(*large, tuple(self._corners), self.crop, mirrored))
+      views.append(View(*large, tuple(self._corners), window, mirrored))
       step = Resized(large, large)
-      views.append(View(self.crop, self.crop, ((0, 0),), self.crop, mirrored, (step,)))
+      views.append(View(*window, ((0, 0),), window, mirrored, (step,)))
     return views
 
 
@@ -179,25 +181,48 @@ class Whole(_Resizing):
 
   def windows(self, image_hxwx3: np.ndarray) -> list[np.ndarray]:
     size = image_hxwx3.shape[:2]
-    padding = [(0, padded - side) for padded, side in zip(_padded(size), size)]
+    padding = [(0, padded - side) for padded, side in zip(_padded(size, PADDED_MULTIPLE), size)]
     windows = []
     for mirrored in self.mirrorings:
       image = np.pad(image_hxwx3[:, ::-1] if mirrored else image_hxwx3, (*padding, (0, 0)))
       windows.append(resize_image(image, self.crop, self.crop))
     return windows
 
-  def views(self, size: tuple[int, int], grid: int) -> list[View]:
+  def views(self, size: tuple[int, int], grid: tuple[int, int]) -> list[View]:
     steps: tuple[Resized, ...] = ()
-    height, width = (min(grid, side) for side in size)
+    height, width = (min(*pair) for pair in zip(grid, size))
     if not self.keep_padding:
-      height, width, steps = grid, grid, (Resized(_padded(size), size),)
+      (height, width), steps = grid, (Resized(_padded(size, PADDED_MULTIPLE), size),)
     return [View(height, width, ((0, 0),), grid, mirrored, steps) for mirrored in self.mirrorings]
 
 
-def _padded(size: tuple[int, int]) -> tuple[int, int]:
-  height, width = (-(-side // PADDED_MULTIPLE) * PADDED_MULTIPLE for side in size)
+class Image(_Resizing):
+  """The image as it is, in one window of its own shape; logits become scores on their own grid.
+
+  A network compiles for every shape. Sides that are no multiple of what the network takes
+  (`multiple`) are padded with 0 at the bottom and on the right, and the scores of that cut off.
+  """
+
+  def windows(self, image_hxwx3: np.ndarray) -> list[np.ndarray]:
+    size = image_hxwx3.shape[:2]
+    padding = [(0, padded - side) for padded, side in zip(_padded(size, self.multiple), size)]
+    return [
+      np.pad(image_hxwx3[:, ::-1] if mirrored else image_hxwx3, (*padding, (0, 0)))
+      for mirrored in self.mirrorings
+    ]
+
+  def views(self, size: tuple[int, int], grid: tuple[int, int]) -> list[View]:
+    padded = _padded(size, self.multiple)
+    steps = () if padded == size else (Resized(padded, size),)
+    return [View(*grid, ((0, 0),), grid, mirrored, steps) for mirrored in self.mirrorings]
+
+
+def _padded(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+  height, width = (-(-side // multiple) * multiple for side in size)
   return height, width
 
 
 # Value of config.eval.layout -> layout.
-LAYOUTS: dict[str, type[Layout]] = {"windows": Windows, "square": Square, "whole": Whole}
+LAYOUTS: dict[str, type[Layout]] = {
+  "windows": Windows, "square": Square, "whole": Whole, "image": Image,
+}  # fmt: skip

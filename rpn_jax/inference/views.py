@@ -9,10 +9,11 @@ Shape letters: N windows, h/w grid of the logits, C rows of logits (classes or s
 a tile of a view's map, T side of a tile of the result.
 """
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ import numpy as np
 SMALL_TILE, LARGE_TILE, LARGE_IMAGE = 128, 256, 384
 # Scalars in the scores of one tile: 128 MB in float32.
 TILE_ELEMENTS = 2**25
+# Tiles that are computed while earlier ones are fetched.
+TILES_UNDER_WAY = 4
 # Programs that are kept, the most recently used; each takes 4 MB (docs/reliability.md).
 KEPT_PROGRAMS = 48
 
@@ -80,7 +83,7 @@ class View:
   Attributes:
     height, width: size of the map in pixels.
     corners: top left corners of the windows in the map.
-    side: of a window in the map, pixels.
+    window: (height, width) of a window in the map, pixels.
     mirrored: left and right are swapped.
     steps: sizes that the map is resized to before that of the result.
   """
@@ -88,7 +91,7 @@ class View:
   height: int
   width: int
   corners: tuple[tuple[int, int], ...]
-  side: int
+  window: tuple[int, int]
   mirrored: bool = False
   steps: tuple[Resized, ...] = ()
 
@@ -121,7 +124,8 @@ class View:
     overlapping = [
       i for i, window in enumerate(self.corners)
       if all(
-        at <= last and at + self.side > first for at, (first, last, _) in zip(window, axes)
+        at <= last and at + side > first
+        for at, side, (first, last, _) in zip(window, self.window, axes)
       )
     ]  # fmt: skip
     corners_Nx2 = np.zeros((len(logits_NxhxwxC), 2), np.int32)
@@ -189,19 +193,21 @@ def tile_sides(
   return tile, tuple(sides(view) for view in views)
 
 
-def tile_scores(part: tuple, *, merged: int, side: int, activation: Callable) -> jax.Array:
+def tile_scores(
+  part: tuple, *, merged: int, window: tuple[int, int], activation: Callable
+) -> jax.Array:
   """Upsampled scores averaged over windows and resized to a tile of the result: (T, T, C).
 
   Args:
     part: result of `View.tile`.
     merged: M, side of the tile before it is resized.
-    side: of a window in the map, pixels.
+    window: (height, width) of a window in the map, pixels.
     activation: logits -> scores.
   """
   logits_NxhxwxC, corners_Nx2, order_N, (top, left, overlapping), resizes = part
   _, h, w, classes = logits_NxhxwxC.shape
 
-  def within(start: jax.Array, corner: jax.Array, patches: int) -> tuple[jax.Array, ...]:
+  def within(start: jax.Array, corner: jax.Array, patches: int, side: int) -> tuple[jax.Array, ...]:
     """For one axis of the tile: which pixels a window has, and their interpolation."""
     at = start + jnp.arange(merged) - corner
     index = jnp.clip(at, 0, side - 1)
@@ -210,8 +216,8 @@ def tile_scores(part: tuple, *, merged: int, side: int, activation: Callable) ->
 
   def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     y, x = corners_Nx2[order_N[i]]
-    rows, row_left, row_weight = within(top, y, h)
-    columns, column_left, column_weight = within(left, x, w)
+    rows, row_left, row_weight = within(top, y, h, window[0])
+    columns, column_left, column_weight = within(left, x, w, window[1])
     inside = (rows[:, None] & columns).astype(jnp.float32)[..., None]
     logits = interpolate(logits_NxhxwxC[order_N[i]], row_left, row_weight, 0)
     scores = activation(interpolate(logits, column_left, column_weight, 1)) * inside
@@ -235,22 +241,22 @@ def all_scores(scores_TxTxC: jax.Array) -> jax.Array:
 
 @functools.lru_cache(KEPT_PROGRAMS)
 def tile_program(
-  shapes: tuple, merged: tuple[int, ...], sides: tuple[int, ...], activation: Callable,
-  output: Callable,
-) -> Callable[[tuple[tuple, ...], np.ndarray], Any]:  # fmt: skip
-  """(parts, penalty_C) -> `output` of scores averaged over views and minus the penalty.
+  shapes: tuple, merged: tuple[int, ...], windows: tuple[tuple[int, int], ...],
+  activation: Callable, output: Callable,
+) -> Callable[..., Any]:  # fmt: skip
+  """(parts, penalty_C, *more) -> `output` of scores averaged over views and minus the penalty.
 
   A jitted function of its own for each set of `shapes`: JAX frees a program with its function, and
   so the program that was not used for the longest time.
   """
   del shapes
 
-  def merge_tile(parts: tuple[tuple, ...], penalty_C: jax.Array) -> Any:
+  def merge_tile(parts: tuple[tuple, ...], penalty_C: jax.Array, *more: jax.Array) -> Any:
     scores = [
-      tile_scores(part, merged=m, side=side, activation=activation)
-      for part, m, side in zip(parts, merged, sides)
+      tile_scores(part, merged=m, window=window, activation=activation)
+      for part, m, window in zip(parts, merged, windows)
     ]
-    return output(sum(scores[1:], scores[0]) / len(scores) - penalty_C)
+    return output(sum(scores[1:], scores[0]) / len(scores) - penalty_C, *more)
 
   return jax.jit(merge_tile)
 
@@ -263,6 +269,7 @@ def merge_views(
   *,
   activation: Callable,
   output: Callable,
+  more: tuple[np.ndarray, ...] = (),
 ) -> Any:
   """`output` of the scores (height, width, C) averaged over views, as numpy.
 
@@ -272,28 +279,53 @@ def merge_views(
     penalty_C: subtracted from the scores.
     size: (height, width) of the result.
     activation: logits -> scores.
-    output: scores of a tile -> arrays (rows, columns, …). Pass the same function object each
-      time: another one means another program.
+    output: (scores of a tile, *more) -> arrays (rows, columns, …). Pass the same function object
+      each time: another one means another program.
+    more: arrays for `output`.
   """
   height, width = size
   side, merged = tile_sides(size, views, len(penalty_C))
   shapes = side, merged, *((x.shape, str(x.dtype)) for x in logits)
-  first, sides = tuple(m[0] for m in merged), tuple(view.side for view in views)
-  program = tile_program(shapes, first, sides, activation, output)
+  first, windows = tuple(m[0] for m in merged), tuple(view.window for view in views)
+  program = tile_program(shapes, first, windows, activation, output)
 
-  def row_of_tiles(top: int) -> list:
-    return [
-      program(
-        tuple(
-          view.tile(x, (top, left), side, size, m) for view, x, m in zip(views, logits, merged)
-        ),
-        penalty_C,
-      )
-      for left in range(0, width, side)
-    ]
+  def tile(corner: tuple[int, int]) -> Any:
+    parts = tuple(view.tile(x, corner, side, size, m) for view, x, m in zip(views, logits, merged))
+    return program(parts, penalty_C, *more)
 
-  # All are dispatched before the first one is fetched.
-  tiles = [row_of_tiles(top) for top in range(0, height, side)]
-  join = lambda axis: lambda *parts: np.concatenate([np.asarray(p) for p in parts], axis)
-  rows = [jax.tree.map(join(1), *row) for row in tiles]
-  return jax.tree.map(lambda *parts: join(0)(*parts)[:height, :width], *rows)
+  corners = [(y, x) for y in range(0, height, side) for x in range(0, width, side)]
+  return write_tiles(map(tile, corners), corners, size)
+
+
+def write_tiles(
+  tiles: Iterable[Any], corners: Sequence[tuple[int, int]], size: tuple[int, int]
+) -> Any:
+  """The arrays (height, width, …) of which tiles are given, as numpy.
+
+  A few tiles are under way at a time, so that the device need not wait for the host, and so that
+  not all of them are in memory beside the result.
+
+  Args:
+    tiles: arrays (rows, columns, …), or trees of them; what lies beyond `size` is left out.
+    corners: (y, x) of each.
+    size: (height, width).
+  """
+  result: Any = None
+  under_way: collections.deque[tuple[Any, tuple[int, int]]] = collections.deque()
+
+  def write() -> None:
+    nonlocal result
+    tile, (y, x) = under_way.popleft()
+    if result is None:
+      result = jax.tree.map(lambda part: np.empty((*size, *part.shape[2:]), part.dtype), tile)
+    for whole, part in zip(jax.tree.leaves(result), jax.tree.leaves(tile)):
+      into = whole[y : y + part.shape[0], x : x + part.shape[1]]
+      into[...] = np.asarray(part)[: into.shape[0], : into.shape[1]]
+
+  for tile, corner in zip(tiles, corners):
+    under_way.append((tile, corner))
+    if len(under_way) > TILES_UNDER_WAY:
+      write()
+  while under_way:
+    write()
+  return result
