@@ -19,6 +19,7 @@ from rpn_jax.base import fields, pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.fields import ABSENT, Config, field, section, spec
 from rpn_jax.base.words import check_known as check_known
+from rpn_jax.config.evaluation import Eval
 from rpn_jax.config.networks import CATSegConfig, Dense, RPNConfig
 
 
@@ -147,58 +148,6 @@ class Data:
   )
   threads: int = field(4, "threads that read ahead", at_least=0, free=True)
   workers: int = field(0, "extra reader processes", at_least=0, free=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Eval:
-  """Evaluation and prediction."""
-
-  sets: tuple[str, ...] = field(
-    (), "data sets of --mode=eval, every class prompted; (): the training set, in its setting"
-  )
-  naming: str = field(
-    "dataset",
-    "wording of the class names of these where a set has it: maskclip, spaced, catseg, sclip, "
-    "clearclip, proxyclip or itaclip; else dataset, or data.naming for the training set",
-    words=(
-      "dataset",
-      "maskclip",
-      "spaced",
-      "catseg",
-      "sclip",
-      "clearclip",
-      "proxyclip",
-      "itaclip",
-    ),
-  )
-  layout: str = field(
-    "windows",
-    "how the network's square windows lie over an image: sliding windows; square: tiles of the "
-    "image squashed to a square, and all of it in one more window; whole: all of it in one window",
-    words=("windows", "square", "whole"),
-  )
-  crop: int = field(512, "side of the windows, pixels", at_least=1)
-  stride: int = field(
-    426, "step of the windows, pixels; at most their side, so that no pixel is left out",
-    at_least=1,
-  )  # fmt: skip
-  square: int = field(
-    640, "layout square: side that images are squashed to, pixels; at least a window's", at_least=1
-  )
-  keep_padding: bool = field(
-    True,
-    "layout whole, which pads images to multiples of 32 pixels: stretch the scores of the padded "
-    "image over the image, as the official code of CAT-Seg; or cut those of the padding off",
-  )
-  window_batch: int = field(4, "windows per call of the network", at_least=1)
-  scales: tuple[float, ...] = field(
-    (1.0,), "scores are averaged over these sizes, factors on data.short_side", above=0
-  )
-  flip: bool = field(False, "also average over mirrored images")
-  seen_penalty: float = field(
-    0.1, "subtracted from the scores of seen classes in the zero-shot setting"
-  )
-  palette: str = field("default", "colors of predictions.png", words=("default", "colorblind"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,12 +292,12 @@ def check(config: Config) -> None:
       f"config.eval.square={windows['square']}: expected at least config.eval.crop={crop}, since "
       "windows are cut out of the square; raise it, or lower the crop"
     )
-  if layout in ("square", "whole") and tuple(windows["scales"]) != (1.0,):
+  if layout in ("square", "whole", "image") and tuple(windows["scales"]) != (1.0,):
     raise InputError(
       f"config.eval.scales={tuple(windows['scales'])}: expected (1.0,) with config.eval.layout="
-      f"{layout!r}, which resizes every image to one size; config.eval.flip averages over views"
+      f"{layout!r}, which takes every image at one size; config.eval.flip averages over views"
     )
-  if layout != "whole" and crop and stride and stride > crop:
+  if layout not in ("whole", "image") and crop and stride and stride > crop:
     raise InputError(
       f"config.eval.stride={stride}: expected at most config.eval.crop={crop}, since the pixels "
       f"between windows would get no class; lower the stride, as to {max(1, crop * 5 // 6)}, or "

@@ -19,7 +19,9 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
 from rpn_jax.config import check, check_whole_patches
 from rpn_jax.devices import data_mesh, platform_of, put_batch
+from rpn_jax.inference.decision import Decision
 from rpn_jax.inference.process import check_process
+from rpn_jax.inference.refinement import Refinement
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.models import NETWORKS, Network, kernels
 from rpn_jax.models.clip import CLIPConfig
@@ -31,7 +33,8 @@ from rpn_jax.training.run import Run
 from rpn_jax.weights import arrays, clip_file, prompts_file
 from rpn_jax.weights.architecture import normalization
 
-# Programs of networks that are kept, the most recently used: one for each number of text rows.
+# Programs of networks that are kept, the most recently used: one for each number of text rows, and
+# with the layout "image" for each shape of image.
 KEPT_PROGRAMS = 32
 # Lists of classes whose encoded text a predictor keeps, the most recently used.
 KEPT_TEXTS = 8
@@ -49,6 +52,8 @@ class Protocol:
     resize: how they are resized, one of `pixels.RESIZES`.
     layout: how windows are laid over an image, one of `layouts.LAYOUTS`.
     square, keep_padding: see `layouts.Layout`.
+    refine, pamr_steps, pamr_dilations: see `refinement.Refinement`.
+    threshold, area_threshold: see `decision.Decision`.
     mean, std: normalization per channel, for values in [0, 1].
     window_batch: windows per call of the network.
     scales: image sizes that scores are averaged over, as factors of `short_side`.
@@ -64,6 +69,11 @@ class Protocol:
   layout: str = "windows"
   square: int = 0
   keep_padding: bool = True
+  refine: str = "none"
+  pamr_steps: int = 10
+  pamr_dilations: tuple[int, ...] = (8, 16)
+  threshold: float = 0.0
+  area_threshold: float = 0.0
   mean: tuple[float, ...] = pixels.CLIP_MEAN
   std: tuple[float, ...] = pixels.CLIP_STD
   window_batch: int = 4
@@ -75,19 +85,20 @@ class Protocol:
 # Fields of config.eval that are those of a Protocol.
 PROTOCOL_FIELDS = (
   "crop", "stride", "layout", "square", "keep_padding", "window_batch", "flip", "seen_penalty",
+  "refine", "pamr_steps", "pamr_dilations", "threshold", "area_threshold",
 )  # fmt: skip
 
 
 @functools.lru_cache(KEPT_PROGRAMS)
 def forward(
-  network: Network, text_shape: tuple[int, ...]
+  network: Network, text_shape: tuple[int, ...], image_shape: tuple[int, ...]
 ) -> Callable[[dict, Any, jax.Array], jax.Array]:
-  """The jitted network (variables, text, image) -> logits, for texts of one shape.
+  """The jitted network (variables, text, image) -> logits, for texts and images of one shape.
 
   Equal networks share it. JAX frees a program with its function, and so the one that was not used
   for the longest time.
   """
-  del text_shape
+  del text_shape, image_shape
   return jax.jit(lambda variables, text, image: network.apply(variables, image, text))
 
 
@@ -137,8 +148,9 @@ class Predictor:
     self.network, self.params, self.prompts = network, params, prompts
     self.encoder, self.protocol = encoder, protocol
     self.clip = encoder.config
-    multiple = network.input_multiple
-    check_whole_patches("config.eval.crop", protocol.crop, "the CLIP weights", multiple)
+    if protocol.layout != "image":
+      multiple = network.input_multiple
+      check_whole_patches("config.eval.crop", protocol.crop, "the CLIP weights", multiple)
     self._encoded: collections.OrderedDict[Hashable, jax.Array] = collections.OrderedDict()
 
   @classmethod
@@ -154,18 +166,15 @@ class Predictor:
     check(config)
     clip, params = clip_file.load_clip(config.clip)
     config = clip_file.with_normalization(config, clip)
-    network = make_network(config, clip)
-    protocol = Protocol(
-      short_side=config.data.short_side,
-      long_side=config.data.get("long_side", 0),
-      resize=config.data.get("recipe", "mmsegmentation"),
-      mean=tuple(config.data.mean),
-      std=tuple(config.data.std),
-      # Runs of earlier versions lack some of these, and have what are the defaults here.
-      **{name: config.eval[name] for name in PROTOCOL_FIELDS if name in config.eval},
-      scales=tuple(config.eval.scales),
-    )
+    network, protocol = make_network(config, clip), _protocol(config)
     return cls._assemble(network, clip, params, config.templates, config.synonyms, protocol)
+
+  def for_config(self, config: ml_collections.ConfigDict) -> "Predictor":
+    """The same weights and words, with the settings of the network and the protocol of a config."""
+    check(config)
+    config = clip_file.with_normalization(config, self.clip)
+    network = make_network(config, self.clip)
+    return Predictor(network, self.params, self.prompts, self.encoder, _protocol(config))
 
   @classmethod
   def from_weights(
@@ -315,6 +324,7 @@ class Predictor:
     text: Any,
     penalized: Sequence[int] = (),
     class_of_row: Sequence[int] | np.ndarray | None = None,
+    refine: str | None = None,
   ) -> SlidingWindow:
     """Sliding-window inference on all local devices.
 
@@ -322,6 +332,7 @@ class Predictor:
       text: `network.text_input` of C names.
       penalized: rows of `text` whose scores are lowered.
       class_of_row: class id of every row, if several belong to one class.
+      refine: another refinement than that of the protocol.
     """
     check_process()
     mesh = data_mesh()
@@ -329,13 +340,15 @@ class Predictor:
     network, params, prompts = self.network.merged(self.params, self.prompts)
     variables = jax.device_put(join(params, prompts), replicated)
     text = jax.device_put(self._encode(network, variables, text), replicated)
-    apply = forward(network, text.shape)
 
     def logits(windows: np.ndarray) -> jax.Array:
+      apply = forward(network, text.shape, windows.shape)
       # Windows are merged on one device, which takes a fraction of the network's time.
       return jax.device_put(apply(variables, text, put_batch(windows, mesh)), mesh.devices[0])
 
     p = self.protocol
+    # Images of their own shapes rarely share a call.
+    window_batch = 1 if p.layout == "image" else p.window_batch
     return SlidingWindow(
       logits,
       len(text),
@@ -344,10 +357,14 @@ class Predictor:
       stride=p.stride,
       square=p.square,
       keep_padding=p.keep_padding,
-      window_batch=-(-p.window_batch // mesh.size) * mesh.size,
+      multiple=network.input_multiple,
+      window_batch=-(-window_batch // mesh.size) * mesh.size,
       penalty=p.seen_penalty,
       penalized=penalized,
       activation=network.scores,
+      probabilities=network.probabilities,
+      decision=Decision(p.threshold, p.area_threshold),
+      refinement=Refinement(refine or p.refine, p.pamr_steps, tuple(p.pamr_dilations)),
       scales=p.scales,
       flip=p.flip,
       class_of_row=class_of_row,
@@ -365,6 +382,20 @@ class Predictor:
         self._encoded.popitem(last=False)
     self._encoded.move_to_end(key)
     return self._encoded[key]
+
+
+def _protocol(config: ml_collections.ConfigDict) -> Protocol:
+  """The inference protocol of a config with a normalization."""
+  return Protocol(
+    short_side=config.data.short_side,
+    long_side=config.data.get("long_side", 0),
+    resize=config.data.get("recipe", "mmsegmentation"),
+    mean=tuple(config.data.mean),
+    std=tuple(config.data.std),
+    # Runs of earlier versions lack some of these, and have what are the defaults here.
+    **{name: config.eval[name] for name in PROTOCOL_FIELDS if name in config.eval},
+    scales=tuple(config.eval.scales),
+  )
 
 
 def open_run(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,12 @@ from rpn_jax.base.paths import write_json
 from rpn_jax.base.words import composed
 from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_prediction
 from rpn_jax.drawing.palette import class_colors
-from rpn_jax.inference.sliding import WindowLogits
+from rpn_jax.inference.decision import best_row
+from rpn_jax.inference.refinement import Scores
 from rpn_jax.models import Network
 
 # Bias of rows that only pad a program's shape: lower than any score.
 FILLER_SCORE = -1e4
-
-
-@functools.cache  # it is a static argument: equal networks share one function and one program
-def _best_row(probabilities: Callable) -> Callable:
-  """Scores -> index of the best row and its probability."""
-  return lambda scores: (scores.argmax(-1), probabilities(scores).max(-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +29,22 @@ class ClassScores:
 
   Attributes:
     network: defines the meaning of logits and scores.
-    logits: logits of the windows.
+    scores: of the image.
     size: (height, width) of the network's input image, pixels.
     class_of_row: class id of every row of the logits, -1 for background words.
     fillers: number of additional rows that only pad the program's shape.
   """
 
   network: Network
-  logits: WindowLogits
+  scores: Scores
   size: tuple[int, int]
   class_of_row: np.ndarray
   fillers: int
 
   def best(self, size: tuple[int, int], bias: Mapping[int, float]) -> tuple:
     """Class ids (height, width) of the best rows and their probabilities; `bias`: see `rows`."""
-    row, probability = self.logits.merge(
-      _best_row(self.network.probabilities), size, self._bias_of_rows(bias)
+    row, probability = self.scores.merge(
+      best_row(self.network.probabilities), size, self._bias_of_rows(bias)
     )
     return self.class_of_row[row].astype(np.int32), np.clip(probability, 0, 1)
 
@@ -59,7 +54,7 @@ class ClassScores:
     Args:
       bias: class id -> emphasis, -1 to 1, which raises or lowers its scores.
     """
-    merged = self.logits.merge(self.network.probabilities, self.size, self._bias_of_rows(bias))
+    merged = self.scores.merge(self.network.probabilities, self.size, self._bias_of_rows(bias))
     return np.clip(merged, 0, 1)
 
   def _bias_of_rows(self, bias: Mapping[int, float]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Inference through square windows (mmsegmentation's slide mode, by which the official RPN code
+"""Inference through windows (mmsegmentation's slide mode, by which the official RPN code
 evaluates, and the other `layouts`).
 
 The network is compiled once, for a fixed number of windows, which may come from several images;
@@ -7,6 +7,7 @@ The network is compiled once, for a fixed number of windows, which may come from
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,9 +16,18 @@ import numpy as np
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
+from rpn_jax.inference.decision import BEST, Decision
 from rpn_jax.inference.layouts import LAYOUTS
 from rpn_jax.inference.process import check_process
-from rpn_jax.inference.views import View, all_scores, class_ids, merge_views
+from rpn_jax.inference.refinement import (
+  REFINEMENTS,
+  UNREFINED,
+  Refined,
+  Refinement,
+  Scores,
+)
+from rpn_jax.inference.views import View, all_scores, merge_views
+from rpn_jax.models.heads import unchanged
 
 # Windows of layouts with any number of them are padded to at least so many: their logits are small.
 MIN_WINDOWS = 8
@@ -37,8 +47,11 @@ class WindowLogits:
   views: list[View]
   logits: list[jax.Array]
 
-  def merge(self, output: Callable, size: tuple[int, int], bias_C: np.ndarray | float = 0.0) -> Any:
-    """`output` of the scores (height, width, C) at `size`, with `bias_C` added to them.
+  def merge(
+    self, output: Callable, size: tuple[int, int], bias_C: np.ndarray | float = 0.0,
+    more: tuple = (),
+  ) -> Any:  # fmt: skip
+    """See `refinement.Scores`.
 
     Raises:
       InputError: `check_process` refuses the process.
@@ -47,24 +60,27 @@ class WindowLogits:
     w = self.window
     penalty_C = np.asarray(w.penalty_C - bias_C, np.float32)
     return merge_views(
-      self.views, self.logits, penalty_C, size, activation=w.activation, output=output
+      self.views, self.logits, penalty_C, size, activation=w.activation, output=output, more=more
     )
 
 
 class SlidingWindow:
-  """Segments images of any size with a network that sees square windows.
+  """Segments images of any size with a network that sees windows.
 
   Args:
-    logits_fn: (windows (W, crop, crop, 3)) -> logits (W, h, w, C); jitted by the caller.
+    logits_fn: (windows (W, H, W, 3)) -> logits (W, h, w, C); jitted by the caller.
     classes: C.
     layout: how windows are laid over an image, one of LAYOUTS.
-    window_batch: windows per call of the network.
+    window_batch: windows per call of the network, which are of one shape.
     penalty: subtracted from the scores of the rows in `penalized` (0.1 from seen classes in
       zero-shot evaluation).
     penalized: rows of the logits.
     activation: logits -> scores, over the class axis. Pass the same function object each time:
       another one means another program.
     class_of_row: class id of every row of the logits, if several rows belong to one class.
+    probabilities: scores -> values in [0, 1], for the thresholds of `decision`.
+    decision: how a pixel gets its class.
+    refinement: of the scores, before that.
     **geometry: attributes of `layouts.Layout`: `crop` and `stride`, and those with defaults.
 
   Raises:
@@ -82,6 +98,9 @@ class SlidingWindow:
     penalized: Sequence[int] = (),
     activation: Callable = jax.nn.sigmoid,
     class_of_row: Sequence[int] | np.ndarray | None = None,
+    probabilities: Callable = unchanged,
+    decision: Decision = BEST,
+    refinement: Refinement = UNREFINED,
     **geometry: Any,
   ):
     check_known("layout ", layout, LAYOUTS)
@@ -93,11 +112,13 @@ class SlidingWindow:
       raise ValueError(f"penalty: expected a finite number, got {penalty}")
     self.activation = activation
     self.class_of_row = np.arange(classes) if class_of_row is None else np.asarray(class_of_row)
+    check_known("refinement ", refinement.name, REFINEMENTS)
+    self.probabilities, self.decision, self.refinement = probabilities, decision, refinement
 
   def scores(self, image_hxwx3: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Mean scores (height, width, C) of a normalized image; may take gigabytes."""
+    """Scores (height, width, C) of a normalized image; may take gigabytes."""
     size = size or image_hxwx3.shape[:2]
-    return next(self.window_logits([image_hxwx3])).merge(all_scores, size)
+    return next(self.scored([image_hxwx3])).merge(all_scores, size)
 
   def __call__(self, image_hxwx3: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
     """Class ids at (height, width) `size`, by default the image's own: int32."""
@@ -112,9 +133,18 @@ class SlidingWindow:
         sizes.append(size)
         yield image
 
-    for logits in self.window_logits(images()):
-      row = logits.merge(class_ids, sizes.popleft())
-      yield self.class_of_row[row].astype(np.int32)
+    for scores in self.scored(images()):
+      yield self.decision(scores, sizes.popleft(), self.probabilities, self.class_of_row)
+
+  def scored(self, images_hxwx3: Iterable[np.ndarray]) -> Iterator[Scores]:
+    """The scores of each image, refined if asked for, in order; see `window_logits`."""
+    if self.refinement.name == "none":
+      yield from self.window_logits(images_hxwx3)
+      return
+    images_hxwx3, inputs = itertools.tee(images_hxwx3)
+    # In this order: the logits come first, so that `tee` keeps no more images than are pending.
+    for logits, image in zip(self.window_logits(inputs), images_hxwx3):
+      yield Refined(logits, np.asarray(image), self.refinement)
 
   def window_logits(self, images_hxwx3: Iterable[np.ndarray]) -> Iterator[WindowLogits]:
     """The logits of each image, in order; windows of several images share a call.
@@ -132,25 +162,38 @@ class SlidingWindow:
       new = self.layout.windows(np.asarray(image))
       pending.append((image.shape[:2], len(new)))
       windows += new
-      while len(windows) >= self.window_batch:
-        started = self._start(windows[: self.window_batch])
-        windows = windows[self.window_batch :]
+      while count := self._ready(windows):
+        started = self._start(windows[:count])
+        windows = windows[count:]
         logits += self._fetch(running)
         running = started
       while pending and pending[0][1] <= len(logits):
         size, count = pending.popleft()
         yield self._joined(size, logits[:count])
         logits = logits[count:]
-    last = self._start(windows) if windows else None
+    while windows:
+      count = self._ready(windows) or len(windows)
+      started = self._start(windows[:count])
+      windows = windows[count:]
+      logits += self._fetch(running)
+      running = started
     logits += self._fetch(running)
-    logits += self._fetch(last)
     for size, count in pending:
       yield self._joined(size, logits[:count])
       logits = logits[count:]
 
+  def _ready(self, windows: list[np.ndarray]) -> int:
+    """How many windows can go through the network now; 0 while more of their shape may come."""
+    same = 0
+    for window in windows[: self.window_batch]:
+      if window.shape != windows[0].shape:
+        return same
+      same += 1
+    return same if same == self.window_batch else 0
+
   def _joined(self, size: tuple[int, int], logits: list[np.ndarray]) -> WindowLogits:
     """The logits of an image's windows, stacked for each view."""
-    views = self.layout.views(size, len(logits[0]))
+    views = self.layout.views(size, logits[0].shape[:2])
     parts = []
     for view in views:
       count = len(view.corners)

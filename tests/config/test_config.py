@@ -99,7 +99,11 @@ def test_a_run_of_0_2_0_has_the_same_config(monkeypatch):
     "loss": {"skip_empty": False},
     "optimizer": {"schedule": "poly", "no_decay": ""},
     "data": {"recipe": "mmsegmentation", "label_resize": "floor_nearest", "long_side": 0},
-    "eval": {"layout": "windows", "square": 640, "keep_padding": True, "naming": "dataset"},
+    "eval": {
+      "layout": "windows", "square": 640, "keep_padding": True, "naming": "dataset",
+      "protocol": "", "refine": "none", "pamr_steps": 10, "pamr_dilations": [8, 16],
+      "threshold": 0.0, "area_threshold": 0.0,
+    },
     "dense": {
       path.removeprefix("dense."): value for path, value in ADDED_FIELDS.items()
       if path.startswith("dense.")

@@ -29,7 +29,7 @@ class TextTower(Defaults, nn.Module):
   clip: Any = CLIP
   input_multiple = 1
   towers = ("visual", "text")
-  scores = staticmethod(jnp.negative)
+  scores = probabilities = staticmethod(jnp.negative)
 
   def encode_text(self, text):
     ENCODED.append(text.shape)  # when traced

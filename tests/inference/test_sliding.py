@@ -210,7 +210,7 @@ def test_scaled_views_are_averaged():
 
 def test_all_scores_are_never_there_at_once(monkeypatch):
   """What the program of a wide image with 847 classes holds at a time."""
-  view = views.View(512, 2048, tuple(layouts.window_corners(512, 2048, 512, 426)), 512)
+  view = views.View(512, 2048, tuple(layouts.window_corners(512, 2048, 512, 426)), (512, 512))
   logits = jax.ShapeDtypeStruct((6, 32, 32, 847), np.float32)
   calls, program = [], views.tile_program
   stand_in = lambda *a: lambda *arrays: calls.append((a, arrays)) or np.zeros((1, 1))
