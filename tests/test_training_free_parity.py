@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 
 from rpn_jax.base import pixels
+from rpn_jax.inference.decision import Decision
+from rpn_jax.inference.refinement import Refinement
+from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.models.pamr import pamr, resize_scores
 from rpn_jax.models.resizing import resize_grid
-from rpn_jax.models.training_free import DenseCLIP, res_clip
+from rpn_jax.models.training_free import DenseCLIP, cosine_probabilities, res_clip
 from rpn_jax.models.training_free.positions import POSITIONS
 from rpn_jax.weights import arrays, clip_file
 
@@ -25,12 +28,12 @@ from rpn_jax.weights import arrays, clip_file
 TOLERANCE = 2e-5
 REFINED = 1e-4
 FIRST_PASS = 2e-4
+SCORES = 3e-3  # recorded in float16
 
 # (file, array name pattern, why it is not compared)
 NOT_REPLAYED = [
   ("resclip.npz", r".*_half", "SFR's matrix in float16, for the speed of the official code's GPU"),
-  ("segmentation.npz", r".*", "windows and thresholds: waits for test_segmentation"),
-  ("inputs.npz", r"query_idx", "the class of each text, for test_segmentation"),
+  ("segmentation.npz", r".*_itaclip", "closes the label ids as a picture; not a method here"),
   ("itaclip.npz", r".*", "needs texts of a language model; not a method here"),
   ("cliptrase.npz", r".*", "clusters patches with DBSCAN; not a method here"),
 ]
@@ -302,11 +305,55 @@ def test_pamr(golden):
     close(np.moveaxis(out, -1, 0), recorded, f"out_{variant}", REFINED)
 
 
-@pytest.mark.skip(
-  reason="segmentation.npz: its windows and thresholds are not in rpn_jax.inference"
-)
-def test_segmentation(golden):
-  """The place of sliding windows, merged, resized and refined, and of labels by thresholds."""
+def test_sliding_windows(golden):
+  """Cosines averaged over windows, resized to another size, and refined there."""
+  recorded = golden.load("segmentation")
+  network = DenseCLIP(golden.clip, "sclip")
+  logits = jax.jit(lambda windows: network.apply(golden.variables, windows, golden.text))
+  window = functools.partial(
+    SlidingWindow, logits, len(golden.text), crop=int(recorded["crop"]),
+    stride=int(recorded["stride"]), activation=network.scores,
+  )  # fmt: skip
+  image, size = golden.image("slide")[0], recorded["resized"].shape[1:]
+  channels_first = lambda scores: np.moveaxis(scores, -1, 0)
+  close(channels_first(window().scores(image)), recorded, "merged")
+  close(channels_first(window().scores(image, size)), recorded, "resized")
+  refined = window(refinement=Refinement("pamr", 10, (8, 16))).scores(image, size)
+  close(channels_first(refined), recorded, "refined", REFINED)
+
+
+class Whole:
+  """Scores of an image that are there already."""
+
+  def __init__(self, scores):
+    self.scores = scores
+
+  def merge(self, output, size, bias_C=0.0, more=()):
+    return jax.tree.map(np.asarray, output(self.scores + bias_C, *more))
+
+
+def test_thresholds(golden):
+  recorded = golden.load("segmentation")
+  scores = jnp.moveaxis(jnp.asarray(recorded["postprocess_input"]), 0, -1)
+  class_of_row, size = golden.inputs["query_idx"], scores.shape[:2]
+  names = [key.removeprefix("labels_") for key in recorded.arrays.files if key.startswith("labels")]
+  assert {"plain", "prob", "area", "naclip"} <= set(names)
+  for name in set(names) - {"itaclip"}:
+    area = recorded[f"area_thd_{name}"] if f"area_thd_{name}" in recorded else 0
+    decision = Decision(float(recorded[f"prob_thd_{name}"]), max(0.0, float(area)))
+    probabilities = cosine_probabilities(float(recorded[f"logit_scale_{name}"]))
+    labels = decision(Whole(scores), size, probabilities, class_of_row)
+    close(labels, recorded, f"labels_{name}")
+    # What the labels are decided by: the best name of each class.
+    p = np.asarray(probabilities(scores))
+    p = np.stack([p[..., class_of_row == i].max(-1) for i in range(class_of_row.max() + 1)])
+    if name == "naclip":
+      p /= p.sum(0)
+    want = np.float32(recorded[f"scores_{name}"])
+    kept = want.any((1, 2))  # the others are below the threshold of the area
+    assert kept.all() or area > 0
+    close_scores = np.abs(p[kept] - want[kept]).max() / np.sqrt(np.mean(want**2))
+    assert close_scores <= SCORES, f"scores_{name}: {close_scores:.2g} of the root mean square"
 
 
 def test_every_array_is_accounted_for(golden):
