@@ -83,7 +83,11 @@ def _segment(arguments: list[str]) -> int:
     default=0.0,
     help="pixels with a best score below it, 0 to 1, get no class",
   )
-  add("--background", default="", help="words whose pixels get no class")
+  add(
+    "--background", default="",
+    help="words whose pixels get no class; stuff: 26 words for what surrounds things",
+  )  # fmt: skip
+  add("--refine", help="pamr: follow the edges of the image; none; else as the model's protocol")
   add("--templates", help="sentences around a name, e.g. single or imagenet80")
   add("--synonyms", help="how synonyms are joined: first, mean, max or joined")
   add("--palette", default="default", choices=tuple(PALETTES), help="(%(default)s)")

@@ -20,6 +20,7 @@ from rpn_jax.base.paths import expand
 from rpn_jax.base.pixels import ImageSource
 from rpn_jax.base.words import Names, check_known, check_names, parse_names, without_articles
 from rpn_jax.inference.predictor import Predictor
+from rpn_jax.inference.refinement import REFINEMENTS
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.inference.views import round_up
@@ -36,6 +37,15 @@ SHIPPED_PROMPTS = {"shapes": "shapes_prompts.safetensors"}
 # By the CLIP's name: what must be known of every result that it makes.
 NOTE = {"shapes_clip": "it was trained on the shapes data set, not on photographs"}
 
+# Words for what surrounds things, by a name for all of them: those that SCLIP's code prompts for
+# the background of VOC and of COCO's objects.
+BACKGROUNDS = {
+  "stuff": (
+    "sky", "wall", "tree", "wood", "grass", "road", "sea", "river", "mountain", "sands", "desk",
+    "bed", "building", "cloud", "lamp", "door", "window", "wardrobe", "ceiling", "shelf", "curtain",
+    "stair", "floor", "hill", "rail", "fence",
+  ),
+}  # fmt: skip
 # Rows of text that independent classes are filled up to; further ones are rounded up.
 MIN_ROWS = 8
 
@@ -163,18 +173,19 @@ class Segmenter:
   @overload
   def __call__(
     self, images: ImageSource, names: Names, *, other: float = ..., background: Names = ...,
-    emphasis: Mapping[str, float] | None = ...,
+    emphasis: Mapping[str, float] | None = ..., refine: str | None = ...,
   ) -> Segmentation: ...  # fmt: skip
 
   @overload
   def __call__(
     self, images: list | tuple, names: Names, *, other: float = ..., background: Names = ...,
-    emphasis: Mapping[str, float] | None = ...,
+    emphasis: Mapping[str, float] | None = ..., refine: str | None = ...,
   ) -> list[Segmentation]: ...  # fmt: skip
 
   def __call__(
     self, images: ImageSource | list | tuple, names: Names, *, other: float = 0.0,
     background: Names = (), emphasis: Mapping[str, float] | None = None,
+    refine: str | None = None,
   ) -> Segmentation | list[Segmentation]:  # fmt: skip
     """Segments one image, or a list of them.
 
@@ -182,8 +193,11 @@ class Segmenter:
       images: a path, a PIL image or an array (H, W, 3) uint8; or a list of these.
       names: any words, trained on or not; see `words.parse_names`.
       other: threshold (0 to 1); pixels whose best score is lower belong to no class.
-      background: words that compete with the names; their pixels belong to no class.
+      background: words that compete with the names; their pixels belong to no class. "stuff": the
+        words of BACKGROUNDS, without those that are names.
       emphasis: {name: -1 … 1}, raises or lowers the scores of a class.
+      refine: "pamr" follows the edges of the image (PAMR, at the size of the image), "none" does
+        not; None is what the model's protocol does.
 
     Returns:
       A Segmentation, or a list of them.
@@ -191,7 +205,9 @@ class Segmenter:
     Raises:
       InputError: an invalid image or name.
     """
-    options: dict[str, Any] = {"other": other, "background": background, "emphasis": emphasis}
+    options: dict[str, Any] = {
+      "other": other, "background": background, "emphasis": emphasis, "refine": refine,
+    }  # fmt: skip
     if isinstance(images, (list, tuple)):
       return list(self.stream(images, names, **options))
     return next(self.stream([images], names, **options))
@@ -199,12 +215,18 @@ class Segmenter:
   def stream(
     self, images: Iterable[ImageSource], names: Names, *, other: float = 0.0,
     background: Names = (), emphasis: Mapping[str, float] | None = None,
+    refine: str | None = None,
   ) -> Iterator[Segmentation]:  # fmt: skip
     """Like a call with many images, but lazily; windows of several images share a batch."""
     names = parse_names(names)
-    words = parse_names(background) if background else ()
+    if isinstance(background, str) and background in BACKGROUNDS:
+      words = tuple(word for word in BACKGROUNDS[background] if word not in names)
+    else:
+      words = parse_names(background) if background else ()
     check_adjustment(names, other, emphasis or {})  # before the network runs
-    window, class_of_row, fillers = self._window(names, words)
+    if refine is not None:
+      check_known("refine=", refine, REFINEMENTS)
+    window, class_of_row, fillers = self._window(names, words, refine)
     pending: deque[tuple[np.ndarray, str | pathlib.Path, tuple[int, int]]] = deque()
 
     def inputs_of_images() -> Iterator[np.ndarray]:
@@ -215,15 +237,15 @@ class Segmenter:
         pending.append((image, file, inputs.shape[:2]))
         yield inputs
 
-    for logits in window.window_logits(inputs_of_images()):
+    for scored in window.scored(inputs_of_images()):
       image, file, size = pending.popleft()
-      scores = ClassScores(self.predictor.network, logits, size, class_of_row, fillers)
+      scores = ClassScores(self.predictor.network, scored, size, class_of_row, fillers)
       yield Segmentation(
         image, names, self.method, scores, file=file, other=other, emphasis=emphasis
       )
 
   def _window(
-    self, names: tuple[str, ...], background: tuple[str, ...]
+    self, names: tuple[str, ...], background: tuple[str, ...], refine: str | None
   ) -> tuple[SlidingWindow, np.ndarray, int]:
     """Sliding-window inference, the class id of each row, and the number of filler rows."""
     check_names([*names, *background])
@@ -236,7 +258,7 @@ class Segmenter:
       fillers = max(MIN_ROWS, round_up(count)) - count
     # Joined by NumPy: JAX would compile and keep a program for every number of words.
     text = np.concatenate([text, *[text[:1]] * fillers])
-    return self.predictor.sliding_window(text), class_of_row, fillers
+    return self.predictor.sliding_window(text, refine=refine), class_of_row, fillers
 
   def __repr__(self) -> str:
     return f"Segmenter({self.method})"

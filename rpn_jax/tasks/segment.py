@@ -23,7 +23,7 @@ def segment(args: argparse.Namespace) -> int:
       )  # fmt: skip
       save_all(
         segmenter, files, names, expand(args.out), other=args.other, background=args.background,
-        palette=args.palette,
+        refine=args.refine, palette=args.palette,
       )  # fmt: skip
 
   return console.run_command(run, interrupted="interrupted; the images done so far are kept")
