@@ -1,13 +1,14 @@
 """The identity of a run: the settings on which its checkpoints and its workdir must agree."""
 
 import copy
+import dataclasses
 import json
 
 import ml_collections
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import differences
-from rpn_jax.config import EVALUATION, FREE
+from rpn_jax.config import EVALUATION, FREE, Dense
 from rpn_jax.models import NETWORKS
 
 # Fields that configs of older checkpoints lack, with the value those were trained with.
@@ -18,26 +19,12 @@ ADDED_FIELDS = {
   "loss.skip_empty": False,
   "data.recipe": "mmsegmentation",
   "data.label_resize": "floor_nearest",
-  "dense.residual": "",
-  "dense.positions": "",
-  "dense.odd_sides": "",
-  "dense.logit_scale": 100.0,
-  "dense.smoothed_below": 1.0,
-  "dense.gaussian_std": 5.0,
-  "dense.res_clip_base": "naclip",
-  "dense.res_clip_blocks": None,
-  "dense.res_clip_rcs": [2.0, 0.4],
-  "dense.res_clip_sfr": [1.8, 0.7],
-  "dense.res_clip_decay": True,
-  "dense.res_clip_threshold": 0.11,
-  "dense.sc_clip_blocks": None,
-  "dense.sc_clip_neighbors": 30,
-  "dense.sc_clip_contamination": 0.05,
-  "dense.sc_clip_beta": 0.4,
-  "dense.sc_clip_class_weight": 0.3,
-  "dense.gem_depth": None,
-  "dense.gem_iterations": 1,
-  "dense.pearl_alpha": 0.08,
+  # Training-free methods have had all but three of their settings since.
+  **{
+    f"dense.{name}": list(default) if isinstance(default, tuple) else default
+    for name, default in dataclasses.asdict(Dense()).items()
+    if name not in ("method", "denoise", "key_smoothing")
+  },
 }
 
 
