@@ -24,6 +24,7 @@ def run(config, workdir) -> None:
   """Joins data and model. Imports are here so that --help and mistyped flags answer at once."""
   from data_pipelines import datasets
   from rpn_jax import devices
+  from rpn_jax.config import protocols
   from rpn_jax.tasks import classify, evaluate, export, predict, pretrain, train
   from rpn_jax.weights.clip_file import with_normalization
 
@@ -39,7 +40,8 @@ def run(config, workdir) -> None:
         data = datasets.load(config, devices.process())
         train.train(config, workdir, data, restart=FLAGS.restart)
       elif FLAGS.mode == "eval":
-        evaluate.evaluate_run(config, workdir, datasets.load_evaluations(config))
+        evaluations = [d for c in protocols.each(config) for d in datasets.load_evaluations(c)]
+        evaluate.evaluate_run(config, workdir, evaluations)
       else:
         export.export(config, workdir, datasets.load(config).names)
 

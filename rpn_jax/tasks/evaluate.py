@@ -11,7 +11,7 @@ import numpy as np
 
 from rpn_jax.base.console import table
 from rpn_jax.base.paths import write_json, write_text
-from rpn_jax.config import FREE
+from rpn_jax.config import FREE, protocols
 from rpn_jax.drawing.images import prediction_grid
 from rpn_jax.drawing.plots import plot_confusion
 from rpn_jax.inference import published
@@ -109,7 +109,11 @@ def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, 
   results: dict[str, dict[str, dict]] = {}
   partials = []
   restored = predictor.read_prompts(run)
-  for data in evaluations:
+  # One for all sets, or by config.eval.protocol one for each.
+  configs = protocols.each(config)
+  predictors = [predictor.for_config(c) if c.eval.get("protocol") else predictor for c in configs]
+  predictors *= len(evaluations) // len(predictors)
+  for data, predictor in zip(evaluations, predictors, strict=True):
     results[data.name] = {}
     for which, (step, prompts) in restored.items():
       examples = data.eval_examples()
