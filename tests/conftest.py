@@ -57,6 +57,7 @@ LONGEST = (
   "models/test_cat_seg.py",
   "test_parity.py",
   "tasks/test_evaluate.py",
+  "tasks/test_annotation_free.py",
   "models/test_rpn.py",
   "inference/test_layouts.py",
   "training/test_processes.py",

@@ -52,7 +52,10 @@ def train(config, workdir, data, *, restart: bool = False) -> dict:
   predictor, run = open_run(config, workdir)
   if not predictor.network.trainable:
     raise InputError(f"method {config.method!r} has nothing to train: use --mode=eval")
-  multiple = predictor.network.input_multiple
+  multiple, teacher = predictor.network.input_multiple, None
+  if config.data.setting == "annotation_free":
+    teacher = pseudo_labels.make_teacher(config, predictor.network)
+    multiple = predictor.clip.patch_size  # its patches cover the crop
   check_whole_patches("config.data.crop", config.data.crop, config.clip, multiple)
   mesh = devices.global_mesh()
   sharding.check_batch_size(config.data.batch_size, mesh)
@@ -60,17 +63,20 @@ def train(config, workdir, data, *, restart: bool = False) -> dict:
     if restart:
       run.restart()
     run.claim()
-    return _train(run, predictor, data, mesh, guard)
+    return _train(run, predictor, teacher, data, mesh, guard)
 
 
-def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -> dict:
+def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: PreemptionGuard) -> dict:
   """`train`, once the workdir is locked."""
   config, network = run.config, predictor.network
   trained = [data.names[i] for i in data.trained]
   text = predictor.training_text(trained)
   key = jax.random.key(config.seed)
   prompts = predictor.init_prompts(text, key, config.data.crop)
+  labeler = make_labeler(teacher, config, predictor, data) if teacher else None
   optimizer = optim.make_optimizer(config.optimizer, prompts)
+  if labeler:
+    optimizer = pseudo_labels.with_snapshots(optimizer, labeler.refresh)
   state = jax.device_get(TrainState(jnp.int32(0), prompts, optimizer.init(prompts)))
   stepper = sharding.MODES[config.parallel](
     mesh,
@@ -80,6 +86,7 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
     model=network,
     loss_fn=losses.make_loss(config.loss),
     relabel=make_relabel(config, data),
+    labeler=labeler,
   )
   examples = data.eval_examples()
   latest: Evaluation | None = None
@@ -107,7 +114,9 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
     start = int(state.step)
     print(
       f"{state.trained_parameters:,} trained parameters, {predictor.clip_parameters:,} frozen; "
-      f"training on {len(trained)} of {len(data.names)} classes, on {devices.devices_text()}"
+      f"training on {len(trained)} of {len(data.names)} classes"
+      + (f" by the labels of {labeler.teacher.title}" if labeler else "")
+      + f", on {devices.devices_text()}"
       + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
       + (f"; resuming at step {start} of {config.steps}" if start else ""),
       flush=True,
@@ -126,7 +135,8 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
       best=best,
     )
     began = time.time()
-    loop.fit(state, predictor.frozen, text, jax.random.key(config.seed + 1))
+    params = predictor.params if labeler else predictor.frozen
+    loop.fit(state, params, text, jax.random.key(config.seed + 1))
   if writer and latest:
     report(run, loop, writer, latest, time.time() - began, state.trained_parameters)
   make_partial(run, data, "train", 0, 0).path.unlink(missing_ok=True)
@@ -135,7 +145,7 @@ def _train(run: Run, predictor: Predictor, data, mesh, guard: PreemptionGuard) -
 
 def make_relabel(config, data):
   """Self-training as a function of logits, labels and step; None in the other settings."""
-  if data.unlabelled is None:
+  if config.data.setting != "transductive":
     return None
   return functools.partial(
     pseudo_labels.relabel,
@@ -144,6 +154,18 @@ def make_relabel(config, data):
     ignore=data.ignore,
     start=round(config.self_training.start * config.steps),
     pixels=config.self_training.pixels,
+  )
+
+
+def make_labeler(teacher, config, predictor: Predictor, data) -> pseudo_labels.Labeler:
+  """What labels the images of an annotation-free run."""
+  return pseudo_labels.Labeler(
+    teacher,
+    predictor.encoder.embed([data.names[i] for i in data.trained]),
+    predictor.network,
+    config.self_training.refresh,
+    config.self_training.confidence,
+    data.ignore,
   )
 
 

@@ -71,7 +71,7 @@ class Loop:
 
     Args:
       state: a new state or one from a checkpoint, as numpy, in every process.
-      params: the frozen part of the towers.
+      params: the part of the towers that the step takes, see `step.gradients`.
       text: `text_input` of the training classes.
       key: PRNG key of dropout and gate noise.
 

@@ -16,9 +16,11 @@ from rpn_jax.models.prompts import count
 from rpn_jax.models.trained import join
 from rpn_jax.training.losses import Term
 
-# (logits, label) -> {name: Term}, and (logits, label, step) -> label.
+# (logits, label) -> {name: Term}; (logits, label, step) -> label; (state, params, text, batch) ->
+# label.
 LossFunction = Callable[[jax.Array, jax.Array], dict[str, Term]]
 Relabel = Callable[[jax.Array, jax.Array, jax.Array | np.int32], jax.Array]
+LabelFunction = Callable[["TrainState", dict, Any, dict], jax.Array]
 
 
 @flax.struct.dataclass
@@ -56,13 +58,14 @@ def gradients(
   model: Network,
   loss_fn: LossFunction,
   relabel: Relabel | None = None,
+  labeler: LabelFunction | None = None,
   axis: str | None = None,
 ) -> tuple[dict, dict[str, Term]]:
   """Gradients of the trained parameters and the loss terms, both summed over devices.
 
   Args:
     state: the state before the step.
-    params: the frozen part of the towers.
+    params: the frozen part of the towers; with a labeler all of them, as before training.
     text: `model.text_input` of the training classes; labels index its rows.
     batch: `image` (B, H, W, 3) float32 normalized, `label` (B, H, W) int32; this device's part.
     key: PRNG key of the run. Dropout and gate noise of an image depend on it, on the step and on
@@ -70,6 +73,7 @@ def gradients(
     model: the network.
     loss_fn: (logits, label) -> {name: Term}.
     relabel: (logits, label, step) -> label, for self-training; None uses the labels as given.
+    labeler: (state, params, text, batch) -> label, in place of those of the batch; None takes them.
     axis: name of the mapped device axis; None on a single device.
   """
   batch_size = batch["image"].shape[0]
@@ -79,6 +83,7 @@ def gradients(
     return tree if axis is None else jax.lax.psum(tree, axis)
 
   dropout, gate = jax.random.split(jax.random.fold_in(key, state.step))
+  given = batch["label"] if labeler is None else labeler(state, params, text, batch)
 
   def loss(prompts: dict) -> tuple[jax.Array, dict[str, Term]]:
     logits = model.apply(
@@ -89,9 +94,7 @@ def gradients(
       example_offset=offset,
       rngs={"dropout": dropout, "gate": gate},
     )
-    label = batch["label"]
-    if relabel is not None:
-      label = relabel(logits, label, state.step)
+    label = given if relabel is None else relabel(logits, given, state.step)
     terms = loss_fn(logits, label)
     # Devices have different numbers of masks: divide by the global number, no mean of means.
     normalizers = sum_over_devices({name: term.normalizer for name, term in terms.items()})

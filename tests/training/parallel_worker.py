@@ -20,13 +20,16 @@ from rpn_jax.models.clip import CLIPConfig, VisionTransformer
 from rpn_jax.models.prompts import count
 from rpn_jax.models.rpn import RPN
 from rpn_jax.models.trained import init_prompts
-from rpn_jax.training import losses, optim, sharding
+from rpn_jax.models.training_free import DenseCLIP
+from rpn_jax.training import losses, optim, pseudo_labels, sharding
 from rpn_jax.training.step import TrainState, train_step
 
 TINY = CLIPConfig(
   embed_dim=16, image_size=32, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2
 )
 BATCH, CLASSES, STEPS = 8, 5, 3
+TAUGHT = "taught_"
+SCLIP = {"method": "sclip", "denoise": 0.0, "key_smoothing": False}
 
 
 def batches():
@@ -42,7 +45,11 @@ def batches():
 
 
 def main(out: pathlib.Path, cases: list[str]) -> None:
-  """Cases are modes with a number of devices, such as "pmap_2"."""
+  """Cases are modes with a number of devices, such as "pmap_2".
+
+  In those that begin with TAUGHT, such as "taught_pmap_2", the labels are those of an
+  annotation-free run: of the teacher in the first two steps, then of the network.
+  """
   model = RPN(TINY, RPNConfig(tuner="rpn+vpt", deep_tokens=3, m2oe_experts=2, m2oe_top_k=1))
   params = {"visual": VisionTransformer(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))}
   params = {"visual": params["visual"]["params"]}
@@ -50,9 +57,18 @@ def main(out: pathlib.Path, cases: list[str]) -> None:
   text = np.asarray(text / jnp.linalg.norm(text, axis=-1, keepdims=True))
   prompts = jax.device_get(init_prompts(model, params, text, jax.random.key(2), 32))
   settings = config.Optimizer(steps=100, warmup_steps=0, base_lr=2e-5)
-  optimizer = optim.make_optimizer(settings, prompts)
-  start = jax.device_get(TrainState(jnp.int32(0), prompts, optimizer.init(prompts)))
-  static = {"model": model, "loss_fn": losses.sigmoid_loss}
+  labelers = {"": None}
+  if any(case.startswith(TAUGHT) for case in cases):
+    labelers[TAUGHT] = pseudo_labels.Labeler(DenseCLIP.create(TINY, SCLIP), text, model, refresh=2)
+
+  def setup(labeler):
+    """The state before training, and what is fixed."""
+    optimizer = optim.make_optimizer(settings, prompts)
+    optimizer = pseudo_labels.with_snapshots(optimizer, labeler.refresh if labeler else 0)
+    start = jax.device_get(TrainState(jnp.int32(0), prompts, optimizer.init(prompts)))
+    static = {"model": model, "loss_fn": losses.sigmoid_loss, "labeler": labeler}
+    return start, {"optimizer": optimizer, **static}
+
   facts, arrays = {"prompts": count(prompts), "tower": count(params)}, {}
 
   def record(name, states, metrics):
@@ -60,24 +76,27 @@ def main(out: pathlib.Path, cases: list[str]) -> None:
     for path, value in flax.traverse_util.flatten_dict(states.prompts, sep="/").items():
       arrays[f"{name}|{path}"] = np.asarray(value)
 
-  step = jax.jit(functools.partial(train_step, optimizer=optimizer, **static))
-  for name, key in (("plain", 3), ("other_key", 4)):
-    state, metrics = start, []
-    for batch in batches():
-      state, values = step(state, params, text, batch, jax.random.key(key))
-      metrics.append(values)
-    record(name, state, metrics)
+  for prefix, labeler in labelers.items():
+    start, static = setup(labeler)
+    step = jax.jit(functools.partial(train_step, **static))
+    for name, key in (("plain", 3), ("other_key", 4)):
+      state, metrics = start, []
+      for batch in batches():
+        state, values = step(state, params, text, batch, jax.random.key(key))
+        metrics.append(values)
+      record(prefix + name, state, metrics)
 
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
   )
   for case in cases:
-    mode, _, number = case.rpartition("_")
+    mode, _, number = case.removeprefix(TAUGHT).rpartition("_")
     used = int(number)
+    start, static = setup(labelers[TAUGHT if case.startswith(TAUGHT) else ""])
     mesh = data_mesh(jax.devices()[:used])
     maker = sharding.MODES["pmap" if mode == "pmap" else "shard_map"]
-    run = maker(mesh, start, optimizer, shard_state=mode == "sharded", **static)
+    run = maker(mesh, start, shard_state=mode == "sharded", **static)
     state = run.place_state(start)
     fixed = run.place_constant((params, text, jax.random.key(3)))
     metrics, compilations = [], []
@@ -86,7 +105,7 @@ def main(out: pathlib.Path, cases: list[str]) -> None:
       if mode != "pmap" and used == 8:
         size = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
         facts["sharded_bytes" if mode == "sharded" else "replicated_bytes"] = size
-      if mode == "shard_map" and used == 8 and not metrics:
+      if case == "shard_map_8" and not metrics:
         program = run.step.lower(state, *arguments).compile().as_text()
         found = re.findall(r"= (.*) (all-reduce|all-gather|all-to-all|reduce-scatter|"
                            r"collective-permute)(?:-start)?\(", program)  # fmt: skip

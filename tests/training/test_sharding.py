@@ -11,8 +11,9 @@ import pytest
 
 from tests import ROOT
 
-QUICK = ("shard_map_8", "sharded_8")  # pmap, too: the quick test of test_processes.py
-SLOW = ("shard_map_1", "shard_map_2", "pmap_1", "pmap_2", "pmap_8")
+# pmap, too: the quick test of test_processes.py. Without annotations: taught.
+QUICK = ("shard_map_8", "taught_sharded_8")
+SLOW = ("shard_map_1", "shard_map_2", "sharded_8", "pmap_1", "pmap_2", "pmap_8", "taught_pmap_2")
 CASES = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
@@ -50,15 +51,16 @@ def compute(out, cases):
 def test_the_update_of_one_device(computed, case):
   """After three steps, dropout, gate noise and devices without any mask included."""
   facts, prompts = computed(QUICK if case in QUICK else SLOW)
-  want = {k.split("|")[1]: v for k, v in prompts.items() if k.startswith("plain|")}
+  plain = "taught_plain" if case.startswith("taught") else "plain"
+  want = {k.split("|")[1]: v for k, v in prompts.items() if k.startswith(f"{plain}|")}
   got = {k.split("|")[1]: v for k, v in prompts.items() if k.startswith(f"{case}|")}
   assert want.keys() == got.keys() and len(want) > 10
   for name, value in want.items():
     # Adam divides by the root of the second moment: where gradients are close to zero it makes
     # float error visible. The rate is 2e-4, so 1e-6 is half a percent of one step.
     np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-6, err_msg=name)
-  np.testing.assert_allclose(facts[case]["loss"], facts["plain"]["loss"], rtol=1e-5)
-  np.testing.assert_allclose(facts[case]["grad_norm"], facts["plain"]["grad_norm"], rtol=1e-4)
+  np.testing.assert_allclose(facts[case]["loss"], facts[plain]["loss"], rtol=1e-5)
+  np.testing.assert_allclose(facts[case]["grad_norm"], facts[plain]["grad_norm"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
