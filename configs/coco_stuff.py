@@ -11,8 +11,8 @@ Published (ViT-B/16; pAcc / mIoU seen / unseen / hIoU in %):
 
 Prepare the data first: python -m data_pipelines.prepare coco_stuff --manual_dir=RAW --data_dir=data
 (docs/data.md). CLIP's weights are fetched by their name (python -m rpn_jax weights).
-Arguments: setting=zero_shot|transductive|supervised, preset=paper|released, tuner=…,
-backbone=b16|l14, runlocal.
+Arguments: setting=zero_shot|transductive|supervised|annotation_free, preset=paper|released,
+tuner=…, backbone=b16|l14, runlocal.
 """
 
 from ml_collections import config_dict
@@ -27,6 +27,6 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     steps=80_000,
     deep_tokens=100,
     templates="zegclip15",
-    settings=("zero_shot", "transductive", "supervised"),
+    settings=common.SETTINGS,
   )
   return c.lock()

@@ -38,6 +38,8 @@ def parse_arg(arg: str, **choices) -> config_dict.ConfigDict:
   return config_dict.ConfigDict(values)
 
 
+# Which classes are labeled in training.
+SETTINGS = ("zero_shot", "transductive", "supervised", "annotation_free")
 # What can adapt the tower in a word of a config's argument; any others are joined by "+" in
 # --config.model.tuner.
 TUNERS = ("rpn", "vpt", "rpn+vpt", "lpm", "bitfit", "adapter", "ssf", "lora", "lst", "full")

@@ -10,11 +10,13 @@ docs/results.md):
 Arguments behind a colon pick a variant, e.g. `configs/shapes.py:preset=released`:
 
     preset=paper|released      which reading of RPN (docs/method.md)
-    setting=zero_shot|transductive|supervised   which classes are labeled in training
+    setting=zero_shot|transductive|supervised|annotation_free   which classes are labeled in
+                               training: the last reads no labels but trains on what CLIP predicts
     tuner=…                    what adapts the tower: rpn, vpt, rpn+vpt, lpm (only the head),
                                bitfit, adapter, ssf, lora, lst, full; or training_free
-    open_vocab                 all classes are labeled in training; --mode=eval then evaluates on
-                               this data set and on a second one with other scenes and names
+    open_vocab                 all classes are labeled in training (none with annotation_free);
+                               --mode=eval then evaluates on this data set and on a second one with
+                               other scenes and names
     runlocal                   a run of a few steps, to try things
 """
 
@@ -29,7 +31,7 @@ CROP = 64  # training crops and test windows, pixels: the size the tiny CLIP was
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   args = common.parse_arg(
     arg,
-    setting=("zero_shot", "transductive", "supervised"),
+    setting=common.SETTINGS,
     preset=("paper", "released"),
     tuner=("", *common.TUNERS, "training_free"),
     open_vocab=False,
@@ -41,7 +43,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     c.method = "training_free"
   elif args.tuner:
     c.model.tuner = args.tuner
-  c.data.setting = "supervised" if args.open_vocab else args.setting
+  c.data.setting = args.setting
+  if args.open_vocab and args.setting != "annotation_free":
+    c.data.setting = "supervised"
   c.eval.sets = ("shapes", "crowds") if args.open_vocab else ()
   c.steps = 8 if args.runlocal else 1000
   c.eval_every = 4 if args.runlocal else 250

@@ -10,7 +10,9 @@ from data_pipelines import pipeline, recipes, records, registry, shapes, transfo
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import SEPARATOR, check_known
 
-SETTINGS = ("zero_shot", "transductive", "supervised")
+SETTINGS = ("zero_shot", "transductive", "supervised", "annotation_free")
+# What a stored label may be: any uint16.
+LABEL_VALUES = range(1 << 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class SegmentationData:
     ignore: evaluation label of pixels without a class.
     scored_as: scored class of every prompted name; the identity except where several names stand
       for the background.
-    unlabelled: training label of pixels to be filled by self-training; None without it.
+    unlabelled: training label of pixels that get pseudo-labels; None where none do.
     train_batches: start step -> endless batches {image float32 [B,H,W,3], label int32 [B,H,W]};
       labels are positions in `trained`, `unlabelled`, or 255.
     train_indices: step -> positions, in the training split, of the examples of its batch.
@@ -99,7 +101,7 @@ def _open(config, name: str, setting: str, process=(0, 1), naming: str = "") -> 
   _tell_of_synonyms(vocabulary, naming, config.synonyms)
   seen, unseen = vocabulary.seen, vocabulary.unseen
   count = len(vocabulary.names)
-  if setting != "supervised" and not unseen:
+  if setting in ("zero_shot", "transductive") and not unseen:
     raise InputError(
       f"config.data.setting={setting!r} needs a split into seen and unseen classes and {name} has "
       "none; use config.data.setting='supervised'"
@@ -117,6 +119,12 @@ def _open(config, name: str, setting: str, process=(0, 1), naming: str = "") -> 
     unlabelled = vocabulary.ignore - 1
     ids = {i: unlabelled if i in unseen else i for i in range(count)}
     train_map = raw.then(transforms.LabelMap.from_ids(ids, ignore=vocabulary.ignore))
+  elif setting == "annotation_free":
+    # The same label on every pixel, whatever the mask says: only padding, which is no part of the
+    # image, is ignored.
+    unlabelled = vocabulary.ignore - 1
+    ids = dict.fromkeys(LABEL_VALUES, unlabelled)
+    train_map = transforms.LabelMap.from_ids(ids, ignore=vocabulary.ignore)
 
   if c.mean is None or c.std is None:
     raise InputError(
@@ -132,6 +140,8 @@ def _open(config, name: str, setting: str, process=(0, 1), naming: str = "") -> 
     ratio=c.ratio,
     label_resize=c.get("label_resize", "floor_nearest"),
     photometric=c.photometric,
+    # The rule against crops of a single class would find no other: it is off without labels.
+    cat_max_ratio=1.0 if setting == "annotation_free" else None,
     **shared,
   )
   eval_transform = recipes.eval_transform(

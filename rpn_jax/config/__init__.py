@@ -21,6 +21,7 @@ from rpn_jax.base.fields import ABSENT, Config, field, section, spec
 from rpn_jax.base.words import check_known as check_known
 from rpn_jax.config.evaluation import Eval
 from rpn_jax.config.networks import CATSegConfig, Dense, RPNConfig
+from rpn_jax.config.self_training import SelfTraining, check_self_training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,21 +42,6 @@ class Loss:
     False,
     "sigmoid: a batch whose pixels are all ignored adds nothing; in the official code its focal "
     "loss is divided by 1 in place of a number of masks, so it outweighs other batches",
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class SelfTraining:
-  """Self-training in the transductive setting."""
-
-  start: float = field(
-    0.5, "share of the steps after which unseen classes get pseudo-labels", at_least=0, at_most=1
-  )
-  pixels: str = field(
-    "unseen",
-    "pixels that may get them: those that the ground truth gives to some unseen class (the paper's "
-    "dagger rows), or also those without a label (unlabelled), which reveals no positions",
-    words=("unseen", "unlabelled"),
   )
 
 
@@ -102,8 +88,9 @@ class Data:
   setting: str = field(
     "zero_shot",
     "zero_shot: unseen classes are ignored in training; transductive: found by self-training; "
-    "supervised: all classes are trained on",
-    words=("zero_shot", "transductive", "supervised"),
+    "supervised: all classes are trained on; annotation_free: all, on what a training-free method "
+    "predicts in place of the ground truth",
+    words=("zero_shot", "transductive", "supervised", "annotation_free"),
   )
   batch_size: int = field(32, "images per step, over all devices", at_least=1)
   recipe: str = field(
@@ -282,10 +269,17 @@ def check(config: Config) -> None:
 
   Raises:
     InputError: a value of another type, out of bounds, or an unknown word; windows that leave
-      pixels out, or a layout that cannot have them so.
+      pixels out, or a layout that cannot have them so; fields that only another setting reads.
   """
   fields.check(config, declared_class(config))
-  windows = config.get("eval", {})
+  check_self_training(config)
+  windows, setting = config.get("eval", {}), config.get("data", {}).get("setting")
+  penalty = windows.get("seen_penalty", 0.0)
+  if setting == "annotation_free" and penalty not in (0.0, Eval.seen_penalty):
+    raise InputError(
+      f"config.eval.seen_penalty={penalty}: expected {Eval.seen_penalty} with config.data.setting="
+      f"{setting!r}, where no class is seen and none is penalized: leave it out"
+    )
   layout, crop, stride = windows.get("layout"), windows.get("crop"), windows.get("stride")
   if layout == "square" and windows["square"] < crop:
     raise InputError(

@@ -19,6 +19,9 @@ ADDED_FIELDS = {
   "loss.skip_empty": False,
   "data.recipe": "mmsegmentation",
   "data.label_resize": "floor_nearest",
+  "self_training.teacher": "sclip",
+  "self_training.refresh": 0,
+  "self_training.confidence": 0.0,
   # Training-free methods have had all but three of their settings since.
   **{
     f"dense.{name}": list(default) if isinstance(default, tuple) else default
@@ -52,9 +55,11 @@ def _comparable(identity: dict) -> dict:
   """An identity without the settings of networks that the run does not have, which an earlier
   version may not know, and with the ADDED_FIELDS that it lacks."""
   identity = copy.deepcopy(identity)
-  method = identity["config"].get("method")
+  used = {identity["config"].get("method")}
+  if identity["config"].get("data", {}).get("setting") == "annotation_free":
+    used.add("training_free")  # the teacher
   for name, network in NETWORKS.items():
-    if name != method:
+    if name not in used:
       identity["config"].pop(network.section, None)
   for path, value in ADDED_FIELDS.items():
     *sections, name = path.split(".")

@@ -12,6 +12,7 @@ from configs import ablations, reference, shapes
 from rpn_jax import config
 from rpn_jax.base import fields
 from rpn_jax.base.errors import InputError
+from rpn_jax.config import self_training
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.text import templates
 from rpn_jax.training import losses, sharding
@@ -99,6 +100,7 @@ def test_a_run_of_0_2_0_has_the_same_config(monkeypatch):
     "loss": {"skip_empty": False},
     "optimizer": {"schedule": "poly", "no_decay": ""},
     "data": {"recipe": "mmsegmentation", "label_resize": "floor_nearest", "long_side": 0},
+    "self_training": {"teacher": "sclip", "refresh": 0, "confidence": 0.0},
     "eval": {
       "layout": "windows", "square": 640, "keep_padding": True, "naming": "dataset",
       "protocol": "", "refine": "none", "pamr_steps": 10, "pamr_dilations": [8, 16],
@@ -186,6 +188,9 @@ def test_bounds_are_enforced(path):
     c = changed(path, (number,) * count if count else number)
     if path == "eval.crop":  # not below the stride
       c["eval"]["stride"] = 1
+    if path.startswith("self_training."):
+      readers = [name for name, read in self_training.READ.items() if path[14:] in read]
+      c["data"]["setting"] = readers[0]
     config.check(c)
 
   step = 1 if "int" in str(f.type) else 1e-3
@@ -247,6 +252,35 @@ def test_pmap_holds_the_whole_state():
   c = config.defaults()
   c.shard_state, c.parallel = True, "pmap"
   with pytest.raises(InputError, match=r'shard_state=True needs config\.parallel="shard_map"'):
+    config.check(c)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"self_training.teacher": "maskclip"}, "'zero_shot', since only annotation_free reads it"),
+    ({"data.setting": "transductive", "self_training.refresh": 4}, "refresh=4: expected 0 with"),
+    ({"data.setting": "supervised", "self_training.confidence": 0.5}, "only annotation_free reads"),
+    ({"data.setting": "annotation_free", "self_training.start": 0.1}, "only transductive reads it"),
+    (
+      {"data.setting": "annotation_free", "eval.seen_penalty": 0.3},
+      "0.3: expected 0.1 with .* non",
+    ),
+    (
+      {"data.setting": "annotation_free", "self_training.refresh": 7, "steps": 7},
+      "refresh=7: expected less than config.steps=7",
+    ),
+    ({"self_training.start": 0.1}, ""),  # earlier versions accepted it
+    ({"data.setting": "annotation_free", "eval.seen_penalty": 0.0}, ""),
+    ({"data.setting": "annotation_free", "self_training.refresh": 6, "steps": 7}, ""),
+  ],
+)
+def test_what_the_setting_does_not_read(changes, message):
+  c = config.defaults()
+  c.update_from_flattened_dict(changes)
+  if not message:
+    return config.check(c)
+  with pytest.raises(InputError, match=message):
     config.check(c)
 
 

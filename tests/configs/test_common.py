@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from configs import common, reference
+from configs import common, reference, shapes
 from rpn_jax.base.errors import InputError
 
 CHOICES = {"preset": ("paper", "released"), "tuner": ("", "rpn", "vpt"), "quick": False}
@@ -60,3 +60,11 @@ def test_presets():
   assert paper.model.h_grid is None and released.model.h_grid == (32, 32)
   assert (paper.model.deep_tokens, released.model.deep_tokens) == (40, 10)
   assert paper.data.mean != released.data.mean == (0.485, 0.456, 0.406)
+
+
+def test_open_vocabulary_training_may_do_without_annotations():
+  settings = {
+    word: shapes.get_config(word) for word in ("open_vocab", "open_vocab,annotation_free")
+  }
+  assert [c.data.setting for c in settings.values()] == ["supervised", "annotation_free"]
+  assert {c.eval.sets for c in settings.values()} == {("shapes", "crowds")}

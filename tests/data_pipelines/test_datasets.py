@@ -1,5 +1,6 @@
 """From miniature raw files to a training step, for every data set and its config."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import coco_stuff, context, folder, open_vocab, shapes, voc
-from data_pipelines import DATA_SETS, datasets, prepare, records, registry, vocabularies
+from data_pipelines import DATA_SETS, datasets, pipeline, prepare, records, registry, vocabularies
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.training import losses, pseudo_labels
@@ -45,6 +46,11 @@ def make(module, data_dir, arg, **changes):
   return config
 
 
+def as_halves(logits, label, step):
+  """Two classes, side by side."""
+  return jax.numpy.broadcast_to(jax.numpy.arange(label.shape[-1]) // 16, label.shape)
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def step(bias, label, classes, relabel):
   """A stand-in network, one bias per class, and the loss it is trained with."""
@@ -73,12 +79,49 @@ def test_raw_files_to_train_step(name, setting, data_dir):
       pseudo_labels.relabel, unseen=data.unseen, unlabelled=data.unlabelled, ignore=255, start=0,
       pixels="unseen",
     )  # fmt: skip
+  elif setting == "annotation_free":
+    assert not known and len(data.trained) == len(data.names) and not data.penalized
+    relabel = as_halves  # what a teacher sees
   else:
     relabel = None
     assert known <= set(range(len(data.trained)))
   classes = len(data.trained)
   value, gradient = step(np.zeros(classes, np.float32), batch["label"], classes, relabel)
   assert np.isfinite(value) and np.isfinite(gradient).all() and (gradient != 0).any()
+
+
+@pytest.mark.parametrize("name", ["voc20", "context60", "ade150"])
+def test_without_annotations_masks_change_nothing(name, data_dir, monkeypatch):
+  """Not even which part of an image is cut out; and no split is needed."""
+  changes = {"data.name": name, "data.ratio": (0.5, 2.0)}
+  config = make(voc, data_dir, "runlocal,annotation_free", **changes)
+  batches = [next(datasets.load(config).train_batches(0))]
+  source = datasets._source
+  for paint in (
+    lambda label, rng: rng.permutation(label.ravel()).reshape(label.shape),
+    lambda label, rng: np.full_like(label, 255),
+    lambda label, rng: rng.integers(0, 65536, label.shape, np.uint16),
+  ):
+    monkeypatch.setattr(datasets, "_source", lambda *a, paint=paint: Painted(source(*a), paint))
+    batches.append(next(datasets.load(config).train_batches(0)))
+  for batch in batches[1:]:
+    jax.tree.map(np.testing.assert_array_equal, batch, batches[0])
+  assert set(np.unique(batches[0]["label"])) == {254, 255}  # the padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Painted:
+  """A source with other labels."""
+
+  source: object
+  paint: object
+
+  def __len__(self):
+    return len(self.source)
+
+  def __getitem__(self, i):
+    example = pipeline.check_example(self.source[i])
+    return {**example, "label": self.paint(example["label"], np.random.default_rng(i))}
 
 
 @pytest.mark.parametrize("name", vocabularies.vocabulary_names())
