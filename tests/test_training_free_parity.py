@@ -339,8 +339,10 @@ def test_thresholds(golden):
   names = [key.removeprefix("labels_") for key in recorded.arrays.files if key.startswith("labels")]
   assert {"plain", "prob", "area", "naclip"} <= set(names)
   for name in set(names) - {"itaclip"}:
-    area = recorded[f"area_thd_{name}"] if f"area_thd_{name}" in recorded else 0
-    decision = Decision(float(recorded[f"prob_thd_{name}"]), max(0.0, float(area)))
+    # It is -1 where it is off, and not there where the code has none.
+    off = f"area_thd_{name}" not in recorded
+    area = 0.0 if off else max(0.0, float(recorded[f"area_thd_{name}"]))
+    decision = Decision(float(recorded[f"prob_thd_{name}"]), area)
     probabilities = cosine_probabilities(float(recorded[f"logit_scale_{name}"]))
     labels = decision(Whole(scores), size, probabilities, class_of_row)
     close(labels, recorded, f"labels_{name}")
