@@ -28,7 +28,8 @@ from configs import cat_seg
 from rpn_jax import devices
 from rpn_jax.analysis import costs
 from rpn_jax.base.console import progress, table
-from rpn_jax.inference.predictor import PROTOCOL_FIELDS, Predictor, Protocol, make_network
+from rpn_jax.inference.predictor import Predictor, Protocol, make_network
+from rpn_jax.inference.protocol import PROTOCOL_FIELDS
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.trained import init_prompts, split
 from rpn_jax.training import losses, optim

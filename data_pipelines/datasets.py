@@ -29,6 +29,8 @@ class SegmentationData:
     ignore: evaluation label of pixels without a class.
     scored_as: scored class of every prompted name; the identity except where several names stand
       for the background.
+    titles: what tables and legends call the scored classes where that is not what is prompted;
+      () otherwise.
     unlabelled: training label of pixels that get pseudo-labels; None where none do.
     train_batches: start step -> endless batches {image float32 [B,H,W,3], label int32 [B,H,W]};
       labels are positions in `trained`, `unlabelled`, or 255.
@@ -45,6 +47,7 @@ class SegmentationData:
   penalized: tuple[int, ...]
   ignore: int
   scored_as: tuple[int, ...]
+  titles: tuple[str, ...]
   unlabelled: int | None
   train_batches: Callable[[int], Iterator[dict]]
   train_indices: Callable[[int], list[int]]
@@ -183,6 +186,7 @@ def _open(config, name: str, setting: str, process=(0, 1), naming: str = "") -> 
     penalized=seen if setting == "zero_shot" else (),
     ignore=vocabulary.ignore,
     scored_as=vocabulary.scored_as,
+    titles=vocabulary.titles,
     unlabelled=unlabelled,
     train_batches=train_batches,
     train_indices=train_indices,

@@ -35,6 +35,8 @@ class Vocabulary:
     ignore: label of pixels without a class, 255 or 65535.
     scored_as: scored class of every prompted name. The identity, except where several names
       stand for the background.
+    titles: what tables and legends call the scored classes where that is not what is prompted;
+      () otherwise.
   """
 
   name: str
@@ -45,6 +47,7 @@ class Vocabulary:
   unlisted: str
   ignore: int
   scored_as: tuple[int, ...]
+  titles: tuple[str, ...] = ()
 
   @property
   def num_classes(self) -> int:
@@ -204,7 +207,8 @@ def _from_files(name: str, files: ClassFiles, naming: str) -> Vocabulary:
     unlisted = "error"
   # COCO-Stuff is the one set whose raw 0 is a class; its table says so.
   ids.setdefault(0, ignore if files.zero is None else files.zero)
-  return Vocabulary(name, names, seen, unseen, ids, unlisted, ignore, scored_as)
+  titles = () if files.scored is not None else tuple(_own_names(files))
+  return Vocabulary(name, names, seen, unseen, ids, unlisted, ignore, scored_as, titles)
 
 
 @functools.cache

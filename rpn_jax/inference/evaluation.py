@@ -114,7 +114,8 @@ def evaluate(
     window: images -> ids of the names in `data`.
     examples: sequence (with slices) of {image: (h, w, 3) float32, label: (H, W) int, id: str}.
     data: has the prompted `names`, the `scored_as` class of each (None: its own), the ids of
-      `seen`, `unseen` and `trained` names, and `ignore`, the label of pixels without a class.
+      `seen`, `unseen` and `trained` names, and `ignore`, the label of pixels without a class;
+      may have `titles`, what the scored classes are called in place of their prompted names.
     keep: number of examples to return with their `prediction`, for figures.
     partial: file to resume from and to save to.
 
@@ -122,7 +123,7 @@ def evaluate(
     InputError: a label that is not a scored class.
   """
   scored_as = np.arange(len(data.names)) if data.scored_as is None else np.asarray(data.scored_as)
-  names = scored_names(data.names, scored_as.tolist())
+  names = tuple(getattr(data, "titles", ())) or scored_names(data.names, scored_as.tolist())
   if jax.process_count() > 1:
     examples = examples[jax.process_index() :: jax.process_count()]
   done, confusion = 0, np.zeros((len(names), len(names)), np.int64)

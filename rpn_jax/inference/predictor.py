@@ -1,7 +1,6 @@
 """A network ready for inference: weights, text encoder, image preparation, sliding window."""
 
 import collections
-import dataclasses
 import functools
 import os
 import re
@@ -21,9 +20,10 @@ from rpn_jax.config import check, check_whole_patches
 from rpn_jax.devices import data_mesh, platform_of, put_batch
 from rpn_jax.inference.decision import Decision
 from rpn_jax.inference.process import check_process
+from rpn_jax.inference.protocol import Protocol, protocol_of
 from rpn_jax.inference.refinement import Refinement
 from rpn_jax.inference.sliding import SlidingWindow
-from rpn_jax.models import NETWORKS, Network, kernels
+from rpn_jax.models import NETWORKS, Network, kernels, training_free
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.prompts import count
 from rpn_jax.models.trained import init_prompts, join, split
@@ -38,55 +38,6 @@ from rpn_jax.weights.architecture import normalization
 KEPT_PROGRAMS = 32
 # Lists of classes whose encoded text a predictor keeps, the most recently used.
 KEPT_TEXTS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-  """Inference protocol: how images are prepared, cut into windows and merged.
-
-  Attributes:
-    short_side: short side that images are resized to, pixels.
-    crop: side of the square windows, pixels.
-    stride: step between windows, pixels.
-    long_side: limit of the long side of resized images, pixels; 0 is none.
-    resize: how they are resized, one of `pixels.RESIZES`.
-    layout: how windows are laid over an image, one of `layouts.LAYOUTS`.
-    square, keep_padding: see `layouts.Layout`.
-    refine, pamr_steps, pamr_dilations: see `refinement.Refinement`.
-    threshold, area_threshold: see `decision.Decision`.
-    mean, std: normalization per channel, for values in [0, 1].
-    window_batch: windows per call of the network.
-    scales: image sizes that scores are averaged over, as factors of `short_side`.
-    flip: also average over mirrored images.
-    seen_penalty: subtracted from the scores of penalized classes.
-  """
-
-  short_side: int
-  crop: int
-  stride: int
-  long_side: int = 0
-  resize: str = "mmsegmentation"
-  layout: str = "windows"
-  square: int = 0
-  keep_padding: bool = True
-  refine: str = "none"
-  pamr_steps: int = 10
-  pamr_dilations: tuple[int, ...] = (8, 16)
-  threshold: float = 0.0
-  area_threshold: float = 0.0
-  mean: tuple[float, ...] = pixels.CLIP_MEAN
-  std: tuple[float, ...] = pixels.CLIP_STD
-  window_batch: int = 4
-  scales: tuple[float, ...] = (1.0,)
-  flip: bool = False
-  seen_penalty: float = 0.0
-
-
-# Fields of config.eval that are those of a Protocol.
-PROTOCOL_FIELDS = (
-  "crop", "stride", "layout", "square", "keep_padding", "window_batch", "flip", "seen_penalty",
-  "refine", "pamr_steps", "pamr_dilations", "threshold", "area_threshold",
-)  # fmt: skip
 
 
 @functools.lru_cache(KEPT_PROGRAMS)
@@ -166,7 +117,7 @@ class Predictor:
     check(config)
     clip, params = clip_file.load_clip(config.clip)
     config = clip_file.with_normalization(config, clip)
-    network, protocol = make_network(config, clip), _protocol(config)
+    network, protocol = make_network(config, clip), protocol_of(config)
     return cls._assemble(network, clip, params, config.templates, config.synonyms, protocol)
 
   def for_config(self, config: ml_collections.ConfigDict) -> "Predictor":
@@ -174,14 +125,14 @@ class Predictor:
     check(config)
     config = clip_file.with_normalization(config, self.clip)
     network = make_network(config, self.clip)
-    return Predictor(network, self.params, self.prompts, self.encoder, _protocol(config))
+    return Predictor(network, self.params, self.prompts, self.encoder, protocol_of(config))
 
   @classmethod
   def from_weights(
     cls,
     path: str | os.PathLike,
     *,
-    method: str = "sclip",
+    method: str | None = None,
     templates: str | Sequence[str] = "imagenet80",
     synonyms: str = "mean",
   ) -> "Predictor":
@@ -189,12 +140,12 @@ class Predictor:
 
     Args:
       path: file of CLIP weights, or the name of shipped ones.
-      method: one of `models.training_free.METHODS`.
+      method: one of `models.training_free.METHODS`; None is that of `default_method`.
       templates: see `text.templates`.
       synonyms: see `text.templates`.
     """
     clip, params = clip_file.load_clip(path)
-    settings = {"method": method, "denoise": 0.0, "key_smoothing": False}
+    settings = {"method": method or training_free.default_method(clip)}
     network = _create("training_free", clip, settings, str(path))
     protocol = Protocol(
       **network.windows(clip)._asdict(),
@@ -343,8 +294,12 @@ class Predictor:
 
     def logits(windows: np.ndarray) -> jax.Array:
       apply = forward(network, text.shape, windows.shape)
+      try:
+        scores = apply(variables, text, put_batch(windows, mesh))
+      except ValueError as error:  # windows that a network cannot take, while it is traced
+        raise _setting_error(network.section, error) from error
       # Windows are merged on one device, which takes a fraction of the network's time.
-      return jax.device_put(apply(variables, text, put_batch(windows, mesh)), mesh.devices[0])
+      return jax.device_put(scores, mesh.devices[0])
 
     p = self.protocol
     # Images of their own shapes rarely share a call.
@@ -382,20 +337,6 @@ class Predictor:
         self._encoded.popitem(last=False)
     self._encoded.move_to_end(key)
     return self._encoded[key]
-
-
-def _protocol(config: ml_collections.ConfigDict) -> Protocol:
-  """The inference protocol of a config with a normalization."""
-  return Protocol(
-    short_side=config.data.short_side,
-    long_side=config.data.get("long_side", 0),
-    resize=config.data.get("recipe", "mmsegmentation"),
-    mean=tuple(config.data.mean),
-    std=tuple(config.data.std),
-    # Runs of earlier versions lack some of these, and have what are the defaults here.
-    **{name: config.eval[name] for name in PROTOCOL_FIELDS if name in config.eval},
-    scales=tuple(config.eval.scales),
-  )
 
 
 def open_run(

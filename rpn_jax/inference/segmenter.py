@@ -82,8 +82,9 @@ class Segmenter:
     Args:
       model: a folder, a file, one of SHIPPED_PROMPTS or SHIPPED, or the name of public weights, as
         "ViT-B/16" or "hf://owner/name": these are fetched once (`weights.checkpoints`).
-      method: None uses the trained network of a run, as its own name does, and "sclip" for weights;
-        one of METHODS uses CLIP without training, also that of a run.
+      method: None uses the trained network of a run, as its own name does, and for weights the best
+        method without training for their tower (`training_free.default_method`); one of METHODS
+        uses CLIP without training, also that of a run.
       checkpoint: for runs: "last", or "best", the one with the highest evaluation score.
       templates: sentences around a name, see `text.templates.template_sentences`; None uses those
         of the run, and ImageNet's 80 for weights.
@@ -126,7 +127,7 @@ class Segmenter:
       file = clip_file.find_weights(model)
     predictor = Predictor.from_weights(
       file,
-      method=method or "sclip",
+      method=method,
       templates=own_templates if templates is None else templates,
       synonyms=synonyms or "mean",
     )

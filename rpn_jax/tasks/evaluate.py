@@ -204,8 +204,9 @@ def summary(predictor: Predictor, config, results: dict) -> tuple[list[list[str]
 
 def class_table(data, result: dict) -> str:
   """A Markdown section with the IoU of every class, highest first."""
-  unseen = {data.names[i] for i in data.unseen}
   columns = [scores["per_class"] for scores in result.values()]
+  scored, names = data.scored_as, list(columns[0])
+  unseen = {names[i if scored is None else scored[i]] for i in data.unseen}
   order = sorted(columns[0], key=lambda name: 1 if (v := columns[0][name]) is None else -v)
   rows = [
     [name, "unseen" if name in unseen else "", *(percent(column[name]) for column in columns)]

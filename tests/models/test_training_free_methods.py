@@ -1,6 +1,7 @@
 """Parts of the training-free methods against their formulas, number by number; the recorded arrays
 of the official code are in tests/test_training_free_parity.py."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpn_jax.models.training_free import attention, pearl, res_clip, sc_clip
+from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.models.training_free import attention, default_method, pearl, res_clip, sc_clip
 
 
 def softmax(x):
@@ -172,3 +174,13 @@ def test_rotated_scores():
   rotated = k @ (m @ z / np.sqrt(size))
   want = (q @ rotated.T + 0.3 * centered["k"] @ centered["k"].T) / 2
   np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_the_default_method_follows_the_tower():
+  b16 = CLIPConfig()
+  l14 = dataclasses.replace(b16, vision_layers=24, patch_size=14)
+  assert default_method(b16) == default_method(dataclasses.replace(b16, patch_size=32)) == "sc_clip"
+  assert default_method(l14) == "naclip"
+  assert default_method(dataclasses.replace(b16, vision_layers=6)) == "sclip"
+  # Fewer patches than SC-CLIP compares one with.
+  assert default_method(dataclasses.replace(b16, image_size=64)) == "naclip"
