@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from rpn_jax.models import prompts
+from rpn_jax.models import initializers, prompts
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.resizing import aligned_matrix, interpolation_matrix
 
@@ -56,7 +56,7 @@ class Guided(nn.Module):
     """(B, C, …, D) and (B, C or 1, …, G), which is broadcast -> (B, C, …, features)."""
     width = x.shape[-1]
     fan_in = math.prod(self.kernel_size) * (width + guidance.shape[-1])
-    init = prompts.uniform(fan_in**-0.5)
+    init = initializers.uniform(fan_in**-0.5)
     shape = (*self.kernel_size, width + guidance.shape[-1], self.features)
     kernel = prompts.prompt(self, "kernel", init, shape).astype(self.dtype)
     apply = self._convolve if self.kernel_size else jnp.matmul
@@ -77,7 +77,7 @@ def torch_conv(
   features: int, kernel_size: tuple[int, int], fan_in: int, dtype: Any
 ) -> prompts.Conv:
   """A convolution that keeps the size, with PyTorch's initial values."""
-  bound = prompts.uniform((math.prod(kernel_size) * fan_in) ** -0.5)
+  bound = initializers.uniform((math.prod(kernel_size) * fan_in) ** -0.5)
   return prompts.Conv(features, kernel_size, dtype=dtype, kernel_init=bound, bias_init=bound)
 
 

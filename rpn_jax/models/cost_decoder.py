@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from rpn_jax.models import prompts
+from rpn_jax.models import initializers, prompts
 from rpn_jax.models.cost_aggregation import Guided, in_chunks
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.layers import LAYER_NORM_EPSILON
@@ -33,7 +33,8 @@ class Upsample(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """(…, h, w, D) -> (…, h * factor, w * factor, features)."""
     factor, features = self.factor, self.features
-    init = prompts.uniform((features * factor**2) ** -0.5)  # PyTorch's fan-in is that of the output
+    # PyTorch's fan-in is that of the output.
+    init = initializers.uniform((features * factor**2) ** -0.5)
     kernel = prompts.prompt(self, "kernel", init, (x.shape[-1], factor, factor, features))
     bias = prompts.prompt(self, "bias", init, (features,)).astype(self.dtype)
     y = x.astype(self.dtype) @ kernel.reshape(x.shape[-1], -1).astype(self.dtype)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpn_jax.models import layers
+from rpn_jax.models import initializers, layers
 
 COLLECTION = "prompts"
 
@@ -76,16 +76,11 @@ class Conv(PromptParams, nn.Conv):
   """`nn.Conv` in `prompts`."""
 
 
-def uniform(bound: float) -> Callable:
-  """Uniform in [-bound, bound)."""
-  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
 def torch_dense(
   features: int, fan_in: int, dtype: Any, kernel_init: Callable | None = None
 ) -> Dense:
   """A `Dense` with the initial values of PyTorch's Linear: uniform within 1/sqrt(fan_in)."""
-  bound = uniform(fan_in**-0.5)
+  bound = initializers.uniform(fan_in**-0.5)
   return Dense(features, dtype=dtype, kernel_init=kernel_init or bound, bias_init=bound)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from rpn_jax.models import prompts
+from rpn_jax.models import initializers, prompts
 from rpn_jax.models.resizing import resize_grid
 
 
@@ -79,7 +79,7 @@ class M2oE(nn.Module):
     mixed = jnp.float32(0)
     for j in range(self.experts):
       small = resize_grid(x, max(1, h >> j), max(1, w >> j))
-      bound = prompts.uniform(1 / 3)  # PyTorch's for a depthwise 3x3 kernel: 1/sqrt(9)
+      bound = initializers.uniform(1 / 3)  # PyTorch's for a depthwise 3x3 kernel: 1/sqrt(9)
       convolve = prompts.Conv(
         self.reduced,
         (3, 3),
@@ -102,7 +102,7 @@ class M2oE(nn.Module):
 
   def gates(self, mean_BxR: jax.Array, train: bool, example_offset: jax.Array | int) -> jax.Array:
     """Weights of the experts from the mean of the reduced tokens: (B, J)."""
-    init = prompts.uniform(self.reduced**-0.5)
+    init = initializers.uniform(self.reduced**-0.5)
     gate, gate_noise = (
       prompts.prompt(self, name, init, (self.reduced, self.experts))
       for name in ("gate", "gate_noise")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from rpn_jax.models import heads, ladder, prompts, rpm, tuners
+from rpn_jax.models import heads, initializers, ladder, prompts, rpm, tuners
 from rpn_jax.models.clip import (
   REMAT_POLICIES,
   CLIPConfig,
@@ -134,7 +134,7 @@ class RPN(Defaults, nn.Module):
     self.prompt_proj = prompts.torch_dense(
       width, width, self.dtype, nn.initializers.normal((2 / width) ** 0.5)
     )
-    init = prompts.uniform((6 / (3 * self.clip.patch_size**2 + width)) ** 0.5)
+    init = initializers.uniform((6 / (3 * self.clip.patch_size**2 + width)) ** 0.5)
     if "vpt" in self.tuner_names:
       self.deep_tokens = prompts.prompt(self, "deep_tokens", init, (layers, c.deep_tokens, width))
     if self.prompting:
@@ -142,7 +142,7 @@ class RPN(Defaults, nn.Module):
       shape = (self.clip.embed_dim if c.itp == "no_pixel" else rows * columns, width)
       per_layer = () if c.h_shared else (len(self.prompting),)
       if c.apg == "linear":
-        init = prompts.uniform(shape[0] ** -0.5)
+        init = initializers.uniform(shape[0] ** -0.5)
         self.h_bias = prompts.prompt(self, "h_bias", init, (*per_layer, width))
       self.h = prompts.prompt(self, "h", init, (*per_layer, *shape))
       # Without pixels in ITP the experts have no input.

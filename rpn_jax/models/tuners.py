@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpn_jax.models import prompts, trained
+from rpn_jax.models import initializers, trained
 from rpn_jax.models.clip import CLIPConfig
 
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
@@ -76,7 +76,7 @@ def _adapter_parameters(site: Site, config: Any) -> dict:
     return {}
   width, bottleneck = site.outputs, config.adapter_width
   return {
-    "down": (prompts.uniform(width**-0.5), (width, bottleneck)),
+    "down": (initializers.uniform(width**-0.5), (width, bottleneck)),
     "down_bias": (zeros, (bottleneck,)),
     "up": (zeros, (bottleneck, width)),
     "up_bias": (zeros, (width,)),
@@ -102,7 +102,7 @@ def _lora_parameters(site: Site, config: Any) -> dict:
   if site.name != "in_proj":
     return {}
   down, up = (site.inputs, config.lora_rank), (config.lora_rank, site.inputs)
-  random = prompts.uniform(site.inputs**-0.5)
+  random = initializers.uniform(site.inputs**-0.5)
   return {"q_a": (random, down), "q_b": (zeros, up), "v_a": (random, down), "v_b": (zeros, up)}
 
 
