@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors.numpy import save_file
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.models.trained import join
@@ -83,6 +84,20 @@ def test_what_was_trained_is_told_by_what_differs(official, tmp_path):
   for changed, tuned in (("(query|key)", "query_key"), ("(query|key|value)", "attention")):
     _, clip = clip_file.load_clip(clip_before(official, tmp_path, changed))
     assert cat_seg.trained_part(official, clip, "")[1]["tuned"] == tuned
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_checkpoints_of_half_precision(official, golden_catseg, tmp_path, capsys, dtype):
+  """What is frozen is CLIP's, rounded; what is trained is read as it was rounded."""
+  clip, half = clip_before(official, tmp_path), tmp_path / "half.pth"
+  state = read_arrays(golden_catseg / "model_tiny.pth").arrays
+  state = {name: x.astype(dtype) for name, x in state.items() if not name.endswith("attn_mask")}
+  save_file(state, half)
+  assert convert.main([str(half), str(tmp_path / "half.safetensors"), f"--clip={clip}"]) == 0
+  assert "CAT-Seg on a query_value tuned CLIP" in capsys.readouterr().out
+  kernel = prompts_file.load(tmp_path / "half.safetensors").prompts["cost_embed"]["kernel"]
+  want = np.asarray(official.prompts["cost_embed"]["kernel"]).astype(dtype)
+  np.testing.assert_array_equal(kernel, want.astype(np.float32))
 
 
 def test_what_detectron2_puts_beside_the_model_is_not_read(golden_catseg, official, tmp_path):
