@@ -97,6 +97,8 @@ class Segmenter:
     """
     if method is not None:
       check_known("method=", method, (*NETWORKS, *METHODS))
+    if method == "training_free":
+      raise InputError(f"method='training_free' leaves open which: name one, {', '.join(METHODS)}")
     if checkpoint not in ("last", "best"):
       raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
     path, name, own_templates = expand(model), str(model), "imagenet80"
@@ -166,7 +168,10 @@ class Segmenter:
     step, prompts = restored.get(checkpoint, restored["last"])  # the best may be the last
     clip = pathlib.Path(run.config.clip).stem
     if predictor.network.trainable:
-      method = _noted(f"{type(predictor.network).__name__}, step {step} of {run.workdir}", clip)
+      title = predictor.network.title.replace(
+        "rpn", "RPN"
+      )  # a tuner's word: a baseline says its own
+      method = _noted(f"{title}, step {step} of {run.workdir}", clip)
     else:
       method = _training_free(predictor, clip)
     return cls(predictor.with_prompts(prompts), method, step)

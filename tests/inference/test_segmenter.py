@@ -74,6 +74,9 @@ def test_the_shipped_prompts_know_the_scene(tmp_path):
   tiny.save(other)
   with pytest.raises(InputError, match=r"method='cat_seg': expected 'rpn', which .*prompts was tr"):
     Segmenter.load(moved, method="cat_seg")
+  for model in (moved, other):
+    with pytest.raises(InputError, match=r"'training_free' leaves open which: name one, vanilla"):
+      Segmenter.load(model, method="training_free")
   with pytest.raises(InputError, match=r"fingerprint|weights \w{16}"):
     Segmenter.load(moved, clip=str(other))
 
