@@ -185,11 +185,13 @@ def summary(predictor: Predictor, config, results: dict) -> tuple[list[list[str]
   own = predictor.network.title
   if not predictor.network.trainable:
     setting = "training_free"
+  protocol = config.eval.get("protocol")
+  by = f", protocol of {protocol}" if protocol else ""
   rows, notes = [], []
   for name, result in results.items():
     for which, scores in result.items():
       mark = "*" if which == "best" else ""
-      rows.append([name, f"{own}, {which}{mark}, step {scores['step']}", *cells(scores)])
+      rows.append([name, f"{own}, {which}{mark}, step {scores['step']}{by}", *cells(scores)])
     for method, values in published.rows(setting, name, predictor.clip).items():
       rows.append([name, method, *published_cells(values)])
   if any("best" in result for result in results.values()):
