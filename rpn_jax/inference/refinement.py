@@ -14,8 +14,8 @@ from rpn_jax.inference.process import check_process
 from rpn_jax.inference.views import KEPT_PROGRAMS, all_scores, round_up, write_tiles
 from rpn_jax.models.pamr import CHUNK, pamr
 
-# Scalars of the scores in a strip that `output` gets: 128 MB in float32.
-STRIP_ELEMENTS = 2**25
+# Scalars of the scores in a strip that `output` gets: 32 MB in float32, a few times.
+STRIP_ELEMENTS = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +68,16 @@ class Refined:
 
   def __init__(self, scores: Scores, image_hxwx3: np.ndarray, refinement: Refinement):
     self.scores, self.image, self.refinement = scores, image_hxwx3, refinement
-    self._at = functools.lru_cache(1)(self._refined)
+    # Not an lru_cache of a method, a cycle that would keep the scores of earlier images alive.
+    self._kept: tuple[tuple[int, int], np.ndarray] | None = None
 
-  def _refined(self, size: tuple[int, int]) -> np.ndarray:
+  def _at(self, size: tuple[int, int]) -> np.ndarray:
     """Scores (*size, C)."""
-    scores = self.scores.merge(all_scores, size)
-    return refine(scores, resize_image(self.image, *size), self.refinement)
+    if self._kept is None or self._kept[0] != size:
+      self._kept = None  # freed before there are others
+      scores = self.scores.merge(all_scores, size)
+      self._kept = size, refine(scores, resize_image(self.image, *size), self.refinement)
+    return self._kept[1]
 
   def merge(
     self, output: Callable, size: tuple[int, int], bias_C: Any = 0.0, more: tuple = ()
