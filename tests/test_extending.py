@@ -107,7 +107,7 @@ def test_a_network_of_ones_own(folder, run):
   assert f"{8 * 3 * 8 + 3 * 8 + 1:,} trained parameters" in said
   metrics = (folder / "runs/text_tuned/metrics.json").read_text()
   model = Segmenter.load("runs/text_tuned")
-  assert "TextTuned, step 2" in str(model) and '"step": 2' in metrics
+  assert "text tuned, step 2" in str(model) and '"step": 2' in metrics
   labels = model(np.zeros((40, 50, 3), np.uint8), "sand | beach, sky").labels
   assert labels.shape == (40, 50)
 

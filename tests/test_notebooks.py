@@ -91,7 +91,7 @@ def test_train_quickly(tmp_path):
     ("batch_size = 8", "batch_size = 2"),
     ("config = config.lock()", 'config.model.tuner = "lpm"\nconfig = config.lock()'),
   )
-  assert "after 4 steps" in printed(notebook) and "RPN, step 4 of" in printed(notebook)
+  assert "after 4 steps" in printed(notebook) and "lpm, step 4 of" in printed(notebook)
   assert len(outputs(notebook, "image/png")) == 4
 
 
