@@ -410,7 +410,9 @@ def test_blocks_of_other_towers():
 
 
 def test_config_words():
-  assert set(config_file.DATA) - {"all"} == set(DATA_SETS) and set(config_file.METHODS) == set(METHODS)
+  assert set(config_file.DATA) - {"all"} == set(DATA_SETS) and set(config_file.METHODS) == set(
+    METHODS
+  )
   changed = lambda words: {
     name: value
     for name, value in config_file.get_config(words).dense.to_dict().items()
@@ -419,6 +421,6 @@ def test_config_words():
   assert changed("sclip,denoise,smooth") == {
     "method": "sclip", "denoise": 0.5, "key_smoothing": True,
   }  # fmt: skip
-  assert changed("data=voc20,l14") == {}
-  c = config_file.get_config("data=voc20,l14")
+  assert changed("sclip,set=voc20,l14") == {"method": "sclip", "logit_scale": 40}
+  c = config_file.get_config("set=voc20,l14")
   assert c.method == "training_free" and c.clip == "ViT-L/14" and c.eval.crop % 14 == 0
