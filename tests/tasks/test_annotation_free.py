@@ -118,7 +118,9 @@ def labels_now(config, data):
   return np.asarray(got), want, prompts
 
 
-@pytest.mark.parametrize("network", ["full", "lora", "cat_seg"])
+@pytest.mark.parametrize(
+  "network", ["full", "lora", pytest.param("cat_seg", marks=pytest.mark.slow)]
+)
 def test_the_teacher_is_the_tower_before_training(home, network):
   """Also where the network trains the tower, or the text tower."""
   if network == "cat_seg":
