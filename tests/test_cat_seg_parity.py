@@ -25,6 +25,7 @@ from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, gradients, update
 from rpn_jax.weights import cat_seg
 from rpn_jax.weights.arrays import read_arrays
+from tests.recorded import Recorded, check_all_used
 
 TOLERANCE = 1e-4  # of the recorded array's root mean square, as the set's README states
 LARGEST = 2e-3  # of one element, likewise
@@ -39,19 +40,6 @@ NOT_REPLAYED = [
   ("text.npz", r".*init_text_features_single", "of a routine whose result nothing reads"),
 ]
 USED: dict[str, set[str]] = {}
-
-
-class Recorded:
-  """The arrays of a file, which remembers those that were asked for."""
-
-  def __init__(self, path):
-    self.name = path.name
-    self.arrays = np.load(path)
-    self.used = USED.setdefault(path.name, set())
-
-  def __getitem__(self, key):
-    self.used.add(key)
-    return self.arrays[key]
 
 
 def close(got, recorded, key, tolerance=TOLERANCE):
@@ -94,7 +82,7 @@ class Golden:
     self.variables = {"params": o.params, "prompts": o.prompts}
 
   def load(self, name):
-    return Recorded(self.directory / f"{name}.npz")
+    return Recorded(self.directory / f"{name}.npz", USED)
 
   def with_fields(self, **changes):
     return CATSeg(self.official.clip, config.CATSegConfig(**{**self.fields, **changes}))
@@ -500,8 +488,4 @@ def test_checkpoint_there_and_back(golden, tmp_path):
 
 
 def test_every_array_is_accounted_for(golden):
-  for path in golden.directory.glob("*.npz"):
-    left = set(np.load(path).files) - USED.get(path.name, set())
-    reasons = [pattern for name, pattern, _ in NOT_REPLAYED if name == path.name]
-    left = {key for key in left if not any(re.fullmatch(p, key) for p in reasons)}
-    assert not left, f"{path.name}: {sorted(left)[:5]} are not compared"
+  check_all_used(golden.directory, USED, NOT_REPLAYED)

@@ -23,6 +23,7 @@ from rpn_jax.models.resizing import resize_grid
 from rpn_jax.models.training_free import DenseCLIP, cosine_probabilities, res_clip
 from rpn_jax.models.training_free.positions import POSITIONS
 from rpn_jax.weights import arrays, clip_file
+from tests.recorded import Recorded, check_all_used
 
 # Largest deviations, of the recorded array's root mean square, as the set's README states.
 TOLERANCE = 2e-5
@@ -38,22 +39,6 @@ NOT_REPLAYED = [
   ("cliptrase.npz", r".*", "clusters patches with DBSCAN; not a method here"),
 ]
 USED: dict[str, set[str]] = {}
-
-
-class Recorded:
-  """The arrays of a file, which remembers those that were asked for."""
-
-  def __init__(self, path):
-    self.name = path.name
-    self.arrays = np.load(path)
-    self.used = USED.setdefault(path.name, set())
-
-  def __getitem__(self, key):
-    self.used.add(key)
-    return self.arrays[key]
-
-  def __contains__(self, key):
-    return key in self.arrays.files
 
 
 def close(got, recorded, key, tolerance=TOLERANCE):
@@ -90,7 +75,7 @@ class Golden:
     self.block_inputs = functools.cache(self._block_inputs)
 
   def load(self, name):
-    return Recorded(self.directory / f"{name}.npz")
+    return Recorded(self.directory / f"{name}.npz", USED)
 
   def image(self, name):
     return np.moveaxis(self.inputs[f"image_{name}"], 0, -1)[None]
@@ -359,8 +344,4 @@ def test_thresholds(golden):
 
 
 def test_every_array_is_accounted_for(golden):
-  for path in golden.directory.glob("*.npz"):
-    left = set(np.load(path).files) - USED.get(path.name, set())
-    reasons = [pattern for name, pattern, _ in NOT_REPLAYED if name == path.name]
-    left = {key for key in left if not any(re.fullmatch(p, key) for p in reasons)}
-    assert not left, f"{path.name}: {sorted(left)[:5]} are not compared"
+  check_all_used(golden.directory, USED, NOT_REPLAYED)
