@@ -158,6 +158,7 @@ def _cat_seg_to_prompts(
   )
   return [
     f"{file.path}: CAT-Seg on a {tuned['tuned']} tuned CLIP, the rest of it is that of {clip_path}",
+    *filter(None, [official.assumed]),
     f"wrote {_count(prompts):,} parameters to {destination}; predict with --model={destination}",
   ]
 

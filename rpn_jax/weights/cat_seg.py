@@ -1,6 +1,7 @@
 """Checkpoints of the official CAT-Seg code (`cvlab-kaist/CAT-Seg`, CVPR version), both ways."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -32,8 +33,9 @@ TEMPLATE = "A photo of a {} in the scene"
 MARK = f"{_AGGREGATOR}conv1.weight"
 # Names of version 1 (arXiv v1), whose guidance comes from a backbone of its own.
 _VERSION_1 = re.compile(r"backbone\.")
-# Computed from the sides of grid and window.
+# Computed from the sides of grid and window, which nothing else in a checkpoint tells.
 _MASK = re.compile(r".*\.attn_mask")
+WINDOW, GRID = 12, 24  # of the official code, in patches
 
 
 def is_cat_seg(names: Any) -> bool:
@@ -122,6 +124,7 @@ class Official(NamedTuple):
     prompts: the `prompts` collection.
     fields: of `CATSegConfig`, as far as the shapes tell them.
     epsilon: relative spacing of the coarsest type that values were stored in.
+    assumed: what nothing in the checkpoint tells, and what it was taken as; "" if all is told.
   """
 
   clip: CLIPConfig
@@ -129,6 +132,7 @@ class Official(NamedTuple):
   prompts: dict
   fields: dict
   epsilon: float
+  assumed: str = ""
 
 
 def from_official(
@@ -142,7 +146,8 @@ def from_official(
     heads: of the towers (vision_heads, text_heads); the official code has width / 64.
 
   Raises:
-    InputError: an array is missing, unknown or misshapen, or the checkpoint is one of version 1.
+    InputError: an array is missing, unknown or misshapen, the masks of windows are of no grid, or
+      the checkpoint is one of version 1.
   """
   if any(map(_VERSION_1.match, state)):
     raise InputError(
@@ -155,7 +160,8 @@ def from_official(
   usual = {f"{tower}_heads": max(1, told[f"{tower}_width"] // 64) for tower in ("vision", "text")}
   overrides = {**usual, **(heads or {}), "activation": "quick_gelu"}
   clip = complete_config(told, overrides, where)
-  fields = _fields(state, masks, clip, where)
+  window, grid = _window_and_grid(masks, where) if masks else (WINDOW, GRID)
+  fields = _fields(state, clip, window, grid, where)
   prompted = prompt_rules(fields["layers"], bool(fields["pad_len"]))
   towers = tower_rules(clip)
   flat = to_ours([*towers, *prompted], state, where)
@@ -169,10 +175,31 @@ def from_official(
       prompts[name] = value.reshape(-1)
   params = join(params, {})["params"]
   check_parameters(clip, traverse_util.flatten_dict(params, sep="/"), where)
-  return Official(clip, params, traverse_util.unflatten_dict(prompts, sep="/"), fields, epsilon)
+  assumed = (
+    f"no attn_mask in it, so windows of {window} in a grid of {grid} x {grid} patches are assumed, "
+    "the official code's; trained with others, its segmentations are wrong"
+  )
+  prompts = traverse_util.unflatten_dict(prompts, sep="/")
+  return Official(clip, params, prompts, fields, epsilon, "" if masks else assumed)
 
 
-def _fields(state: Mapping, masks: Mapping, clip: CLIPConfig, where: str) -> dict:
+def _window_and_grid(masks: Mapping[str, np.ndarray], where: str) -> tuple[int, int]:
+  """Sides of the windows and of the grid, in patches, that the masks were computed from."""
+  name, mask = next(iter(masks.items()))
+  count, tokens = np.shape(mask)[:2] if np.ndim(mask) == 3 else (0, 0)
+  windows, window = math.isqrt(count), math.isqrt(tokens)
+  for grid in range(windows * window, (windows - 1) * window, -1):  # the last may be filled up
+    *_, want = cost_aggregation.window_layout(grid, grid, window, window // 2)
+    if want is not None and all(np.array_equal(x, want) for x in masks.values()):
+      return window, grid
+  shapes = " and ".join(map(str, sorted({np.shape(x) for x in masks.values()})))
+  raise InputError(
+    f"expected attn_mask of a square grid, the same in all layers, in {where}; {name!r} or another "
+    f"layer's is of none, got shape {shapes}: get the whole file again"
+  )
+
+
+def _fields(state: Mapping, clip: CLIPConfig, window: int, grid: int, where: str) -> dict:
   """The fields of `CATSegConfig` that shapes tell; others are the official code's."""
 
   def shape(name: str, rank: int) -> tuple[int, ...]:
@@ -187,11 +214,6 @@ def _fields(state: Mapping, masks: Mapping, clip: CLIPConfig, where: str) -> dic
   aggregator = lambda name, rank=4: shape(_AGGREGATOR + name, rank)
   layer = re.compile(re.escape(f"{_AGGREGATOR}layers.") + r"(\d+)\.")
   width, prompts, _, _ = aggregator("conv1.weight")
-  window, grid = 12, 24
-  if masks:
-    windows, tokens, _ = np.shape(next(iter(masks.values())))
-    window = round(tokens**0.5)
-    grid = window * round(windows**0.5)
   third = clip.vision_layers // 3
   pairs = {
     "guidance_widths": [shape(f"upsample{i}.weight", 4)[1] for i in (1, 2)],

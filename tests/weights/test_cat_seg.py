@@ -1,13 +1,15 @@
 """Checkpoints of the official CAT-Seg as people have them: converted, back, and refused."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
 from flax import traverse_util
-from safetensors.numpy import save_file
 
+from rpn_jax import Segmenter
 from rpn_jax.base.errors import InputError
+from rpn_jax.models import cost_aggregation
 from rpn_jax.models.trained import join
 from rpn_jax.tasks import convert
 from rpn_jax.weights import cat_seg, clip_file, prompts_file, torch_archive
@@ -86,18 +88,76 @@ def test_what_was_trained_is_told_by_what_differs(official, tmp_path):
     assert cat_seg.trained_part(official, clip, "")[1]["tuned"] == tuned
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def recast(source, path, dtype):
+  """A file of `torch.save` with its float32 as another type: the storages and their name."""
+  with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
+    for info in old.infolist():
+      content = old.read(info)
+      if info.filename.endswith("data.pkl"):
+        content = content.replace(b"FloatStorage", TORCH[dtype].encode())
+      elif "/data/" in info.filename:
+        content = np.frombuffer(content, np.float32).astype(dtype).tobytes()
+      new.writestr(info.filename, content)
+  return path
+
+
+TORCH = {"float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
+
+
+@pytest.mark.parametrize("dtype", TORCH)
 def test_checkpoints_of_half_precision(official, golden_catseg, tmp_path, capsys, dtype):
   """What is frozen is CLIP's, rounded; what is trained is read as it was rounded."""
-  clip, half = clip_before(official, tmp_path), tmp_path / "half.pth"
-  state = read_arrays(golden_catseg / "model_tiny.pth").arrays
-  state = {name: x.astype(dtype) for name, x in state.items() if not name.endswith("attn_mask")}
-  save_file(state, half)
-  assert convert.main([str(half), str(tmp_path / "half.safetensors"), f"--clip={clip}"]) == 0
+  clip, out = clip_before(official, tmp_path), tmp_path / "half.safetensors"
+  half = recast(golden_catseg / "model_tiny.pth", tmp_path / "half.pth", dtype)
+  assert {x.dtype.name for x in read_arrays(half).arrays.values()} == {dtype}
+  assert convert.main([str(half), str(out), f"--clip={clip}"]) == 0
   assert "CAT-Seg on a query_value tuned CLIP" in capsys.readouterr().out
-  kernel = prompts_file.load(tmp_path / "half.safetensors").prompts["cost_embed"]["kernel"]
+  content = prompts_file.load(out)
+  assert content.config["cat_seg"]["window"] == official.fields["window"]
+  kernel = content.prompts["cost_embed"]["kernel"]
   want = np.asarray(official.prompts["cost_embed"]["kernel"]).astype(dtype)
   np.testing.assert_array_equal(kernel, want.astype(np.float32))
+
+
+def test_windows_and_grid_are_those_of_the_masks(official):
+  """Also of a grid whose last windows are filled up."""
+  layers = [f"layers.{i}.swin_block.block_2.attn_mask" for i in range(2)]
+  for window, grid in ((12, 24), (4, 8), (3, 4), (5, 12)):
+    *_, mask = cost_aggregation.window_layout(grid, grid, window, window // 2)
+    assert cat_seg._window_and_grid(dict.fromkeys(layers, mask), "") == (window, grid)
+  *_, other = cost_aggregation.window_layout(8, 8, 4, 2)
+  for masks in ([mask, other], [mask[:, :, :-1]] * 2, [mask[0]] * 2, [mask[:-1]] * 2):
+    with pytest.raises(InputError, match=r"the same in all layers, in FILE; 'layers.0.*got shape"):
+      cat_seg._window_and_grid(dict(zip(layers, masks)), "FILE")
+
+
+def test_what_a_checkpoint_without_masks_is_taken_as_is_said(
+  official, golden_catseg, tmp_path, capsys
+):
+  clip, bare = clip_before(official, tmp_path), tmp_path / "bare.pth"
+  state = read_arrays(golden_catseg / "model_tiny.pth").arrays
+  assert any(name.endswith("attn_mask") for name in state)
+  torch_archive.write(bare, {k: x for k, x in state.items() if not k.endswith("attn_mask")}, {})
+  assert convert.main([str(bare), str(tmp_path / "bare.safetensors"), f"--clip={clip}"]) == 0
+  (told,) = [line for line in capsys.readouterr().out.splitlines() if "attn_mask" in line]
+  assert "windows of 12 in a grid of 24 x 24 patches are assumed" in told
+
+
+def test_a_padding_that_the_checkpoint_contradicts(official, golden_catseg, tmp_path, capsys):
+  clip, out = clip_before(official, tmp_path), tmp_path / "out.safetensors"
+  assert convert.main([str(golden_catseg / "model_tiny.pth"), str(out), f"--clip={clip}"]) == 0
+  content, config = prompts_file.load(out), prompts_file.config_of(out)
+  assert content.config["cat_seg"]["pad_len"] == 256
+  for asked in (0, 8):  # the second has the same arrays
+    with config.unlocked():
+      config.cat_seg.pad_len = asked
+    with pytest.raises(InputError, match=rf"cat_seg\.pad_len: 256 -> {asked}"):
+      prompts_file.check(content, out, config.to_dict(), content.clip, content.prompts)
+  # A header that says what the arrays contradict.
+  fields = {**content.config["cat_seg"], "pad_len": 0}
+  prompts_file.save(out, content._replace(config={**content.config, "cat_seg": fields}))
+  with pytest.raises(InputError, match=r"classes_0/padding_guidance: \(16,\) -> "):
+    Segmenter.load(out)
 
 
 def test_what_detectron2_puts_beside_the_model_is_not_read(golden_catseg, official, tmp_path):
