@@ -106,3 +106,19 @@ def test_peft(tmp_path):
   notebook = run(ROOT / "colab/peft.ipynb", tmp_path)
   assert len(outputs(notebook, "image/png")) == 3
   assert "lpm" in printed(notebook)
+
+
+@pytest.mark.slow
+def test_both_take_cat_seg(tmp_path):
+  """Trained by one notebook, switched to by the one variable of the other."""
+  for name in ("trained", "shown"):
+    (tmp_path / name).mkdir()
+  changes = [('("rpn", "lora", "lpm")', '("rpn", "cat_seg")'), ("STEPS = 40", "STEPS = 2")]
+  changes += [("eval_images = 200, 16", "eval_images = 8, 2")]
+  notebook = run(ROOT / "colab/peft.ipynb", tmp_path / "trained", *changes)
+  assert len(outputs(notebook, "image/png")) == 3 and "cat_seg" in printed(notebook)
+  folder = tmp_path / "trained/runs/notebook/peft/cat_seg"
+  model = ('MODEL = "shapes"', f'MODEL = "{folder}"')
+  notebook = run(ROOT / "colab/demo.ipynb", tmp_path / "shown", model)
+  assert len(outputs(notebook, "image/png")) == 6
+  assert f"CAT-Seg, step 2 of {folder}" in outputs(notebook, "text/plain")[0]
