@@ -14,6 +14,8 @@ QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_pas
 QUICK += ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
 if jax.__version_info__ < (0, 11):  # three times as fast; later versions do not have the flag
   QUICK += ["--xla_cpu_use_fusion_emitters=false"]
+  # Pieces of a program for other cores, which have programs of their own to compile: a fifth.
+  QUICK += ["--xla_cpu_parallel_codegen_split_count=1"]
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 
 # No test downloads weights by mistake. Read when huggingface_hub is imported.

@@ -22,7 +22,7 @@ from packaging.version import Version
 import rpn_jax
 from rpn_jax import cli
 from rpn_jax.base import console
-from tests import FIXTURES, ROOT
+from tests import FIXTURES, ROOT, tiny
 
 SCENE = ROOT / "rpn_jax/assets/scene.png"
 
@@ -201,8 +201,9 @@ def test_one_damaged_picture_does_not_stop_a_folder(tmp_path, capsys):
   for name in ("a.png", "c.png"):
     shutil.copy(SCENE, tmp_path / "in" / name)
   (tmp_path / "in/b.jpg").write_text("not a picture")
+  tiny.save(tmp_path / "clip.safetensors")
   command = ["segment", str(tmp_path / "in"), "sand, water", "--out", str(tmp_path / "out")]
-  assert cli.main(command) == 2
+  assert cli.main([*command, f"--model={tmp_path}/clip.safetensors"]) == 2
   assert "error: 1 of 3 images were skipped, such as" in capsys.readouterr().err
   assert {p.name for p in (tmp_path / "out").iterdir()} == {
     f"{stem}{end}" for stem in "ac" for end in ("_overlay.png", "_labels.png", ".json")

@@ -18,7 +18,7 @@ TINY = CLIPConfig(
 # The flags that make configs/shapes.py fit it.
 FLAGS = (
   "--config.data.crop=32", "--config.data.short_side=32", "--config.eval.crop=32",
-  "--config.data.scale=(128,32)", "--config.eval.stride=24",
+  "--config.data.scale=(128,32)", "--config.eval.stride=24", "--config.model.m2oe_experts=2",
 )  # fmt: skip
 
 

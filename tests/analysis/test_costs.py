@@ -43,7 +43,7 @@ def run(capsys, monkeypatch):
 def test_a_small_network(run, tmp_path):
   path, weights = tmp_path / "cost.json", tmp_path / "clip.safetensors"
   tiny.save(weights)
-  flags = (*tiny.FLAGS, f"--config.clip={weights}", "--config.model.m2oe_experts=2")
+  flags = (*tiny.FLAGS, f"--config.clip={weights}")
   status, output, error = run(
     "costs", "--config=configs/shapes.py", *flags, "--classes=5", "--batch=2", f"--json={path}"
   )

@@ -142,7 +142,7 @@ def test_names_are_free_text():
 
 
 def test_synonyms_share_a_class(scene):
-  model = Segmenter.load(synonyms="max")
+  model = Segmenter.load("shapes_clip", synonyms="max")
   best = model(scene[0], [["sand", "water"], "grass"])
   apart = model(scene[0], ["sand", "water", "grass"])
   np.testing.assert_array_equal(best.labels, np.array([0, 0, 1])[apart.labels])

@@ -214,12 +214,17 @@ def test_sentences_are_encoded_in_chunks(tiny, monkeypatch):
   variables = jax.tree.map(jnp.asarray, tiny[0])
   words = np.random.default_rng(0).integers(1, 7, (5, 3))
   tokens = np.stack([np.full_like(words, 7), words, np.full_like(words, 8)], -1)
-  encode = lambda: CATSeg(TINY, CAT_SEG).apply(variables, tokens, method="encode_text")
-  assert "scan" not in str(jax.make_jaxpr(lambda: encode())())
-  want = encode()
+
+  def traced():
+    apply = functools.partial(CATSeg(TINY, CAT_SEG).apply, method="encode_text")
+    return jax.jit(apply).trace(variables, tokens)
+
+  whole = traced()
   monkeypatch.setattr(cost_aggregation, "CHUNK_ELEMENTS", 2**10)  # five sentences
-  assert "length=3" in str(jax.make_jaxpr(lambda: encode())())
-  np.testing.assert_allclose(encode(), want, atol=1e-6)
+  chunked = traced()
+  assert "scan" not in str(whole.jaxpr) and "length=3" in str(chunked.jaxpr)
+  want, got = (x.lower().compile()(variables, tokens) for x in (whole, chunked))
+  np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 @pytest.mark.parametrize(

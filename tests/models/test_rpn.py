@@ -185,7 +185,7 @@ def gradients(**fields):
   return jax.jit(jax.grad(loss, has_aux=True))(tree)
 
 
-@pytest.mark.parametrize("policy", ["dots", "full"])
+@pytest.mark.parametrize("policy", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_recomputing_blocks_changes_nothing(policy):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),

@@ -135,7 +135,10 @@ def test_what_has_no_weights_of_its_own_is_not_merged():
   assert tuners.merge(model.config, params, tree) == (model.config, params, tree)
 
 
-@pytest.mark.parametrize("tuner", [*SINGLE, SITES, "vpt", "lst", "full", "rpn+lora"])
+@pytest.mark.parametrize(
+  "tuner",
+  [*SINGLE, pytest.param("vpt", marks=pytest.mark.slow), SITES, "lst", "full", "rpn+vpt+lora"],
+)
 def test_every_trained_tensor_gets_a_gradient(tuner):
   model, params, tree, image, text = tiny(tuner)
   batch = {"image": image, "label": np.arange(2 * 32 * 32).reshape(2, 32, 32) // 90 % 5}
@@ -187,7 +190,7 @@ def test_the_whole_text_tower_is_within_reach():
 @pytest.mark.parametrize(
   "words", [*(pytest.param((x,), marks=pytest.mark.slow) for x in ("lora", "ssf")), ("lora", "ssf")]
 )
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
 def test_the_text_tower_is_tuned_at_the_same_sites(words, remat):
   tokens, params = text_tower()
   tower, config = TextTransformer(TINY, remat=remat), RPNConfig(**SMALL)

@@ -41,14 +41,16 @@ def make_config(home, arg="runlocal", **changes):
     config.data.data_dir = str(home / "data")
     config.data.crop = config.data.short_side = config.eval.crop = 32
     config.data.scale, config.eval.stride = (128, 32), 24
-    config.data.eval_images = 8  # of many sizes, and each size has a program
+    config.model.m2oe_experts = 2  # as many as a token takes; each is programs to compile
+    config.data.eval_images = 4  # of many sizes, and each size has a program
     config.update_from_flattened_dict(changes)
   return with_normalization(config)
 
 
 def small_config(home, arg="runlocal", **changes):
   """Of the head alone, evaluated once: for what the loop does, whatever the network is."""
-  return make_config(home, arg, **{"model.tuner": "lpm", "eval_every": 8, **changes})
+  small = {"model.tuner": "lpm", "eval_every": 8, "data.eval_images": 2}
+  return make_config(home, arg, **{**small, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +258,7 @@ def test_a_transductive_run_learns_from_pseudo_labels(home):
     train.train(config, home / "transductive2", datasets.load(config))
 
 
-@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("preset", ["paper", pytest.param("released", marks=pytest.mark.slow)])
 def test_the_tower_is_bitwise_unchanged(home, preset):
   changes = {"model.h_grid": (4, 4)} if preset == "released" else {}
   config = make_config(home, f"runlocal,{preset}", **changes)

@@ -12,8 +12,10 @@ import pytest
 from tests import ROOT
 
 # pmap, too: the quick test of test_processes.py. Without annotations: taught.
-QUICK = ("shard_map_8", "taught_sharded_8")
-SLOW = ("shard_map_1", "shard_map_2", "sharded_8", "pmap_1", "pmap_2", "pmap_8", "taught_pmap_2")
+QUICK = ("shard_map_8", "sharded_8")
+SLOW = (
+  "shard_map_1", "shard_map_2", "pmap_1", "pmap_2", "pmap_8", "taught_sharded_8", "taught_pmap_2",
+)  # fmt: skip
 CASES = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 

@@ -117,29 +117,30 @@ def kept() -> list[str]:
   )
 
 
-def test_the_whole_way(server, tmp_path):
-  """A fresh process fetches; another one, without a network, reads what is there."""
+def test_the_whole_way(server, tmp_path, monkeypatch, capsys):
+  """A fresh process fetches; this one, without a network, reads what is there."""
   environment = os.environ | {
     "HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"),
     "XDG_CACHE_HOME": str(tmp_path / "cache"),
   }  # fmt: skip
-  results, requests = [], []
-  for offline, out in (("0", tmp_path / "1"), ("1", tmp_path / "2")):
-    command = [
-      sys.executable, "-m", "rpn_jax", "segment", "rpn_jax/assets/scene.png", "sand, water",
-      f"--model=hf://{REPOSITORY}", "--templates=single", f"--out={out}",
-    ]  # fmt: skip
-    done = subprocess.run(
-      command, cwd=ROOT, env=environment | {"HF_HUB_OFFLINE": offline}, capture_output=True,
-      text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert ("is here now" in done.stdout) == (offline == "0")
-    assert f"hf://{REPOSITORY}" in done.stdout
-    results.append(json.loads((out / "scene.json").read_text()))
-    requests.append(len(server.log))
+  command = [
+    "segment", str(ROOT / "rpn_jax/assets/scene.png"), "sand, water",
+    f"--model=hf://{REPOSITORY}", "--templates=single",
+  ]  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, "-m", "rpn_jax", *command, f"--out={tmp_path}/1"], cwd=ROOT, env=environment,
+    capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  requests = list(server.log)
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  assert cli.main([*command, f"--out={tmp_path}/2"]) == 0
+  offline = capsys.readouterr().out
+  assert "is here now" in done.stdout and "is here now" not in offline
+  assert all(f"hf://{REPOSITORY}" in said for said in (done.stdout, offline))
+  results = [json.loads((tmp_path / out / "scene.json").read_text()) for out in "12"]
   assert results[0]["classes"] == results[1]["classes"]
-  assert requests[0] == requests[1] and server.log[0] == "GET api - -"
+  assert server.log == requests and requests[0] == "GET api - -"
   assert kept() == ["test--tiny.safetensors"]
 
 

@@ -111,7 +111,7 @@ def test_it_computes_what_the_original_does(state, clip):
 
 def test_rpn_trains_what_takes_it_to_the_words(tmp_path, clip):
   config, params = plain_vit.join(timm_state(), "vit", *clip_file.load(clip), heads=1)
-  model = RPN(config, RPNConfig())
+  model = RPN(config, RPNConfig(m2oe="none"))
   text = l2_normalize(jax.random.normal(jax.random.key(0), (3, config.embed_dim)))
   tower = {"visual": params["visual"]}
   tree = init_prompts(model, tower, text, jax.random.key(1), 32)
