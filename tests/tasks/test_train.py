@@ -191,16 +191,20 @@ def test_eval_mode_gives_the_scores_of_training(finished):
   assert json.loads((workdir / "eval.json").read_text())["last"] == result["last"]
 
 
-def test_a_run_is_evaluated_on_two_worlds_by_their_own_names(home):
-  config = small_config(home, "runlocal,open_vocab")
-  workdir = home / "two_worlds"
-  train.train(config, workdir, datasets.load(config))
+def test_a_run_is_evaluated_on_two_worlds_by_their_own_names(home, finished):
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.eval.sets, config.data.eval_images = ("shapes", "crowds"), 2
   shapes_data, crowds = datasets.load_evaluations(config)
   assert (len(shapes_data.names), len(crowds.names)) == (27, 9)
   results = evaluate.evaluate_run(config, workdir, [shapes_data, crowds])
   assert list(results) == ["shapes", "crowds"]
   assert list(results["crowds"]["last"]["per_class"]) == list(crowds.names)
-  assert not shapes_data.penalized and results["shapes"]["last"]["step"] == 8
+  assert results["shapes"]["last"]["step"] == 8
+  # Of a run that was trained on all classes, none is.
+  supervised = make_config(home, "runlocal,open_vocab")
+  assert not any(data.penalized for data in datasets.load_evaluations(supervised))
 
 
 def test_how_a_run_is_evaluated_may_change(finished):
