@@ -5,7 +5,7 @@
 
 The prepared folder appears when it is complete. Until then its shards lie beside it in
 <version>.partial: whatever ends a preparation, the same command continues after the last finished
-shard.
+shard. Raw files of one's own that were edited since are noticed; --rebuild prepares them anew.
 """
 
 import argparse
@@ -24,20 +24,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-import tensorflow_datasets as tfds
-from absl import logging
 
-from data_pipelines import overview, preview, records, registry, shapes, vocabularies
+from data_pipelines import (
+  finished,
+  overview,
+  preview,
+  raw_files,
+  records,
+  registry,
+  shapes,
+  vocabularies,
+)
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
 from rpn_jax.base import paths
 from rpn_jax.base.console import progress, run_command
 from rpn_jax.base.errors import InputError
 
 SHARD_EXAMPLES = 500
-# Of how images and labels are read. Shards made by other rules are not continued. 2: images are
-# turned upright by their EXIF data unless the label has the stored size; images of 16 bits are not
-# clipped; labels that were saved with loss are refused.
-READING_RULES = 2
 _THREADS = min(8, os.cpu_count() or 1)
 _PREVIEWED_EXAMPLES = 8
 _NAMES_IN_REPORT = 10
@@ -51,6 +54,7 @@ def prepare(
   config: str | None = None,
   values: Sequence[int] | None = None,
   allow_partial: bool = False,
+  rebuild: bool = False,
 ) -> pathlib.Path:
   """Prepares a data set, or what is left of it; a finished one is left alone.
 
@@ -62,13 +66,15 @@ def prepare(
       folder's own.
     values: for "folder" the mask value of every name in names.txt; by default their positions.
     allow_partial: accept fewer images than the published number.
+    rebuild: prepare a finished set anew; it is replaced when the new one is complete.
 
   Returns:
     The prepared folder, with the records, summary.json and preview.png.
 
   Raises:
     InputError: an unknown name or config, missing or bad raw files, a data_dir without space or
-      permission, or another process that prepares this set.
+      permission, another process that prepares this set, or a finished set of one's own whose raw
+      files have changed.
   """
   if name == "shapes":
     folder = shapes.prepare(data_dir)
@@ -78,125 +84,24 @@ def prepare(
   if values is not None and not cls.own_classes:
     raise InputError(f"{name} has label values of its own; leave --values out")
   if cls.own_classes and not config:
-    config = _raw_folder(cls, manual_dir).name
+    config = raw_files.folder_of(cls, manual_dir).name
   config = records.config_name(cls, config)
   folder = records.folder_of(cls, data_dir, config)
-  if folder.exists():
-    return _report_prepared(cls, folder, manual_dir, values)
-  manual_dir = _raw_folder(cls, manual_dir)
+  if folder.exists() and not rebuild:
+    return finished.report(cls, folder, manual_dir, values)
+  manual_dir = raw_files.folder_of(cls, manual_dir)
   lock = folder.with_name(f".{folder.name}.lock")
   with contextlib.ExitStack() as stack:
     with records.storing(folder):
       folder.parent.mkdir(parents=True, exist_ok=True)
       stack.enter_context(paths.locked(lock, str(folder)))
-    if not folder.exists():  # the process that held the lock may have finished it
-      builder = _make_builder(cls, data_dir, config)
+    if rebuild or not folder.exists():  # the process that held the lock may have finished it
+      builder = raw_files.make_builder(cls, data_dir, config)
       builder.values = None if values is None else tuple(values)
-      splits = _list_examples(builder, manual_dir, allow_partial)
+      splits = raw_files.list_examples(builder, manual_dir, allow_partial)
       _write(builder, splits, folder, manual_dir)
       return folder
-  return _report_prepared(cls, folder, manual_dir, values)
-
-
-# What there is
-
-
-def _raw_folder(cls: type[SegmentationBuilder], manual_dir: str | os.PathLike | None):
-  folder = None if manual_dir is None else paths.expand(manual_dir)
-  if folder is None or not folder.is_dir():
-    got = "none" if folder is None else f"no folder {folder}"
-    raise InputError(
-      f"expected the raw files of {cls.title} in --manual_dir, got {got}; "
-      "python -m data_pipelines.prepare --list says which and where they are obtained"
-    )
-  return folder.resolve()
-
-
-def _make_builder(cls: type, data_dir: str | os.PathLike, config: str) -> SegmentationBuilder:
-  builder_config = cls.builder_configs.get(config)
-  if config and builder_config is None:  # a folder's name
-    builder_config = tfds.core.BuilderConfig(name=config)
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)  # TFDS warns of configs that the class does not list
-  try:
-    return cls(data_dir=paths.expand(data_dir), config=builder_config, file_format="array_record")
-  finally:
-    logging.set_verbosity(verbosity)
-
-
-def _report_prepared(
-  cls: type[SegmentationBuilder],
-  folder: pathlib.Path,
-  manual_dir: str | os.PathLike | None,
-  values: Sequence[int] | None,
-) -> pathlib.Path:
-  """Prints what a finished set holds.
-
-  Raises:
-    InputError: it was made from another folder, or by other label values, than asked for.
-  """
-  counts = records.count_examples(folder)
-  try:
-    summary = dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-  except (OSError, ValueError, TypeError):  # the file is for people; sets are usable without it
-    summary = {}
-  asked = None if manual_dir is None else str(paths.expand(manual_dir).resolve())
-  if cls.own_classes and (asked or values is not None):
-    made_from = summary.get("manual_dir", asked)
-    if asked not in (None, made_from):
-      raise InputError(
-        f"{folder} was prepared from {made_from}, got {asked}; prepare the new one under another "
-        "name with --config=NAME, or delete the old one"
-      )
-    classes = records.stored_vocabulary(cls.name, folder.parents[2], folder.parent.name)
-    made_of = tuple(classes.ids)
-    wanted = tuple(range(len(made_of))) if values is None else tuple(values)
-    if wanted != made_of:
-      raise InputError(
-        f"{folder} was prepared with --values={_comma(made_of)}, got {_comma(wanted)}; use the "
-        "same, or prepare it under another name with --config=NAME"
-      )
-  notes = []
-  if any(counts.get(split, 0) != count for split, count in cls.counts.items()):
-    published = overview.count_text(cls.counts)
-    notes.append(f"published: {published}; to take in more images, delete the folder")
-  if summary and summary.get("reading_rules") != READING_RULES:
-    notes.append(
-      "by an earlier version, which did not turn all images as their EXIF data says and took masks "
-      "that were saved with loss; to read them anew, delete the folder"
-    )
-  note = f" ({'; '.join(notes)})" if notes else ""
-  print(f"already prepared: {overview.count_text(counts)} in {folder}{note}")
-  return folder
-
-
-def _comma(values: Iterable[int]) -> str:
-  return ",".join(map(str, values))
-
-
-def _list_examples(
-  builder: SegmentationBuilder, manual_dir: pathlib.Path, allow_partial: bool
-) -> dict[str, list[RawExample]]:
-  """The raw files of every split, checked against the published numbers."""
-  splits = builder.examples(manual_dir)
-  for split, raws in splits.items():
-    repeated = [n for n, count in collections.Counter(r.id for r in raws).items() if count > 1]
-    if repeated:
-      raise InputError(
-        f"{manual_dir}: expected {split} images of different names, got {repeated[0]} more than "
-        "once; remove the copy"
-      )
-  for split, count in builder.counts.items():
-    found = len(splits.get(split, ()))
-    if found != count and not allow_partial:
-      raise InputError(
-        f"{manual_dir}: expected {count:,} {split} images of {builder.title}, got {found:,}; "
-        f"{builder.obtain}; --allow_partial takes what is there"
-      )
-  splits = {split: raws for split, raws in splits.items() if raws}
-  if not splits:
-    raise InputError(f"{manual_dir}: expected images of {builder.title}, got none")
-  return splits
+  return finished.report(cls, folder, manual_dir, values)
 
 
 # The work
@@ -211,7 +116,8 @@ def _write(
   """All shards, then the metadata; the folder gets its name last."""
   started = time.time()
   partial = folder.with_name(f"{folder.name}.partial")
-  records.claim_partial(partial, _plan(builder, splits, manual_dir))
+  files = raw_files.describe(splits, manual_dir)  # before they are read: later edits are noticed
+  records.claim_partial(partial, _plan(builder, splits, manual_dir, files))
   shards = records.plan_shards(builder, splits, partial, SHARD_EXAMPLES)
   unfinished = [shard for shard in shards if not shard.is_finished()]
   total = sum(len(shard.raws) for shard in shards)
@@ -229,7 +135,7 @@ def _write(
     "name": builder.name,
     "config": _config_of(builder),
     "version": str(builder.VERSION),
-    "reading_rules": READING_RULES,
+    "reading_rules": finished.READING_RULES,
     "manual_dir": str(manual_dir),
     "images": {split: len(raws) for split, raws in splits.items()},
     "shards": {split: sum(shard.split == split for shard in shards) for split in splits},
@@ -244,26 +150,39 @@ def _write(
     records.write_json(partial / "summary.json", summary)
     if builder.own_classes:
       records.write_names(builder.classes, partial)
+    if not builder.counts:
+      raw_files.write(files, partial)
     first = records.Records(partial, next(iter(splits)))
     picked = np.unique(np.linspace(0, len(first) - 1, _PREVIEWED_EXAMPLES).round().astype(int))
     examples = [first[i] for i in picked.tolist()]
     preview.draw(examples, builder.classes, partial / "preview.png")
+    replaced = folder.with_name(f"{folder.name}.replaced")
+    if folder.exists():
+      shutil.rmtree(replaced, ignore_errors=True)
+      os.rename(folder, replaced)
     os.rename(partial, folder)
-    shutil.rmtree(folder / "progress", ignore_errors=True)
+    for leftover in (folder / "progress", replaced):
+      shutil.rmtree(leftover, ignore_errors=True)
   print(_report(summary, folder))
 
 
-def _plan(builder: SegmentationBuilder, splits: dict[str, list[RawExample]], manual_dir) -> str:
+def _plan(
+  builder: SegmentationBuilder,
+  splits: dict[str, list[RawExample]],
+  manual_dir: pathlib.Path,
+  files: raw_files.Files,
+) -> str:
   """What finished shards must agree in to be continued, as JSON."""
   hashes = {}
   for split, raws in splits.items():
-    files = "".join(f"{raw.id}\0{raw.image}\0{raw.label}\n" for raw in raws)
-    hashes[split] = hashlib.sha256(os.fsencode(files)).hexdigest()
+    listed = "".join(f"{raw.id}\0{raw.image}\0{raw.label}\n" for raw in raws)
+    stamped = os.fsencode(listed) + json.dumps(files[split]).encode()
+    hashes[split] = hashlib.sha256(stamped).hexdigest()
   plan = {
     "manual_dir": str(manual_dir),
     "config": _config_of(builder),
     "shard_examples": SHARD_EXAMPLES,
-    "reading_rules": READING_RULES,
+    "reading_rules": finished.READING_RULES,
     "values": list(builder.classes.ids) if builder.own_classes else None,
     "examples": hashes,
   }
@@ -390,6 +309,9 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument(
     "--allow_partial", action="store_true", help="accept fewer images than published"
   )
+  parser.add_argument(
+    "--rebuild", action="store_true", help="prepare a finished set anew, from files that changed"
+  )
   parser.add_argument("--list", action="store_true", help="describe every set")
   args = parser.parse_args(arguments)
   if args.name is None and not args.list:
@@ -406,6 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
         config=args.config,
         values=args.values,
         allow_partial=args.allow_partial,
+        rebuild=args.rebuild,
       )
 
   return run_command(

@@ -18,7 +18,7 @@ from rpn_jax.inference import published
 from rpn_jax.inference.evaluation import Evaluation, PartialEvaluation, evaluate
 from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.training.identity import identity as identity_of
-from rpn_jax.training.run import Run
+from rpn_jax.training.run import Run, classes_of
 
 # Fields of evaluation that the scores of a data set do not depend on.
 UNSCORED = frozenset(("sets", "palette", "window_batch", "eval_images"))
@@ -105,6 +105,7 @@ def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, 
   """
   predictor, run = open_run(config, workdir)
   run.claim()
+  check_classes(run, evaluations)
   single = len(evaluations) == 1
   results: dict[str, dict[str, dict]] = {}
   partials = []
@@ -136,6 +137,21 @@ def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, 
   for path in partials:  # only now, so that after an interruption no set is evaluated twice
     path.unlink(missing_ok=True)
   return results
+
+
+def check_classes(run: Run, evaluations: Sequence) -> None:
+  """Compares the training set's class names, where it is evaluated, with those trained on.
+
+  Raises:
+    InputError: they differ.
+  """
+  config = run.config
+  if not config.eval.sets:
+    run.check_classes(classes_of(evaluations[0]))
+  elif config.eval.get("naming", "dataset") == "dataset":  # else they are worded anew
+    for data in evaluations:  # of which all classes are prompted
+      if data.name == config.data.name:
+        run.check_classes({"names": [*data.names]})
 
 
 def make_partial(run: Run, data, which: str, step: int, count: int) -> PartialEvaluation:

@@ -24,11 +24,13 @@ def export(config, workdir, names: Sequence[str]) -> pathlib.Path:
     The path of the file.
 
   Raises:
-    InputError: the method has no prompts, there is no checkpoint, or the file cannot be written.
+    InputError: the method has no prompts, there is no checkpoint, it was trained on other classes,
+      or the file cannot be written.
   """
   predictor, run = open_run(config, workdir)
   if not predictor.network.trainable:
     raise InputError(f"method {config.method!r} has no prompts to export")
+  run.check_classes({"names": [*names]})
   step, prompts = predictor.read_prompts(run)["last"]
   path = run.workdir / FILE_NAME
   content = prompts_file.Prompts(prompts, run.fingerprint, run.config.to_dict(), tuple(names), step)

@@ -24,7 +24,7 @@ from rpn_jax.training import losses, optim, pseudo_labels, sharding
 from rpn_jax.training.loop import Loop
 from rpn_jax.training.metric_log import MetricWriter
 from rpn_jax.training.preemption import PreemptionGuard
-from rpn_jax.training.run import Run, held_workdir
+from rpn_jax.training.run import Run, classes_of, held_workdir
 from rpn_jax.training.step import TrainState
 
 
@@ -62,7 +62,7 @@ def train(config, workdir, data, *, restart: bool = False) -> dict:
   with held_workdir(run.workdir), PreemptionGuard() as guard:
     if restart:
       run.restart()
-    run.claim()
+    run.claim(classes_of(data))
     return _train(run, predictor, teacher, data, mesh, guard)
 
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import ml_collections
@@ -16,6 +17,7 @@ from rpn_jax.base.console import WORKDIR_FILES
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.paths import locked, write_json
+from rpn_jax.base.words import differences
 from rpn_jax.training.checkpoint import Checkpoints
 from rpn_jax.training.identity import check_identity, identity
 from rpn_jax.training.metric_log import METRICS, read_history
@@ -49,6 +51,15 @@ def held_workdir(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
+def classes_of(data: Any) -> dict[str, list[str]]:
+  """The class names of a data set, and which of them are prompted in training, for `config.json`.
+
+  Args:
+    data: has `names` and `trained`.
+  """
+  return {"names": [*data.names], "trained": [data.names[i] for i in data.trained]}
+
+
 class Run:
   """A training run and its workdir.
 
@@ -68,17 +79,21 @@ class Run:
     self.identity = identity(config, fingerprint)
     self._lock: bytes | None = None  # what the lock file holds during the run
 
-  def claim(self) -> None:
+  def claim(self, classes: dict[str, list[str]] | None = None) -> None:
     """Writes `config.json`, or checks that the one in the workdir belongs to this run.
 
+    Args:
+      classes: of `classes_of`, if the run is to be trained on them.
+
     Raises:
-      InputError: the workdir was created with a different config.
+      InputError: the workdir was created with a different config, or trained on other classes.
     """
     self._lock = _content(self.workdir / LOCK)
     path = self.workdir / CONFIG
     if not path.exists():
       self.workdir.mkdir(parents=True, exist_ok=True)
-      write_json(path, {"clip": self.fingerprint, "config": self.config.to_dict()})
+      content = {"clip": self.fingerprint, "config": self.config.to_dict()}
+      write_json(path, content | ({"classes": classes} if classes else {}))
       return
     try:
       stored = json.loads(path.read_text(encoding="utf-8"))
@@ -90,6 +105,33 @@ class Run:
         "workdir belongs to this run"
       ) from None
     check_identity(self.workdir, stored, self.identity)
+    if classes:
+      self.check_classes(classes)
+
+  def check_classes(self, classes: dict[str, list[str]]) -> None:
+    """Compares class names with those that the run was trained on.
+
+    Runs of version 0.3.0 do not say which these were.
+
+    Args:
+      classes: of `classes_of`, or some entries of it.
+
+    Raises:
+      InputError: they differ; the message has the first ones.
+    """
+    try:
+      stored = json.loads((self.workdir / CONFIG).read_text(encoding="utf-8"))["classes"]
+      pairs = {group: (list(stored[group]), names) for group, names in classes.items()}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+      return
+    for group, sides in pairs.items():
+      old, new = (dict(enumerate(names, 1)) for names in sides)
+      if changed := differences(old, new, group):
+        listed = "; ".join(changed[:3]) + (f"; {len(changed) - 3} more" if changed[3:] else "")
+        raise InputError(
+          f"{self.workdir} was trained on other class names (workdir -> data set): {listed}. Use a "
+          "new --workdir, or prepare the data set with the names of the run"
+        )
 
   def restart(self) -> None:
     """Moves what an earlier run left in the workdir into a folder `replaced-<time>` there.

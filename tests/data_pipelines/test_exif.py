@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import pipeline, prepare, records
+from data_pipelines import finished, pipeline, prepare, records
 from data_pipelines.sources.builder import RawExample
 from data_pipelines.sources.folder import Folder
 from rpn_jax.base.errors import InputError
@@ -161,7 +161,7 @@ def test_shards_of_other_rules_are_not_continued(raw, tmp_path, monkeypatch, cap
   monkeypatch.setattr(prepare, "SHARD_EXAMPLES", 3)
   monkeypatch.setattr(prepare.preview, "draw", lambda *args: None)
   with monkeypatch.context() as patch:
-    patch.setattr(prepare, "READING_RULES", 1)
+    patch.setattr(finished, "READING_RULES", 1)
     patch.setattr(prepare.os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
       prepare.prepare("folder", raw, tmp_path)

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import shapes as shapes_config
-from data_pipelines import datasets, pipeline, prepare
+from data_pipelines import datasets, pipeline, raw_files
 from data_pipelines.sources import builder, coco_masks, context, files, folder, matlab, pascal
 from rpn_jax.analysis.runs import read_run
 from rpn_jax.base import pixels
@@ -361,7 +361,7 @@ def masks() -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def folder_builder(tmp_path_factory):
-  made = prepare._make_builder(folder.Folder, tmp_path_factory.mktemp("data"), "x")
+  made = raw_files.make_builder(folder.Folder, tmp_path_factory.mktemp("data"), "x")
   with file_of(b"a\nb\nc\nd\n", "names.txt") as path:
     made.classes = folder.read_classes(path.parent, "")
   return made

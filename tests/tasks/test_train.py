@@ -298,6 +298,15 @@ def test_another_run_in_the_workdir_is_refused(home, finished):
     train.train(config, workdir, datasets.load(config))
 
 
+def test_other_class_names_in_the_data_set_are_refused(finished):
+  config, workdir, _ = finished  # as after names.txt, or a prepared names.json, was edited
+  data = datasets.load(config)
+  data = dataclasses.replace(data, names=("plain pink", *data.names[1:]))
+  for act in (train.train, lambda c, w, d: evaluate.evaluate_run(c, w, [d])):
+    with pytest.raises(InputError, match=r"run was trained on .*names\.1: plain red -> plain pink"):
+      act(config, workdir, data)
+
+
 def test_evaluating_an_empty_workdir_is_refused(home):
   config = make_config(home)
   with pytest.raises(InputError, match=r"no checkpoints .* train first"):

@@ -107,6 +107,22 @@ def test_a_restart_moves_what_was_there(claimed, capsys):
   assert not capsys.readouterr().out
 
 
+def test_classes_of_a_run(claimed):
+  """Those of another order are others; a run of an earlier version does not tell its own."""
+  classes = {"names": ["sky", "a tree", "sand"], "trained": ["sky", "sand"]}
+  claimed.claim(classes)
+  claimed.check_classes({"names": ["else"]})  # that of the fixture was claimed without
+  (claimed.workdir / "config.json").unlink()
+  claimed.claim(classes)
+  claimed.claim(classes)
+  claimed.check_classes({"names": ["sky", "a tree", "sand"]})
+  renamed = {"names": ["sky", "oak", "sand"], "trained": ["sky", "sand"]}
+  with pytest.raises(InputError, match=r"\(workdir -> data set\): names\.2: a tree -> oak\. Use"):
+    claimed.claim(renamed)
+  with pytest.raises(InputError, match=r"trained\.2: sand -> None"):
+    claimed.claim({**classes, "trained": ["sky"]})
+
+
 def remove(workdir):
   shutil.rmtree(workdir)
 

@@ -1,0 +1,104 @@
+"""Data sets that are prepared already: what they hold, and whether that is what is asked for."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from data_pipelines import overview, raw_files, records
+from data_pipelines.sources.builder import SegmentationBuilder
+from rpn_jax.base import paths
+from rpn_jax.base.errors import InputError
+
+# Of how images and labels are read. Shards made by other rules are not continued. 2: images are
+# turned upright by their EXIF data unless the label has the stored size; images of 16 bits are not
+# clipped; labels that were saved with loss are refused.
+READING_RULES = 2
+
+
+def report(
+  cls: type[SegmentationBuilder],
+  folder: pathlib.Path,
+  manual_dir: str | os.PathLike | None,
+  values: Sequence[int] | None,
+) -> pathlib.Path:
+  """Prints what a finished set holds, and returns its folder.
+
+  Raises:
+    InputError: it was made from another folder, or by other label values, than asked for, or its
+      raw files have changed.
+  """
+  counts = records.count_examples(folder)
+  try:
+    summary = dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+  except (OSError, ValueError, TypeError):  # the file is for people; sets are usable without it
+    summary = {}
+  asked = None if manual_dir is None else str(paths.expand(manual_dir).resolve())
+  if cls.own_classes and (asked or values is not None):
+    made_from = summary.get("manual_dir", asked)
+    if asked not in (None, made_from):
+      raise InputError(
+        f"{folder} was prepared from {made_from}, got {asked}; prepare the new one under another "
+        "name with --config=NAME, or replace the old one with --rebuild"
+      )
+    classes = records.stored_vocabulary(cls.name, folder.parents[2], folder.parent.name)
+    made_of = tuple(classes.ids)
+    wanted = tuple(range(len(made_of))) if values is None else tuple(values)
+    if wanted != made_of:
+      raise InputError(
+        f"{folder} was prepared with --values={_comma(made_of)}, got {_comma(wanted)}; use the "
+        "same, prepare it under another name with --config=NAME, or replace it with --rebuild"
+      )
+  notes = []
+  if not cls.counts:  # published files are not edited, and are often deleted once they are prepared
+    made_from = summary.get("manual_dir", asked)
+    if made_from and os.path.isdir(made_from):
+      _check_unchanged(cls, folder, pathlib.Path(made_from), values)
+    else:
+      notes.append("not compared with its raw files, which are no longer there")
+  if any(counts.get(split, 0) != count for split, count in cls.counts.items()):
+    published = overview.count_text(cls.counts)
+    notes.append(f"published: {published}; to take in more images, add --rebuild")
+  if summary and summary.get("reading_rules") != READING_RULES:
+    notes.append(
+      "by an earlier version, which did not turn all images as their EXIF data says and took masks "
+      "that were saved with loss; to read them anew, add --rebuild"
+    )
+  note = f" ({'; '.join(notes)})" if notes else ""
+  print(f"already prepared: {overview.count_text(counts)} in {folder}{note}")
+  return folder
+
+
+def _check_unchanged(
+  cls: type[SegmentationBuilder],
+  folder: pathlib.Path,
+  manual_dir: pathlib.Path,
+  values: Sequence[int] | None,
+) -> None:
+  """Compares the raw files with those that a finished set was prepared from.
+
+  Raises:
+    InputError: they, or the class names beside them, have changed; says which.
+  """
+  data_dir, config = folder.parents[2], folder.parent.name
+  builder = raw_files.make_builder(cls, data_dir, config)
+  builder.values = None if values is None else tuple(values)
+  splits = raw_files.list_examples(builder, manual_dir, allow_partial=True)
+  changes, then = [], raw_files.read(folder)
+  if cls.own_classes:
+    stored = records.stored_vocabulary(cls.name, data_dir, config)
+    changes += raw_files.changed_classes(stored, builder.classes)
+  if then is None:
+    found = {split: len(raws) for split, raws in splits.items()}
+    changes += raw_files.changed_counts(records.count_examples(folder), found)
+  else:
+    changes += raw_files.changed_files(then, raw_files.describe(splits, manual_dir))
+  if changes:
+    raise InputError(
+      f"{manual_dir} has changed since {folder} was prepared from it: {'; '.join(changes)}; read "
+      "it anew with --rebuild, or prepare it under another name with --config=NAME"
+    )
+
+
+def _comma(values: Iterable[int]) -> str:
+  return ",".join(map(str, values))
