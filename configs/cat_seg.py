@@ -47,7 +47,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     )  # fmt: skip
     # The tiny CLIP knows no other sentence; half of every name here is a color.
     c.templates, c.data.photometric = "single", False
-    c.data.scale = (4 * shapes.SIDE, shapes.SIDE)
+    side = common.TINY_SHORT_SIDE
+    c.data.scale = (4 * side, side)
     c.optimizer.base_lr = 1e-3  # for a run of a thousand steps
     return c.lock()
   c = config.defaults()

@@ -24,9 +24,6 @@ from ml_collections import config_dict
 
 from configs import common
 
-SIDE = 96  # short side of the scenes, pixels
-CROP = 64  # training crops and test windows, pixels: the size the tiny CLIP was trained at
-
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   args = common.parse_arg(
@@ -37,8 +34,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     open_vocab=False,
     runlocal=False,
   )
-  c = common.segmentation(args.preset, "shapes", crop=CROP, patch=8, deep_tokens=10)
-  c.clip = "shapes_clip.safetensors"  # shipped
+  c = common.segmentation(
+    args.preset, "shapes", crop=common.TINY_CROP, patch=common.TINY_PATCH, deep_tokens=10
+  )
+  common.tiny_clip(c)
   if args.tuner == "training_free":
     c.method = "training_free"
   elif args.tuner:
@@ -47,20 +46,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   if args.open_vocab and args.setting != "annotation_free":
     c.data.setting = "supervised"
   c.eval.sets = ("shapes", "crowds") if args.open_vocab else ()
-  c.steps = 8 if args.runlocal else 1000
-  c.eval_every = 4 if args.runlocal else 250
-  # The default rates are for batches of 16 and 20,000 steps; this run is a fraction of that.
-  c.optimizer.base_lr = 2e-4
-  c.optimizer.warmup_steps = 50
+  if args.runlocal:
+    c.steps, c.eval_every = 8, 4
   c.data.train_images = 64 if args.runlocal else 1600  # scenes drawn for training
   c.data.eval_images = 24 if args.runlocal else 120  # scenes drawn for evaluation
-  c.data.batch_size = 8
-  c.data.scale = (4 * SIDE, SIDE)
-  c.data.ratio = (0.75, 1.5)
-  # Photometric distortion turns hues by up to 36 degrees, which makes orange red: here colors are
-  # half of every class name.
-  c.data.photometric = False
-  c.data.short_side = SIDE
-  c.data.threads = 2
-  c.eval.stride = 48
   return c.lock()

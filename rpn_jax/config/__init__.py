@@ -54,7 +54,9 @@ class Optimizer:
   min_lr: float = field(1e-6, "learning rate at the end of the schedule", at_least=0)
   schedule: str = field("poly", "how the rate decays", words=("poly", "cosine"))
   power: float = field(0.9, "exponent of poly", at_least=0)
-  warmup_steps: int = field(1500, "steps of linear warm-up", at_least=0)
+  warmup_steps: int = field(
+    1500, "steps of linear warm-up; unless it is set, at most a sixth of config.steps", at_least=0
+  )
   warmup_ratio: float = field(1e-6, "share of the rate at step 0", at_least=0)
   weight_decay: float = field(
     0.01, "decoupled, on every parameter, norms and biases included", at_least=0
@@ -250,11 +252,19 @@ EVALUATION = frozenset(f.name for f in _ALL if spec(f).evaluation)
 def defaults() -> config_dict.ConfigDict:
   """A segmentation run: the recipe of the official code on VOC 2012, RPN as in the paper.
 
-  `optimizer.steps` follows `steps`. The dictionary is not locked.
+  `optimizer.steps` follows `steps`, and so does a warm-up that would take most of a short run. The
+  dictionary is not locked.
   """
   c = section(Run)
   c.optimizer.steps = c.get_ref("steps")
+  c.optimizer.warmup_steps = warmup(c, Optimizer.warmup_steps)
   return c
+
+
+def warmup(c: config_dict.ConfigDict, most: int) -> config_dict.FieldReference:
+  """Steps of warm-up that follow `c.steps`: a sixth of them, at most so many."""
+  sixth = c.get_ref("steps") // 6
+  return (sixth + most - abs(sixth - most)) // 2  # the smaller one: references have no minimum
 
 
 def declared_class(config: Config) -> type:
@@ -323,6 +333,40 @@ def check_whole_patches(field: str, side: int, clip: str, multiple: int) -> None
       f"{field}={side}: expected a multiple of the patch size of {clip}, {multiple}; "
       f"the nearest: {' and '.join(nearest)}"
     )
+
+
+# A tower sees crops up to so many times larger or smaller than the images it was trained on well
+# enough: 512 and 518 pixels, in place of 224, are 2.3.
+MAX_CROP_RATIO = 3.0
+
+
+def notes_on_sizes(sides: Mapping[int, str], clip: str, trained_at: int) -> list[str]:
+  """A line for every crop or window that is far from what the tower was trained at.
+
+  Args:
+    sides: side in pixels -> where it was set, e.g. "config.data.crop".
+    clip: the weights, as the config names them.
+    trained_at: side of the images that they were trained on, pixels.
+  """
+  return [
+    f"{field}={side} is far from the {trained_at} pixels that {clip} was trained at: expect "
+    f"{'slow steps and ' if side > trained_at else ''}poor scores; {trained_at} to "
+    f"{2 * trained_at} pixels fit, with short side, stride and scale in proportion"
+    for side, field in sides.items()
+    if not 1 / MAX_CROP_RATIO <= side / trained_at <= MAX_CROP_RATIO
+  ]
+
+
+def notes_on_schedule(config: config_dict.ConfigDict) -> list[str]:
+  """A line if the learning rate is still rising when the run ends."""
+  warmup_steps, steps = config.optimizer.warmup_steps, config.steps
+  if warmup_steps < steps:
+    return []
+  return [
+    f"config.optimizer.warmup_steps={warmup_steps}: the rate is still rising at the last of the "
+    f"{steps} steps and never reaches config.optimizer.base_lr; {max(1, steps // 6)} would be a "
+    "sixth of the run"
+  ]
 
 
 def expand_paths(config: Config) -> None:

@@ -16,7 +16,7 @@ from flax import traverse_util
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
-from rpn_jax.config import check, check_whole_patches
+from rpn_jax.config import check, check_whole_patches, notes_on_sizes
 from rpn_jax.devices import data_mesh, platform_of, put_batch
 from rpn_jax.inference.decision import Decision
 from rpn_jax.inference.process import check_process
@@ -344,11 +344,24 @@ def open_run(
 ) -> tuple[Predictor, Run]:
   """The predictor of a config, still without prompts, and the run in a workdir.
 
-  The run's config says how images are normalized, where the given one leaves it to the weights.
+  The run's config says how images are normalized, where the given one leaves it to the weights. A
+  line says it where crops are far from what the tower was trained at.
   """
   predictor = Predictor.from_config(config)
+  for note in _notes_on_sizes(config, predictor.network):
+    print(note, flush=True)
   config = clip_file.with_normalization(config, predictor.clip)
   return predictor, Run(config, workdir, predictor.encoder.fingerprint)
+
+
+def _notes_on_sizes(config: ml_collections.ConfigDict, network: Network) -> list[str]:
+  """`config.notes_on_sizes` of a run, whose network does not resize its input itself."""
+  if network.input_multiple != network.clip.patch_size:
+    return []
+  sides = {config.data.crop: "config.data.crop"} if network.trainable else {}
+  if config.eval.get("layout", "windows") != "image":  # whose windows are images
+    sides.setdefault(config.eval.crop, "config.eval.crop")
+  return notes_on_sizes(sides, config.clip, network.clip.image_size)
 
 
 def make_network(config: ml_collections.ConfigDict, clip: CLIPConfig) -> Network:

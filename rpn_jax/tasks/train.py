@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rpn_jax import devices
 from rpn_jax.base.errors import InputError
-from rpn_jax.config import check_whole_patches
+from rpn_jax.config import check_whole_patches, notes_on_schedule
 from rpn_jax.drawing.plots import plot_curves
 from rpn_jax.inference.evaluation import Evaluation, evaluate
 from rpn_jax.inference.predictor import Predictor, open_run
@@ -57,6 +57,8 @@ def train(config, workdir, data, *, restart: bool = False) -> dict:
     teacher = pseudo_labels.make_teacher(config, predictor.network)
     multiple = predictor.clip.patch_size  # its patches cover the crop
   check_whole_patches("config.data.crop", config.data.crop, config.clip, multiple)
+  for note in notes_on_schedule(config):
+    print(note, flush=True)
   mesh = devices.global_mesh()
   sharding.check_batch_size(config.data.batch_size, mesh)
   with held_workdir(run.workdir), PreemptionGuard() as guard:

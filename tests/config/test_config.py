@@ -92,6 +92,7 @@ def test_a_run_of_0_2_0_has_the_same_config(monkeypatch):
   given = {path: value for path, value in reference.flat(old).items() if path in (
     "clip", "eval_every", "data.data_dir", "data.eval_images", "data.train_images", "data.crop",
     "data.short_side", "eval.crop", "eval.stride",
+    "optimizer.warmup_steps",  # was 50 for runs of any length
   )}  # fmt: skip
   c.update_from_flattened_dict({**given, "data.scale": (128, 32)})
   assert c.data.mean is None and c.data.std is None  # left to the weights since
@@ -147,6 +148,33 @@ def test_backbones():
     patch = CLIPConfig(**backbone.architecture).patch_size
     assert backbone.title.endswith(f"/{patch}") and backbone.crop % patch == 0
     assert backbone.stride < backbone.crop
+
+
+def test_a_warm_up_follows_the_steps_until_it_is_set():
+  c = config.defaults()
+  seen = []
+  for c.steps in (20_000, 9_000, 300, 20, 4):
+    seen.append(c.optimizer.warmup_steps)
+    assert not config.notes_on_schedule(c)
+  assert seen == [1500, 1500, 50, 3, 0]
+  c.update_from_flattened_dict({"optimizer.warmup_steps": 4})
+  (note,) = config.notes_on_schedule(c)
+  assert note.startswith("config.optimizer.warmup_steps=4: the rate is still rising at the last of")
+  c.steps = 5
+  assert c.optimizer.warmup_steps == 4 and not config.notes_on_schedule(c)
+
+
+@pytest.mark.parametrize(
+  "side, trained_at, words",
+  [(512, 224, ""), (518, 224, ""), (64, 64, ""), (112, 224, ""),
+   (512, 64, "64 pixels that X was trained at: expect slow steps and poor scores; 64 to 128"),
+   (64, 224, "224 pixels that X was trained at: expect poor scores; 224 to 448 pixels fit")],
+)  # fmt: skip
+def test_sizes_far_from_the_towers_own_are_told(side, trained_at, words):
+  notes = config.notes_on_sizes({side: "config.data.crop"}, "X", trained_at)
+  assert len(notes) == bool(words)
+  for note in notes:
+    assert note.startswith(f"config.data.crop={side} is far from the {words}")
 
 
 def test_sections_take_changes_of_their_fields_only():

@@ -5,8 +5,10 @@ import re
 
 import pytest
 
-from configs import common, reference, shapes
+from configs import common, folder, reference, shapes
+from rpn_jax import config
 from rpn_jax.base.errors import InputError
+from rpn_jax.weights import clip_file
 
 CHOICES = {"preset": ("paper", "released"), "tuner": ("", "rpn", "vpt"), "quick": False}
 
@@ -68,3 +70,22 @@ def test_open_vocabulary_training_may_do_without_annotations():
   }
   assert [c.data.setting for c in settings.values()] == ["supervised", "annotation_free"]
   assert {c.eval.sets for c in settings.values()} == {("shapes", "crowds")}
+
+
+def test_a_folder_with_the_shipped_clip_is_trained_as_the_shapes_are():
+  """One word fits all that depends on the tower: only the data and the setting are others."""
+  c, like = folder.get_config("backbone=shapes,zero_shot"), shapes.get_config()
+  clip, _ = clip_file.load_clip(c.clip)
+  assert (c.data.crop, c.eval.crop) == (clip.image_size, clip.image_size) == (64, 64)
+  flat = [reference.flat(x) for x in (c, like)]
+  differing = {k for k in flat[0].keys() | flat[1].keys() if flat[0].get(k) != flat[1].get(k)}
+  assert differing == {"data.name", "data.train_images", "data.eval_images"}
+  assert flat[0]["optimizer.warmup_steps"] == 50 and c.steps == 1000
+
+
+@pytest.mark.parametrize("word, trained_at", [("b16", 224), ("l14", 224), ("shapes", 64)])
+def test_sizes_of_a_folder_fit_its_tower(word, trained_at):
+  c = folder.get_config(word)
+  sides = {c.data.crop: "data", c.eval.crop: "eval"}
+  assert not config.notes_on_sizes(sides, c.clip, trained_at)
+  assert c.eval.stride <= c.eval.crop <= c.data.short_side == min(c.data.scale)
