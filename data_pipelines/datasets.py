@@ -11,6 +11,10 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import SEPARATOR, check_known
 
 SETTINGS = ("zero_shot", "transductive", "supervised", "annotation_free")
+# Those in which no label of an unseen class is seen in training.
+SPLIT_SETTINGS = ("zero_shot", "transductive")
+# What a registered benchmark says of its classes; sets of one's own have a list of names.
+BENCHMARK_CLASSES = (vocabularies.ClassFiles, vocabularies.Vocabulary)
 # What a stored label may be: any uint16.
 LABEL_VALUES = range(1 << 16)
 
@@ -22,8 +26,9 @@ class SegmentationData:
   Attributes:
     name: as registered.
     names: prompted class names.
-    seen, unseen: class ids of the two groups that scores are averaged over; without a split all
-      are seen.
+    seen, unseen: class ids of the two groups that scores are averaged over. All are seen without a
+      split, and with one of one's own where the setting trains on every class; those of published
+      benchmarks are reported in each setting, as papers do.
     trained: rows of `names` that are prompted in training; training labels index this list.
     penalized: class ids whose scores are lowered at test (config.eval.seen_penalty).
     ignore: evaluation label of pixels without a class.
@@ -67,8 +72,17 @@ def load(config, process: tuple[int, int] = (0, 1)) -> SegmentationData:
     InputError: an unknown name or setting, no normalization, bad data, or a set that is not
       prepared.
   """
-  check_known("config.data.setting=", config.data.setting, SETTINGS)
-  return _open(config, config.data.name, config.data.setting, process)
+  setting = config.data.setting
+  check_known("config.data.setting=", setting, SETTINGS)
+  data = _open(config, config.data.name, setting, process)
+  split = _vocabulary(config.data, registry.get(data.name), config.data.naming).unseen
+  if split and not data.unseen:
+    print(
+      f"{data.name}: setting={setting} trains on every class, also on those named as unseen "
+      f"({', '.join(data.names[i] for i in split)}); setting=zero_shot leaves these out",
+      flush=True,
+    )
+  return data
 
 
 def load_evaluations(config) -> list[SegmentationData]:
@@ -104,11 +118,15 @@ def _open(config, name: str, setting: str, process=(0, 1), naming: str = "") -> 
   _tell_of_synonyms(vocabulary, naming, config.synonyms)
   seen, unseen = vocabulary.seen, vocabulary.unseen
   count = len(vocabulary.names)
-  if setting in ("zero_shot", "transductive") and not unseen:
+  if setting in SPLIT_SETTINGS and not unseen:
     raise InputError(
       f"config.data.setting={setting!r} needs a split into seen and unseen classes and {name} has "
       "none; use config.data.setting='supervised'"
     )
+  benchmark = isinstance(registry.resolve(data_set.classes), BENCHMARK_CLASSES)
+  in_training = c.setting if name == c.name else setting
+  if not benchmark and in_training not in SPLIT_SETTINGS:
+    seen, unseen = tuple(range(count)), ()
   raw = transforms.LabelMap.from_ids(
     vocabulary.ids, ignore=vocabulary.ignore, unlisted=vocabulary.unlisted
   )

@@ -29,6 +29,8 @@ EXTREME_CLASSES = 4
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 COLUMNS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
+# Settings in which no class is left out of training.
+UNSPLIT_SETTINGS = ("supervised", "annotation_free")
 SELECTION_CLASSES = "the evaluation classes"
 
 
@@ -73,8 +75,25 @@ def draw_figures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: 
 
 
 def score_table(rows: dict[str, dict]) -> str:
-  """Plain-text table of metrics in percent, one row per entry."""
-  return table([[name, *cells(m)] for name, m in rows.items()], ["%", *COLUMNS])
+  """Plain-text table of metrics in percent, one row per entry, without metrics that none has."""
+  return table(*without_empty([[name, *cells(m)] for name, m in rows.items()], ["%", *COLUMNS]))
+
+
+def without_empty(rows: list[list[str]], heads: list[str]) -> tuple[list[list[str]], list[str]]:
+  """Rows and heads without the columns in which every row has "-"."""
+  kept = [i for i in range(len(heads)) if any(row[i] != "-" for row in rows)]
+  return [[row[i] for i in kept] for row in rows], [heads[i] for i in kept]
+
+
+def split_notes(config, data) -> list[str]:
+  """What must be known of scores of "unseen" classes that were trained on."""
+  setting = config.data.setting
+  if data.name != config.data.name or not data.unseen or setting not in UNSPLIT_SETTINGS:
+    return []
+  return [
+    f"In the setting {setting} every class was trained on: seen and unseen are the groups of the "
+    "zero-shot setting."
+  ]
 
 
 def cells(scores: dict) -> list[str]:
@@ -181,7 +200,9 @@ def report(predictor: Predictor, run: Run, evaluations, results: dict) -> None:
   write_json(path, {**content, **provenance(config)})
 
   rows, notes = summary(predictor, config, results)
-  heads = ["set", "%", *COLUMNS]
+  if predictor.network.trainable:
+    notes += [note for data in evaluations for note in split_notes(config, data)]
+  rows, heads = without_empty(rows, ["set", "%", *COLUMNS])
   sections = [class_table(data, results[data.name]) for data in evaluations]
   sections = ["# Evaluation", table(rows, heads, markdown=True), *notes, *sections]
   write_text(workdir / "eval.md", "\n\n".join(sections) + "\n")

@@ -18,6 +18,7 @@ from rpn_jax.tasks.evaluate import (
   draw_figures,
   make_partial,
   score_table,
+  split_notes,
   write_metrics,
 )
 from rpn_jax.training import losses, optim, pseudo_labels, sharding
@@ -116,7 +117,7 @@ def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: Preemptio
     start = int(state.step)
     print(
       f"{state.trained_parameters:,} trained parameters, {predictor.clip_parameters:,} frozen; "
-      f"training on {len(trained)} of {len(data.names)} classes"
+      f"training on {len(trained)} of {len(data.names)} classes ({config.data.setting})"
       + (f" by the labels of {labeler.teacher.title}" if labeler else "")
       + f", on {devices.devices_text()}"
       + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
@@ -140,7 +141,7 @@ def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: Preemptio
     params = predictor.params if labeler else predictor.frozen
     loop.fit(state, params, text, jax.random.key(config.seed + 1))
   if writer and latest:
-    report(run, loop, writer, latest, time.time() - began, state.trained_parameters)
+    report(run, loop, writer, latest, time.time() - began, state.trained_parameters, data)
   make_partial(run, data, "train", 0, 0).path.unlink(missing_ok=True)
   return {"last": loop.last, "best": loop.best}
 
@@ -172,8 +173,9 @@ def make_labeler(teacher, config, predictor: Predictor, data) -> pseudo_labels.L
 
 
 def report(
-  run: Run, loop: Loop, writer: MetricWriter, latest: Evaluation, seconds: float, parameters: int
-) -> None:
+  run: Run, loop: Loop, writer: MetricWriter, latest: Evaluation, seconds: float, parameters: int,
+  data,
+) -> None:  # fmt: skip
   """Writes `metrics.json` and the figures, and prints the scores."""
   workdir, last, best = run.workdir, loop.last, loop.best
   write_metrics(workdir / "metrics.json", last, best, run.config, parameters)
@@ -181,5 +183,5 @@ def report(
   plot_curves(workdir / "curves.png", writer.history())
   rows = {f"last, step {last['step']}": last, f"best, step {best['step']}": best}
   print(f"\nTrained to step {run.config.steps} ({seconds:.0f} s in this call). Scores in %:")
-  print(score_table(rows))
+  print("\n".join([score_table(rows), *split_notes(run.config, data)]))
   print("The best checkpoint was selected on the evaluation classes; report the last.")

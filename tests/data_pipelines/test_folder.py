@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import prepare, records
+from configs import folder as folder_config
+from data_pipelines import datasets, prepare, records
 from data_pipelines.sources.folder import Folder
 from rpn_jax.base.errors import InputError
+from rpn_jax.weights.clip_file import with_normalization
 from tests.data_pipelines import raw_ade_coco
 from tests.data_pipelines.raw_pascal import gray_png, jpeg
 
@@ -211,3 +213,33 @@ def test_vocabulary_after_preparation(raw, tmp_path):
   (path / "names.json").write_text("{}")
   with pytest.raises(InputError, match=r"names.json: expected the names of a prepared folder"):
     records.stored_vocabulary("folder", tmp_path, raw.name)
+
+
+def test_a_split_of_ones_own_counts_only_where_classes_are_left_out(raw, tmp_path, capsys):
+  raw_ade_coco.folder(raw)
+  (raw / "unseen.txt").write_text("sky\n", encoding="utf-8")
+  prepare.prepare("folder", raw, tmp_path, config="mine")
+  said, found = {}, {}
+  for setting in datasets.SETTINGS:
+    config = folder_config.get_config(f"backbone=shapes,{setting}").unlock()
+    config.data.variant, config.data.data_dir = "mine", str(tmp_path)
+    config = with_normalization(config)
+    capsys.readouterr()
+    data = datasets.load(config)
+    said[setting], found[setting] = capsys.readouterr().out, (data.trained, data.seen, data.unseen)
+    config = config.copy_and_resolve_references().unlock()
+    config.eval.sets = ("folder",)  # every class prompted; what was trained on is the same
+    (again,) = datasets.load_evaluations(config)
+    assert (again.seen, again.unseen) == found[setting][1:]
+  everything = (0, 1, 2, 3)
+  assert found == {
+    "zero_shot": ((1, 2, 3), (1, 2, 3), (0,)),
+    "transductive": (everything, (1, 2, 3), (0,)),
+    "supervised": (everything, everything, ()),
+    "annotation_free": (everything, everything, ()),
+  }
+  assert not said["zero_shot"] and not said["transductive"]
+  assert said["supervised"] == (
+    "folder: setting=supervised trains on every class, also on those named as unseen (sky); "
+    "setting=zero_shot leaves these out\n"
+  )

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -419,3 +420,25 @@ def test_confusion_picture(tmp_path, classes):
     assert right > 300 * classes and abs(right - confused) < 0.1 * right
   else:
     assert right == 0
+
+
+def test_columns_that_no_row_has_are_left_out():
+  scores = dict.fromkeys(evaluate.COLUMNS) | {"pAcc": 0.5, "miou_gt": 0.25}
+  lines = evaluate.score_table({"last": scores}).splitlines()
+  assert lines[0].split() == ["%", "pAcc", "miou_gt"] and lines[2].split() == [
+    "last",
+    "50.0",
+    "25.0",
+  ]
+  both = evaluate.score_table({"last": scores, "best": {**scores, "hiou": 0.1}}).splitlines()
+  assert both[0].split()[-1] == "hiou" and both[2].split()[-1] == "-"
+
+
+def test_seen_and_unseen_of_a_run_that_trained_on_both_are_explained():
+  said = {}
+  for setting in ("zero_shot", "transductive", "supervised", "annotation_free"):
+    data = types.SimpleNamespace(name="shapes", unseen=(1,))
+    said[setting] = evaluate.split_notes(shapes_config.get_config(setting), data)
+  assert said.pop("zero_shot") == said.pop("transductive") == []
+  for setting, (note,) in said.items():
+    assert note.startswith(f"In the setting {setting} every class was trained on: seen and unseen")
