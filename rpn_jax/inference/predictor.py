@@ -206,6 +206,11 @@ class Predictor:
     return split(self.params, self.network.trained)[1]
 
   @property
+  def note(self) -> str:
+    """What must be known of every result of these CLIP weights; "" for most."""
+    return clip_file.NOTES.get(self.encoder.fingerprint, "")
+
+  @property
   def clip_parameters(self) -> int:
     """Number of parameters of the whole CLIP, both towers."""
     return count(self.encoder.params)

@@ -25,8 +25,8 @@ from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adju
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.inference.views import round_up
 from rpn_jax.models import NETWORKS, training_free
-from rpn_jax.training.run import Run, read_config
-from rpn_jax.weights import checkpoints, clip_file, hub, prompts_file
+from rpn_jax.training.run import Run, clip_of, read_config
+from rpn_jax.weights import arrays, checkpoints, clip_file, hub, prompts_file
 
 # Training-free methods.
 METHODS = training_free.METHODS
@@ -34,8 +34,6 @@ METHODS = training_free.METHODS
 SHIPPED = {"shapes_clip": ("shapes_clip.safetensors", "single")}
 # Trained prompts around one of these.
 SHIPPED_PROMPTS = {"shapes": "shapes_prompts.safetensors"}
-# By the CLIP's name: what must be known of every result that it makes.
-NOTE = {"shapes_clip": "it was trained on the shapes data set, not on photographs"}
 
 # Words for what surrounds things, by a name for all of them: those that SCLIP's code prompts for
 # the background of VOC and of COCO's objects.
@@ -171,7 +169,7 @@ class Segmenter:
       title = predictor.network.title.replace(
         "rpn", "RPN"
       )  # a tuner's word: a baseline says its own
-      method = _noted(f"{title}, step {step} of {run.workdir}", clip)
+      method = _noted(f"{title}, step {step} of {run.workdir}", predictor)
     else:
       method = _training_free(predictor, clip)
     return cls(predictor.with_prompts(prompts), method, step)
@@ -271,8 +269,28 @@ class Segmenter:
 
 
 def _training_free(predictor: Predictor, clip: str) -> str:
-  return _noted(f"training-free {predictor.network.title} on {clip}, no trained prompts", clip)
+  title = f"training-free {predictor.network.title} on {clip}, no trained prompts"
+  return _noted(title, predictor)
 
 
-def _noted(method: str, clip: str) -> str:
-  return f"{method}; {NOTE[clip]}" if clip in NOTE else method
+def _noted(method: str, predictor: Predictor) -> str:
+  return "; ".join(filter(None, [method, predictor.note]))
+
+
+def note_of(model: str | os.PathLike) -> str:
+  """What must be known of a model's results, before it is loaded; "" if nothing is known to be.
+
+  Args:
+    model: see `Segmenter.load`; files of weights are not opened for this.
+  """
+  path, name = expand(model), str(model)
+  if path.is_dir():
+    return clip_file.NOTES.get(clip_of(path), "")
+  if not path.exists() and name in SHIPPED_PROMPTS:
+    path = clip_file.ASSETS / SHIPPED_PROMPTS[name]
+  elif not path.exists() and name in SHIPPED:
+    fingerprint = arrays.fingerprint(clip_file.load_clip(SHIPPED[name][0])[1])
+    return clip_file.NOTES.get(fingerprint, "")
+  if prompts_file.holds_prompts(path):
+    return clip_file.NOTES.get(prompts_file.load(path).clip, "")
+  return ""

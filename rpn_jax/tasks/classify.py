@@ -61,7 +61,8 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
 
   Returns:
     The content of `classify.json`: `images` {file: {class: probability}} with the FILE_CLASSES most
-    likely classes, sorted; with known labels `top1` and, for more than five classes, `top5`.
+    likely classes, sorted; where something must be known of the weights, `note`; with known labels
+    `top1` and, for more than five classes, `top5`.
 
   Raises:
     InputError: no images, or no classes.
@@ -98,6 +99,8 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
       results[str(file)] = {names[i]: round(float(probabilities[i]), 6) for i in order}
 
   content = {"clip": config.clip, "templates": config.templates, "classes": list(names)}
+  if predictor.note:
+    content["note"] = predictor.note
   if labels:
     for k in (1, 5) if len(names) > 5 else (1,):
       hits = [label in order[:k] for label, order in zip(labels, orders)]
@@ -120,4 +123,4 @@ def report(content: dict, path: pathlib.Path) -> None:
   for top in ("top1", "top5"):
     if top in content:
       print(f"\n{top} of {len(content['images'])} images: {100 * content[top]:.1f} %", end="")
-  print(f"\nEvery image is in {path}.")
+  print(f"\nEvery image is in {path}{'; ' + content['note'] if 'note' in content else ''}.")

@@ -24,7 +24,7 @@ from rpn_jax.base.paths import write_json
 from rpn_jax.base.words import parse_names
 from rpn_jax.drawing.images import save_png
 from rpn_jax.inference.segmentation import Segmentation
-from rpn_jax.inference.segmenter import METHODS, SHIPPED, SHIPPED_PROMPTS, Segmenter
+from rpn_jax.inference.segmenter import METHODS, SHIPPED, SHIPPED_PROMPTS, Segmenter, note_of
 
 # Limits of what a stranger may ask for.
 MAX_MEGABYTES = 20
@@ -56,6 +56,11 @@ class Models:
     self._lock = threading.Lock()
     self._load = functools.lru_cache(8)(Segmenter.load)
     self.get(self.names[0])
+
+  def note(self, name: str) -> str:
+    """What must be known of a model's results before they are made, as a sentence for the page."""
+    note = note_of(self._choices[name][0]) if name in self.names else ""
+    return f"{name}: {note}" if note else ""
 
   def get(self, name: str, method: str = OWN_METHOD) -> Segmenter:
     """
@@ -215,7 +220,7 @@ def build(models: Models, root: pathlib.Path):
         overlay = gr.Image(
           label="Segmentation", format="png", interactive=False, buttons=["download", "fullscreen"]
         )
-        made_by = gr.Markdown()
+        made_by = gr.Markdown(models.note(models.names[0]))
         with gr.Row():
           alpha = gr.Slider(0, 1, 0.55, step=0.05, label="Opacity")
           safe = gr.Checkbox(label="Colors for color-blind readers")
@@ -246,6 +251,7 @@ def build(models: Models, root: pathlib.Path):
     gr.on([button.click, words.submit], on_segment, inputs, outputs)
     if opening[0]:
       page.load(on_segment, inputs, outputs)
+    model.change(models.note, model, made_by)
     other.release(on_adjust, [result, other, alpha, safe], [result, *pictures])
     for event in (alpha.release, safe.change):
       event(on_look, [result, alpha, safe], pictures, show_progress="hidden")

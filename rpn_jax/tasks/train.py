@@ -121,6 +121,7 @@ def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: Preemptio
       + (f" by the labels of {labeler.teacher.title}" if labeler else "")
       + f", on {devices.devices_text()}"
       + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
+      + (f"; {predictor.note}" if predictor.note else "")
       + (f"; resuming at step {start} of {config.steps}" if start else ""),
       flush=True,
     )

@@ -240,3 +240,11 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
       f"{path}: expected the whole config of a segmentation run; repeat the run with this version"
     ) from None
   return ml_collections.ConfigDict(with_tuples(config))
+
+
+def clip_of(workdir: pathlib.Path) -> str:
+  """The fingerprint of a run's CLIP weights; "" where its config does not tell."""
+  try:
+    return str(json.loads((workdir / CONFIG).read_text(encoding="utf-8"))["clip"])
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    return ""

@@ -42,6 +42,8 @@ FORMAT, VERSION = "rpn_jax.clip", "1"
 # No tokenizer of a language is as small; models of tests are, and no text can be embedded by them.
 _MAX_TINY_TOKENS = 1000
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+# By the fingerprint of weights, whatever their file is called: what must be known of every result.
+NOTES = {"153c41e55151530f": "its CLIP, shapes_clip, knows drawn shapes and no photographs"}
 
 
 def find_weights(name) -> pathlib.Path:

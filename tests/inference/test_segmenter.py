@@ -28,6 +28,9 @@ from tests import tiny
 NAMES = ["striped red", "plain blue", "dotted green", "sand", "grass", "water"]
 
 
+KNOWS = "its CLIP, shapes_clip, knows drawn shapes and no photographs"
+
+
 @pytest.fixture(scope="module")
 def model():
   return Segmenter.load("shapes_clip")
@@ -52,7 +55,7 @@ def test_says_what_it_is(model, result):
 def test_the_shipped_prompts_know_the_scene(tmp_path):
   """What a newcomer sees first: the objects of the picture, each where it is."""
   shipped = Segmenter.load()
-  assert repr(shipped) == f"Segmenter(RPN, step 3000 of shapes; {segmenter.NOTE['shapes_clip']})"
+  assert repr(shipped) == f"Segmenter(RPN, step 3000 of shapes; {KNOWS})"
   result = shipped(demo.SCENE, demo.SCENE_WORDS)
   # (row, column) inside of each.
   places = {
@@ -79,6 +82,20 @@ def test_the_shipped_prompts_know_the_scene(tmp_path):
       Segmenter.load(model, method="training_free")
   with pytest.raises(InputError, match=r"fingerprint|weights \w{16}"):
     Segmenter.load(moved, clip=str(other))
+
+
+def test_what_the_shipped_clip_knows_is_said_whatever_its_file_is_called(tmp_path):
+  """Before a model is loaded, too: of a run by its config.json."""
+  copy, other, run = tmp_path / "my_clip.safetensors", tmp_path / "tiny.safetensors", tmp_path / "r"
+  copy.write_bytes((clip_file.ASSETS / "shapes_clip.safetensors").read_bytes())
+  tiny.save(other)
+  assert Segmenter.load(copy).method.endswith(f"on my_clip, no trained prompts; {KNOWS}")
+  assert KNOWS not in Segmenter.load(other).method
+  assert segmenter.note_of("shapes") == segmenter.note_of("shapes_clip") == KNOWS
+  run.mkdir()
+  assert segmenter.note_of(run) == segmenter.note_of("ViT-B/16") == segmenter.note_of(other) == ""
+  (run / "config.json").write_text(json.dumps({"clip": next(iter(clip_file.NOTES)), "config": {}}))
+  assert segmenter.note_of(run) == KNOWS
 
 
 def test_a_result_holds_what_was_asked_for(result, scene):

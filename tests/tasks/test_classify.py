@@ -68,7 +68,11 @@ def test_a_folder_of_classes(folder, tmp_path, capsys):
   ]
   assert content["top1"] == np.mean(right) and content["top5"] >= content["top1"] >= 0.8
   assert all(len(scores) == classify.FILE_CLASSES for scores in content["images"].values())
-  assert f"top1 of 24 images: {100 * np.mean(right):.1f} %" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert f"top1 of 24 images: {100 * np.mean(right):.1f} %" in said
+  assert (
+    content["note"].endswith("knows drawn shapes and no photographs") and content["note"] in said
+  )
 
 
 def test_one_file(folder, tmp_path, capsys):

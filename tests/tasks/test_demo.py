@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import tempfile
 import threading
+import urllib.request
 
 import numpy as np
 import pytest
@@ -105,6 +106,13 @@ def test_both_checkpoints_of_a_run_are_on_offer(tmp_path, monkeypatch):
   assert models.names == ("shapes_clip", str(tmp_path), f"{tmp_path}, best checkpoint")
   models.get(models.names[2])
   assert [choices["checkpoint"] for choices in loaded] == ["last", "best"]
+
+
+def test_what_a_model_knows_is_said_before_the_button_is_pressed(models, address):
+  note = "shapes_clip: its CLIP, shapes_clip, knows drawn shapes and no photographs"
+  assert models.note("shapes_clip") == note and models.note("unknown") == ""
+  with urllib.request.urlopen(f"{address}config") as answer:
+    assert note in answer.read().decode()
 
 
 def test_listens_on_this_machine_only_unless_told(capsys, monkeypatch):
