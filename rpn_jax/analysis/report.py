@@ -1,10 +1,10 @@
 """Many runs side by side: python -m rpn_jax report runs/* --out=runs/report
 
 Runs that differ only in their seed make one row: mean ± sample standard deviation over seeds. A row
-is named after a few config fields that tell it from the others, without the values that most rows
-share; the row that has all of these is "base". The files are report.md, report.csv and report.json
-(the last two in fractions, not percent) and report.png. Runs that cannot be read are listed with
-the reason.
+is named after its workdir, with a few config fields that tell it from others of the same data set
+and network, without the values that most of these share. The files are report.md, report.csv and
+report.json (the last two in fractions, not percent) and report.png, or one such figure for each
+data set. Runs that cannot be read are listed with the reason.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import csv
 import io
 import os
 import pathlib
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -35,10 +36,19 @@ SELECTED = "selected on the evaluation classes"
 
 
 def columns(rows: Sequence[Row]) -> tuple[str, ...]:
-  """The metrics to show: of seen and unseen classes where a split has both, else the means."""
-  if any(row.values("last", "hiou") for row in rows):
-    return ("miou_seen", "miou_unseen", "hiou")
-  return ("miou_gt", "miou_union")
+  """The metrics to show: of seen and unseen classes where a split has both, the means where one has
+  not."""
+  split = [bool(row.values("last", "hiou")) for row in rows]
+  means = () if all(split) else ("miou_gt", "miou_union")
+  return (*means, *(("miou_seen", "miou_unseen", "hiou") if any(split) else ()))
+
+
+def data_sets(rows: Sequence[Row]) -> dict[str, list[int]]:
+  """Data set -> positions of its rows."""
+  found: dict[str, list[int]] = {}
+  for i, row in enumerate(rows):
+    found.setdefault(row.runs[0].data_set, []).append(i)
+  return found
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
@@ -57,12 +67,12 @@ def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
   heads = [("best* " if c == "best" else "") + METRIC_TITLES[m] for c, m in shown]
   cells = [
     [
-      i, row.label, len(row.runs),
+      i, row.label, row.runs[0].data_set, row.runs[0].network, len(row.runs),
       *(mean_and_deviation(row.values(c, m)) for c, m in shown), *row.extra_columns.values(),
     ]
     for i, row in enumerate(rows, 1)
   ]  # fmt: skip
-  heads = ["row", "%", "seeds", *heads, *rows[0].extra_columns]
+  heads = ["row", "%", "data set", "network", "seeds", *heads, *rows[0].extra_columns]
   text = table(cells, heads, markdown=markdown)
   note = f"Last checkpoint, mean ± sample standard deviation over seeds; best*: {SELECTED}."
   return f"{text}\n\n{note}"
@@ -109,8 +119,10 @@ def summary(rows: Sequence[Row], left_out: Sequence[str]) -> dict:
       for run in row.runs
     ]
     config = {name: values[i] for name, values in fields.items()}
-    row_is = {"label": row.label, "beside": dict(row.extra_columns), "config": config}
-    summaries.append({**row_is, **scores, "runs": runs})
+    first = row.runs[0]
+    named = {"label": row.label, "data_set": first.data_set, "network": first.network}
+    row_is = {"beside": dict(row.extra_columns), "config": config}
+    summaries.append({**named, **row_is, **scores, "runs": runs})
   return {"rows": summaries, "left_out": list(left_out), "best": SELECTED}
 
 
@@ -122,7 +134,9 @@ def write(out, rows: Sequence[Row], left_out: Sequence[str] = ()) -> pathlib.Pat
   write_json(out / "report.json", content)
 
   fields = list(content["rows"][0]["config"])
-  lines = [score_table(rows, markdown=True), "", "![Scores](report.png)"]
+  figures = plot_each(out, rows)
+  lines = [score_table(rows, markdown=True)]
+  lines += [line for figure in figures for line in ("", f"![Scores]({figure.name})")]
   if evaluations := evaluation_table(rows, markdown=True):
     lines += ["", evaluations]
   if fields:
@@ -137,23 +151,41 @@ def write(out, rows: Sequence[Row], left_out: Sequence[str] = ()) -> pathlib.Pat
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
   extra = list(rows[0].extra_columns)
-  writer.writerow(["label", "seeds", *heads, *fields, *extra])
+  writer.writerow(["label", "data_set", "network", "seeds", *heads, *fields, *extra])
   for row in content["rows"]:
     scores = [row[c].get(m, {}).get(part) for c, m in names for part in ("mean", "deviation")]
     scores += [*row["config"].values(), *row["beside"].values()]
-    writer.writerow([row["label"], len(row["runs"]), *scores])
+    named = [row[name] for name in ("label", "data_set", "network")]
+    writer.writerow([*named, len(row["runs"]), *scores])
   write_text(out / "report.csv", text.getvalue())
 
-  plot(out / "report.png", rows)
   return out
 
 
-def plot(path, rows: Sequence[Row]) -> pathlib.Path:
+def plot_each(out: pathlib.Path, rows: Sequence[Row]) -> list[pathlib.Path]:
+  """`plot` for every data set, since scores of two are not compared: report.png if there is one."""
+  names = figure_names(rows)
+  return [
+    plot(out / name, [rows[i] for i in positions], [i + 1 for i in positions])
+    for name, positions in zip(names, data_sets(rows).values())
+  ]
+
+
+def figure_names(rows: Sequence[Row]) -> list[str]:
+  """File names of the figures of `plot_each`."""
+  sets = data_sets(rows)
+  if len(sets) == 1:
+    return ["report.png"]
+  return ["report_" + re.sub(r"[^\w.-]+", "_", name) + ".png" for name in sets]
+
+
+def plot(path, rows: Sequence[Row], numbers: Sequence[int] = ()) -> pathlib.Path:
   """Writes a PNG: a bar for every row and metric, and below it the curves over training steps.
 
   Bars are of the last checkpoints, with ± one deviation over seeds; a row has one color and one
-  number in all panels.
+  number in all panels, by default counted from 1.
   """
+  numbers = numbers or range(1, len(rows) + 1)
   metrics = columns(rows)
   curves = [{m: c for m in metrics if (c := row.curve(m))} for row in rows]
   labels = [textwrap.fill(row.label, 44, break_on_hyphens=False) for row in rows]
@@ -192,7 +224,7 @@ def plot(path, rows: Sequence[Row]) -> pathlib.Path:
     ax.set_ylim(ends[-1], 0)
     # Room for the numbers behind the bars.
     ax.set_xlim(0, 1.45 * max(1, ax.dataLim.x1))
-    ax.set_yticks(centers, [f"{label}  [{i}]" for i, label in enumerate(labels, 1)])
+    ax.set_yticks(centers, [f"{label}  [{i}]" for i, label in zip(numbers, labels)])
     if column:
       ax.set_yticklabels([])
     ax.tick_params(axis="y", length=0, labelsize=9)
@@ -206,7 +238,7 @@ def plot(path, rows: Sequence[Row]) -> pathlib.Path:
       # A row without this metric leaves no line here, only its place in the legend.
       steps, means, deviations = curves_of_row.get(metric, np.zeros((3, 0)))
       marker = "o" if len(steps) < SMOOTHED_POINTS else None
-      ax.plot(steps, 100 * means, marker=marker, markersize=3, label=f"[{i + 1}]", **styles[i])
+      ax.plot(steps, 100 * means, marker=marker, markersize=3, label=f"[{numbers[i]}]", **styles[i])
       if deviations.any():
         band = 100 * (means - deviations), 100 * (means + deviations)
         ax.fill_between(steps, *band, color=styles[i]["color"], alpha=0.15, linewidth=0)
@@ -237,5 +269,5 @@ def main(arguments: list[str]) -> int:
   print("\n\n".join(filter(None, [score_table(rows), evaluation_table(rows)])))
   for reason in left_out + repeated:
     print(f"left out: {reason}")
-  print(f"Written: {out}/report.md, report.csv, report.json, report.png")
+  print(f"Written: {out}/report.md, report.csv, report.json, {', '.join(figure_names(rows))}")
   return 0

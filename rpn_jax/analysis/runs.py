@@ -40,6 +40,21 @@ class FinishedRun:
   evaluations: Mapping[str, Mapping]
   trained_parameters: int | None = None
 
+  @property
+  def data_set(self) -> str:
+    """What it was trained and evaluated on, with the name of a folder."""
+    data = self.config["data"]
+    return " ".join(filter(None, (data["name"], data.get("variant", ""))))
+
+  @property
+  def network(self) -> str:
+    """What stands for it in a table: the training-free method, the tuner of RPN, or the network."""
+    method = self.config.get("method", "")
+    section, field = {"training_free": ("dense", "method"), "rpn": ("model", "tuner")}.get(
+      method, ("", "")
+    )
+    return self.config.get(section, {}).get(field) or method
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -208,8 +223,9 @@ def group_runs(
 
   Args:
     runs: at least one.
-    labels: names for the rows, in their order; without, they are named after what differs: the
-      fewest fields found that tell all rows apart.
+    labels: names for the rows, in their order; without, they are named after their workdirs and,
+      among rows of the same data set and network, after what differs: the fewest fields found that
+      tell these apart.
 
   Raises:
     InputError: another number of labels than there are rows, or one given twice.
@@ -235,8 +251,31 @@ def group_runs(
   return [Row(label, runs) for label, runs in zip(labels, members)], left_out
 
 
-def _labels(members, fields: list[str], keys: list[tuple]) -> list[str]:
-  """A name for every row: its values of a few fields in which all rows differ.
+def _labels(
+  members: Sequence[Sequence[FinishedRun]], fields: list[str], keys: list[tuple]
+) -> list[str]:
+  """A name for every row: that of its workdir, and what tells it from the rows of its kind."""
+  kinds: dict[tuple[str, str], list[int]] = {}
+  for i, (first, *_) in enumerate(members):
+    kinds.setdefault((first.data_set, first.network), []).append(i)
+  names = [_workdir_name(runs) for runs in members]
+  for of_kind in kinds.values():
+    for i, told in zip(of_kind, _distinctions(fields, [keys[i] for i in of_kind])):
+      names[i] += f" ({told})" if told else ""
+  return [
+    name if names.count(name) == 1 else f"{name}, {runs[0].directory}"
+    for name, runs in zip(names, members)
+  ]
+
+
+def _workdir_name(runs: Sequence[FinishedRun]) -> str:
+  """The name of a row's workdir, without the seed if there are several."""
+  name = runs[0].directory.resolve().name
+  return name if len(runs) == 1 else re.sub(r"[_. -]*(seed)?[_. -]*\d+$", "", name) or name
+
+
+def _distinctions(fields: list[str], keys: list[tuple]) -> list[str]:
+  """For every row its values of a few fields in which all rows differ.
 
   Values that more than half of the rows share go without saying.
   """
@@ -249,19 +288,12 @@ def _labels(members, fields: list[str], keys: list[tuple]) -> list[str]:
     best = max(range(len(fields)), key=lambda k: (told[k], -letters[k]))
     chosen.append(best)
     pairs = [(a, b) for a, b in pairs if keys[a][best] == keys[b][best]]
-  if not chosen:
-    name = members[0][0].directory.resolve().name
-    return [re.sub(r"[_. -]*(seed)?[_. -]*\d+$", "", name) or name]
   usual = {k: [key[k] for key in keys] for k in sorted(chosen)}
-  labels = [
+  return [
     ", ".join(
       f"{fields[k]}={_cut(key[k])}" for k in usual if 2 * usual[k].count(key[k]) <= len(keys)
     )
     for key in keys
-  ]
-  return [
-    (label or "base") if labels.count(label) == 1 else f"{label} ({runs[0].directory.name})"
-    for label, runs in zip(labels, members)
   ]
 
 

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import re
 import statistics
 
 import pytest
@@ -20,7 +21,7 @@ CONFIG = {
   "steps": 100,
   "method": "rpn",
   "log_every": 10,
-  "model": {"head": "paper", "deep_tokens": 0, "relationship_prompts": True},
+  "model": {"tuner": "rpn", "head": "paper", "deep_tokens": 0, "relationship_prompts": True},
   "data": {"name": "shapes", "data_dir": "data", "scale": [384, 96]},
 }
 
@@ -79,7 +80,7 @@ def test_seeds_become_one_row(make):
   assert report.mean_and_deviation(values) == cell
   best = f"{100 * mean + 10:.1f} ± {100 * deviation:.1f}"
   line = report.score_table([row]).splitlines()[2]
-  assert line.split()[:3] == ["1", "rpn", "3"]
+  assert line.split()[:5] == ["1", "rpn", "shapes", "rpn", "3"]
   assert cell in line and line.endswith(best)
   content = report.summary([row], [])["rows"][0]
   assert content["last"]["hiou"] == pytest.approx({"mean": mean, "deviation": deviation})
@@ -94,7 +95,33 @@ def test_one_seed_has_no_deviation(make):
 
 def test_rows_are_named_after_what_differs(make):
   (two, one), _ = rows_of(make("a", **{"model.deep_tokens": 40}), make("b"))
-  assert (two.label, one.label) == ("model.deep_tokens=40", "model.deep_tokens=0")
+  assert (two.label, one.label) == ("a (model.deep_tokens=40)", "b (model.deep_tokens=0)")
+
+
+def test_runs_of_several_sets_and_methods_are_told_apart(make, tmp_path, capsys):
+  """By their workdirs, data sets and networks: what differs between sets does not name them."""
+  folder = {"data.name": "folder", "data.variant": "mine"}
+  runs = [
+    make("crowded", None, steps=300, **{"data.name": "crowds"}),
+    make("mine", None, steps=400, **folder),
+    make("sclip", None, method="training_free", dense={"method": "sclip"}, **folder),
+    make("lora", 0.4, steps=1000, **{"model.tuner": "lora"}),
+  ]
+  rows, _ = rows_of(*runs)
+  assert [row.label for row in rows] == ["crowded", "mine", "sclip", "lora"]
+  lines = report.score_table(rows).splitlines()[2:6]
+  cells = [re.split(r"\s{2,}", line.strip()) for line in lines]
+  assert [cell[2:4] for cell in cells] == [
+    ["crowds", "rpn"], ["folder mine", "rpn"], ["folder mine", "sclip"], ["shapes", "lora"],
+  ]  # fmt: skip
+  # The means of every run are there, and those of a split where there is one.
+  assert [cell[5:8] for cell in cells] == [["90.0", "45.0", "44.0"]] * 4
+  assert cells[0][8:11] == ["-"] * 3 and cells[3][8:11] == ["50.0", "40.0", "40.0"]
+  assert cli.main(["report", *map(str, runs), f"--out={tmp_path / 'out'}"]) == 0
+  figures = [f"report_{name}.png" for name in ("crowds", "folder_mine", "shapes")]
+  assert all((tmp_path / "out" / name).exists() for name in figures)
+  assert ", ".join(figures) in capsys.readouterr().out
+  assert not (tmp_path / "out/report.png").exists()
 
 
 def test_common_values_and_fields_that_tell_nothing_more_go_unnamed(make):
@@ -109,13 +136,13 @@ def test_common_values_and_fields_that_tell_nothing_more_go_unnamed(make):
     make("free", method="training_free", **{"model.relationship_prompts": False}),
   )
   assert [row.label for row in rows] == [
-    "model.relationship_prompts=True",
-    "model.head=released, model.relationship_prompts=True",
-    "base",
-    "model.head=released",
-    "model.deep_tokens=40",
-    "steps=1000",
-    "method=training_free",
+    "paper (model.relationship_prompts=True)",
+    "released (model.head=released, model.relationship_prompts=True)",
+    "no_rpm",
+    "released_no_rpm (model.head=released)",
+    "vpt (model.deep_tokens=40)",
+    "long (steps=1000)",
+    "free",
   ]
 
 
@@ -124,13 +151,16 @@ def test_long_values_are_cut_and_names_stay_different(make):
   rows, _ = rows_of(*(make(f"run{i}", **{"data.scale": scale[i]}) for i in range(3)))
   labels = [row.label for row in rows]
   assert len(set(labels)) == 3 and max(map(len, labels)) < 70
-  assert labels[2].endswith("… (run2)")
+  assert labels[2].startswith("run2 (data.scale=") and labels[2].endswith("…)")
   assert report.summary(rows, [])["rows"][2]["config"] == {"data.scale": repr(scale[2])}
 
 
 def test_a_field_that_one_config_lacks(make):
   rows, _ = rows_of(make("old"), make("new", synonyms="mean"), make("max", synonyms="max"))
-  assert [row.label for row in rows] == ["synonyms=absent", "synonyms=mean", "synonyms=max"]
+  assert [row.label for row in rows] == [
+    f"{name} (synonyms={value})"
+    for name, value in (("old", "absent"), ("new", "mean"), ("max", "max"))
+  ]
 
 
 def test_fields_without_influence_make_no_row(make):
@@ -158,7 +188,7 @@ def test_means_where_no_class_is_unseen(make):
   rows, _ = rows_of(make("a", None), make("b", None, steps=1))
   assert report.columns(rows) == ("miou_gt", "miou_union")
   mixed, _ = rows_of(make("c", 0.5), make("d", None, steps=1))
-  assert report.columns(mixed)[-1] == "hiou"
+  assert report.columns(mixed) == ("miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
   assert report.score_table(mixed).splitlines()[3].split()[-1] == "-"
 
 
