@@ -117,7 +117,7 @@ def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: Preemptio
     start = int(state.step)
     print(
       f"{state.trained_parameters:,} trained parameters, {predictor.clip_parameters:,} frozen; "
-      f"training on {len(trained)} of {len(data.names)} classes ({config.data.setting})"
+      f"{config.data.setting}: training on {len(trained)} of {len(data.names)} classes"
       + (f" by the labels of {labeler.teacher.title}" if labeler else "")
       + f", on {devices.devices_text()}"
       + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
