@@ -1,5 +1,10 @@
 """Trains, evaluates or predicts: python main.py --config=configs/shapes.py --workdir=runs/shapes"""
 
+from rpn_jax.base import interrupts
+
+if __name__ == "__main__":
+  interrupts.end_at_once()  # while the rest is imported
+
 from absl import app, flags
 from ml_collections import config_flags
 

@@ -10,7 +10,7 @@ import shlex
 import sys
 
 from rpn_jax import __version__
-from rpn_jax.base import console
+from rpn_jax.base import console, interrupts
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
 from rpn_jax.drawing.palette import PALETTES
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
   """Runs a command; returns its exit status, see `console.run_command`."""
   if arguments is None:
     console.use_utf8()
+    interrupts.end_at_once()
     arguments = sys.argv[1:]
   return console.run_command(lambda: _run(arguments))
 

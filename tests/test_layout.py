@@ -41,7 +41,7 @@ ROOMS = {
   "benchmarks": EVERYTHING,
 }  # fmt: skip
 # The public names of `import rpn_jax` and `python -m rpn_jax`.
-ROOMS |= {"__init__": EVERYTHING, "__main__": ["cli"]}
+ROOMS |= {"__init__": EVERYTHING, "__main__": ["base", "cli"]}
 
 # Room -> packages of others that it must not import.
 HEAVY = {"jax", "flax", "optax", "orbax"}

@@ -2,9 +2,9 @@
 
 FILE is a config file with TABLES, such as configs/ablations.py:dataset=shapes; words behind the
 colon are for every row. Each row and seed is a run of main.py in a workdir of its own under --root;
-other --config.… flags are passed on to all of them. Finished runs are not repeated, so an
-interrupted sweep is continued by the same command, and rows with the same settings are one run in
-all tables. A failed run is listed with its log and tried again by the next call.
+other --config.… flags are passed on to all of them. Finished runs are not repeated, and rows with
+the same settings are one run in all tables. Ctrl-C and SIGTERM save the runs under way; the same
+command continues them. A failed run is listed with its log and tried again by the next call.
 
 At the end the table is printed, with the paper's scores where they are known, and written to
 ROOT/report/TABLE as Markdown, CSV, JSON and a plot with error bars. Of several tables, "all" or
@@ -20,6 +20,7 @@ import pathlib
 import queue
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -73,11 +74,19 @@ def claim(root: pathlib.Path, words: str, flags: Sequence[str]) -> None:
   write_json(path, settings)
 
 
-def run(command: Sequence[str], workdir: pathlib.Path) -> str:
-  """Runs a command with its output in the workdir's log; returns what went wrong, or ""."""
+def run(command: Sequence[str], workdir: pathlib.Path, running: set[subprocess.Popen]) -> str:
+  """Runs a command with its output in the workdir's log; returns what went wrong, or "".
+
+  The process is in `running` meanwhile.
+  """
   workdir.mkdir(parents=True, exist_ok=True)
-  with open(workdir / LOG, "w", encoding="utf-8") as log:
-    code = subprocess.run(command, stdout=log, stderr=log).returncode
+  with (
+    open(workdir / LOG, "w", encoding="utf-8") as log,
+    subprocess.Popen(command, stdout=log, stderr=log) as process,
+  ):
+    running.add(process)
+    code = process.wait()
+    running.discard(process)
   if code == 0 and is_done(workdir):
     return ""
   log_text = (workdir / LOG).read_text(encoding="utf-8", errors="replace")
@@ -124,18 +133,29 @@ def sweep(runs: Mapping[pathlib.Path, Sequence[str]], jobs: int) -> list[str]:
 
   def job(workdir):
     bar.set_postfix(run=workdir.name)
-    return run(runs[workdir], workdir)
+    return run(runs[workdir], workdir, running)
 
-  with progress(len(runs), "sweep", "run") as bar:
-    bar.update(len(runs) - len(todo))
+  running: set[subprocess.Popen] = set()
+  with progress(len(runs), "sweep", "run", initial=len(runs) - len(todo)) as bar:
     pool = concurrent.futures.ThreadPoolExecutor(jobs, initializer=pin_thread)
     try:
       for done in concurrent.futures.as_completed([pool.submit(job, w) for w in todo]):
         failures += filter(None, [done.result()])
         bar.update()
+    except KeyboardInterrupt:
+      pool.shutdown(wait=False, cancel_futures=True)
+      print("\nending the runs under way, which save; Ctrl-C ends at once", file=sys.stderr)
+      for process in tuple(running):
+        process.terminate()  # a terminal's Ctrl-C has reached them, too; what `kill` sends has not
+      raise
     finally:
-      pool.shutdown(cancel_futures=True)  # Ctrl-C ends the runs under way, and starts no others
+      pool.shutdown()
   return failures
+
+
+def interrupt(*_: object) -> None:
+  """SIGTERM ends a sweep as Ctrl-C does, and with it its runs."""
+  raise KeyboardInterrupt
 
 
 def table_rows(
@@ -234,7 +254,13 @@ def main(arguments: list[str]) -> int:
           f"--config={','.join(filter(None, [f'{path}:{table}_{row}', words]))}",
           f"--config.seed={seed}", *passed_on,
         ]  # fmt: skip
-  failures = sweep(runs, args.jobs)
+  before = signal.signal(signal.SIGTERM, interrupt)
+  try:
+    failures = sweep(runs, args.jobs)
+  except KeyboardInterrupt:
+    raise KeyboardInterrupt("interrupted: the same command continues the sweep") from None
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
   for table in tables:
     rows, missing = table_rows(table, known[table], root, args.seeds)

@@ -1,7 +1,6 @@
 """Terminal output: progress, tables, verbosity, exit status, the files of a workdir."""
 
 import codecs
-import contextlib
 import io
 import os
 import pathlib
@@ -16,6 +15,7 @@ from typing import TextIO
 import numpy as np
 from absl import logging
 
+from rpn_jax.base import interrupts
 from rpn_jax.base.errors import InputError
 
 # Seconds between the lines that replace the progress bar if stderr is not a terminal.
@@ -63,7 +63,7 @@ def run_command(
 
   Args:
     action: the command; an integer it returns is the exit status.
-    interrupted: message after Ctrl-C.
+    interrupted: message after Ctrl-C, unless the KeyboardInterrupt has one of its own.
     verbose: raise errors, with their traceback.
 
   Returns:
@@ -74,15 +74,13 @@ def run_command(
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks ends no command
       stream.reconfigure(errors="backslashreplace")
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
-    with contextlib.suppress(ValueError):  # only the main thread may
-      signal.signal(signal.SIGINT, interrupt)
   try:
-    status = action()
-    sys.stdout.flush()  # raises here, not at exit, if the reader is gone
+    with interrupts.handled():
+      status = action()
+      sys.stdout.flush()  # raises here, not at exit, if the reader is gone
     return status if isinstance(status, int) else 0
-  except KeyboardInterrupt:
-    print(interrupted, file=sys.stderr)
+  except KeyboardInterrupt as error:
+    print(error.args[0] if error.args else interrupted, file=sys.stderr)
     return 128 + signal.SIGINT
   except BrokenPipeError:
     # Flushing the rest of the buffer at exit would raise again.
@@ -93,19 +91,6 @@ def run_command(
       raise
     print(f"error: {error}", file=sys.stderr)
     return 2
-  finally:
-    if signal.getsignal(signal.SIGINT) is interrupt:
-      signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def interrupt(*_: object) -> None:
-  """The first Ctrl-C ends the command, whose cleanup can take seconds; the second ends that, too.
-
-  By the system's own action, which is at once even within a compilation. Python's would raise in
-  the middle of the cleanup, after which threads of JAX and grain can crash.
-  """
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
-  raise KeyboardInterrupt
 
 
 # Files of a workdir, in the order in which one looks at them.

@@ -115,7 +115,7 @@ def locked(
       yield
       return
     if holder:
-      print(f"{resource} was left by {holder}, which is gone: taking over", flush=True)
+      print(f"{resource} was in use by {holder}, which was killed: taking over", flush=True)
     with contextlib.suppress(OSError):  # on a full disk the lock works without a name
       file.truncate(0)
       file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -43,7 +43,7 @@ class PreemptionGuard:
 
   def _handle(self, number: int, _: object) -> None:
     if number == signal.SIGINT:
-      # The next one. Of a command it would have been the turn of `console.interrupt`.
+      # The next one. Of a command it would have been the turn of `interrupts.interrupt`.
       old = self._old[signal.SIGINT]
       self._old[signal.SIGINT] = old if old is signal.default_int_handler else signal.SIG_DFL
       signal.signal(signal.SIGINT, self._old[signal.SIGINT])

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -20,13 +21,20 @@ TABLES = {
 """
 # Stands in for training: writes scores, or fails where the workdir's name holds "fail".
 MAIN = """
-import json, os, pathlib, sys
+import json, os, pathlib, signal, sys, time
 flags = dict(f.lstrip("-").split("=", 1) for f in sys.argv[1:])
 with open("calls.jsonl", "a") as log:
   log.write(json.dumps(flags) + "\\n")
 workdir = pathlib.Path(flags["workdir"])
 if (pathlib.Path("broken") / workdir.name).exists():
   sys.exit("error: the disk is full")
+if pathlib.Path("slow").exists():
+  def save(*_):
+    (workdir / "saved").touch()
+    sys.exit()
+  signal.signal(signal.SIGTERM, save)
+  os.kill(os.getppid(), signal.SIGTERM)
+  time.sleep(60)
 (workdir / "cores.json").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
 seed = int(flags["config.seed"])
 scores = {"step": 5, "pAcc": 0.9, "miou_gt": 0.5, "miou_union": 0.5, "miou_seen": 0.5,
@@ -93,6 +101,19 @@ def test_a_failed_run_is_shown_and_tried_again(here, capsys):
   assert "the disk is full" in shown.err
   assert "missing: plain, seed 1" in shown.out and "40.0" in shown.out
   (here / "broken/base_seed1").unlink()
+  assert call("table1") == 0
+  assert len(calls()) == 5
+
+
+def test_sigterm_saves_the_runs_under_way_and_starts_no_others(here, capsys):
+  (here / "slow").touch()
+  before = signal.getsignal(signal.SIGTERM)
+  assert call("table1") == 130
+  shown = capsys.readouterr().err
+  assert "ending the runs under way" in shown and "the same command continues the sweep" in shown
+  assert len(calls()) == 1 and len(list(here.glob("out/*/saved"))) == 1
+  assert signal.getsignal(signal.SIGTERM) is before
+  (here / "slow").unlink()
   assert call("table1") == 0
   assert len(calls()) == 5
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from rpn_jax.base import console
+from rpn_jax.base import interrupts
 from rpn_jax.training import preemption
 
 
@@ -79,7 +79,7 @@ def test_the_first_interrupt_waits_for_the_step_the_second_for_nothing(capfd):
 @pytest.mark.parametrize("guarded", [False, True])
 def test_the_second_interrupt_of_a_command_is_the_system_s(guarded):
   """That ends the process with status 130, also within a compilation or while Python ends."""
-  before = signal.signal(signal.SIGINT, console.interrupt)
+  before = signal.signal(signal.SIGINT, interrupts.interrupt)
   try:
     with pytest.raises(KeyboardInterrupt):
       if guarded:
