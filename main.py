@@ -6,15 +6,14 @@ if __name__ == "__main__":
   interrupts.end_at_once()  # while the rest is imported
 
 from absl import app, flags
-from ml_collections import config_flags
 
 from rpn_jax.base import console, paths
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.flags import parse_or_exit
+from rpn_jax.config import check, expand_paths
+from rpn_jax.config.flags import define_config, parse_or_exit
 
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/shapes.py:preset=paper")
-flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, figures")
+define_config(FLAGS := flags.FLAGS)
+flags.DEFINE_string("workdir", None, "Of the run: files, and its settings without --config")
 flags.DEFINE_enum("mode", "train", ("train", "eval", "predict", "classify", "export"), "What to do")
 flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
 flags.DEFINE_list("distributed", [], "HOST:PORT,PROCESSES,PROCESS; pods and Slurm need none")
@@ -22,7 +21,6 @@ flags.DEFINE_string("classes", None, 'predict, classify: class names, e.g. "red 
 flags.DEFINE_bool("restart", False, "train: move what is in the workdir aside, begin at step 0")
 flags.DEFINE_bool("quiet", False, "Print nothing but errors")
 flags.DEFINE_bool("verbose", False, "Print what the libraries log and compile, and tracebacks")
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 def run(config, workdir) -> None:
@@ -53,16 +51,13 @@ def run(config, workdir) -> None:
 
 def command(arguments) -> None:
   """What the flags ask for, once they are checked."""
-  from rpn_jax.config import check, expand_paths
-
   if arguments:
     raise InputError(f"unexpected argument {arguments[0]!r}: every setting is a --flag=value")
   check(FLAGS.config)
   if FLAGS.restart and (FLAGS.mode != "train" or FLAGS.config.get("task") == "pretrain"):
     raise InputError("--restart is for --mode=train of a segmentation run: leave it out here")
   expand_paths(FLAGS.config)
-  workdir = paths.expand(FLAGS.workdir)
-  run(FLAGS.config, workdir)
+  run(FLAGS.config, workdir := paths.expand(FLAGS.workdir))
   print(console.describe_workdir(workdir))
 
 

@@ -15,7 +15,13 @@ HEAD = """# Config fields
 
 Every field of a run, written by `python -m configs.reference` from `rpn_jax/config/`. Any of them
 can be changed: `--config.optimizer.base_lr=1e-4`. Values are checked before anything is done. The
-last column shows what `configs/shapes.py` changes.
+last column shows what `configs/shapes.py` changes. A tuple is given as a whole, in quotes: the
+learning rate of the default group `rest`, all but h, is 5 instead of 10 times `base_lr` by
+
+```sh
+python main.py --config=configs/shapes.py --workdir=runs/slower \\
+  --config.optimizer.groups="(('h', r'h(_bias)?', 1.0), ('rest', r'(?!h(_bias)?$).*', 5.0))"
+```
 """
 FILES = """
 ## Experiment families

@@ -1,6 +1,6 @@
 """What a trained network looks at: the relationship maps m of every layer (the paper's Fig. 1).
 
-    python -m rpn_jax attention --config=… --workdir=… --image=… --classes="cat | kitten, grass"
+    python -m rpn_jax attention --workdir=… --image=… --classes="cat | kitten, grass"
 
 Drawn for an image, or for each in a folder.
 """
@@ -207,13 +207,12 @@ def run_drawing(command: Callable, description: str, arguments: list[str]) -> in
   """Runs a command that draws something of a trained network: `attention`, or `distance`."""
   parser = argparse.ArgumentParser(prog=f"rpn {command.__name__}", description=description)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
-  parser.add_argument("--workdir", required=True, help="of a trained run")
   parser.add_argument("--image", required=True, help="an image file, or a folder of them")
   parser.add_argument(
     "--classes", required=True, help='class names, e.g. "cat | kitten, grass": | joins synonyms'
   )
   parser.add_argument("--out", help="folder to draw into (default: the workdir)")
-  args, config = parse(parser, arguments)
+  args, config = parse(parser, arguments, workdir=True)
   names, files = parse_names(args.classes), pixels.find(args.image)
   workdir = paths.expand(args.workdir)
   with devices.runtime(matmul_precision=config.get("matmul_precision", "default")):

@@ -1,6 +1,6 @@
 """How far each attention head looks, before and after training (the paper's Fig. 7).
 
-    python -m rpn_jax distance --config=… --workdir=… --image=… --classes="cat, grass"
+    python -m rpn_jax distance --workdir=… --image=… --classes="cat, grass"
 
 Drawn, and listed as CSV.
 """

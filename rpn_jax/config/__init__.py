@@ -69,7 +69,8 @@ class Optimizer:
   )
   groups: tuple[tuple[str, str, float], ...] = field(
     (("h", r"h(_bias)?", 1.0), ("rest", r"(?!h(_bias)?$).*", 10.0)),
-    "(group, regular expression for the whole path of a parameter, factor of the rate)",
+    "(group, regular expression for the whole path of a parameter, factor of the rate); every "
+    "parameter belongs to one group",
   )
 
 
@@ -89,9 +90,9 @@ class Data:
   data_dir: str = field("data", "folder of prepared data sets", is_path=True, free=True)
   setting: str = field(
     "zero_shot",
-    "zero_shot: unseen classes are ignored in training; transductive: found by self-training; "
-    "supervised: all classes are trained on; annotation_free: all, on what a training-free method "
-    "predicts in place of the ground truth",
+    "zero_shot: unseen classes (of a folder those in its unseen.txt) are ignored in training; "
+    "transductive: found by self-training; supervised: all classes are trained on; "
+    "annotation_free: all, on what a training-free method predicts in place of the ground truth",
     words=("zero_shot", "transductive", "supervised", "annotation_free"),
   )
   batch_size: int = field(32, "images per step, over all devices", at_least=1)

@@ -19,13 +19,14 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.base.pixels import ImageSource
 from rpn_jax.base.words import Names, check_known, check_names, parse_names, without_articles
+from rpn_jax.config.stored import read_config
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.refinement import REFINEMENTS
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.inference.views import round_up
 from rpn_jax.models import NETWORKS, training_free
-from rpn_jax.training.run import Run, clip_of, read_config
+from rpn_jax.training.run import Run, clip_of
 from rpn_jax.weights import arrays, checkpoints, clip_file, hub, prompts_file
 
 # Training-free methods.

@@ -15,14 +15,13 @@ from jax.experimental import multihost_utils
 
 from rpn_jax.base.console import WORKDIR_FILES
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.paths import locked, write_json
 from rpn_jax.base.words import differences
+from rpn_jax.config.stored import CONFIG
 from rpn_jax.training.checkpoint import Checkpoints
 from rpn_jax.training.identity import check_identity, identity
 from rpn_jax.training.metric_log import METRICS, read_history
 
-CONFIG = "config.json"
 # The best scores so far; evaluations read it, during the run and after it.
 BEST = "best.json"
 LOCK = ".lock"
@@ -221,25 +220,6 @@ def _content(path: pathlib.Path, size: int = 200) -> bytes | None:
     return None
   except OSError:
     return b""
-
-
-def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config that a run wrote to its workdir, unlocked.
-
-  Raises:
-    InputError: the folder is not the workdir of a run, or its config is incomplete.
-  """
-  path = workdir / CONFIG
-  if not path.exists():
-    raise InputError(f"{workdir}: expected the workdir of a run, with a {CONFIG}; train first")
-  try:
-    config = json.loads(path.read_text(encoding="utf-8"))["config"]
-    _ = config["eval"]["crop"], config["data"]["short_side"], config["method"]
-  except (ValueError, KeyError, TypeError):
-    raise InputError(
-      f"{path}: expected the whole config of a segmentation run; repeat the run with this version"
-    ) from None
-  return ml_collections.ConfigDict(with_tuples(config))
 
 
 def clip_of(workdir: pathlib.Path) -> str:

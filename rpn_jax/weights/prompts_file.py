@@ -15,10 +15,10 @@ import numpy as np
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import differences
-from rpn_jax.config import EVALUATION, defaults
+from rpn_jax.config import EVALUATION
+from rpn_jax.config.stored import completed
 from rpn_jax.models import NETWORKS
 from rpn_jax.weights.arrays import float32, read_safetensors, write_safetensors
 
@@ -89,10 +89,8 @@ def config_of(path: pathlib.Path) -> ml_collections.ConfigDict:
   Raises:
     InputError: see `load`; or a config that is not one of a segmentation run.
   """
-  config = defaults().unlock()
   try:
-    with config.ignore_type():
-      config.update(with_tuples(load(path).config))
+    config = completed(load(path).config)
   except (KeyError, TypeError, ValueError, AttributeError):
     raise InputError(
       f"expected the config of a segmentation run in {path}: export it again"

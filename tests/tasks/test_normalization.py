@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from ml_collections import config_flags
 from PIL import Image
 
 import data_pipelines
@@ -17,8 +16,8 @@ from data_pipelines import datasets, registry
 from rpn_jax import Segmenter
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.flags import parse
 from rpn_jax.config import check
+from rpn_jax.config.flags import define_config, parse
 from rpn_jax.models.clip import VisionTransformer
 from rpn_jax.tasks import evaluate, predict, train
 from rpn_jax.weights import clip_file
@@ -108,7 +107,7 @@ def test_a_flag_is_what_the_config_says(monkeypatch):
   monkeypatch.setattr(sys, "argv", arguments)  # where ml_collections looks for overrides
   monkeypatch.chdir(ROOT)
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+  define_config(values)
   parse(values, arguments)
   check(values.config)
   assert values.config.data.std == (0.1, 0.2, 0.3) and values.config.data.mean is None

@@ -14,6 +14,7 @@ from configs import shapes
 from data_pipelines import datasets
 from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
+from rpn_jax.config.stored import read_config
 from rpn_jax.inference.segmenter import Segmenter
 from rpn_jax.tasks import evaluate, train
 from rpn_jax.training import run
@@ -43,7 +44,7 @@ def test_the_second_run_is_refused_and_a_dead_one_forgotten(tmp_path, capsys):
       pass
     other.kill()
   with run.held_workdir(tmp_path / "run"):
-    assert f"left by process {other.pid} on" in capsys.readouterr().out
+    assert f"was in use by process {other.pid} on" in capsys.readouterr().out
     assert f"process {os.getpid()} " in (tmp_path / "run/.lock").read_text()
   with run.held_workdir(tmp_path / "run"):
     pass
@@ -180,7 +181,7 @@ def old(tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   workdir = tmp_path / "old"
   shutil.copytree(OLD / "workdir", workdir)
-  config = run.read_config(workdir)
+  config = read_config(workdir)
   config.data.data_dir = str(tmp_path / "data")
   return config.lock(), workdir
 
