@@ -13,6 +13,7 @@ names joined by commas, the runs of the first seed come first.
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -30,6 +31,7 @@ from rpn_jax.analysis.runs import Row, read_run
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
+from rpn_jax.config.stored import read_config
 from rpn_jax.inference import published
 
 LOG = "log.txt"
@@ -112,6 +114,15 @@ def is_done(workdir: pathlib.Path) -> bool:
   return True
 
 
+def share_done(workdir: pathlib.Path) -> float:
+  """The share of its steps, 0 to 1, after which an interrupted run resumes."""
+  with contextlib.suppress(InputError, OSError):
+    checkpoints = [path.name for path in (workdir / "checkpoints").iterdir()]
+    saved = max((int(name) for name in checkpoints if name.isdecimal()), default=0)
+    return min(1.0, saved / read_config(workdir).steps)
+  return 0.0
+
+
 def sweep(runs: Mapping[pathlib.Path, Sequence[str]], jobs: int) -> list[str]:
   """Runs the commands whose workdirs hold no finished run; returns what failed.
 
@@ -133,15 +144,17 @@ def sweep(runs: Mapping[pathlib.Path, Sequence[str]], jobs: int) -> list[str]:
 
   def job(workdir):
     bar.set_postfix(run=workdir.name)
-    return run(runs[workdir], workdir, running)
+    earlier = share_done(workdir)
+    return earlier, run(runs[workdir], workdir, running)
 
   running: set[subprocess.Popen] = set()
   with progress(len(runs), "sweep", "run", initial=len(runs) - len(todo)) as bar:
     pool = concurrent.futures.ThreadPoolExecutor(jobs, initializer=pin_thread)
     try:
       for done in concurrent.futures.as_completed([pool.submit(job, w) for w in todo]):
-        failures += filter(None, [done.result()])
-        bar.update()
+        earlier, failure = done.result()
+        failures += filter(None, [failure])
+        bar.update(earlier=earlier)
     except KeyboardInterrupt:
       pool.shutdown(wait=False, cancel_futures=True)
       print("\nending the runs under way, which save; Ctrl-C ends at once", file=sys.stderr)

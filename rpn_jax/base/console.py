@@ -135,7 +135,8 @@ class Progress:
     self._iterable, self._total, self._desc, self._unit = iterable, total, desc, unit
     self._bar = None
     self._postfix = ""
-    self._done = self._line_done = initial
+    self._initial = self._done = initial
+    self._line_done: float = initial
     self._line_at, self._rate = time.monotonic(), 0.0
     isatty = getattr(self._stream, "isatty", None)
     if isatty is not None and isatty() and not _silent:
@@ -157,10 +158,13 @@ class Progress:
     finally:
       self.close()
 
-  def update(self, count: int = 1) -> None:
-    """Counts `count` more units as done."""
+  def update(self, count: int = 1, earlier: float = 0.0) -> None:
+    """Counts `count` more units as done, `earlier` of them, as 0.9, by an earlier run."""
     self._done += count
+    self._line_done += earlier
     if self._bar is not None:
+      self._bar.initial += earlier  # tqdm's rates leave out what is before these
+      self._bar.last_print_n += earlier
       self._bar.update(count)
       return
     now = time.monotonic()
@@ -171,8 +175,9 @@ class Progress:
     """Sets what is shown after the rate, such as `loss="0.123"`."""
     self._postfix = ", ".join(f"{name}={_cell(value)}" for name, value in values.items())
     if self._bar is not None:
-      # Drawn with the next update: drawing here as well would double the work.
-      self._bar.set_postfix_str(self._postfix, refresh=False)
+      # Drawn with the next update, as drawing here as well would double the work; but the first of
+      # all, which may be long in coming.
+      self._bar.set_postfix_str(self._postfix, refresh=self._done == self._initial)
 
   def close(self) -> None:
     """Closes the bar; a second call does nothing."""
@@ -192,7 +197,7 @@ class Progress:
     rate, self._rate = max(recent, self._rate), recent
     count = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
     parts = [f"{self._desc}: {count} {self._unit}"]
-    if self._done > 1:
+    if self._done - self._initial > 1:  # the first may have been compiled meanwhile
       parts.append(f"{rate:.3g} {self._unit}/s")
       if self._total is not None and rate > 0:
         parts.append(f"{_duration((self._total - self._done) / rate)} left")
@@ -206,15 +211,16 @@ def progress(iterable_or_total: Iterable | int, desc: str, unit: str, initial: i
   """The progress display of every long loop: units done, rate, time left, and a postfix.
 
   Args:
-    iterable_or_total: what to iterate over, or the number of units that `update` will report.
+    iterable_or_total: what to iterate over, or the total number of units, which `update` reports.
     desc: what is being done, such as "train".
     unit: what is counted, in the singular, such as "step".
-    initial: units done by an earlier run, of a total; they do not count towards the rate.
+    initial: units done by an earlier run; they do not count towards the rate. They are part of a
+      total, and come before what is iterated over.
   """
   if isinstance(iterable_or_total, int):
     return Progress(None, iterable_or_total, desc, unit, initial)
-  total = len(iterable_or_total) if isinstance(iterable_or_total, Sized) else None
-  return Progress(iterable_or_total, total, desc, unit)
+  total = initial + len(iterable_or_total) if isinstance(iterable_or_total, Sized) else None
+  return Progress(iterable_or_total, total, desc, unit, initial)
 
 
 def _has_columns(stream: TextIO) -> bool:

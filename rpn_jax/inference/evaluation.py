@@ -129,14 +129,17 @@ def evaluate(
   done, confusion = 0, np.zeros((len(names), len(names)), np.int64)
   if partial and (loaded := partial.load(len(names), len(examples))):
     done, confusion = loaded
-    print(f"{data.name}: resuming at image {done} of {len(examples)}", flush=True)
+    if done < len(examples):
+      print(f"{data.name}: resuming after image {done} of {len(examples)}", flush=True)
+    else:
+      print(f"{data.name}: all {done} images were counted before the interruption", flush=True)
 
   kept = []
   if done:  # the examples for figures are segmented again, but not counted again
     predicted = with_predictions(window, examples[: min(keep, done)])
     kept = [{**example, "prediction": scored_as[ids]} for example, ids in predicted]
     examples = examples[done:]
-  bar = progress(examples, f"evaluate on {devices_text()}", "image")
+  bar = progress(examples, f"evaluate on {devices_text()}", "image", done)
   for example, ids in with_predictions(window, bar):
     prediction = scored_as[ids]
     if len(kept) < keep:

@@ -86,7 +86,7 @@ class Loop:
     batches = self.data.train_batches(start)
     # Reader processes end with the steps, not with the process.
     close = getattr(batches, "close", lambda: None)
-    bar = progress(range(start, steps), f"train on {devices.devices_text()}", "step")
+    bar = progress(range(start, steps), f"train on {devices.devices_text()}", "step", start)
     saved, retry_at = True, None
     with self.guard.deferred(), contextlib.ExitStack() as stack:
       stack.callback(close)

@@ -10,7 +10,9 @@ import sys
 
 import pytest
 
+from configs import shapes
 from rpn_jax import cli
+from rpn_jax.analysis import sweep
 from tests import ROOT, tiny
 
 CONFIG = """
@@ -116,6 +118,15 @@ def test_sigterm_saves_the_runs_under_way_and_starts_no_others(here, capsys):
   (here / "slow").unlink()
   assert call("table1") == 0
   assert len(calls()) == 5
+
+
+def test_an_interrupted_run_counts_by_its_steps(tmp_path):
+  config = shapes.get_config("runlocal").to_dict()
+  (tmp_path / "config.json").write_text(json.dumps({"clip": "", "config": config}))
+  assert sweep.share_done(tmp_path) == 0
+  for name in ("4", "6", "2.damaged", ".7.tmp"):
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+  assert sweep.share_done(tmp_path) == 6 / 8
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are pinned on Linux only")

@@ -286,7 +286,7 @@ def test_an_interrupted_evaluation_continues(tmp_path, monkeypatch, capsys):
   assert again.scores == whole.scores
   np.testing.assert_array_equal(again.confusion_CxC, whole.confusion_CxC)
   assert [e["id"] for e in again.kept] == [e["id"] for e in whole.kept] == ["0", "1"]
-  assert "set: resuming at image 5 of 8" in capsys.readouterr().out
+  assert "set: resuming after image 5 of 8" in capsys.readouterr().out
   # Of another checkpoint nothing is taken, nor from half a file.
   with pytest.raises(KeyboardInterrupt):
     start(stop=5, step=9)
@@ -313,7 +313,7 @@ def test_the_sets_before_an_interruption_are_not_repeated(trained, monkeypatch, 
   }  # fmt: skip
   capsys.readouterr()
   assert evaluate.evaluate_run(config, workdir, sets) == want
-  assert capsys.readouterr().out.count("resuming at image 5 of 5") == 2
+  assert capsys.readouterr().out.count("all 5 images were counted before the interruption") == 2
   assert not list(workdir.glob("*.partial*"))
 
 

@@ -197,6 +197,35 @@ def test_progress_that_continues_an_earlier_run(clock, capsys, monkeypatch):
   assert "80/100" in stream.getvalue()
 
 
+def test_progress_counts_the_steps_of_a_whole_run(clock, capsys):
+  """Of one that resumes at step 100 of 400, not those that remain."""
+  steps = progress(range(100, 400), "train", "step", 100)
+  for _ in steps:
+    clock.now += 1
+    if clock.now == 11:
+      break
+  assert capsys.readouterr().err == "train: 110/400 step, 1 step/s, 4:50 left\n"
+
+
+def test_progress_leaves_the_time_of_an_earlier_run_out(clock, capsys, monkeypatch):
+  """A run that was nine tenths done is no fast one: ten more like its tenth would be one."""
+  for terminal in (False, True):
+    stream = io.StringIO()
+    stream.isatty = lambda terminal=terminal: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    bar = progress(5, "sweep", "run", 1)
+    if terminal:
+      bar._bar._time = clock.monotonic
+      bar._bar.start_t = bar._bar.last_print_t = clock.now
+    clock.now += 30
+    bar.update(earlier=0.9)
+    clock.now += 300
+    bar.update()
+    shown = stream.getvalue()
+    assert ("0.00333 run/s, 10:00 left" if not terminal else "300.00s/ run]") in shown
+    bar.close()
+
+
 def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
   stream = io.StringIO()
   stream.isatty = lambda: True
