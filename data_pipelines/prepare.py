@@ -35,6 +35,7 @@ from data_pipelines import (
   shapes,
   vocabularies,
 )
+from data_pipelines.bad_files import BadFiles
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
 from rpn_jax.base import paths
 from rpn_jax.base.console import progress, run_command
@@ -123,10 +124,11 @@ def _write(
   total = sum(len(shard.raws) for shard in shards)
   kept = total - sum(len(shard.raws) for shard in unfinished)
   bar = progress(total, f"prepare {builder.name}", "image", initial=kept)
-  read = functools.partial(_read, builder)
+  read, bad = functools.partial(_read, builder), BadFiles()
   with bar, concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     for shard in unfinished:
-      shard.write(_in_order(pool, read, shard.raws), bar)
+      shard.write(bad.left_out(_in_order(pool, read, shard.raws)), bar)
+  bad.check()
   tally = records.Tally.empty()
   for shard in shards:
     tally.update(shard.tally())
@@ -193,9 +195,14 @@ def _config_of(builder: SegmentationBuilder) -> str | None:
   return builder.builder_config.name if builder.builder_config else None
 
 
-def _read(builder: SegmentationBuilder, raw: RawExample) -> tuple[bytes, records.Tally]:
-  """The record as bytes, and what was counted in it."""
-  record = builder.read(raw)
+def _read(
+  builder: SegmentationBuilder, raw: RawExample
+) -> tuple[bytes, records.Tally] | InputError:
+  """The record as bytes, and what was counted in it; or why the files cannot be used."""
+  try:
+    record = builder.read(raw)
+  except InputError as error:
+    return error
   counts = np.bincount(record["label"].ravel())
   values = np.flatnonzero(counts)
   pixels = collections.Counter(dict(zip(values.tolist(), counts[values].tolist())))

@@ -200,11 +200,17 @@ def test_one_damaged_picture_does_not_stop_a_folder(tmp_path, capsys):
   (tmp_path / "in").mkdir()
   for name in ("a.png", "c.png"):
     shutil.copy(SCENE, tmp_path / "in" / name)
-  (tmp_path / "in/b.jpg").write_text("not a picture")
+  for name in ("b.jpg", "d.jpg"):
+    (tmp_path / "in" / name).write_text("not a picture")
   tiny.save(tmp_path / "clip.safetensors")
   command = ["segment", str(tmp_path / "in"), "sand, water", "--out", str(tmp_path / "out")]
   assert cli.main([*command, f"--model={tmp_path}/clip.safetensors"]) == 2
-  assert "error: 1 of 3 images were skipped, such as" in capsys.readouterr().err
+  listed = tmp_path / "out/skipped.txt"
+  error = capsys.readouterr().err
+  assert f"error: 2 of 4 images were skipped, such as {tmp_path}/in/b.jpg: " in error
+  assert f"; {listed} lists all" in error
+  lines = listed.read_text().splitlines()
+  assert [line.split(": ")[0] for line in lines] == [f"{tmp_path}/in/{n}.jpg" for n in "bd"]
   assert {p.name for p in (tmp_path / "out").iterdir()} == {
     f"{stem}{end}" for stem in "ac" for end in ("_overlay.png", "_labels.png", ".json")
   }

@@ -112,16 +112,14 @@ def _pairs(images: pathlib.Path, labels: pathlib.Path, obtain: str) -> list[RawE
   """Images with their masks, sorted by name."""
   by_name = _by_name(list_files(images, SUFFIXES, "images", obtain), "image")
   masks = _by_name(list_files(labels, (".png",), "masks", obtain), "mask")
-  for name, image in by_name.items():
-    if name not in masks:
-      raise InputError(
-        f"{labels / name}.png: expected the mask of {image}, got no such file; {obtain}"
-      )
-  for name, mask in masks.items():
-    if name not in by_name:
-      raise InputError(
-        f"{images / name}.*: expected the image of {mask}, got no such file; {obtain}"
-      )
+  alone = [
+    *(f"{labels / n}.png: expected the mask of {i}" for n, i in by_name.items() if n not in masks),
+    *(f"{images / n}.*: expected the image of {m}" for n, m in masks.items() if n not in by_name),
+  ]
+  if alone:
+    more = f"; the same for {len(alone) - 1} more: " if len(alone) > 1 else ""
+    others = ", ".join(line.partition(": ")[0] for line in alone[1:])
+    raise InputError(f"{alone[0]}, got no such file; {obtain}{more}{others}")
   return [RawExample(name, by_name[name], masks[name]) for name in sorted(by_name)]
 
 

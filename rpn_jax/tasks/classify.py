@@ -1,6 +1,7 @@
 """Zero-shot classification of whole images with CLIP (Radford et al., 2021, section 3.1)."""
 
 import functools
+import itertools
 import pathlib
 
 import numpy as np
@@ -12,6 +13,7 @@ from rpn_jax.base.words import check_names, parse_names
 from rpn_jax.devices import devices_text
 from rpn_jax.inference.classifier import class_probabilities
 from rpn_jax.inference.predictor import Predictor
+from rpn_jax.tasks.predict import check_skipped
 
 # Images per call of the tower.
 BATCH_IMAGES = 16
@@ -65,7 +67,7 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
     `top1` and, for more than five classes, `top5`.
 
   Raises:
-    InputError: no images, or no classes.
+    InputError: no images, or no classes; or some could not be read, after the others are written.
   """
   if not image:
     raise InputError("--mode=classify needs --image=FILE_OR_FOLDER")
@@ -85,31 +87,41 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
     std=clip.std or pixels.CLIP_STD,
     squash=clip.squash,
   )
-  orders, results = [], {}
-  for start in progress(
-    range(0, len(files), BATCH_IMAGES), f"classify on {devices_text()}", "batch"
-  ):
-    batch = files[start : start + BATCH_IMAGES]
-    inputs = np.stack([prepare(file) for file in batch])
+  orders, results, unreadable = [], {}, []
+
+  def readable():
+    """(file, label, image) without the files that cannot be read, which are told at the end."""
+    pairs = list(zip(files, labels or itertools.repeat(None)))
+    for file, label in progress(pairs, f"classify on {devices_text()}", "image"):
+      try:
+        yield file, label, prepare(file)
+      except InputError as error:
+        unreadable.append(error)
+
+  images = readable()
+  while batch := list(itertools.islice(images, BATCH_IMAGES)):
+    inputs = np.stack([image for *_, image in batch])
     missing = min(BATCH_IMAGES, len(files)) - len(batch)
     padded = np.pad(inputs, [(0, missing), (0, 0), (0, 0), (0, 0)])  # one program for all batches
-    for file, probabilities in zip(batch, apply(padded)):
+    for (file, label, _), probabilities in zip(batch, apply(padded)):
       order = np.argsort(-probabilities)[:FILE_CLASSES]
-      orders.append(order)
+      orders.append((label, order))
       results[str(file)] = {names[i]: round(float(probabilities[i]), 6) for i in order}
 
   content = {"clip": config.clip, "templates": config.templates, "classes": list(names)}
   if predictor.note:
     content["note"] = predictor.note
-  if labels:
+  if labels and orders:
     for k in (1, 5) if len(names) > 5 else (1,):
-      hits = [label in order[:k] for label, order in zip(labels, orders)]
+      hits = [label in order[:k] for label, order in orders]
       content[f"top{k}"] = float(np.mean(hits))
   content["images"] = results
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / "classify.json"
-  paths.write_json(path, content)
-  report(content, path)
+  if results:
+    paths.write_json(path, content)
+    report(content, path)
+  check_skipped(unreadable, len(files), workdir)
   return content
 
 

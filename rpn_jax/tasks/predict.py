@@ -2,15 +2,22 @@
 
 import collections
 import pathlib
+import re
 from collections.abc import Sequence
 
 from rpn_jax.base import pixels
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import write_text
 from rpn_jax.base.words import parse_names
 from rpn_jax.devices import devices_text
 from rpn_jax.inference.predictor import open_run
 from rpn_jax.inference.segmenter import Segmenter
+
+# More files than these are counted, not listed: those of four images.
+LISTED_FILES = 12
+# In the folder of the results: a line for every image that could not be read.
+SKIPPED = "skipped.txt"
 
 
 def predict(config, workdir, image: str | None, classes: str | None) -> list[pathlib.Path]:
@@ -76,11 +83,35 @@ def save_all(
     file = result.file = pending.popleft()
     stem = file.name.replace(".", "_") if repeated else file.stem
     written += result.save(directory, stem, palette=palette)
-  if unreadable and not written:
-    raise unreadable[0]
-  print(f"{segmenter.method}\n" + "\n".join(map(str, written)))
-  if unreadable:
-    raise InputError(
-      f"{len(unreadable)} of {len(files)} images were skipped, such as {unreadable[0]}"
-    )
+  if written:
+    print(f"{segmenter.method}\n{summary(written, pathlib.Path(directory))}")
+  check_skipped(unreadable, len(files), directory)
   return written
+
+
+def summary(written: Sequence[pathlib.Path], directory: pathlib.Path) -> str:
+  """The files, or of many images how many of each kind are where."""
+  if len(written) <= LISTED_FILES:
+    return "\n".join(map(str, written))
+  ends = (re.search(r"(_overlay|_labels)?\.\w+$", file.name) for file in written)
+  kinds = collections.Counter(end[0] for end in ends if end)
+  return f"{directory}: " + ", ".join(f"{count} x *{kind}" for kind, count in kinds.items())
+
+
+def check_skipped(unreadable: Sequence[InputError], total: int, directory) -> None:
+  """Tells which of many images were skipped; SKIPPED in the folder has the reason of each.
+
+  Raises:
+    InputError: there are some.
+  """
+  path = pathlib.Path(directory) / SKIPPED
+  if total == 1 or not unreadable:
+    path.unlink(missing_ok=True)  # of an earlier call
+    if unreadable:
+      raise unreadable[0]
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_text(path, "".join(f"{error}\n" for error in unreadable))
+  raise InputError(
+    f"{len(unreadable)} of {total} images were skipped, such as {unreadable[0]}; {path} lists all"
+  )

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from configs import folder as folder_config
-from data_pipelines import datasets, prepare, records
+from data_pipelines import bad_files, datasets, prepare, records
 from data_pipelines.sources.folder import Folder
 from rpn_jax.base.errors import InputError
 from rpn_jax.weights.clip_file import with_normalization
@@ -196,6 +196,36 @@ def test_color_masks_are_refused(raw, tmp_path):
   Image.open(first.label.with_suffix(".jpg")).save(first.label)
   with pytest.raises(InputError, match=r"one channel .* got mode RGB"):
     builder.read(first)
+
+
+def test_all_bad_files_are_told_at_once(raw, tmp_path, capsys, monkeypatch):
+  raw_ade_coco.folder(raw)
+  files = sorted((raw / "labels").rglob("*.png"))
+  good = {file: file.read_bytes() for file in files[:3]}
+  for file in good:
+    file.write_bytes(b"no image")
+  with pytest.raises(InputError, match=r"^3 files cannot be used, for the reasons above"):
+    prepare.prepare("folder", raw, tmp_path)
+  told = capsys.readouterr().err
+  assert all(told.count(f"{file}: ") == 1 for file in good)
+  monkeypatch.setattr(bad_files, "MAX_LISTED", 2)
+  with pytest.raises(InputError, match=r"^at least 2 files"):
+    prepare.prepare("folder", raw, tmp_path)
+  for file, content in good.items():
+    file.write_bytes(content)
+  path = prepare.prepare("folder", raw, tmp_path)
+  assert sum(records.count_examples(path).values()) == len(files)
+
+
+def test_all_files_without_a_partner_are_told(raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  masks = sorted((raw / "labels" / "train").iterdir())
+  for file in masks[:2]:
+    file.unlink()
+  stems = [file.stem for file in masks[:2]]
+  message = rf"{stems[0]}\.png: expected the mask of .*; the same for 1 more: .*{stems[1]}\.png$"
+  with pytest.raises(InputError, match=message):
+    prepare.prepare("folder", raw, tmp_path)
 
 
 def test_vocabulary_after_preparation(raw, tmp_path):

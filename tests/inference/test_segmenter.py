@@ -21,7 +21,7 @@ from rpn_jax.inference import process, segmenter, sliding, views
 from rpn_jax.inference.classifier import class_probabilities
 from rpn_jax.inference.predictor import forward
 from rpn_jax.inference.segmentation import Segmentation
-from rpn_jax.tasks import demo
+from rpn_jax.tasks import demo, predict
 from rpn_jax.weights import clip_file
 from tests import tiny
 
@@ -332,3 +332,11 @@ def test_importing_the_package_is_quick():
     import rpn_jax
 
     _ = rpn_jax.Segmentor
+
+
+def test_the_files_of_many_images_are_counted(tmp_path):
+  kinds = ("_overlay.png", "_labels.png", ".json")
+  files = [tmp_path / f"a_labels.b{i}{kind}" for i in range(5) for kind in kinds]
+  assert predict.summary(files[:12], tmp_path) == "\n".join(map(str, files[:12]))
+  expected = f"{tmp_path}: 5 x *_overlay.png, 5 x *_labels.png, 5 x *.json"
+  assert predict.summary(files, tmp_path) == expected

@@ -75,6 +75,19 @@ def test_a_folder_of_classes(folder, tmp_path, capsys):
   )
 
 
+def test_a_file_that_cannot_be_read_is_left_out_and_told(folder, tmp_path):
+  images = tmp_path / "in"
+  images.mkdir()
+  for i, file in enumerate((folder / "plain_red").iterdir()):
+    (images / f"{i}.png").write_bytes(file.read_bytes())
+  (images / "0a.png").write_text("no image")
+  with pytest.raises(InputError, match=r"1 of \d+ images were skipped, such as .*0a\.png: "):
+    run(tmp_path / "run", images, "plain red, plain blue")
+  written = json.loads((tmp_path / "run/classify.json").read_text())["images"]
+  assert len(written) == len(list(images.iterdir())) - 1 and "0a" not in "".join(map(str, written))
+  assert "0a.png: " in (tmp_path / "run/skipped.txt").read_text()
+
+
 def test_one_file(folder, tmp_path, capsys):
   file = next((folder / "plain_red").iterdir())
   content = run(tmp_path, file, "plain red, plain blue")
