@@ -212,7 +212,8 @@ def test_one_damaged_picture_does_not_stop_a_folder(tmp_path, capsys):
   lines = listed.read_text().splitlines()
   assert [line.split(": ")[0] for line in lines] == [f"{tmp_path}/in/{n}.jpg" for n in "bd"]
   assert {p.name for p in (tmp_path / "out").iterdir()} == {
-    f"{stem}{end}" for stem in "ac" for end in ("_overlay.png", "_labels.png", ".json")
+    "skipped.txt",
+    *(f"{stem}{end}" for stem in "ac" for end in ("_overlay.png", "_labels.png", ".json")),
   }
   content = json.loads((tmp_path / "out/c.json").read_text())
   assert content["image"] == str(tmp_path / "in/c.png")

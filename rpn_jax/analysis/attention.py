@@ -176,7 +176,10 @@ def draw_maps(path, image, maps: Sequence[np.ndarray], names, layers: Sequence[i
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
   bar = fig.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01)
-  bar.set_label("relationship m, in standard\ndeviations of its layer", fontsize=8)
+  bar.set_label(
+    "relationship m, in standard\ndeviations of its layer:\nred more than its mean, blue less",
+    fontsize=8,
+  )
   bar.ax.tick_params(labelsize=8)
   save_png(path, fig)
 

@@ -96,14 +96,14 @@ def run_command(
 # Files of a workdir, in the order in which one looks at them.
 WORKDIR_FILES = {
   "predictions.png": "image, ground truth and prediction",
-  "confusion.png": "confusion matrix",
+  "confusion.png": "which classes are taken for which: rows are true, columns predicted",
   "curves.png": "losses and scores over the steps",
   "predictions": "overlays, labels and statistics of your images",
   "eval.md": "scores of every set and class, next to published ones",
   "eval.json": "the same as JSON",
   "classify.json": "probabilities of every image",
   "metrics.json": "last and best scores, the config, versions",
-  "best.json": "the best scores so far",
+  "best.json": "scores of the best checkpoint so far, which is kept",
   "metrics.jsonl": "the log as JSON lines",
   "events": "the log for TensorBoard",
   "checkpoints": "prompts and optimizer state, the latest two and the best",

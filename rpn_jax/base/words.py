@@ -67,7 +67,7 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
   """
   names = tuple(composed(name.strip()) for name in names)
   if not names:
-    raise InputError('no class names: expected at least one, as in --classes="red circle, sand"')
+    raise InputError('no class names: expected at least one, as in "red circle, sand"')
   for i, name in enumerate(names):
     if not name:
       raise InputError(f"class name {i + 1} of {len(names)} is empty: remove the stray comma")

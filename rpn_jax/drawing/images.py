@@ -102,8 +102,8 @@ def overlay_with_legend(
     size = _fitted_size(label.shape, MAX_OVERLAY_SIDE)
   elif long_side < 512:
     size = _fitted_size(label.shape, 512)
-  # The letters grow with the image, since a large one is looked at from farther away.
-  letters = int(np.clip(max(size) // 56, 16, 32))
+  # In proportion to the image, which a page or a viewer reduces to what fits.
+  letters = max(16, max(size) // 40)
   margin = letters
   legend_width = max(size[0], 24 * letters)
   entries = legend_entries([label], names, colors, share=True, rest=rest)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json
-from rpn_jax.base.words import composed
+from rpn_jax.base.words import SEPARATOR, composed
 from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_prediction
 from rpn_jax.drawing.palette import class_colors
 from rpn_jax.inference.decision import best_row
@@ -132,6 +132,7 @@ class Segmentation:
   def scores(self) -> np.ndarray:
     """Scores (h, w, C) float32 in [0, 1] at the resolution of the network's input.
 
+    That is smaller or larger than `labels`, (H, W) as the image, where `prepare` resizes the image.
     Independent sigmoids for a trained network, unless its loss was softmax; a softmax over all
     words for training-free methods.
     """
@@ -216,7 +217,8 @@ class Segmentation:
 
   def __repr__(self) -> str:
     height, width = self.labels.shape
-    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.shares().items())
+    shown = {name.replace(SEPARATOR, " | "): share for name, share in self.shares().items()}
+    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shown.items())
     rest = 100 * float((self.labels < 0).mean())
     shares += f", other {rest:.1f} %" if rest else ""
     return f"Segmentation({width} x {height}: {shares}; {self.method})"

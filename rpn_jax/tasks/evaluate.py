@@ -31,6 +31,12 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-dat
 COLUMNS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
 # Settings in which no class is left out of training.
 UNSPLIT_SETTINGS = ("supervised", "annotation_free")
+# Below every table of them that is printed.
+COLUMNS_NOTE = (
+  "pAcc: pixels that are right. miou_gt: mean IoU of the classes in the ground truth; miou_union: "
+  "of those\nin it or predicted; miou_seen, miou_unseen: of those trained on, or not. hiou: their "
+  "harmonic mean."
+)
 SELECTION_CLASSES = "the evaluation classes"
 
 
@@ -76,7 +82,8 @@ def draw_figures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: 
 
 def score_table(rows: dict[str, dict]) -> str:
   """Plain-text table of metrics in percent, one row per entry, without metrics that none has."""
-  return table(*without_empty([[name, *cells(m)] for name, m in rows.items()], ["%", *COLUMNS]))
+  printed = table(*without_empty([[name, *cells(m)] for name, m in rows.items()], ["%", *COLUMNS]))
+  return f"{printed}\n{COLUMNS_NOTE}"
 
 
 def without_empty(rows: list[list[str]], heads: list[str]) -> tuple[list[list[str]], list[str]]:
@@ -208,7 +215,7 @@ def report(predictor: Predictor, run: Run, evaluations, results: dict) -> None:
   write_text(workdir / "eval.md", "\n\n".join(sections) + "\n")
 
   lines = [extremes(name, result["last"]["per_class"]) for name, result in results.items()]
-  print("\n" + "\n\n".join([table(rows, heads), *notes, *lines]))
+  print("\n" + "\n\n".join([f"{table(rows, heads)}\n{COLUMNS_NOTE}", *notes, *lines]))
   suffix = "" if single else "_*"
   print(
     f"\nLook at {workdir}/predictions{suffix}.png and {workdir}/confusion{suffix}.png. "

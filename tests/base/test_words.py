@@ -17,3 +17,11 @@ def test_names_are_composed():
 def test_names_that_look_alike_are_duplicates():
   with pytest.raises(InputError, match="duplicate class name 'é'"):
     check_names(["e\u0301", "\u00e9"])
+
+
+def test_no_names_are_told_without_a_flag():
+  """In Python there are no flags."""
+  with pytest.raises(
+    InputError, match=r"no class names: expected at least one, as in \"red circle"
+  ):
+    parse_names([])

@@ -116,7 +116,7 @@ def test_saved_labels_are_the_ids(tmp_path, size):
   palette = np.array(saved.getpalette()).reshape(-1, 3)
   np.testing.assert_array_equal(palette[:3], class_colors(SHAPES))
   with Image.open(shown) as overlay:
-    assert 300 < overlay.width <= MAX_OVERLAY_SIDE + 80
+    assert 300 < overlay.width <= MAX_OVERLAY_SIDE + 100
 
 
 def test_saved_labels_of_many_classes_have_16_bits(tmp_path):
@@ -145,6 +145,14 @@ def test_pixels_of_no_class_stay_as_they_are(tmp_path):
   picture = page[left : left + 600, left : left + 600]  # the margins are equal
   assert (picture[300:] == 200).all()
   assert (picture[:300] == class_colors(SHAPES)[1]).all()
+
+
+def test_the_legend_of_a_large_image_can_be_read_on_a_page():
+  """12 megapixels, shown 600 pixels wide: letters of 12 pixels or more, beside a swatch as high."""
+  image, label = np.full((3000, 4000, 3), 200, np.uint8), np.zeros((3000, 4000), int)
+  page = np.asarray(overlay_with_legend(image, label, ["sand"], alpha=0.0))
+  swatch = (page == class_colors(["sand"])[0]).all(-1).any(1).sum()
+  assert swatch * 600 / page.shape[1] > 12
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

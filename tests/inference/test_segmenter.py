@@ -340,3 +340,12 @@ def test_the_files_of_many_images_are_counted(tmp_path):
   assert predict.summary(files[:12], tmp_path) == "\n".join(map(str, files[:12]))
   expected = f"{tmp_path}: 5 x *_overlay.png, 5 x *_labels.png, 5 x *.json"
   assert predict.summary(files, tmp_path) == expected
+
+
+def test_synonyms_are_shown_as_one_class():
+  label = np.zeros((2, 4), np.int32)
+  label[:, 3] = 1
+  names = parse_names("sand | beach, water")
+  shown = Segmentation(np.zeros((2, 4, 3), np.uint8), names, "m", None)
+  shown.__dict__["_best"] = label, np.ones((2, 4))
+  assert repr(shown) == "Segmentation(4 x 2: sand | beach 75.0 %, water 25.0 %; m)"
