@@ -112,14 +112,15 @@ def _pairs(images: pathlib.Path, labels: pathlib.Path, obtain: str) -> list[RawE
   """Images with their masks, sorted by name."""
   by_name = _by_name(list_files(images, SUFFIXES, "images", obtain), "image")
   masks = _by_name(list_files(labels, (".png",), "masks", obtain), "mask")
+  no_mask, no_image = sorted({*by_name} - {*masks}), sorted({*masks} - {*by_name})
   alone = [
-    *(f"{labels / n}.png: expected the mask of {i}" for n, i in by_name.items() if n not in masks),
-    *(f"{images / n}.*: expected the image of {m}" for n, m in masks.items() if n not in by_name),
+    *(f"{labels / n}.png: expected the mask of {by_name[n]}, got no such file" for n in no_mask),
+    *(f"{images / n}.*: expected the image of {masks[n]}, got no such file" for n in no_image),
   ]
   if alone:
     more = f"; the same for {len(alone) - 1} more: " if len(alone) > 1 else ""
     others = ", ".join(line.partition(": ")[0] for line in alone[1:])
-    raise InputError(f"{alone[0]}, got no such file; {obtain}{more}{others}")
+    raise InputError(f"{alone[0]}; {obtain}{more}{others}")
   return [RawExample(name, by_name[name], masks[name]) for name in sorted(by_name)]
 
 
