@@ -22,7 +22,6 @@ from einops import rearrange
 
 from rpn_jax.models import cost_aggregation, cost_decoder, heads, prompts, resizing
 from rpn_jax.models.clip import (
-  REMAT_POLICIES,
   CLIPConfig,
   TextTransformer,
   VisionTransformer,
@@ -31,6 +30,7 @@ from rpn_jax.models.clip import (
 )
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.network import Defaults, Windows, as_record
+from rpn_jax.models.remat import REMAT_POLICIES
 from rpn_jax.models.trained import TOWERS, join
 from rpn_jax.models.training_free import own_value
 

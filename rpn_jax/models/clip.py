@@ -15,16 +15,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
+from rpn_jax.models import layers
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.layers import ACTIVATIONS, LAYER_NORM_EPSILON, LayerNorm
+from rpn_jax.models.remat import run_block
 from rpn_jax.models.resizing import resize_grid
-
-# What a block stores for the backward pass beside its input.
-REMAT_POLICIES = {
-  "none": jax.checkpoint_policies.everything_saveable,  # and the block is not wrapped at all
-  "dots": jax.checkpoint_policies.save_only_these_names("attention"),
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +95,16 @@ def keep_result(site: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention with CLIP's fused input projection."""
+  """Multi-head self-attention with CLIP's fused input projection.
+
+  `causal`: no token attends to later ones.
+  """
 
   width: int
   heads: int
   dtype: Any = jnp.float32
   kernels: Kernels = TEXTBOOK
+  causal: bool = False
 
   def setup(self) -> None:
     self.in_proj = nn.Dense(3 * self.width, dtype=self.dtype)
@@ -115,9 +114,14 @@ class Attention(nn.Module):
     self, x_BxNxD: jax.Array, tune: Callable = keep_result
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values, each (B, N, H, d)."""
+    qkv = self.project_fused(x_BxNxD, tune)
+    return tuple(rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads))
+
+  def project_fused(self, x_BxNxD: jax.Array, tune: Callable) -> jax.Array:
+    """Queries, keys and values side by side: (B, N, 3 D)."""
     qkv = checkpoint_name(tune("in_proj", x_BxNxD, self.in_proj(x_BxNxD)), "attention")
     self.sow("intermediates", "qkv", qkv)
-    return tuple(rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads))
+    return qkv
 
   def __call__(
     self,
@@ -136,11 +140,12 @@ class Attention(nn.Module):
       extra_BxPxD: normalized tokens with keys and values only: the others attend to them, and
         nothing is returned for them.
     """
-    q, k, v = self.project(x_BxNxD, tune)
-    if extra_BxPxD is not None:
-      _, *more = self.project(extra_BxPxD, tune)
-      k, v = (jnp.concatenate(pair, axis=1) for pair in zip((k, v), more))
-    out = rearrange((read or self.kernels.attend)(q, k, v), "b n h d -> b n (h d)")
+    qkv = self.project_fused(x_BxNxD, tune)
+    extra = None if extra_BxPxD is None else self.project_fused(extra_BxPxD, tune)
+    if read is None:
+      out = self.kernels.self_attend(qkv, extra, self.heads, self.causal)
+    else:
+      out = layers.self_attend(lambda q, k, v, _: read(q, k, v), qkv, extra, self.heads)
     return checkpoint_name(tune("out_proj", out, self.out_proj(out)), "attention")
 
 
@@ -164,7 +169,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm residual block of D channels; `epsilon` is of its norms, `mlp_width` of its MLP."""
+  """Pre-norm residual block of D channels; `epsilon` is of its norms, `mlp_width` of its MLP.
+
+  `causal` is of its attention.
+  """
 
   width: int
   heads: int
@@ -173,10 +181,11 @@ class Block(nn.Module):
   epsilon: float = LAYER_NORM_EPSILON
   kernels: Kernels = TEXTBOOK
   mlp_width: int | None = None
+  causal: bool = False
 
   def setup(self) -> None:
     self.ln_1 = LayerNorm(self.epsilon, function=self.kernels.layer_norm)
-    self.attn = Attention(self.width, self.heads, self.dtype, self.kernels)
+    self.attn = Attention(self.width, self.heads, self.dtype, self.kernels, self.causal)
     self.ln_2 = LayerNorm(self.epsilon, function=self.kernels.layer_norm)
     self.mlp = MLP(self.width, self.activation, self.dtype, self.kernels, self.mlp_width)
 
@@ -211,25 +220,6 @@ class Block(nn.Module):
     """The second half of the block: x + MLP(LN(x))."""
     x = x_BxNxD
     return x + self.mlp(tune("ln_2", x, self.ln_2(x)), tune).astype(x.dtype)
-
-
-def run_block(
-  block: Block,
-  remat: str,
-  x_BxNxD: jax.Array,
-  read: Callable | None = None,
-  residual: bool = True,
-  tune: Callable | None = None,
-  extra_BxPxD: jax.Array | None = None,
-) -> jax.Array:
-  """`block` on x, of which the backward pass computes again what the policy `remat` names."""
-
-  def run(block: Block, x: jax.Array, tune: Callable | None, extra: jax.Array | None) -> jax.Array:
-    return block(x, read, residual, tune, extra)
-
-  if remat != "none":
-    run = nn.remat(run, policy=REMAT_POLICIES[remat])
-  return run(block, x_BxNxD, tune, extra_BxPxD)
 
 
 class VisionTransformer(nn.Module):
@@ -365,7 +355,7 @@ class TextTransformer(nn.Module):
     self.position_embedding = self.param(
       "position_embedding", nn.initializers.normal(0.01), (c.context_length, c.text_width)
     )
-    block = functools.partial(Block, kernels=self.kernels)
+    block = functools.partial(Block, kernels=self.kernels, causal=True)
     settings = (c.text_width, c.text_heads, c.activation, self.dtype)
     self.block = [block(*settings) for _ in range(c.text_layers)]
     self.ln_final = LayerNorm(function=self.kernels.layer_norm)
@@ -398,11 +388,10 @@ class TextTransformer(nn.Module):
     if length > self.config.context_length:
       raise ValueError(f"at most {self.config.context_length} tokens, got {length}")
     tune_part = tune_part or (lambda part: None)
-    read = functools.partial(self.kernels.attend, causal=True)
     x = self.token_embedding[tokens_BxT] + self.position_embedding[:length]
     x = x.astype(self.dtype)
     for i, block in enumerate(self.block):
-      x = run_block(block, self.remat, x, read, tune=tune_part(f"block_{i}"))
+      x = run_block(block, self.remat, x, tune=tune_part(f"block_{i}"))
       self.sow("intermediates", "hidden", x)
     return self.project(x, tokens_BxT, tune_part("stem") or keep_result)
 

@@ -3,8 +3,9 @@
 Plain `jax.numpy`, differentiated automatically. `models/kernels` holds versions that compute the
 same values and gradients with less memory or time.
 
-Shape letters: B batch, N tokens, M tokens attended to, H heads, d width of a head, D width; in a
-convolution N images, H/W pixels, C channels, F features, K side of the kernel.
+Shape letters: B batch, N tokens, M tokens attended to, H heads, d width of a head, D width, F
+channels of a fused projection, P extra tokens; in a convolution N images, H/W pixels, C channels, F
+features, K side of the kernel.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 # The value CLIP was trained with (PyTorch's default); Flax's own default is 1e-6.
 LAYER_NORM_EPSILON = 1e-5
@@ -40,6 +42,30 @@ def attend(
     scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
   weights = jax.nn.softmax(scores).astype(v_BxMxHxd.dtype)
   return jnp.einsum("bhnm,bmhd->bnhd", weights, v_BxMxHxd)
+
+
+def self_attend(
+  attend: Callable,
+  qkv_BxNxF: jax.Array,
+  extra_BxPxF: jax.Array | None,
+  heads: int,
+  causal: bool = False,
+) -> jax.Array:
+  """Attention of tokens to themselves and to extra ones, from CLIP's fused projections: (B, N, D).
+
+  Args:
+    attend: (q, k, v, causal) -> (B, N, H, d).
+    qkv_BxNxF: queries, keys and values side by side, F = 3 D channels.
+    extra_BxPxF: of tokens that are attended to only; their queries are not used.
+    heads: H.
+    causal: no token attends to later ones; not with extra tokens.
+  """
+  split = lambda x: rearrange(x, "b n (three h d) -> three b n h d", three=3, h=heads)
+  q, k, v = split(qkv_BxNxF)
+  if extra_BxPxF is not None:
+    _, *more = split(extra_BxPxF)
+    k, v = (jnp.concatenate(pair, axis=1) for pair in zip((k, v), more))
+  return rearrange(attend(q, k, v, causal), "b n h d -> b n (h d)")
 
 
 def convolve(x_NxHxWxC: jax.Array, kernel_KxKxCxF: jax.Array) -> jax.Array:

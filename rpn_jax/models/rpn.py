@@ -15,13 +15,13 @@ from einops import rearrange
 
 from rpn_jax.models import heads, initializers, ladder, prompts, rpm, tuners
 from rpn_jax.models.clip import (
-  REMAT_POLICIES,
   CLIPConfig,
   VisionTransformer,
   l2_normalize,
 )
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.network import Defaults, Windows, as_record
+from rpn_jax.models.remat import REMAT_POLICIES
 from rpn_jax.models.resizing import resize_grid
 
 

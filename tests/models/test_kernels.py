@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from rpn_jax.config import RPNConfig
 from rpn_jax.models import kernels, layers
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.models.kernels import cpu
+from rpn_jax.models.kernels import cpu, tpu
 from rpn_jax.models.rpn import RPN
 
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -54,6 +55,47 @@ def test_causal_attention_is_the_textbooks(platform, by_head):
   close(attend(q, k, v, causal=True), layers.attend(q, k, v, causal=True))
   first = attend(q[:, :3], k[:, :3], v[:, :3], causal=True)
   close(attend(q, k, v, causal=True)[:, :3], first)  # later tokens are not attended to
+
+
+# Tokens, extra tokens, heads, causal: no size but that of the channels is one of the chip's.
+FUSED = {
+  "chunks of queries": (33, 5, 2, False),
+  "causal": (20, 0, 4, True),
+  "more classes than tokens": (9, 21, 1, False),
+  "one class": (9, 1, 2, False),
+}
+
+
+@pytest.mark.parametrize("tokens, more, heads, causal", FUSED.values(), ids=FUSED)
+def test_the_kernel_of_tpus_is_the_textbooks(tokens, more, heads, causal, monkeypatch):
+  """In Pallas' interpreter."""
+  monkeypatch.setattr(tpu, "CHUNK_SCORES", 2**9)
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  qkv, g = draw(1, tokens, 3 * tpu.LANES), draw(1, tokens, tpu.LANES)
+  extra = draw(1, more, 3 * tpu.LANES) if more else None
+
+  def value_and_gradients(self_attend, arrays, g):
+    out, pull = jax.vjp(lambda qkv, extra: self_attend(qkv, extra, heads, causal), *arrays)
+    return out, *jax.tree.leaves(pull(g))
+
+  textbook = functools.partial(layers.self_attend, layers.attend)
+  want = value_and_gradients(textbook, (qkv, extra), g)
+  for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
+    cast = lambda tree, dtype=dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
+    with pltpu.force_tpu_interpret_mode():
+      kernel = jax.jit(functools.partial(value_and_gradients, tpu.self_attend))
+      got = kernel(cast((qkv, extra)), cast(g))
+    for a, exact in zip(got, want, strict=True):
+      assert a.dtype == dtype
+      np.testing.assert_allclose(np.float32(a), exact, atol=tolerance * abs(exact).max())
+
+
+def test_what_does_not_fit_on_the_chip_goes_another_way():
+  shape = lambda tokens, dtype: jax.ShapeDtypeStruct((1, tokens, 3 * 768), dtype)
+  assert tpu.fits(shape(1370, jnp.bfloat16), shape(256, jnp.bfloat16), 12)
+  assert not tpu.fits(shape(10_000, jnp.bfloat16), None, 12)
+  assert not tpu.fits(shape(9, jnp.float32), None, 3)  # heads of 256 channels
 
 
 def test_large_scores_do_not_overflow(by_head):
@@ -106,13 +148,14 @@ def test_gradients_of_convolutions_in_loops_have_the_fast_order():
 
 def test_kernels_are_part_of_a_programs_key():
   versions = {kernels.TEXTBOOK, *map(kernels.for_platform, ("cpu", "gpu", "tpu", "rocm"))}
-  assert versions == {kernels.TEXTBOOK, kernels.LEAN, kernels.PLATFORMS["cpu"]}
+  own = {kernels.PLATFORMS[name] for name in ("cpu", "tpu")}
+  assert len(own) == 2 and versions == {kernels.TEXTBOOK, kernels.LEAN, *own}
 
 
 def test_a_program_has_the_kernels_of_its_platform(by_head):
   """Whatever the process runs on: a CPU compiles for TPUs, too."""
   clip = CLIPConfig(
-    embed_dim=8, image_size=16, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2
+    embed_dim=8, image_size=16, patch_size=8, vision_width=128, vision_layers=2, vision_heads=2
   )
   image, text = jnp.zeros((1, 16, 16, 3)), jnp.eye(3, 8)
   variables = jax.eval_shape(RPN(clip, RPNConfig()).init, jax.random.key(0), image, text)
@@ -124,8 +167,12 @@ def test_a_program_has_the_kernels_of_its_platform(by_head):
       rngs={"dropout": jax.random.key(0), "gate": jax.random.key(0)},
     ).sum()  # fmt: skip
     traced = jax.jit(jax.grad(loss)).trace(variables["prompts"], variables["params"])
-    return traced.lower(lowering_platforms=(platform,)).as_text()
+    return traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),)).as_text()
 
   # Two layers forward and backward, one loop each; a random number generator may have others.
-  loops = {platform: program(platform).count("stablehlo.while") for platform in ("cpu", "tpu")}
-  assert loops["cpu"] >= loops["tpu"] + 4, loops
+  programs = {platform: program(platform) for platform in kernels.PLATFORMS}
+  loops = {platform: text.count("stablehlo.while") for platform, text in programs.items()}
+  assert loops["cpu"] >= max(loops["tpu"], loops["gpu"]) + 4, loops
+  # Nothing is trained before the first of the two layers, which has no backward pass.
+  calls = {platform: text.count("tpu_custom_call") for platform, text in programs.items()}
+  assert calls == {"cpu": 0, "gpu": 0, "tpu": 3}

@@ -5,12 +5,14 @@ that a program is compiled for, which need not be the platform of the compiling 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax
 
 from rpn_jax.models import layers
-from rpn_jax.models.kernels import cpu, lean
+from rpn_jax.models.kernels import cpu, lean, tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Kernels:
 
   Attributes:
     attend: (q (B, N, H, d), k (B, M, H, d), v (B, M, H, d), causal=False) -> (B, N, H, d).
+    self_attend: the same from CLIP's fused projections; `layers.self_attend` without its first
+      argument.
     layer_norm: (x (..., D), scale (D,), bias (D,), epsilon) -> (..., D) float32.
     activations: name -> elementwise function; the names are those of `layers.ACTIVATIONS`.
     convolve: (x (N, H, W, C), kernel (K, K, C, F)) -> (N, H, W, F), where x needs a gradient. The
@@ -26,17 +30,31 @@ class Kernels:
   """
 
   attend: Callable
+  self_attend: Callable
   layer_norm: Callable
   activations: Mapping[str, Callable]
   convolve: Callable = layers.convolve
 
 
-TEXTBOOK = Kernels(layers.attend, layers.layer_norm, flax.core.FrozenDict(layers.ACTIVATIONS))
-LEAN = Kernels(lean.attend, lean.layer_norm, flax.core.FrozenDict(lean.ACTIVATIONS))
+def by(attend: Callable) -> dict[str, Any]:
+  """The two fields of attention, both by `attend`."""
+  return {"attend": attend, "self_attend": functools.partial(layers.self_attend, attend)}
+
+
+TEXTBOOK = Kernels(
+  **by(layers.attend),
+  layer_norm=layers.layer_norm,
+  activations=flax.core.FrozenDict(layers.ACTIVATIONS),
+)
+LEAN = Kernels(
+  **by(lean.attend),
+  layer_norm=lean.layer_norm,
+  activations=flax.core.FrozenDict(lean.ACTIVATIONS),
+)
 PLATFORMS = {
-  "cpu": dataclasses.replace(LEAN, attend=cpu.attend, convolve=cpu.convolve),
+  "cpu": dataclasses.replace(LEAN, **by(cpu.attend), convolve=cpu.convolve),
   "gpu": LEAN,
-  "tpu": LEAN,
+  "tpu": dataclasses.replace(LEAN, self_attend=tpu.self_attend),
 }
 
 

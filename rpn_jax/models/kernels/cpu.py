@@ -55,7 +55,7 @@ def attend_forward(
     return out, (largest + jnp.log(total))[:, 0]
 
   out, log_total = jax.lax.map(one_head, (q_HxNxd, k_HxMxd, v_HxMxd))
-  # The name is the one that the policy "dots" of `clip.REMAT_POLICIES` stores.
+  # The name is the one that the policy "dots" of `remat.REMAT_POLICIES` stores.
   return out, (q_HxNxd, k_HxMxd, v_HxMxd, checkpoint_name(log_total, "attention"))
 
 
