@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import traverse_util
+from jax.sharding import PartitionSpec as P
 
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
 from rpn_jax.config import check, check_whole_patches, notes_on_sizes
-from rpn_jax.devices import data_mesh, platform_of, put_batch
+from rpn_jax.devices import AXIS, data_mesh, platform_of, put_batch
 from rpn_jax.inference.decision import Decision
 from rpn_jax.inference.process import check_process
 from rpn_jax.inference.protocol import Protocol, protocol_of
@@ -42,24 +43,37 @@ KEPT_TEXTS = 8
 
 @functools.lru_cache(KEPT_PROGRAMS)
 def forward(
-  network: Network, text_shape: tuple[int, ...], image_shape: tuple[int, ...]
-) -> Callable[[dict, Any, jax.Array], jax.Array]:
+  network: Network,
+  mesh: jax.sharding.Mesh,
+  text_shape: tuple[int, ...],
+  image_shape: tuple[int, ...],
+) -> jax.stages.Wrapped:
   """The jitted network (variables, text, image) -> logits, for texts and images of one shape.
 
-  Equal networks share it. JAX frees a program with its function, and so the one that was not used
-  for the longest time.
+  Every device takes its part of the images, and all of the rest. Equal networks share a program.
+  JAX frees it with its function, and so the one that was not used for the longest time.
   """
   del text_shape, image_shape
-  return jax.jit(lambda variables, text, image: network.apply(variables, image, text))
+  apply = lambda variables, text, image: network.apply(variables, image, text)
+  return _on_each(apply, mesh, (P(), P(), P(AXIS)), P(AXIS))
 
 
 @functools.lru_cache(KEPT_PROGRAMS)
 def encode_text(
-  network: Network, text_shape: tuple[int, ...]
-) -> Callable[[dict, jax.Array], jax.Array]:
+  network: Network, mesh: jax.sharding.Mesh, text_shape: tuple[int, ...]
+) -> jax.stages.Wrapped:
   """The jitted `network.encode_text` (variables, text) -> text; kept as `forward` is."""
   del text_shape
-  return jax.jit(lambda variables, text: network.apply(variables, text, method="encode_text"))
+  encode = lambda variables, text: network.apply(variables, text, method="encode_text")
+  return _on_each(encode, mesh, (P(), P()), P())
+
+
+def _on_each(
+  function: Callable, mesh: jax.sharding.Mesh, inputs: Any, output: Any
+) -> jax.stages.Wrapped:
+  # A map over the devices, since XLA cannot divide the kernels of TPUs among them.
+  mapped = jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=output, check_vma=False)
+  return jax.jit(mapped)
 
 
 class _ShapeEncoder(NamedTuple):
@@ -292,13 +306,13 @@ class Predictor:
     """
     check_process()
     mesh = data_mesh()
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    replicated = jax.sharding.NamedSharding(mesh, P())
     network, params, prompts = self.network.merged(self.params, self.prompts)
     variables = jax.device_put(join(params, prompts), replicated)
-    text = jax.device_put(self._encode(network, variables, text), replicated)
+    text = jax.device_put(self._encode(network, mesh, variables, text), replicated)
 
     def logits(windows: np.ndarray) -> jax.Array:
-      apply = forward(network, text.shape, windows.shape)
+      apply = forward(network, mesh, text.shape, windows.shape)
       try:
         scores = apply(variables, text, put_batch(windows, mesh))
       except ValueError as error:  # windows that a network cannot take, while it is traced
@@ -330,14 +344,16 @@ class Predictor:
       class_of_row=class_of_row,
     )
 
-  def _encode(self, network: Network, variables: dict, text: Any) -> jax.Array:
+  def _encode(
+    self, network: Network, mesh: jax.sharding.Mesh, variables: dict, text: Any
+  ) -> jax.Array:
     """`network.encode_text`; results of a text tower, as costly as an image's, are kept."""
     if "text" not in network.towers:
       return jnp.asarray(text)
     text = np.asarray(text)
     key = text.shape, text.tobytes()
     if key not in self._encoded:
-      self._encoded[key] = encode_text(network, text.shape)(variables, text)
+      self._encoded[key] = encode_text(network, mesh, text.shape)(variables, text)
       if len(self._encoded) > KEPT_TEXTS:
         self._encoded.popitem(last=False)
     self._encoded.move_to_end(key)
@@ -369,8 +385,15 @@ def _notes_on_sizes(config: ml_collections.ConfigDict, network: Network) -> list
   return notes_on_sizes(sides, config.clip, network.clip.image_size)
 
 
-def make_network(config: ml_collections.ConfigDict, clip: CLIPConfig) -> Network:
-  """The network of a config for a CLIP architecture, with the kernels of the local devices.
+def make_network(
+  config: ml_collections.ConfigDict, clip: CLIPConfig, platform: str = ""
+) -> Network:
+  """The network of a config for a CLIP architecture, with the kernels of a platform.
+
+  Args:
+    config: of a segmentation run.
+    clip: the architecture.
+    platform: as in `kernels.for_platform`; by default that of the local devices.
 
   Raises:
     InputError: settings or weights that the network does not support.
@@ -382,6 +405,7 @@ def make_network(config: ml_collections.ConfigDict, clip: CLIPConfig) -> Network
     clip,
     config[cls.section].to_dict(),
     config.clip,
+    platform,
     loss=config.get("loss", {}).get("name", "sigmoid"),
     dtype=jnp.dtype(config.dtype),
     remat=config.get("remat", "none"),
@@ -389,10 +413,10 @@ def make_network(config: ml_collections.ConfigDict, clip: CLIPConfig) -> Network
 
 
 def _create(
-  method: str, clip: CLIPConfig, settings: Mapping, where: str, **options: Any
+  method: str, clip: CLIPConfig, settings: Mapping, where: str, platform: str = "", **options: Any
 ) -> Network:
   cls = NETWORKS[method]
-  platform = platform_of(data_mesh())
+  platform = platform or platform_of(data_mesh())
   try:
     return cls.create(clip, settings, kernels=kernels.for_platform(platform), **options)
   except ValueError as error:

@@ -243,7 +243,7 @@ def all_scores(scores_TxTxC: jax.Array) -> jax.Array:
 def tile_program(
   shapes: tuple, merged: tuple[int, ...], windows: tuple[tuple[int, int], ...],
   activation: Callable, output: Callable,
-) -> Callable[..., Any]:  # fmt: skip
+) -> jax.stages.Wrapped:  # fmt: skip
   """(parts, penalty_C, *more) -> `output` of scores averaged over views and minus the penalty.
 
   A jitted function of its own for each set of `shapes`: JAX frees a program with its function, and
