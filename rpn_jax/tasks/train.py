@@ -1,7 +1,6 @@
 """Training: brings config, network and data together; ends with scores and figures."""
 
 import contextlib
-import functools
 import time
 
 import jax
@@ -76,7 +75,9 @@ def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: Preemptio
   text = predictor.training_text(trained)
   key = jax.random.key(config.seed)
   prompts = predictor.init_prompts(text, key, config.data.crop)
-  labeler = make_labeler(teacher, config, predictor, data) if teacher else None
+  labeler = None
+  if teacher:
+    labeler = pseudo_labels.make_labeler(teacher, config, network, predictor.encoder, data)
   optimizer = optim.make_optimizer(config.optimizer, prompts)
   if labeler:
     optimizer = pseudo_labels.with_snapshots(optimizer, labeler.refresh)
@@ -88,7 +89,7 @@ def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: Preemptio
     shard_state=config.shard_state,
     model=network,
     loss_fn=losses.make_loss(config.loss),
-    relabel=make_relabel(config, data),
+    relabel=pseudo_labels.make_relabel(config, data),
     labeler=labeler,
   )
   examples = data.eval_examples()
@@ -145,32 +146,6 @@ def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: Preemptio
     report(run, loop, writer, latest, time.time() - began, state.trained_parameters, data)
   make_partial(run, data, "train", 0, 0).path.unlink(missing_ok=True)
   return {"last": loop.last, "best": loop.best}
-
-
-def make_relabel(config, data):
-  """Self-training as a function of logits, labels and step; None in the other settings."""
-  if config.data.setting != "transductive":
-    return None
-  return functools.partial(
-    pseudo_labels.relabel,
-    unseen=data.unseen,
-    unlabelled=data.unlabelled,
-    ignore=data.ignore,
-    start=round(config.self_training.start * config.steps),
-    pixels=config.self_training.pixels,
-  )
-
-
-def make_labeler(teacher, config, predictor: Predictor, data) -> pseudo_labels.Labeler:
-  """What labels the images of an annotation-free run."""
-  return pseudo_labels.Labeler(
-    teacher,
-    predictor.encoder.embed([data.names[i] for i in data.trained]),
-    predictor.network,
-    config.self_training.refresh,
-    config.self_training.confidence,
-    data.ignore,
-  )
 
 
 def report(

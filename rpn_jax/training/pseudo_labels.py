@@ -1,6 +1,7 @@
 """Pseudo-labels: of unseen classes (transductive), or of every pixel (annotation-free)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,6 +61,20 @@ def pseudo_labels(
   logits_BxhxwxU = logits_BxhxwxC[..., unseen_U]
   best_BxHxW = upsampled(lambda x: x.argmax(-1), logits_BxhxwxU, label_BxHxW.shape[1:])
   return jnp.where(label_BxHxW == unlabelled, unseen_U[best_BxHxW], label_BxHxW)
+
+
+def make_relabel(config: Any, data: Any) -> Callable | None:
+  """Self-training as a function of logits, labels and step; None in the other settings."""
+  if config.data.setting != "transductive":
+    return None
+  return functools.partial(
+    relabel,
+    unseen=data.unseen,
+    unlabelled=data.unlabelled,
+    ignore=data.ignore,
+    start=round(config.self_training.start * config.steps),
+    pixels=config.self_training.pixels,
+  )
 
 
 def relabel(
@@ -224,3 +239,15 @@ def make_teacher(config: Any, pupil: Network) -> Network:
       f"config.self_training.teacher={method!r} with config.{network.section} and config.clip="
       f"{config.clip}: {error}"
     ) from None
+
+
+def make_labeler(teacher: Network, config: Any, pupil: Network, encoder: Any, data: Any) -> Labeler:
+  """What labels the images of an annotation-free run; `encoder` as for `Network.text_input`."""
+  return Labeler(
+    teacher,
+    encoder.embed([data.names[i] for i in data.trained]),
+    pupil,
+    config.self_training.refresh,
+    config.self_training.confidence,
+    data.ignore,
+  )

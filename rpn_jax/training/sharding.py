@@ -91,6 +91,17 @@ class ShardMap:
     )
     self._gather = jax.jit(lambda tree: tree, out_shardings=self.replicated)
 
+  def lower(self, state: TrainState, *constants: Any, batch: dict, key: Any) -> jax.stages.Lowered:
+    """The step before it is compiled.
+
+    Args:
+      state: the state, or its shapes.
+      *constants: params and text.
+      batch: shapes of the global batch.
+      key: PRNG key.
+    """
+    return self.step.lower(state, *constants, batch, key)
+
   def place_state(self, state: TrainState) -> TrainState:
     """Puts the state, of which every process has all, on the devices."""
     return jax.tree.map(_put, state, self.state_sharding)
@@ -145,16 +156,24 @@ class Pmap:
         'config.shard_state=True needs config.parallel="shard_map": under pmap every device '
         "holds the whole state"
       )
-    self.local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    self.devices = list(mesh.devices.flat)
+    self.local = [d for d in self.devices if d.process_index == jax.process_index()]
     # The same axis name as in the step: with another one, JAX would compile the step again when
     # its outputs come back as inputs.
     self.split = jax.sharding.NamedSharding(data_mesh(self.local), jax.sharding.PartitionSpec(AXIS))
     self.step = jax.pmap(
       functools.partial(step.train_step, optimizer=optimizer, axis=AXIS, **settings),
       axis_name=AXIS,
-      devices=list(mesh.devices.flat),
+      devices=self.devices,
       donate_argnums=0,
     )
+
+  def lower(self, state: TrainState, *constants: Any, batch: dict, key: Any) -> jax.stages.Lowered:
+    count, total = len(self.local), len(self.devices)
+    each = lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype)
+    part = lambda x: jax.ShapeDtypeStruct((count, x.shape[0] // total, *x.shape[1:]), x.dtype)
+    state, *constants, key = jax.tree.map(each, (state, *constants, key))
+    return self.step.lower(state, *constants, jax.tree.map(part, batch), key)
 
   def place_state(self, state: TrainState) -> TrainState:
     return jax.tree.map(self._replicate, state)
