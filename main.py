@@ -13,11 +13,15 @@ from rpn_jax.config import check, expand_paths
 from rpn_jax.config.flags import define_config, parse_or_exit
 
 define_config(FLAGS := flags.FLAGS)
+MODES = ("train", "eval", "predict", "classify", "export", "compile")
 flags.DEFINE_string("workdir", None, "Of the run: files, and its settings without --config")
-flags.DEFINE_enum("mode", "train", ("train", "eval", "predict", "classify", "export"), "What to do")
+flags.DEFINE_enum("mode", "train", MODES, "What to do")
 flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
 flags.DEFINE_list("distributed", [], "HOST:PORT,PROCESSES,PROCESS; pods and Slurm need none")
 flags.DEFINE_string("classes", None, 'predict, classify: class names, e.g. "red circle, sand"')
+flags.DEFINE_string("topology", None, "compile: TPUs such as v5e:16x16; none need be there")
+flags.DEFINE_bool("find_batch", False, "compile: also the largest batch a chip, for each remat")
+flags.DEFINE_string("json", None, "compile: a file that gets the numbers, too")
 flags.DEFINE_bool("restart", False, "train: move what is in the workdir aside, begin at step 0")
 flags.DEFINE_bool("quiet", False, "Print nothing but errors")
 flags.DEFINE_bool("verbose", False, "Print what the libraries log and compile, and tracebacks")
@@ -49,6 +53,22 @@ def run(config, workdir) -> None:
         export.export(config, workdir, datasets.load(config).names)
 
 
+def compile_for(config, topology: str) -> None:
+  """What a run would take on TPUs; no file of weights or data is read that need not be."""
+  import jax
+
+  from data_pipelines import datasets
+  from rpn_jax.analysis import compile as analysis
+
+  jax.config.update("jax_platforms", "cpu")  # nothing is run, and chips that are there stay free
+  given = config.copy_and_resolve_references()
+  with given.unlocked():  # no number of the normalization changes a program
+    given.data.mean = given.data.mean or (0.0, 0.0, 0.0)
+    given.data.std = given.data.std or (1.0, 1.0, 1.0)
+  data = datasets.load(given)
+  analysis.report(config, topology, data, find_batch=FLAGS.find_batch, json=FLAGS.json)
+
+
 def command(arguments) -> None:
   """What the flags ask for, once they are checked."""
   if arguments:
@@ -57,6 +77,12 @@ def command(arguments) -> None:
   if FLAGS.restart and (FLAGS.mode != "train" or FLAGS.config.get("task") == "pretrain"):
     raise InputError("--restart is for --mode=train of a segmentation run: leave it out here")
   expand_paths(FLAGS.config)
+  if FLAGS.mode == "compile":
+    if not FLAGS.topology or FLAGS.config.get("task") == "pretrain":
+      raise InputError(
+        "--mode=compile takes the config of a segmentation run and --topology, such as v5e:2x4"
+      )
+    return compile_for(FLAGS.config, FLAGS.topology)
   run(FLAGS.config, workdir := paths.expand(FLAGS.workdir))
   print(console.describe_workdir(workdir))
 

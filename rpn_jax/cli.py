@@ -24,6 +24,7 @@ COMMANDS = {
   "convert_vit": ("rpn_jax.tasks.convert_vit", "a plain ViT or MAE beside CLIP's text tower"),
   "report": ("rpn_jax.analysis.report", "many runs side by side: a table, curves"),
   "costs": ("rpn_jax.analysis.costs", "parameters, operations, memory and speed of a config"),
+  "compile": ("rpn_jax.analysis.compile", "what a run would take on TPUs, by their compiler"),
   "attention": ("rpn_jax.analysis.attention", "relationship maps of a trained run, drawn"),
   "distance": ("rpn_jax.analysis.distance", "how far the heads of a trained run look, drawn"),
   "prepare": ("data_pipelines.prepare", "raw files of a data set into checked records; in a clone"),

@@ -21,6 +21,7 @@ ROOMS = {
   "base": [],
   "config": ["base"],
   "devices": ["base"],
+  "chips": ["devices", "base"],
   "models": [],
   "text": ["models", "devices", "config", "base"],
   "weights": ["models", "devices", "config", "base"],
@@ -32,7 +33,8 @@ ROOMS = {
   ],
   "tasks": ["inference", "training", "drawing", "weights", "text", "devices", "config", "base"],
   "analysis": [
-    "inference", "training", "drawing", "weights", "text", "models", "devices", "config", "base",
+    "inference", "training", "drawing", "weights", "text", "models", "chips", "devices", "config",
+    "base",
   ],
   "data_pipelines": ["base"],
   "configs": ["config"],

@@ -37,10 +37,8 @@ TITLES = {"visual": "vision tower", "text": "text tower"}
 BACKBONES = {name: CLIPConfig(**b.architecture) for name, b in declared.BACKBONES.items()}
 
 
-def random_towers(
-  clip_config: CLIPConfig, key: jax.Array, towers: Sequence[str] = ("visual",)
-) -> dict:
-  """Random parameters of towers by their names, as numpy."""
+def init_towers(clip_config: CLIPConfig, key: jax.Array, towers: Sequence[str]) -> dict:
+  """Random parameters of towers by their names."""
   side = clip_config.image_size
   inputs = {
     "visual": (VisionTransformer(clip_config), jnp.zeros((1, side, side, 3))),
@@ -51,7 +49,14 @@ def random_towers(
     tower, example = inputs[name]
     return jax.jit(tower.init)(key, example)["params"]
 
-  return jax.device_get({name: init(name) for name in towers})
+  return {name: init(name) for name in towers}
+
+
+def random_towers(
+  clip_config: CLIPConfig, key: jax.Array, towers: Sequence[str] = ("visual",)
+) -> dict:
+  """`init_towers` as numpy."""
+  return jax.device_get(init_towers(clip_config, key, towers))
 
 
 def random_batch(batch: int, side: int, classes: int) -> dict:

@@ -14,6 +14,9 @@ from rpn_jax.base.paths import expand
 from rpn_jax.config import Run
 from rpn_jax.config.stored import CONFIG, read_config
 
+# Modes of main.py that read and write no run.
+WITHOUT_WORKDIR = ("compile",)
+
 flags.disclaim_key_flags()  # --config is listed by --help of the program that defines it
 
 
@@ -57,7 +60,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
   try:
     program, *arguments = argv
     rest = values([program, *(with_run(arguments) if "workdir" in values else arguments)])
-    if "workdir" in values:
+    if "workdir" in values and values.mode not in WITHOUT_WORKDIR:
       check_given(values["config"].value, values.workdir)
     _ = values.config.task  # an unreadable config file raises here
   except Exception as error:  # a config file is code and may raise anything

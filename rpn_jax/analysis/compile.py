@@ -1,0 +1,403 @@
+"""What a run would take on TPUs, by their own compiler and without one.
+
+    python -m rpn_jax compile --config=configs/voc.py --topology=v5e:16x16
+    python main.py --mode=compile --config=configs/voc.py --topology=v5e:16x16
+
+Compiles what a run would run: its train step, a call of the network on evaluation's windows, the
+merging of one tile of a result, the text tower. For each: memory, operations, bytes and what is
+sent between chips, and the time that the chip's published limits allow at best. With --find-batch
+also the largest batch. No weights and no data are read. With `rpn compile` the classes are counted
+by --classes; main.py takes those of the data set.
+"""
+
+import argparse
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rpn_jax import chips
+from rpn_jax.analysis.arguments import parse
+from rpn_jax.analysis.costs import BACKBONES, RandomEncoder, init_towers
+from rpn_jax.base.console import table
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import expand, write_json
+from rpn_jax.config import check_whole_patches
+from rpn_jax.inference import predictor, views
+from rpn_jax.models import kernels
+from rpn_jax.models.clip import CLIPConfig
+from rpn_jax.models.remat import REMAT_POLICIES
+from rpn_jax.models.trained import init_prompts, join, split
+from rpn_jax.text import embeddings
+from rpn_jax.training import losses, optim, pseudo_labels, sharding
+from rpn_jax.training.step import TrainState
+from rpn_jax.weights import checkpoints, clip_file
+
+TITLES = {
+  "train": "train step",
+  "windows": "windows",
+  "tile": "merging a tile",
+  "text": "text tower",
+}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
+# Compilations of one search; the interval is halved in each, so that this is for batches of 1,000.
+SEARCH_TRIES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+  """The part of a data set that a program's shapes depend on; as in `SegmentationData`."""
+
+  names: Sequence[str]
+  trained: Sequence[int]
+  unseen: Sequence[int] = ()
+  unlabelled: int | None = None
+  ignore: int = 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A program before it is compiled.
+
+  Attributes:
+    lower: makes it.
+    count: how many `unit`s one chip computes in a call.
+    unit: what they are.
+    chips: how many compute it together.
+  """
+
+  lower: Callable[[], jax.stages.Lowered]
+  count: int
+  unit: str
+  chips: int
+
+
+def programs(config: Any, clip: CLIPConfig, data: Any, pod: chips.Pod) -> dict[str, Program]:
+  """What a run of a config compiles, by its key in TITLES.
+
+  Args:
+    config: of a segmentation run.
+    clip: architecture of its weights.
+    data: `Classes`, or a data set.
+    pod: the chips.
+
+  Raises:
+    InputError: a crop that is no multiple of the patch size, a batch that the chips cannot share.
+  """
+  network = predictor.make_network(config, clip, "tpu")
+  side = config.data.crop
+  check_whole_patches("config.data.crop", side, config.clip, network.input_multiple)
+  # Text costs the same whatever it says, but sentences of the real names have their lengths.
+  encoder = RandomEncoder(clip, {}, config.templates, config.synonyms)
+  names = [data.names[i] for i in data.trained]
+  text = shapes(np.asarray(network.text_input(encoder, names)))
+  towers = jax.eval_shape(lambda: init_towers(clip, jax.random.key(0), network.towers))
+  prompts, frozen = jax.eval_shape(
+    lambda towers, text: (
+      init_prompts(network, towers, text, jax.random.key(0), side),
+      split(towers, network.trained)[1],
+    ),
+    towers,
+    text,
+  )
+  result = {}
+  if network.trainable:
+    sharding.check_batch_size(config.data.batch_size, pod.mesh)
+    labeler = None
+    if config.data.setting == "annotation_free":
+      teacher = pseudo_labels.make_teacher(config, network)
+      labeler = pseudo_labels.make_labeler(teacher, config, network, encoder, data)
+    optimizer = optim.make_optimizer(config.optimizer, prompts)
+    if labeler:
+      optimizer = pseudo_labels.with_snapshots(optimizer, labeler.refresh)
+    zero: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    moments = jax.eval_shape(optimizer.init, prompts)
+    state = TrainState(zero, prompts, moments, zero, zero)
+    batch = config.data.batch_size
+    image = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)
+    label = jax.ShapeDtypeStruct((batch, side, side), jnp.int32)
+
+    def train_step() -> jax.stages.Lowered:
+      stepper = sharding.MODES[config.parallel](
+        pod.mesh,
+        state,
+        optimizer,
+        shard_state=config.shard_state,
+        model=network,
+        loss_fn=losses.make_loss(config.loss),
+        relabel=pseudo_labels.make_relabel(config, data),
+        labeler=labeler,
+      )
+      return stepper.lower(
+        state,
+        towers if labeler else frozen,
+        text,
+        batch={"image": image, "label": label},
+        key=jax.eval_shape(jax.random.key, 0),
+      )
+
+    result["train"] = Program(train_step, batch // pod.mesh.size, "image", pod.mesh.size)
+  return result | _inference(config, network, encoder, data.names, towers, prompts, pod)
+
+
+def _inference(
+  config: Any, network: Any, encoder: Any, names: Sequence[str], towers: Any, prompts: Any,
+  pod: chips.Pod,
+) -> dict[str, Program]:  # fmt: skip
+  """The programs of evaluation, which every host computes on its own chips."""
+  one = jax.sharding.SingleDeviceSharding(pod.mesh.devices.flat[0])
+  on_one = lambda tree: jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=one), tree
+  )
+  merged: list[Any] = []
+
+  def merge(towers: Any, prompts: Any) -> Any:
+    model, *trees = network.merged(towers, prompts)
+    merged.append(model)
+    return join(*trees)
+
+  variables = jax.eval_shape(merge, towers, prompts)
+  model, host, result = merged[0], pod.host, {}
+  text = shapes(np.asarray(network.text_input(encoder, names)))
+  if "text" in network.towers:
+    encode = predictor.encode_text(model, host, text.shape)
+    result["text"] = Program(lambda: encode.lower(variables, text), len(names), "class", 1)
+  else:
+    rows, length = embeddings.BATCH_SENTENCES[-1], encoder.config.context_length
+    tower = embeddings.TextTransformer(encoder.config, kernels=kernels.for_platform("tpu"))
+    params = on_one(
+      jax.eval_shape(lambda: init_towers(encoder.config, jax.random.key(0), ("text",)))["text"]
+    )
+    tokens = on_one(jax.ShapeDtypeStruct((rows, length), jnp.int32))
+    result["text"] = Program(
+      lambda: embeddings._encode.lower(tower, params, tokens), rows, "sentence", 1
+    )
+  encoded = jax.eval_shape(lambda v, t: model.apply(v, t, method="encode_text"), variables, text)
+  if config.eval.layout == "image":
+    return result  # images of their own shapes, which the data tells
+  side = config.eval.crop
+  count = -(-config.eval.window_batch // host.size)
+  windows = jax.ShapeDtypeStruct((count * host.size, side, side, 3), jnp.float32)
+  forward = predictor.forward(model, host, encoded.shape, windows.shape)
+  result["windows"] = Program(
+    lambda: forward.lower(variables, encoded, windows), count, "window", host.size
+  )
+  logits = jax.eval_shape(lambda v, i, t: model.apply(v, i, t), variables, windows, encoded)
+  size = (side, side)
+  view = views.View(*size, corners=((0, 0),), window=size)
+  tile, sides = views.tile_sides(size, [view], len(names))
+  part = view.tile(logits, (0, 0), tile, size, sides[0])
+  merge_tile = views.tile_program(
+    (tile, sides, len(names)), (sides[0][0],), (size,), model.scores, views.class_ids
+  )
+  penalty = np.zeros(len(names), np.float32)
+  result["tile"] = Program(lambda: merge_tile.lower(on_one((part,)), on_one(penalty)), 1, "tile", 1)
+  return result
+
+
+def shapes(tree: Any) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
+
+
+def measure(program: Program, chip: chips.Chip, what: str) -> dict[str, Any]:
+  """What the compiler tells of a program, per chip and call; bytes, seconds, operations.
+
+  Raises:
+    InputError: it does not fit into the chip's memory.
+  """
+  began = time.perf_counter()
+  lowered = program.lower()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise TooLarge(_too_large(str(error), what)) from None
+  seconds = time.perf_counter() - began
+  memory: Any = compiled.memory_analysis()
+  cost: Any = compiled.cost_analysis()
+  arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  taken = arguments + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  arithmetic, traffic = cost["flops"] / chip.flops, cost["bytes accessed"] / chip.bandwidth
+  return {
+    "seconds_to_compile": seconds,
+    "argument_bytes": arguments,
+    "temporary_bytes": temporary,
+    "share_of_memory": taken / chip.memory,
+    "flops": cost["flops"],
+    "bytes": cost["bytes accessed"],
+    "arithmetic_seconds": arithmetic,
+    "memory_seconds": traffic,
+    "count": program.count,
+    "unit": program.unit,
+    "per_second_per_chip": program.count / max(arithmetic, traffic),
+    "per_second": program.chips * program.count / max(arithmetic, traffic),
+    "collectives": collectives(compiled.as_text() or ""),
+  }
+
+
+class TooLarge(InputError):
+  """A program that does not fit into a chip's memory."""
+
+
+def _too_large(error: str, what: str) -> str:
+  used = re.search(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG])", error)
+  needs = f"needs {used[1]} of {used[2]}" if used else "does not fit into the chip's memory"
+  return (
+    f"the {what} {needs}: lower config.data.batch_size or config.eval.window_batch, set "
+    'config.remat="full", or let --find-batch look'
+  )
+
+
+def collectives(program: str) -> dict[str, dict[str, int]]:
+  """Kind of operation between chips -> how many a compiled program has, and bytes of results."""
+  kinds = "|".join(COLLECTIVES)
+  found: dict[str, dict[str, int]] = {}
+  for types, kind in re.findall(rf"= (\([^=]*?\)|\S+) ({kinds})(?:-start)?\(", program):
+    sizes = [
+      BYTES.get(kept, 4) * math.prod(map(int, filter(None, shape.split(","))))
+      for kept, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", types)
+    ]
+    entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+    entry["count"] += 1
+    entry["bytes"] += sum(sizes)
+  return found
+
+
+def largest_batch(fits: Callable[[int], bool], start: int) -> int:
+  """The largest batch that fits, 0 if 1 does not; `fits` is asked at most SEARCH_TRIES times."""
+  low, high, tried = 0, 0, 0
+  batch = max(1, start)
+  while tried < SEARCH_TRIES and (not high or high - low > 1):
+    tried += 1
+    low, high = (batch, high) if fits(batch) else (low, batch)
+    batch = 2 * low if not high else (low + high) // 2
+  return low
+
+
+def find_batches(config: Any, clip: CLIPConfig, data: Any, pod: chips.Pod) -> Iterator[tuple]:
+  """(remat, largest batch per chip) for each of REMAT_POLICIES."""
+  start = max(1, config.data.batch_size // pod.mesh.size)
+  for remat in REMAT_POLICIES:
+
+    def fits(batch: int, remat: str = remat) -> bool:
+      changed = config.copy_and_resolve_references()
+      with changed.unlocked():
+        changed.remat, changed.data.batch_size = remat, batch * pod.mesh.size
+      try:
+        measure(programs(changed, clip, data, pod)["train"], pod.chip, TITLES["train"])
+      except TooLarge:
+        print(f"remat={remat}, {batch} a chip: too large", flush=True)
+        return False
+      print(f"remat={remat}, {batch} a chip: fits", flush=True)
+      return True
+
+    yield remat, largest_batch(fits, start)
+
+
+def report(
+  config: Any, topology: str, data: Any, *, find_batch: bool = False, json: str | None = None
+) -> dict:
+  """Compiles, prints and returns everything.
+
+  Args:
+    config: of a segmentation run.
+    topology: see `chips.pod`.
+    data: `Classes`, or a data set.
+    find_batch: look for the largest batch, too.
+    json: file that gets the numbers.
+
+  Raises:
+    InputError: see `chips.pod`, `programs` and `measure`.
+  """
+  pod, clip = chips.pod(topology), architecture(config.clip)
+  result: dict[str, Any] = {"topology": topology, "chips": pod.mesh.size, "programs": {}}
+  for name, program in programs(config, clip, data, pod).items():
+    print(f"compiling the {TITLES[name]} for {topology} ...", flush=True)
+    result["programs"][name] = measure(program, pod.chip, TITLES[name])
+  if find_batch:
+    result["largest_batch"] = dict(find_batches(config, clip, data, pod))
+  result["versions"] = {"jax": jax.__version__}
+  print(text_of(result))
+  if json:
+    write_json(expand(json), result)
+  return result
+
+
+def architecture(name: str) -> CLIPConfig:
+  """The architecture of weights, which need not be there if they are published ones.
+
+  Raises:
+    InputError: neither a file nor a known name.
+  """
+  named = None if expand(name).exists() else checkpoints.find(name)
+  if named and named.config:
+    return named.config
+  return clip_file.load_clip(name)[0]
+
+
+def text_of(result: dict) -> str:
+  """The numbers as a table, a column for each program."""
+  parts = result["programs"]
+
+  def row(title: str, cell: Callable[[dict], str]) -> list[str]:
+    return [title, *map(cell, parts.values())]
+
+  each = lambda p, key: p[key] / p["count"]
+  number = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+  sent = lambda p: ", ".join(
+    f"{c['count']} {kind}, {number(c['bytes'] / 1e6)} MB" for kind, c in p["collectives"].items()
+  )
+  rows = [
+    row("a chip computes", lambda p: f"{p['count']} {p['unit']}{'s' * (p['count'] > 1)}"),
+    row("arguments, GB", lambda p: number(p["argument_bytes"] / 1e9)),
+    row("temporaries, GB", lambda p: number(p["temporary_bytes"] / 1e9)),
+    row("of the chip's memory", lambda p: f"{100 * p['share_of_memory']:.0f} %"),
+    row("GFLOP each", lambda p: number(each(p, "flops") / 1e9)),
+    row("GB read and written each", lambda p: number(each(p, "bytes") / 1e9)),
+    row("arithmetic, ms each", lambda p: number(1e3 * each(p, "arithmetic_seconds"))),
+    row("memory, ms each", lambda p: number(1e3 * each(p, "memory_seconds"))),
+    row("at most, chip and second", lambda p: number(p["per_second_per_chip"])),
+    row("at most, all that share it", lambda p: number(p["per_second"])),
+    row("between chips, a call", lambda p: sent(p) or "nothing"),
+    row("compiled in, s", lambda p: f"{p['seconds_to_compile']:.0f}"),
+  ]
+  lines = [table(rows, [result["topology"], *(TITLES[name] for name in parts)])]
+  if found := result.get("largest_batch"):
+    lines.append(table([[k, str(v)] for k, v in found.items()], ["remat", "largest batch a chip"]))
+  lines.append(
+    f"{result['chips']} chips, JAX {result['versions']['jax']}: compiled, not run. Arithmetic and "
+    "memory are operations and bytes, by XLA's count, over the published limits of the chip in "
+    "bfloat16; a run takes at least the longer time. XLA does not know what a program really "
+    "takes, and of the attention kernel only what that says of itself."
+  )
+  return "\n\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog="rpn compile", description=__doc__)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  add = parser.add_argument
+  add("--topology", required=True, help=f"chips, such as {chips.EXAMPLES}")
+  add("--classes", type=int, default=20, help="how many are trained and evaluated (%(default)s)")
+  add("--backbone", choices=tuple(BACKBONES), help="architecture instead of that of config.clip")
+  add("--find-batch", action="store_true", help="look for the largest batch a chip, per remat")
+  add("--json", help="also write the numbers to this file")
+  args, config = parse(parser, arguments)
+  if args.classes < 1:
+    raise InputError(f"--classes: expected at least 1, got {args.classes}")
+  jax.config.update("jax_platforms", "cpu")  # nothing is run, and chips that are there stay free
+  if args.backbone:
+    with config.unlocked():
+      config.clip = {"b16": "ViT-B/16", "l14": "ViT-L/14"}.get(args.backbone, config.clip)
+  count = range(args.classes)
+  data = Classes([f"class {i}" for i in count], count, count[-1:], 254)
+  report(config, args.topology, data, find_batch=args.find_batch, json=args.json)
+  return 0

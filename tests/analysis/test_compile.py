@@ -1,0 +1,85 @@
+"""`rpn compile`: what needs no chip's compiler here; what does is in tests/tpu."""
+
+import json
+
+import jax
+import pytest
+
+from configs import shapes
+from rpn_jax import chips, devices
+from rpn_jax.analysis import compile as analysis
+from rpn_jax.base.errors import InputError
+from rpn_jax.models import kernels
+
+# Parameters of the head of the tiny CLIP, whose joint space is 64 wide: two Linears, two norms.
+LPM = (64 * 64 + 64) + (128 * 64 + 64) + 2 * 128
+PROGRAM = """
+  %all-reduce.1 = f32[75000]{0} all-reduce(%x), replica_groups={}
+  %all-reduce-start = (f32[3]{0}, bf16[2,4]{1,0}) all-reduce-start(%y, %z)
+  %gather = bf16[8,16]{1,0:T(8,128)} all-gather(%w), dimensions={0}
+  %all-reduce-done = (f32[3]{0}, bf16[2,4]{1,0}) all-reduce-done(%all-reduce-start)
+"""
+
+
+def test_what_is_sent_between_chips_is_counted():
+  assert analysis.collectives(PROGRAM) == {
+    "all-reduce": {"count": 2, "bytes": 4 * 75000 + 4 * 3 + 2 * 8},
+    "all-gather": {"count": 1, "bytes": 2 * 128},
+  }
+
+
+@pytest.mark.parametrize("largest", [0, 1, 7, 16, 23, 100])
+@pytest.mark.parametrize("start", [1, 16])
+def test_the_largest_batch_is_found(largest, start):
+  asked = []
+  fits = lambda batch: asked.append(batch) or batch <= largest
+  assert analysis.largest_batch(fits, start) == largest
+  assert len(asked) == len(set(asked)) <= analysis.SEARCH_TRIES
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("tpu", r"expected chips such as v5e:2x4.*, got 'tpu'"),
+    ("v5e", "expected chips such as"),
+    ("v3:2x2", "generation 'v3' is unknown: expected one of v4, v5e, v5p, v6e"),
+  ],
+)
+def test_a_mistyped_topology(name, message):
+  with pytest.raises(InputError, match=message):
+    chips.pod(name)
+
+
+def test_without_the_compiler_the_package_is_named(monkeypatch):
+  monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=r'libtpu, which is not installed: pip install "jax\[tpu\]"'):
+    chips.pod("v5e:2x4")
+
+
+def test_a_program_that_is_too_large_is_one_line():
+  error = "RESOURCE_EXHAUSTED: ... Used 18.20G of 15.75G hbm. Exceeded ..."
+  assert analysis._too_large(error, "train step").startswith(
+    "the train step needs 18.20G of 15.75G: lower config.data.batch_size"
+  )
+
+
+def test_a_report(monkeypatch, tmp_path, capsys):
+  """A device of this machine stands in for a chip, with kernels that it can run."""
+  mesh = devices.data_mesh(jax.devices()[:1])
+  pod = chips.Pod("cpu", chips.Chip(1e12, 1e11, 2**30), mesh, mesh)
+  monkeypatch.setattr(chips, "pod", lambda name: pod)
+  monkeypatch.setitem(kernels.PLATFORMS, "tpu", kernels.LEAN)
+  config = shapes.get_config("tuner=lpm").unlock()
+  config.data.batch_size = 4
+  data = analysis.Classes(("a square", "sand", "a circle"), (0, 1))
+  file = tmp_path / "costs.json"
+  result = analysis.report(config.lock(), "cpu", data, json=str(file))
+  assert set(result["programs"]) == {"train", "windows", "tile", "text"}
+  step = result["programs"]["train"]
+  assert step["count"] == 4 and step["memory_seconds"] == step["bytes"] / 1e11
+  # The gradients of all that is trained and the two sums of the loss, and the number of masks.
+  assert step["collectives"] == {"all-reduce": {"count": 2, "bytes": 4 * (LPM + 3)}}
+  assert result["programs"]["windows"]["collectives"] == {}
+  assert json.loads(file.read_text())["programs"]["train"]["flops"] == step["flops"]
+  said = capsys.readouterr().out
+  assert "between chips" in said and "1 chips" in said and "compiled, not run" in said
