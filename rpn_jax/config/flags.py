@@ -60,7 +60,8 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
   try:
     program, *arguments = argv
     rest = values([program, *(with_run(arguments) if "workdir" in values else arguments)])
-    if "workdir" in values and values.mode not in WITHOUT_WORKDIR:
+    mode = values["mode"].value if "mode" in values else ""
+    if "workdir" in values and mode not in WITHOUT_WORKDIR:
       check_given(values["config"].value, values.workdir)
     _ = values.config.task  # an unreadable config file raises here
   except Exception as error:  # a config file is code and may raise anything

@@ -42,7 +42,7 @@ def test_the_largest_batch_is_found(largest, start):
   [
     ("tpu", r"expected chips such as v5e:2x4.*, got 'tpu'"),
     ("v5e", "expected chips such as"),
-    ("v3:2x2", "generation 'v3' is unknown: expected one of v4, v5e, v5p, v6e"),
+    ("v3:2x2", "generation 'v3' is not known; did you mean 'v4'. Known: v4, v5e, v5p, v6e"),
   ],
 )
 def test_a_mistyped_topology(name, message):
