@@ -33,7 +33,7 @@ from rpn_jax.inference import predictor, views
 from rpn_jax.models import kernels
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.remat import REMAT_POLICIES
-from rpn_jax.models.trained import init_prompts, join, split
+from rpn_jax.models.trained import in_compute_type, init_prompts, join, split
 from rpn_jax.text import embeddings
 from rpn_jax.training import losses, optim, pseudo_labels, sharding
 from rpn_jax.training.step import TrainState
@@ -102,7 +102,7 @@ def programs(config: Any, clip: CLIPConfig, data: Any, pod: chips.Pod) -> dict[s
   prompts, frozen = jax.eval_shape(
     lambda towers, text: (
       init_prompts(network, towers, text, jax.random.key(0), side),
-      split(towers, network.trained)[1],
+      in_compute_type(split(towers, network.trained)[1], config.dtype),
     ),
     towers,
     text,

@@ -27,7 +27,7 @@ from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.models import NETWORKS, Network, kernels, training_free
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.prompts import count
-from rpn_jax.models.trained import init_prompts, join, split
+from rpn_jax.models.trained import in_compute_type, init_prompts, join, split
 from rpn_jax.text.embeddings import TextEncoder
 from rpn_jax.text.templates import expand
 from rpn_jax.training.run import Run
@@ -216,8 +216,8 @@ class Predictor:
 
   @property
   def frozen(self) -> dict:
-    """The part of the towers that is not trained."""
-    return split(self.params, self.network.trained)[1]
+    """The part of the towers that is not trained, as a training step takes it."""
+    return in_compute_type(split(self.params, self.network.trained)[1], self.network.dtype)
 
   @property
   def note(self) -> str:

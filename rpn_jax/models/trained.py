@@ -59,6 +59,17 @@ def thirds(name: str, x: jax.Array) -> dict[str, jax.Array]:
   return {f"{path}/{t}": x[:, i * width : (i + 1) * width] for i, t in enumerate(THIRDS)}
 
 
+def in_compute_type(frozen: Mapping, dtype: Any) -> dict:
+  """Frozen parameters, the kernels of the blocks in the type that they are multiplied in.
+
+  A step would cast them each time, to the same values, and read twice the bytes for it.
+  """
+  kernels = re.compile(rf".*/block_\d+/(attn|mlp)/\w+/({'|'.join((FUSED, *THIRDS))})")
+  cast = lambda name, x: x.astype(dtype) if kernels.fullmatch(name) else x
+  flat = {name: cast(name, x) for name, x in _flat(frozen).items()}
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
 def join(params: Mapping, tree: Mapping) -> dict:
   """The collections to apply a network with: {"params": …, "prompts": …}.
 

@@ -109,6 +109,22 @@ def test_the_merged_network_gives_the_same_logits(name, settings):
   assert merged.trained == ""
 
 
+@pytest.mark.parametrize("name, settings", [case for case in CASES if case[0] != "training_free"])
+def test_kernels_in_the_compute_type_change_nothing(name, settings):
+  network = NETWORKS[name].create(CLIP, settings, dtype=jnp.bfloat16)
+  text = network.text_input(Encoder(), "abc")
+  params, prompts = variables_of(network, text)
+  found, frozen = trained.split(params, network.trained)
+  stored = trained.in_compute_type(frozen, jnp.bfloat16)
+  sizes = lambda tree: {x.dtype.itemsize for x in jax.tree.leaves(tree)}
+  assert sizes(frozen) <= {4} and (not frozen or sizes(stored) == {2, 4})
+  apply = jax.jit(lambda frozen: network.apply(
+    trained.join(frozen, {**prompts, **found}), jnp.ones((1, 32, 32, 3)), text
+  ))  # fmt: skip
+  np.testing.assert_array_equal(apply(stored), apply(frozen))
+  assert sizes(trained.in_compute_type(frozen, jnp.float32)) <= {4}
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 def test_scores_are_those_of_the_loss(loss):
   network = NETWORKS["rpn"].create(CLIP, RPNConfig(), loss=loss)
