@@ -156,15 +156,10 @@ def _inference(
   on_one = lambda tree: jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=one), tree
   )
-  merged: list[Any] = []
-
-  def merge(towers: Any, prompts: Any) -> Any:
-    model, *trees = network.merged(towers, prompts)
-    merged.append(model)
-    return join(*trees)
-
-  variables = jax.eval_shape(merge, towers, prompts)
-  model, host, result = merged[0], pod.host, {}
+  # Tuners are merged in NumPy, which takes arrays.
+  zeros = lambda tree: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+  model, *merged = network.merged(zeros(towers), zeros(prompts))
+  variables, host, result = shapes(join(*merged)), pod.host, {}
   text = shapes(np.asarray(network.text_input(encoder, names)))
   if "text" in network.towers:
     encode = predictor.encode_text(model, host, text.shape)
@@ -213,13 +208,17 @@ def measure(program: Program, chip: chips.Chip, what: str) -> dict[str, Any]:
     InputError: it does not fit into the chip's memory.
   """
   began = time.perf_counter()
-  lowered = program.lower()
+  kept = jax.config.values["jax_enable_compilation_cache"]
   try:
-    compiled = lowered.compile()
+    # A program for chips that are not there can be kept, and not be read again.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compiled = program.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     raise TooLarge(_too_large(str(error), what)) from None
+  finally:
+    jax.config.update("jax_enable_compilation_cache", kept)
   seconds = time.perf_counter() - began
   memory: Any = compiled.memory_analysis()
   cost: Any = compiled.cost_analysis()
