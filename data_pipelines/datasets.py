@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterator
 
 import grain
 
-from data_pipelines import pipeline, recipes, records, registry, shapes, transforms, vocabularies
+from data_pipelines import (
+  local_copy,
+  pipeline,
+  recipes,
+  records,
+  registry,
+  shapes,
+  transforms,
+  vocabularies,
+)
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import SEPARATOR, check_known
 
@@ -111,8 +120,8 @@ def load_evaluations(config) -> list[SegmentationData]:
 
 def _open(config, name: str, setting: str, process=(0, 1), naming: str = "") -> SegmentationData:
   """A data set; `naming` is of its classes, by default config.data's for the training set."""
-  c = config.data
   data_set = registry.get(name)
+  c = local_copy.localized(config.data, data_set)
   naming = naming or (c.naming if name == c.name else "dataset")
   vocabulary = _vocabulary(c, data_set, naming)
   _tell_of_synonyms(vocabulary, naming, config.synonyms)

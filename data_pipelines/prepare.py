@@ -27,6 +27,7 @@ import numpy as np
 
 from data_pipelines import (
   finished,
+  local_copy,
   overview,
   preview,
   raw_files,
@@ -37,7 +38,7 @@ from data_pipelines import (
 )
 from data_pipelines.bad_files import BadFiles
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
-from rpn_jax.base import paths
+from rpn_jax.base import buckets, paths
 from rpn_jax.base.console import progress, run_command
 from rpn_jax.base.errors import InputError
 
@@ -56,8 +57,11 @@ def prepare(
   values: Sequence[int] | None = None,
   allow_partial: bool = False,
   rebuild: bool = False,
+  local_dir: str = "",
 ) -> pathlib.Path:
   """Prepares a data set, or what is left of it; a finished one is left alone.
+
+  For a bucket it is prepared on a local disk and then copied there.
 
   Args:
     name: of a set that `--list` shows.
@@ -68,6 +72,7 @@ def prepare(
     values: for "folder" the mask value of every name in names.txt; by default their positions.
     allow_partial: accept fewer images than the published number.
     rebuild: prepare a finished set anew; it is replaced when the new one is complete.
+    local_dir: for a data_dir in a bucket the folder to prepare in; by default in the cache folder.
 
   Returns:
     The prepared folder, with the records, summary.json and preview.png.
@@ -77,6 +82,18 @@ def prepare(
       permission, another process that prepares this set, or a finished set of one's own whose raw
       files have changed.
   """
+  if buckets.is_bucket(data_dir):
+    root = local_copy.local_root(data_dir, local_dir)
+    options = {"config": config, "values": values, "allow_partial": allow_partial}
+    options["rebuild"] = rebuild
+    folder = prepare(name, manual_dir, root, **options)
+    below = folder.relative_to(root).as_posix()
+    # Drawn sets are copied whole, see `local_copy.localized`.
+    local_copy.upload(folder, root, below, paths.expand(data_dir) / below)
+    print(f"copied to {paths.expand(data_dir) / below}")
+    return folder
+  if local_dir:
+    raise InputError("--local_dir is for a --data_dir in a bucket: leave it out here")
   if name == "shapes":
     folder = shapes.prepare(data_dir)
     print(f"prepared in {folder}")
@@ -307,6 +324,9 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("name", nargs="?", help=names)
   parser.add_argument("--manual_dir", help="folder of the raw files")
   parser.add_argument("--data_dir", default="data", help="root of the prepared sets")
+  parser.add_argument(
+    "--local_dir", default="", help="where to prepare what goes to a bucket (default: a cache)"
+  )
   parser.add_argument("--config", help="a version of the set; for folder, the name to give it")
   parser.add_argument(
     "--values",
@@ -336,6 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
         values=args.values,
         allow_partial=args.allow_partial,
         rebuild=args.rebuild,
+        local_dir=args.local_dir,
       )
 
   return run_command(

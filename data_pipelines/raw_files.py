@@ -27,7 +27,7 @@ def folder_of(cls: type[SegmentationBuilder], manual_dir: str | os.PathLike | No
   Raises:
     InputError: none is given, or there is no such folder.
   """
-  folder = None if manual_dir is None else paths.expand(manual_dir)
+  folder = None if manual_dir is None else paths.expand_local(manual_dir, "--manual_dir")
   if folder is None or not folder.is_dir():
     got = "none" if folder is None else f"no folder {folder}"
     raise InputError(

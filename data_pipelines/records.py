@@ -141,7 +141,7 @@ def count_examples(folder: pathlib.Path) -> dict[str, int]:
   """
   try:
     splits = tfds.builder_from_directory(folder).info.splits
-    missing = [p for s in splits.values() for p in s.filepaths if not pathlib.Path(p).is_file()]
+    missing = [p for s in splits.values() for p in s.filepaths if not paths.expand(p).is_file()]
   except Exception as error:  # TFDS fails in many ways on a damaged folder
     missing = [f"{type(error).__name__} in dataset_info.json"]
   if missing or not splits:
@@ -287,7 +287,7 @@ def plan_shards(
         shard_index=i, num_shards=len(parts)
       )
       tally_path = folder / "progress" / f"{file.name}.json"
-      shards.append(Shard(split, pathlib.Path(file), tally_path, part))
+      shards.append(Shard(split, paths.expand(file), tally_path, part))
   return shards
 
 

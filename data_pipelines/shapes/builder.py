@@ -138,7 +138,7 @@ def _is_complete(folder, config):
     files = [path for split in splits.values() for path in split.filepaths]
   except Exception:  # TFDS fails in many ways on a damaged folder
     return False
-  return counts == expected and all(pathlib.Path(path).is_file() for path in files)
+  return counts == expected and all(os.path.isfile(path) for path in files)
 
 
 @contextlib.contextmanager

@@ -195,12 +195,12 @@ def attention(
   if len(names) > MAX_CLASSES:
     raise InputError(f"expected at most {MAX_CLASSES} classes for one figure, got {len(names)}")
   written = []
-  for file in map(pathlib.Path, files):
+  for file in map(paths.expand, files):
     image, inputs = read_image(file, predictor.protocol, predictor.clip.patch_size)
     maps = relationship_maps(predictor, inputs, names)
     network: Any = predictor.network
     layers = [i + 1 for i in network.prompting]
-    path = pathlib.Path(out) / f"attention_{file.stem}.png"
+    path = paths.expand(out) / f"attention_{file.stem}.png"
     draw_maps(path, image, maps, names, layers)
     written.append(path)
   return written

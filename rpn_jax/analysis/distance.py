@@ -23,7 +23,7 @@ from rpn_jax.analysis.attention import (
   run_drawing,
 )
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import write_text
+from rpn_jax.base.paths import expand, write_text
 from rpn_jax.drawing.images import save_png
 from rpn_jax.drawing.plots import figure, legend_beside, line_style
 
@@ -120,7 +120,7 @@ def distance(predictor, files: Sequence[pathlib.Path], names, out) -> list[pathl
   writer.writerow(["layer", "head", "before_pixels", "after_pixels"])
   for i, j in np.ndindex(before.shape):
     writer.writerow([i + 1, j + 1, f"{before[i, j]:.3f}", f"{after[i, j]:.3f}"])
-  out = pathlib.Path(out)
+  out = expand(out)
   draw_distances(out / "distance.png", before, after, len(files))
   write_text(out / "distance.csv", text.getvalue())
   return [out / "distance.png", out / "distance.csv"]

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rpn_jax.analysis.runs import METRICS, Row, differing, group_runs, read_run
+from rpn_jax.base.buckets import is_bucket
 from rpn_jax.base.console import table
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json, write_text
@@ -128,7 +129,7 @@ def summary(rows: Sequence[Row], left_out: Sequence[str]) -> dict:
 
 def write(out, rows: Sequence[Row], left_out: Sequence[str] = ()) -> pathlib.Path:
   """Writes report.md, report.csv, report.json and report.png into a folder, which it returns."""
-  out = pathlib.Path(out)
+  out = expand(out)
   out.mkdir(parents=True, exist_ok=True)
   content = summary(rows, left_out)
   write_json(out / "report.json", content)
@@ -257,7 +258,8 @@ def main(arguments: list[str]) -> int:
   parser.add_argument("--labels", nargs="+", default=(), metavar="NAME", help="one per row")
   args = parser.parse_args(arguments)
   runs, left_out = [], []
-  for directory in dict.fromkeys(os.path.normpath(name) for name in args.runs):
+  normal = [name if is_bucket(name) else os.path.normpath(name) for name in args.runs]
+  for directory in dict.fromkeys(normal):
     try:
       runs.append(read_run(directory))
     except (InputError, OSError) as error:

@@ -11,6 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import expand
 from rpn_jax.config import FREE
 from rpn_jax.training.metric_log import read_history
 
@@ -110,7 +111,7 @@ def read_run(directory) -> FinishedRun:
   Raises:
     InputError: there is none, it has not ended, or a file of it is damaged.
   """
-  directory = pathlib.Path(directory)
+  directory = expand(directory)
   if not (directory / "metrics.json").exists():
     raise InputError(_why_missing(directory))
   config, last, best, trained = _read_scores(directory / "metrics.json")

@@ -30,7 +30,7 @@ from rpn_jax.analysis import report
 from rpn_jax.analysis.runs import Row, read_run
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import expand, write_json
+from rpn_jax.base.paths import expand_local, write_json
 from rpn_jax.config.stored import read_config
 from rpn_jax.inference import published
 
@@ -44,7 +44,7 @@ def read_tables(path: str) -> dict[str, dict[str, Mapping]]:
   Raises:
     InputError: there is no such file, or it has no TABLES.
   """
-  if not pathlib.Path(path).is_file():
+  if not os.path.isfile(path):
     raise InputError(f"--config={path}: no such file; expected one with TABLES")
   content = runpy.run_path(path)
   if "TABLES" not in content:
@@ -238,13 +238,13 @@ def main(arguments: list[str]) -> int:
   parser.add_argument("--root", default="runs/sweep", help="where the runs go")
   args, passed_on = parser.parse_known_args(arguments)
   path, _, words = args.config.partition(":")
-  root = expand(args.root)
+  root = expand_local(args.root, "--root")
   wrong = [flag for flag in passed_on if not flag.startswith("--config.")]
   if wrong:
     raise InputError(f"unknown argument {wrong[0]!r}; only --config.… flags are passed on")
   if args.seeds < 1 or args.jobs < 1:
     raise InputError("--seeds and --jobs: expected 1 or more")
-  if not pathlib.Path("main.py").exists():
+  if not os.path.exists("main.py"):
     raise InputError("no main.py here: run this in the folder of a clone of the project")
   known = read_tables(path)
   tables = list(known) if args.tables == "all" else args.tables.split(",")

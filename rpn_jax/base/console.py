@@ -3,7 +3,6 @@
 import codecs
 import io
 import os
-import pathlib
 import re
 import signal
 import sys
@@ -17,6 +16,7 @@ from absl import logging
 
 from rpn_jax.base import interrupts
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import expand
 
 # Seconds between the lines that replace the progress bar if stderr is not a terminal.
 LINE_SECONDS = 10.0
@@ -114,7 +114,7 @@ WORKDIR_FILES = {
 
 def describe_workdir(workdir: str | os.PathLike) -> str:
   """A line for every known file in a workdir."""
-  workdir = pathlib.Path(workdir)
+  workdir = expand(workdir)
   found = {name: text for name, text in WORKDIR_FILES.items() if (workdir / name).exists()}
   width = max(map(len, found), default=0)
   return "\n".join([f"In {workdir}:", *(f"  {n:{width}}  {text}" for n, text in found.items())])

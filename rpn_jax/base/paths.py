@@ -1,30 +1,46 @@
-"""Files and folders: atomic writes, locks, JSON, the cache folder."""
+"""Files and folders: atomic writes, locks, JSON, the cache folder.
+
+A path is a `pathlib.Path`, or one of `base.buckets` with the same methods; `expand` makes both.
+"""
 
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import socket
+import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping
 
 from absl import logging
 
+from rpn_jax.base import buckets, leases
 from rpn_jax.base.errors import InputError
+
+# Of no path of ours. Those of the hub, hf://owner/name, are for `weights.checkpoints`.
+_ADDRESS = re.compile(r"gs:|(?!hf:|https?://(www\.)?(huggingface|hf)\.co)[a-z][a-z0-9+]+://")
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
-  """Expands a leading `~`, which the shell does not do in `--flag=~/path`.
+  """The path that a person typed: in a bucket, or local, with a leading `~` expanded.
 
-  Letters like é are one character or two (Unicode's NFC and NFD, which macOS writes), and look
-  alike: where only a path of the other form exists, that one is meant.
+  The shell does not expand `--flag=~/path`. Letters like é are one character or two (Unicode's NFC
+  and NFD, which macOS writes), and look alike: where only a path of the other form exists, that one
+  is meant.
 
   Raises:
-    InputError: there is no such home folder.
+    InputError: there is no such home folder; an address other than `gs://BUCKET/NAME`; a bucket
+      that cannot be used, see `buckets.open_path`.
   """
+  if buckets.is_bucket(path):
+    return buckets.open_path(path)
+  if _ADDRESS.match(os.fspath(path)):
+    raise InputError(f"{path}: expected a local path or gs://BUCKET/NAME; correct the address")
   try:
     path = pathlib.Path(path).expanduser()
   except RuntimeError as error:
@@ -35,16 +51,38 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
   return path
 
 
+def expand_local(path: str | os.PathLike, what: str) -> pathlib.Path:
+  """`expand` of a path that cannot be in a bucket.
+
+  Args:
+    path: as typed.
+    what: its flag, or what it is, for messages.
+
+  Raises:
+    InputError: see `expand`; a path in a bucket.
+  """
+  if buckets.is_bucket(path):
+    raise InputError(f"{what}: expected a local path, got {os.fspath(path)}; copy it to a disk")
+  return expand(path)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Atomic write: a temporary path in the folder of `path`, renamed to it when the block succeeds.
+  """Atomic write: a local temporary path, which becomes `path` when the block succeeds.
 
-  Readers see either the old file or the new one, never a part.
+  Readers see either the old file or the new one, never a part. On a disk the temporary file is in
+  the same folder and renamed; to a bucket it is copied.
 
   Raises:
     OSError: the file cannot be written; no temporary file remains.
   """
-  path = pathlib.Path(path)
+  path = expand(path)
+  if buckets.is_bucket(path):
+    with tempfile.TemporaryDirectory() as folder:
+      temporary = pathlib.Path(folder, path.name)
+      yield temporary
+      buckets.upload(temporary, path)
+    return
   # Random: in containers that share a folder every process may be number 1, and threads share one.
   temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
   try:
@@ -57,6 +95,9 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes UTF-8 text atomically."""
+  if buckets.is_bucket(path):
+    expand(path).write_text(text, encoding="utf-8")
+    return
   with replacing(path) as temporary:
     temporary.write_text(text, encoding="utf-8")
 
@@ -73,7 +114,7 @@ def locked(
   """Holds a lock file during the block, so that only one process at a time uses `resource`.
 
   The operating system releases the lock however the process ends; a killed process leaves behind an
-  unlocked file with its name.
+  unlocked file with its name. In a bucket a lease takes its place, see `leases.held`.
 
   Args:
     path: path of the lock file; its folder must exist.
@@ -85,6 +126,10 @@ def locked(
     InputError: without `wait`, another process, which is named, holds the lock.
     OSError: the lock file cannot be opened.
   """
+  if buckets.is_bucket(path):
+    with leases.held(path, resource, remedy, wait=wait):
+      yield
+    return
   with open(path, "a+", encoding="utf-8") as file:
 
     def read_holder() -> str:
@@ -157,3 +202,40 @@ def cache_dir() -> pathlib.Path | None:
     "nothing is cached for later runs (%s): set XDG_CACHE_HOME to a writable folder", reason
   )
   return None
+
+
+def on_disk(path: str | os.PathLike, beside: str = "") -> pathlib.Path:
+  """A local file with the content of a path: the path itself, or a copy of an object of a bucket.
+
+  The copy is kept in the cache folder and made again when the object changes.
+
+  Args:
+    path: of a file.
+    beside: pattern of files of the same folder that are wanted, too, such as "*.json".
+
+  Raises:
+    InputError: there is no cache folder to copy to.
+    OSError: the object cannot be read or the copy not written.
+  """
+  path = expand(path)
+  if not buckets.is_bucket(path) or not path.is_file():
+    return path
+  wanted = {path, *(path.parent.glob(beside) if beside else ())}
+  versions = {each.name: buckets.version(each) for each in wanted}
+  key = "".join(f"{name}\0{found.generation}\n" for name, found in sorted(versions.items()))
+  cache = cache_dir()
+  if cache is None:
+    raise InputError(
+      f"{path}: expected a folder to copy it to; set XDG_CACHE_HOME to one that can be written"
+    )
+  digest = hashlib.sha256(f"{path.parent}\n{key}".encode()).hexdigest()[:16]
+  folder = cache / "buckets" / digest
+  folder.mkdir(parents=True, exist_ok=True)
+  with locked(folder / ".lock", str(path), wait=True):
+    for each in wanted:
+      if not (folder / each.name).exists():
+        if each == path:
+          print(f"copying {path} ({versions[path.name].size / 1e6:.0f} MB) to {folder}", flush=True)
+        with replacing(folder / each.name) as temporary:
+          buckets.download(each, temporary)
+  return folder / path.name

@@ -6,6 +6,7 @@ OpenAI's for classification.
 
 import collections
 import functools
+import io
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from rpn_jax.base import paths
+from rpn_jax.base import buckets, paths
 from rpn_jax.base.errors import InputError
 
 # Argument of `read`.
@@ -124,8 +125,10 @@ def _decoded(
     check_size("the image", image.size, max_pixels)
     return finish(ImageOps.exif_transpose(image), "the image")
   try:
-    path = paths.expand(image) if isinstance(image, str) else image
-    with Image.open(path) as file:
+    source = paths.expand(image) if isinstance(image, str) else image
+    if isinstance(source, os.PathLike) and buckets.is_bucket(source):
+      source = io.BytesIO(buckets.read(paths.expand(source)))
+    with Image.open(source) as file:
       check_size(image, file.size, max_pixels)
       return finish(ImageOps.exif_transpose(file), image)
   except FileNotFoundError:

@@ -88,6 +88,13 @@ class Data:
     "proxyclip or itaclip",
   )
   data_dir: str = field("data", "folder of prepared data sets", is_path=True, free=True)
+  local_copy: str = field(
+    "",
+    "folder that the records are copied to, once per host, and read from; empty reads data_dir, or "
+    "copies from gs:// to the cache folder",
+    is_path=True,
+    free=True,
+  )
   setting: str = field(
     "zero_shot",
     "zero_shot: unseen classes (of a folder those in its unseen.txt) are ignored in training; "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rpn_jax.base.paths import replacing
+from rpn_jax.base.paths import expand, replacing
 from rpn_jax.drawing.fonts import load_font, wrap
 from rpn_jax.drawing.legend import draw_legend, legend_entries
 from rpn_jax.drawing.palette import HATCH, INK, class_colors
@@ -266,7 +266,7 @@ def save_prediction(
     raise ValueError(f"expected image and label of one size, got {image.shape} and {label.shape}")
   index = index_image(label, names, options.get("palette", "default"))
   overlaid = overlay_with_legend(image, label, names, **options)
-  directory = pathlib.Path(directory)
+  directory = expand(directory)
   return [
     save_png(directory / f"{stem}_overlay.png", overlaid),
     save_png(directory / f"{stem}_labels.png", index),
@@ -279,7 +279,7 @@ def save_png(path: str | os.PathLike, image: Image.Image | Figure) -> pathlib.Pa
   Returns:
     The path.
   """
-  path = pathlib.Path(path)
+  path = expand(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with replacing(path) as temporary:
     if hasattr(image, "savefig"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import pathlib
@@ -65,11 +66,12 @@ class PartialEvaluation:
       count: number of all examples.
     """
     try:
-      with zipfile.ZipFile(self.path) as archive:
+      content = io.BytesIO(self.path.read_bytes())
+      with zipfile.ZipFile(content) as archive:
         # Compressed arrays can decompress to any size.
         if sum(info.file_size for info in archive.infolist()) > 8 * classes**2 + (1 << 20):
           return None
-      with np.load(self.path, allow_pickle=False) as file:
+      with np.load(content, allow_pickle=False) as file:
         done, confusion = int(file["done"]), file["confusion"]
         fits = confusion.shape == (classes, classes) and confusion.dtype == np.int64
         if str(file["identity"]) == self.identity and fits and 0 <= done <= count:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import write_json
+from rpn_jax.base.paths import expand, write_json
 from rpn_jax.base.words import SEPARATOR, composed
 from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_prediction
 from rpn_jax.drawing.palette import class_colors
@@ -209,9 +209,9 @@ class Segmentation:
     Returns:
       The paths, in this order.
     """
-    stem = stem or pathlib.Path(self.file).stem or "picture"
+    stem = stem or pathlib.PurePath(self.file).stem or "picture"
     written = save_prediction(directory, stem, self.image, self._index, self.names, **options)
-    path = pathlib.Path(directory) / f"{stem}.json"
+    path = expand(directory) / f"{stem}.json"
     write_json(path, self.summary())
     return [*written, path]
 

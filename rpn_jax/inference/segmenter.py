@@ -165,7 +165,7 @@ class Segmenter:
     """
     restored = predictor.read_prompts(run)
     step, prompts = restored.get(checkpoint, restored["last"])  # the best may be the last
-    clip = pathlib.Path(run.config.clip).stem
+    clip = pathlib.PurePath(run.config.clip).stem
     if predictor.network.trainable:
       title = predictor.network.title.replace(
         "rpn", "RPN"

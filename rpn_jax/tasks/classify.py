@@ -79,7 +79,7 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
     files, labels = [file for file, _ in pairs], [label for _, label in pairs]
   predictor = Predictor.from_config(config)
   apply = class_probabilities(predictor, names)
-  clip, workdir = predictor.clip, pathlib.Path(workdir)
+  clip, workdir = predictor.clip, paths.expand(workdir)
   prepare = functools.partial(
     pixels.for_classification,
     side=clip.image_size,
@@ -130,7 +130,7 @@ def report(content: dict, path: pathlib.Path) -> None:
   rows = []
   for file, scores in list(content["images"].items())[:TABLE_IMAGES]:
     for k, (name, p) in enumerate(list(scores.items())[:TABLE_CLASSES]):
-      rows.append(["" if k else pathlib.Path(file).name, name, f"{100 * p:.1f}"])
+      rows.append(["" if k else pathlib.PurePath(file).name, name, f"{100 * p:.1f}"])
   print("\n" + table(rows, ["image", "class", "%"]))
   for top in ("top1", "top5"):
     if top in content:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from rpn_jax import devices
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import write_json
+from rpn_jax.base.paths import expand, write_json
 from rpn_jax.base.words import parse_names
 from rpn_jax.drawing.images import save_png
 from rpn_jax.inference.segmentation import Segmentation
@@ -50,7 +50,7 @@ class Models:
     self._choices = {}
     for name in names:
       self._choices[name] = (name, "last")
-      if pathlib.Path(name).is_dir():
+      if expand(name).is_dir():
         self._choices[f"{name}, best checkpoint"] = (name, "best")
     self.names = tuple(self._choices)
     self._lock = threading.Lock()
@@ -93,17 +93,17 @@ def segment(
   try:
     image = pixels.read(picture, MAX_PIXELS)
   except InputError as error:  # without the server's folder
-    name = pathlib.Path(str(picture)).name
+    name = pathlib.PurePath(str(picture)).name
     raise InputError(str(error).replace(str(picture), name)) from error
   segmenter = models.get(model, method)
   result = segmenter(image, names, other=other, background=(background or "").strip())
-  result.file = pathlib.Path(str(picture)).name
+  result.file = pathlib.PurePath(str(picture)).name
   return result
 
 
 def files(result: Segmentation, folder: pathlib.Path) -> list[str]:
   """Paths of the mask and the JSON for download."""
-  stem = pathlib.Path(result.file).stem
+  stem = pathlib.PurePath(result.file).stem
   mask = save_png(folder / f"{stem}_labels.png", result.mask())
   write_json(folder / f"{stem}.json", result.summary())
   return [str(mask), str(folder / f"{stem}.json")]

@@ -16,7 +16,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import expand
 from rpn_jax.training.identity import check_identity
 from rpn_jax.training.step import TrainState
 from rpn_jax.training.stored_trees import check_shapes, check_types, digest, read_tree
+from rpn_jax.training.together import together
 from rpn_jax.training.unreadable import (
   DamagedCheckpoint,
   quiet,
@@ -41,14 +43,8 @@ FORMAT_VERSION = 2
 # Newest checkpoints that are kept, besides the best one. Two, in case the newest gets damaged.
 KEPT_CHECKPOINTS = 2
 
-# What may end the same call in all processes, the worst last: the one that is reported.
-AGREED_ERRORS = (DamagedCheckpoint, OSError, InputError)
-
 # Checkpoints that several processes look at, the newest first: more than are ever kept.
 MAX_STEPS = 64
-
-# Bytes of an error's message that reach the other processes.
-MESSAGE_BYTES = 2048
 
 # How long to retry removing the temporary folders of a failed save.
 CLEANUP_SECONDS = 5
@@ -85,7 +81,18 @@ def upgrade(meta: dict, where: object) -> dict:
   return meta
 
 
-class _LatestAndBest:
+def handlers() -> dict[str, Any]:
+  """Orbax's handler of each item, so that a new process knows the types of what another saved."""
+  import orbax.checkpoint as ocp
+
+  return {
+    "prompts": ocp.StandardCheckpointHandler(),
+    "opt_state": ocp.StandardCheckpointHandler(),
+    "meta": ocp.JsonCheckpointHandler(),
+  }
+
+
+class LatestAndBest:
   """Orbax preservation policy: keeps the newest checkpoints and the best one."""
 
   best_step: int | None = None
@@ -108,16 +115,10 @@ class Checkpoints:
 
   def __init__(self, workdir: pathlib.Path, identity: dict, *, read_only: bool = False):
     self.identity = identity
-    self.directory = (pathlib.Path(workdir) / "checkpoints").absolute()
-    self._policy = _LatestAndBest()
+    self.directory = (expand(workdir) / "checkpoints").absolute()
+    self._policy = LatestAndBest()
     import orbax.checkpoint as ocp  # takes a second, so only where it is needed
 
-    # Named, so that a new process knows the types of what another one has saved.
-    handlers = {
-      "prompts": ocp.StandardCheckpointHandler(),
-      "opt_state": ocp.StandardCheckpointHandler(),
-      "meta": ocp.JsonCheckpointHandler(),
-    }
     with quiet():
       options = ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
@@ -127,7 +128,9 @@ class Checkpoints:
         create=not read_only,
         read_only=read_only,
       )
-      self.manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
+      self.manager = ocp.CheckpointManager(
+        self.directory, item_handlers=handlers(), options=options
+      )
 
   def steps(self) -> list[int]:
     """Steps of the checkpoints on disk, newest first: folders appear by one rename, complete.
@@ -135,9 +138,12 @@ class Checkpoints:
     Raises:
       OSError: the folder cannot be listed.
     """
-    with os.scandir(self.directory) as entries:
-      found = [int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir()]
+    found = [int(x.name) for x in self._folders() if x.name.isdecimal() and x.is_dir()]
     return sorted(found, reverse=True)
+
+  def _folders(self) -> list[pathlib.Path]:
+    """What is in the folder of the checkpoints."""
+    return list(self.directory.iterdir())
 
   def save(self, state: TrainState, best: dict | None) -> bool:
     """Saves a state of numpy arrays; every process must call it.
@@ -173,7 +179,7 @@ class Checkpoints:
       )
       with quiet():
         try:
-          self.manager.save(step, args=args)
+          self._write(step, args)
           return True
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore: any failed write
           reason = reason_of(error)
@@ -186,6 +192,10 @@ class Checkpoints:
       last = f"the folder cannot be listed: {reason_of(error)}"
     _report(f"step {step}: no checkpoint written to {self.directory} ({reason}); {last}")
     return False
+
+  def _write(self, step: int, args: Any) -> None:
+    """Writes a checkpoint, which is there from one moment to the next, and removes old ones."""
+    self.manager.save(step, args=args)
 
   def _out_of_space(self, state: TrainState) -> str | None:
     """Why a checkpoint would not fit on the disk, or None; agrees in all processes.
@@ -235,7 +245,7 @@ class Checkpoints:
     damaged: dict[int, str] = {}
     for step in self._agreed_steps():
       try:
-        meta, items = self._together(self._intact, step, wanted)
+        meta, items = together(self._intact, step, wanted)
       except DamagedCheckpoint as error:
         damaged[step] = str(error)
         continue
@@ -245,23 +255,32 @@ class Checkpoints:
         _report(f"the checkpoint of step {other} is damaged ({reason}): renamed to {name}, using "
                 f"that of step {step}")  # fmt: skip
       self._remove_leftovers()
-      with quiet():
-        self.manager.reload()
+      self._settle(step)
       skipped, consecutive = map(np.int32, meta["skipped"])
       state = TrainState(np.int32(step), items["prompts"], items["opt_state"], skipped, consecutive)
       return state, meta["best"]
     if damaged:
-      raise InputError(
-        f"no intact checkpoint in {self.directory}: {_listed(damaged)}, and left as they are; "
-        "start over with --restart or a new --workdir"
-      )
-    self._together(self._check_none_aside)
+      self._refuse(damaged)
+    together(self._check_none_aside)
     self._remove_leftovers()
     return None
 
+  def _settle(self, step: int) -> None:
+    """Called once the step to resume at is known."""
+    del step
+    with quiet():
+      self.manager.reload()
+
+  def _refuse(self, damaged: dict[int, str]) -> None:
+    """Called where no checkpoint is intact."""
+    raise InputError(
+      f"no intact checkpoint in {self.directory}: {_listed(damaged)}, and left as they are; "
+      "start over with --restart or a new --workdir"
+    )
+
   def _agreed_steps(self) -> list[int]:
     """`steps` of the first process, since file systems may show the others an earlier state."""
-    steps = self._together(self.steps)
+    steps = together(self.steps)
     if jax.process_count() > 1:
       padded = np.full(MAX_STEPS, -1, np.int32)
       padded[: len(steps)] = steps[:MAX_STEPS]
@@ -269,7 +288,7 @@ class Checkpoints:
     return steps
 
   def _check_none_aside(self) -> None:
-    aside = sorted(name for name in os.listdir(self.directory) if ".damaged" in name)
+    aside = sorted(path.name for path in self._folders() if ".damaged" in path.name)
     if aside:
       raise InputError(
         f"{self.directory} has only checkpoints that were set aside: {', '.join(aside)}; rename "
@@ -278,18 +297,26 @@ class Checkpoints:
 
   def _set_aside(self, step: int) -> str:
     """Renames a damaged checkpoint in the first process; returns its new name."""
-    name, count = f"{step}.damaged", 1
-    while (self.directory / name).exists():  # of an earlier time; may be worth keeping
-      count += 1
-      name = f"{step}.damaged{count}"
+    name = self._free_name(self._aside_name(step))
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("damaged checkpoint named")
 
     def rename() -> None:
       if jax.process_index() == 0:
-        os.rename(self.directory / str(step), self.directory / name)
+        (self.directory / str(step)).rename(self.directory / name)
 
-    self._together(rename)
+    together(rename)
+    return name
+
+  def _aside_name(self, step: int) -> str:
+    return f"{step}.damaged"
+
+  def _free_name(self, wanted: str) -> str:
+    """The name, with a number behind it if what has it is of an earlier time and worth keeping."""
+    name, count = wanted, 1
+    while (self.directory / name).exists():
+      count += 1
+      name = f"{wanted}{count}"
     return name
 
   def read(self, like: dict, best_step: int | None = None) -> dict[str, tuple[int, dict]]:
@@ -338,9 +365,18 @@ class Checkpoints:
     try:
       return self._intact(step, like)
     except DamagedCheckpoint as error:
-      if (self.directory / str(step)).is_dir():
+      if self._is_complete(step):
         damaged[step] = str(error)
       return None
+
+  def _is_complete(self, step: int) -> bool:
+    """Whether a checkpoint is there, intact or not."""
+    return (self.directory / str(step)).is_dir()
+
+  @contextlib.contextmanager
+  def _local(self, step: int) -> Iterator[pathlib.Path]:
+    """The folder of a checkpoint on a disk."""
+    yield self.directory / str(step)
 
   def _intact(self, step: int, like: dict) -> tuple[dict, dict]:
     """Metadata and the items named in `like` of a checkpoint.
@@ -349,11 +385,11 @@ class Checkpoints:
       DamagedCheckpoint: it fails a checksum or cannot be parsed.
       InputError: it cannot be read at the moment, or belongs to another run.
     """
-    folder = self.directory / str(step)
-    with self._reading(step):
-      read_files(folder)
-      meta = self._checked_meta(json.loads((folder / "meta" / "metadata").read_bytes()))
-      items = {name: read_tree(folder / name, tree) for name, tree in like.items()}
+    folder = self.directory / str(step)  # as people know it
+    with self._reading(step), self._local(step) as local:
+      read_files(local)
+      meta = self._checked_meta(json.loads((local / "meta" / "metadata").read_bytes()))
+      items = {name: read_tree(local / name, tree) for name, tree in like.items()}
     for name, tree in like.items():
       check_shapes(tree, items[name], folder / name)
       checksum = meta["checksums"].get(name)
@@ -397,26 +433,6 @@ class Checkpoints:
       raise DamagedCheckpoint(f"its metadata is incomplete: {reason_of(error)}") from error
     check_identity(self.directory, stored, self.identity)
     return meta
-
-  def _together(self, action: Callable[..., Any], *args: Any) -> Any:
-    """The result of an action that succeeds in all processes of a run, or the same error in all."""
-    if jax.process_count() == 1:
-      return action(*args)
-    error: Exception | None = None
-    result, mine = None, np.zeros(1 + MESSAGE_BYTES, np.uint8)
-    try:
-      result = action(*args)
-    except AGREED_ERRORS as raised:
-      error, text = raised, str(raised).encode()[:MESSAGE_BYTES]
-      mine[0] = 1 + next(i for i, kind in enumerate(AGREED_ERRORS) if isinstance(raised, kind))
-      mine[1 : 1 + len(text)] = np.frombuffer(text, np.uint8)
-    everyone = multihost_utils.process_allgather(mine)
-    process = int(np.argmax(everyone[:, 0]))
-    kind, text = everyone[process, 0], bytes(everyone[process, 1:]).rstrip(b"\0")
-    if kind:
-      message = f"process {process}: {text.decode(errors='replace')}"
-      raise AGREED_ERRORS[kind - 1](message) from error
-    return result
 
   def close(self) -> None:
     """Closes the manager; a second call does nothing."""

@@ -102,6 +102,8 @@ class Loop:
         if not saving and not _is_due(done, self.config.save_every):
           continue
         self._flush_metrics(bar, keep=0)  # so that a resumed run has the curves up to here
+        if self.writer:
+          self.writer.flush()
         fetched = self.stepper.fetch_state(state)
         saved = self._save(fetched)
         retry_steps = max(1, (self.config.save_every or self.config.eval_every) // 10)

@@ -9,15 +9,19 @@ import pathlib
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from rpn_jax.base.buckets import GrowingObject, is_bucket
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import write_text
+from rpn_jax.base.paths import expand, write_text
 
 METRICS = "metrics.jsonl"
 RESERVED = ("step", "time")
+# A file in a bucket is written as a whole, and at most once a second.
+METRICS_SECONDS, EVENTS_SECONDS = 5, 60
 
 
 class MetricWriter:
@@ -38,7 +42,7 @@ class MetricWriter:
   """
 
   def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
-    workdir = pathlib.Path(workdir)
+    workdir = expand(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._path = workdir / METRICS
     entries = _read_entries(self._path)
@@ -47,8 +51,11 @@ class MetricWriter:
     kept = "".join(json.dumps(entry) + "\n" for entry in entries)
     if self._path.exists() and self._path.read_text(encoding="utf-8", errors="replace") != kept:
       write_text(self._path, kept)
-    # Unbuffered, so that `write` returns how much a full disk has taken. Closed by `close`.
-    self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+    if is_bucket(self._path):
+      self._file: Any = GrowingObject(self._path, kept.encode(), METRICS_SECONDS)
+    else:
+      # Unbuffered, so that `write` returns how much a full disk has taken. Closed by `close`.
+      self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
     self._unwritten = b""
     self._events = _Events(workdir / "events", None if resume_step is None else resume_step + 1)
     self._failing = False
@@ -75,6 +82,14 @@ class MetricWriter:
       self._flush()
     with self._warn_on_oserror():
       self._events.write(int(step), scalars)
+
+  def flush(self) -> None:
+    """Sends what a bucket has not got yet; on a disk everything is written at once."""
+    with self._warn_on_oserror():
+      self._flush()
+      self._file.flush()
+    with self._warn_on_oserror():
+      self._events.flush()
 
   def _flush(self) -> None:
     # Whole lines at a time: a killed run loses at most the line it was writing.
@@ -103,7 +118,8 @@ class MetricWriter:
     if not self._file.closed:
       with self._warn_on_oserror():
         self._flush()
-    self._file.close()
+    with self._warn_on_oserror():
+      self._file.close()
     with self._warn_on_oserror():
       self._events.close()
 
@@ -144,7 +160,8 @@ class _Events:
           events.insert(1, Event(step=self._purge_step, session_log=start))
       for event in events:
         self._writer.write(event.SerializeToString())
-      self._writer.flush()
+      if not is_bucket(self._directory):
+        self._writer.flush()
     except OSError:
       with contextlib.suppress(OSError):  # what is buffered fails again
         self.close()
@@ -153,7 +170,10 @@ class _Events:
 
   def _open(self) -> None:
     # Imported here since tensorboardX loads protobuf, which prediction does not need.
-    from tensorboardX.record_writer import RecordWriter
+    from tensorboardX.record_writer import RecordWriter, register_writer_factory
+
+    grown = lambda path: GrowingObject(expand(path), b"", EVENTS_SECONDS)
+    register_writer_factory("gs", SimpleNamespace(open=grown))
 
     # It warns of every NaN; the training loop reports those itself.
     logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
@@ -161,6 +181,10 @@ class _Events:
     name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
     self._writer = RecordWriter(str(self._directory / f"{name}.{os.getpid()}.{self._files}"))
     self._files += 1
+
+  def flush(self) -> None:
+    if self._writer:
+      self._writer.flush()
 
   def close(self) -> None:
     if self._writer:
@@ -177,7 +201,7 @@ def read_history(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
     InputError: a line other than the last is not a metric entry.
   """
   series: dict[str, dict[int, float]] = {}
-  for entry in _read_entries(pathlib.Path(path)):
+  for entry in _read_entries(expand(path)):
     for name, value in entry.items():
       if name not in RESERVED:
         series.setdefault(name, {})[entry["step"]] = float(value)

@@ -13,11 +13,13 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rpn_jax.base.buckets import is_bucket
 from rpn_jax.base.console import WORKDIR_FILES
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import locked, write_json
+from rpn_jax.base.paths import expand, locked, write_json
 from rpn_jax.base.words import differences
 from rpn_jax.config.stored import CONFIG
+from rpn_jax.training.bucket_checkpoints import BucketCheckpoints
 from rpn_jax.training.checkpoint import Checkpoints
 from rpn_jax.training.identity import check_identity, identity
 from rpn_jax.training.metric_log import METRICS, read_history
@@ -72,7 +74,7 @@ class Run:
   def __init__(
     self, config: ml_collections.ConfigDict, workdir: str | os.PathLike, fingerprint: str
   ):
-    self.workdir = pathlib.Path(workdir)
+    self.workdir = expand(workdir)
     self.config = config
     self.fingerprint = fingerprint
     self.identity = identity(config, fingerprint)
@@ -144,7 +146,7 @@ class Run:
         target = self.workdir / time.strftime("replaced-%Y%m%d-%H%M%S")
         target.mkdir()
         for name in names:
-          os.rename(self.workdir / name, target / name)
+          (self.workdir / name).rename(target / name)
         print(f"restart: moved {', '.join(names)} to {target}; nothing reads that folder: delete "
               "it to free its space", flush=True)  # fmt: skip
     if jax.process_count() > 1:
@@ -173,7 +175,9 @@ class Run:
       InputError: in all processes, if the workdir was removed, renamed or emptied since `claim`.
     """
     missing = [name for name in (CONFIG, METRICS) if _content(self.workdir / name, 0) is None]
-    if _content(self.workdir / LOCK) != self._lock:
+    lock = _content(self.workdir / LOCK)
+    # A bucket that cannot be reached now tells nothing; whoever took the lock left another content.
+    if lock != self._lock and not (lock == b"" and is_bucket(self.workdir)):
       missing.insert(0, LOCK)
     gone = bool(missing)
     if jax.process_count() > 1:
@@ -187,7 +191,8 @@ class Run:
 
   def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
     """The checkpoints of the workdir."""
-    return Checkpoints(self.workdir, self.identity, read_only=read_only)
+    kind = BucketCheckpoints if is_bucket(self.workdir) else Checkpoints
+    return kind(self.workdir, self.identity, read_only=read_only)
 
   def read(self, like: dict) -> dict[str, tuple[int, dict]]:
     """Step and prompts of the "last" and the "best" checkpoint; see `Checkpoints.read`.
@@ -214,7 +219,7 @@ class Run:
 def _content(path: pathlib.Path, size: int = 200) -> bytes | None:
   """The first bytes of a file; None if there is none. One that cannot be read has no bytes."""
   try:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
       return file.read(size)
   except (FileNotFoundError, NotADirectoryError):
     return None

@@ -15,7 +15,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import replacing
+from rpn_jax.base.paths import expand, on_disk, replacing
 from rpn_jax.weights import torch_archive
 
 SAFETENSORS, SHARDS = "safetensors", "shards with an index"
@@ -78,9 +78,11 @@ def read_arrays(path) -> WeightsFile:
   Raises:
     InputError: no such file, another kind of file, or a damaged one.
   """
-  path = pathlib.Path(path)
+  path = expand(path)
   if path.is_dir():
     path = _in_folder(path)
+  # In a bucket they may have shards beside them.
+  path = on_disk(path, beside="*" if path.name.endswith(".index.json") else "*.json")
   if not path.is_file():
     raise InputError(f"expected a file of CLIP weights, {path} does not exist: check the path")
   with path.open("rb") as file:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import expand
+from rpn_jax.base.paths import on_disk
 from rpn_jax.base.words import differences
 from rpn_jax.config import EVALUATION
 from rpn_jax.config.stored import completed
@@ -73,6 +73,7 @@ def holds_prompts(path: pathlib.Path) -> bool:
   Raises:
     InputError: a damaged safetensors file.
   """
+  path = on_disk(path)
   if not path.is_file():
     return False
   with path.open("rb") as file:
@@ -105,7 +106,7 @@ def load(path) -> Prompts:
   Raises:
     InputError: no such file, another kind of file, or a damaged one.
   """
-  path = expand(path)
+  path = on_disk(path)
   if not path.is_file():
     raise InputError(f"expected a file of prompts, {path} does not exist: check the path")
   state, header = read_safetensors(path)

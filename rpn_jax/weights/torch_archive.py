@@ -7,7 +7,6 @@ containers and nothing else: no import, no call of foreign code, no foreign clas
 
 import collections
 import math
-import pathlib
 import pickle
 import zipfile
 import zlib
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import expand
 
 STATE_DICT, TORCHSCRIPT = "PyTorch state dict", "TorchScript archive"
 
@@ -289,7 +289,7 @@ def read(path) -> Content:
     InputError: the file is missing, damaged or another kind of file, or its pickle asks for
       anything but tensors and plain containers. Nothing of it has run then.
   """
-  path = pathlib.Path(path)
+  path = expand(path)
   again = "get it again, from a source you trust"
   try:
     with zipfile.ZipFile(path) as archive:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.training import checkpoint
+from rpn_jax.training import checkpoint, together
 from rpn_jax.training.checkpoint import Checkpoints
 from tests.training.states import LIKE, folders, opened, same
 
@@ -123,7 +123,8 @@ class Processes:
 
   def __init__(self, monkeypatch):
     self.place, self.barrier, self.given = threading.local(), threading.Barrier(2), [None, None]
-    monkeypatch.setattr(checkpoint, "multihost_utils", self)
+    for module in (checkpoint, together):
+      monkeypatch.setattr(module, "multihost_utils", self)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", self.index)
 

@@ -1,0 +1,195 @@
+"""Checkpoints of a run whose workdir is in a bucket, where no folder can be renamed.
+
+A checkpoint is written to a local disk by Orbax, copied by the first process, and counts as there
+once its last object is, Orbax's commit mark. Reading copies it to a disk, too: formats and checks
+are those of `training.checkpoint`.
+
+What has no mark is the rest of a save that was cut off, or was copied here by other means, such as
+`gcloud storage cp`: it is used if all checksums hold, else put aside, and never deleted.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+
+from rpn_jax.base import buckets
+from rpn_jax.training.checkpoint import Checkpoints, LatestAndBest, handlers
+from rpn_jax.training.step import TrainState
+from rpn_jax.training.together import together
+from rpn_jax.training.unreadable import DamagedCheckpoint
+
+# Orbax's name.
+MARK = "commit_success.txt"
+# Requests at a time.
+THREADS = 8
+# How long the other processes wait for the first one to copy a checkpoint.
+UPLOAD_SECONDS = 1800
+
+
+class BucketCheckpoints(Checkpoints):
+  """See `Checkpoints`, which has the arguments."""
+
+  def __init__(self, workdir: pathlib.Path, identity: dict, *, read_only: bool = False):
+    self.identity = identity
+    self.directory = workdir / "checkpoints"
+    self._policy = LatestAndBest()
+    self._begun: set[int] = set()  # by this process, and not finished
+    self._saves = 0
+    del read_only  # only `save` and `resume` write
+
+  def steps(self) -> list[int]:
+    """Steps of the checkpoints in the bucket, with and without a mark, newest first.
+
+    Raises:
+      OSError: the folder cannot be listed.
+    """
+    return sorted(
+      {int(path.name) for path in self._folders() if path.name.isdecimal()}, reverse=True
+    )
+
+  def _folders(self) -> list[pathlib.Path]:
+    try:
+      return list(self.directory.iterdir())
+    except FileNotFoundError:
+      return []
+
+  def _write(self, step: int, args: Any) -> None:
+    """Writes a checkpoint in the first process; an error is raised in all of them."""
+    self._saves += 1
+
+    def write() -> None:
+      if jax.process_index() == 0:
+        self._write_alone(step, args)
+
+    def when_done() -> None:
+      try:
+        write()
+      finally:
+        if jax.process_count() > 1:
+          import orbax.checkpoint as ocp
+
+          # It may take longer than a collective operation waits on CPUs.
+          name = f"checkpoint {step} copied ({self._saves})"
+          ocp.multihost.sync_global_processes(name, timeout=UPLOAD_SECONDS)
+
+    together(when_done)
+
+  def _write_alone(self, step: int, args: Any) -> None:
+    import orbax.checkpoint as ocp
+
+    alone = {}
+    if jax.process_count() > 1:
+      alone["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix=f"save{self._saves}"
+      )
+    target = self.directory / str(step)
+    self._make_room(step)
+    with tempfile.TemporaryDirectory(prefix="rpn_checkpoint_") as folder:
+      local = pathlib.Path(folder, str(step))
+      with contextlib.closing(
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers(), **alone), **alone)
+      ) as checkpointer:
+        checkpointer.save(local, args=args)
+      self._begun.add(step)
+      files = [path for path in local.rglob("*") if path.is_file()]
+      # What says that the others are there goes last.
+      for wave in (
+        lambda name: not name.startswith("meta/"),
+        lambda name: name.startswith("meta/"),
+      ):
+        names = [name for path in files if wave(name := path.relative_to(local).as_posix())]
+        _each(lambda name: buckets.upload(local / name, target / name), names)
+    (target / MARK).write_text(f"Checkpoint commit was successful to {target}")
+    self._begun.discard(step)
+    with contextlib.suppress(OSError):  # next time
+      self._remove_old()
+
+  def _make_room(self, step: int) -> None:
+    """Clears the name of a step from what is there and no checkpoint."""
+    target = self.directory / str(step)
+    if step in self._begun:
+      _remove(target)
+    elif target.exists():
+      name = self._free_name(f"{step}.incomplete")
+      target.rename(self.directory / name)
+      print(f"what was in {target} has no commit mark: renamed to {name}", flush=True)
+
+  def _remove_old(self) -> None:
+    """Removes the complete checkpoints that are neither among the newest nor the best."""
+    complete = [SimpleNamespace(step=s) for s in reversed(self.steps()) if self._is_complete(s)]
+    for info, kept in zip(complete, self._policy.should_preserve(complete, context=None)):
+      if not kept:
+        _remove(self.directory / str(info.step))
+
+  def _out_of_space(self, state: TrainState) -> str | None:
+    return None
+
+  def _remove_leftovers(self) -> None:
+    pass
+
+  def _settle(self, step: int) -> None:
+    """Marks the step to resume at, if it was copied here without its mark."""
+
+    def mark() -> None:
+      if jax.process_index() == 0 and not self._is_complete(step):
+        (self.directory / str(step) / MARK).write_text("found intact")
+
+    together(mark)
+
+  def _refuse(self, damaged: dict[int, str]) -> None:
+    """What a first save left that was cut off is put aside: the run is as new as on a disk."""
+    if any(self._is_complete(step) or self._holds_meta(step) for step in damaged):
+      super()._refuse(damaged)
+    for step in damaged:
+      name = self._set_aside(step)
+      print(f"the save of step {step} was cut off: renamed to {name}, beginning anew", flush=True)
+
+  def _holds_meta(self, step: int) -> bool:
+    return (self.directory / str(step) / "meta" / "metadata").exists()
+
+  def _aside_name(self, step: int) -> str:
+    return f"{step}.{'damaged' if self._is_complete(step) else 'incomplete'}"
+
+  def _is_complete(self, step: int) -> bool:
+    return (self.directory / str(step) / MARK).exists()
+
+  @contextlib.contextmanager
+  def _local(self, step: int) -> Iterator[pathlib.Path]:
+    """A copy of a checkpoint on a disk."""
+    source = self.directory / str(step)
+    if not self._holds_meta(step):  # the last but one that is written
+      raise DamagedCheckpoint("its save was cut off")
+    with tempfile.TemporaryDirectory(prefix="rpn_checkpoint_") as folder:
+      local = pathlib.Path(folder, str(step))
+      found = [path for path, _ in buckets.walk(source)]
+
+      def fetch(path: pathlib.Path) -> None:
+        target = local / os.fspath(path).removeprefix(f"{os.fspath(source)}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        buckets.download(path, target)
+
+      _each(fetch, found)
+      yield local
+
+  def close(self) -> None:
+    """Nothing is open."""
+
+
+def _each(action: Any, items: list) -> None:
+  """Does something with every item, several at a time; the first error is raised."""
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    for _ in pool.map(action, items):
+      pass
+
+
+def _remove(folder: pathlib.Path) -> None:
+  """Removes a checkpoint, its mark first, so that half of one is never taken for a whole."""
+  (folder / MARK).unlink(missing_ok=True)
+  _each(lambda path: path.unlink(missing_ok=True), [path for path, _ in buckets.walk(folder)])
