@@ -8,6 +8,9 @@ import jax
 import pytest
 from absl import flags
 
+from rpn_jax.base import paths
+from tests.tools import bucket_server
+
 # Compilation is most of the time of the tests. Read when JAX first looks for devices.
 QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 # What commands set (devices.configure_cpu): with the same flags they share compiled programs.
@@ -83,6 +86,34 @@ def _home(tmp_path_factory, pytestconfig):
     patch.delenv("XDG_CACHE_HOME", raising=False)
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(pytestconfig.cache.mkdir("xla")))
     yield
+
+
+@pytest.fixture(scope="session")
+def _bucket_server():
+  pytest.importorskip("gcsfs")
+  with bucket_server.Server("bucket") as server, pytest.MonkeyPatch.context() as patch:
+    for name, value in bucket_server.environment(server.port).items():
+      patch.setenv(name, value)
+    yield server
+
+
+@pytest.fixture
+def store(_bucket_server, monkeypatch):
+  """What is behind `bucket`: its objects, and what happens to requests."""
+  import gcsfs.retry
+
+  # Seconds before a request is repeated.
+  monkeypatch.setattr(gcsfs.retry, "min", lambda *_: 0.01, raising=False)
+  store = _bucket_server.store
+  store.fault, store.writable = lambda method, path: None, True
+  yield store
+  store.fault, store.writable = lambda method, path: None, True
+
+
+@pytest.fixture
+def bucket(store, request):
+  """An empty folder in a bucket of a server on loopback."""
+  return paths.expand(f"gs://bucket/{request.node.name.replace('/', '_')}")
 
 
 def _golden(pytestconfig, option: str, known_by: str = "meta.json") -> pathlib.Path:

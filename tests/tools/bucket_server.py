@@ -18,8 +18,6 @@ import threading
 import urllib.parse
 from collections.abc import Callable
 
-import google_crc32c
-
 OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)")
 LISTING = re.compile(r"/storage/v1/b/([^/]+)/o/?")
 BUCKET = re.compile(r"/storage/v1/b/([^/]+)")
@@ -72,6 +70,8 @@ class Store:
     return found
 
   def write(self, bucket: str, name: str, data: bytes, query: dict) -> dict:
+    import google_crc32c  # comes with gcsfs
+
     with self.lock:
       objects = self.bucket(bucket)
       self.check_write(objects.get(name), query)

@@ -1,5 +1,6 @@
 """A workdir belongs to one run at a time, also one that an earlier version wrote."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -69,13 +70,12 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     assert "cannot be locked (Operation not supported)" in capsys.readouterr().out
 
 
-@pytest.fixture
-def claimed(tmp_path):
+@contextlib.contextmanager
+def claimed_in(workdir):
   """A run that holds its workdir, with a checkpoint's folder and curves up to step 6."""
   config = shapes.get_config("runlocal")
   with config.unlocked():
     config.steps, config.eval_every, config.save_every = 8, 4, 2
-  workdir = tmp_path / "run"
   claimed = run.Run(config, workdir, "0" * 16)
   with run.held_workdir(workdir):
     claimed.claim()
@@ -86,6 +86,12 @@ def claimed(tmp_path):
       (workdir / "eval_shapes_train.partial.npz").touch()
       claimed.check_workdir(6)
       yield claimed
+
+
+@pytest.fixture
+def claimed(tmp_path):
+  with claimed_in(tmp_path / "run") as claimed:
+    yield claimed
 
 
 def test_curves_without_their_checkpoints_are_not_begun_anew(claimed):
