@@ -98,7 +98,8 @@ class BucketCheckpoints(Checkpoints):
       ) as checkpointer:
         checkpointer.save(local, args=args)
       self._begun.add(step)
-      files = [path for path in local.rglob("*") if path.is_file()]
+      # Orbax marks what is on a disk, too.
+      files = [path for path in local.rglob("*") if path.is_file() and path != local / MARK]
       # What says that the others are there goes last.
       for wave in (
         lambda name: not name.startswith("meta/"),

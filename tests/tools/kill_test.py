@@ -1,6 +1,7 @@
 """Runs that are killed at random moments, and what becomes of them.
 
     python -m tests.tools.kill_test --runs=20
+    python -m tests.tools.kill_test --runs=20 --bucket
 
 A run of the tiny network is killed with SIGKILL, then started again, until it has ended; its final
 parameters, optimizer state and curves must be those of a run that nobody touched, to the bit. The
@@ -8,11 +9,13 @@ moments are drawn within a phase: in training, while a checkpoint is written, in
 while the data are prepared. Every second run has a reader process, which must be gone with it, and
 some starts are under JAX_ENABLE_X64, which must change nothing. In between, some find a checkpoint
 that cannot be read: they must be refused and leave everything as it is. Other runs get SIGTERM and
-must end by themselves, with status 0.
+must end by themselves, with status 0. With --bucket the workdirs are on gs://, of a server on
+loopback, and no checkpoint is made unreadable.
 """
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -24,7 +27,11 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from rpn_jax.base.buckets import is_bucket
+from rpn_jax.base.paths import expand
+from rpn_jax.training.bucket_checkpoints import MARK
 from tests import tiny
+from tests.tools import bucket_server
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS, EVAL_EVERY, SAVE_EVERY = 40, 10, 4
@@ -40,10 +47,11 @@ class Run:
     home: with the tiny weights.
     name: of the workdir below it.
     data: name of the folder of prepared data below it.
+    where: the folder of the workdir, by default home.
   """
 
-  def __init__(self, home: pathlib.Path, name: str, data: str = "data"):
-    self.home, self.workdir, self.data = home, home / name, home / data
+  def __init__(self, home: pathlib.Path, name: str, data: str = "data", where=None):
+    self.home, self.workdir, self.data = home, (where or home) / name, home / data
     self.log = home / f"{name}.log"
     self.process = None
 
@@ -80,8 +88,11 @@ class Run:
       if condition():
         return True
       assert time.monotonic() < until, f"waited in vain:\n{self.said()[-3000:]}"
-      time.sleep(0.0005)
+      time.sleep(0.02 if self.is_remote() else 0.0005)
     return False
+
+  def is_remote(self) -> bool:
+    return is_bucket(self.workdir)
 
   def kill(self, how: int = signal.SIGKILL) -> float:
     """Seconds until it was gone; its reader processes must be, too, soon after."""
@@ -113,9 +124,14 @@ class Run:
   def saved(self) -> list[int]:
     folder = self.workdir / "checkpoints"
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit())
+    steps = sorted(int(name) for name in names if name.isdigit())
+    return [n for n in steps if (folder / f"{n}/{MARK}").exists()] if self.is_remote() else steps
 
   def is_saving(self) -> bool:
+    if self.is_remote():
+      folder = self.workdir / "checkpoints"
+      steps = folder.iterdir() if folder.is_dir() else []
+      return any(path.name.isdigit() and not (path / MARK).exists() for path in steps)
     return any((self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
 
   def is_evaluating(self) -> bool:
@@ -129,7 +145,7 @@ class Run:
 
   def result(self) -> dict:
     """What must be equal: final parameters and optimizer state, curves, scores."""
-    meta = json.loads(next((self.workdir / f"checkpoints/{STEPS}/meta").iterdir()).read_text())
+    meta = json.loads((self.workdir / f"checkpoints/{STEPS}/meta/metadata").read_text())
     curves = collections.defaultdict(dict)
     for entry in self.entries():
       for name, value in entry.items():
@@ -177,9 +193,10 @@ def refuse(run: Run, draw: random.Random) -> str:
   return file.name
 
 
-def attempt(home: pathlib.Path, number: int, phase: str, draw: random.Random) -> str:
+def attempt(home: pathlib.Path, number: int, phase: str, draw: random.Random, where) -> str:
   """One run, killed once or twice; returns what happened, and raises where it went wrong."""
-  run = Run(home, f"run{number}", f"data{number}" if phase == "preparation" else "data")
+  data = f"data{number}" if phase == "preparation" else "data"
+  run = Run(home, f"run{number}", data, where)
   options = (f"--config.data.workers={number % 2}",)
   moments = []
 
@@ -193,7 +210,7 @@ def attempt(home: pathlib.Path, number: int, phase: str, draw: random.Random) ->
     doing = [name for name in ("saving", "evaluating", "preparing") if getattr(run, f"is_{name}")()]
     run.kill()
     moments.append(f"step {run.trained()} ({', '.join(doing) or 'training'})")
-    if run.saved() and draw.random() < 0.3:
+    if not run.is_remote() and run.saved() and draw.random() < 0.3:
       moments[-1] += f", refused with an unreadable {refuse(run, draw)}"
   else:
     start()
@@ -210,24 +227,29 @@ def main() -> int:
   parser.add_argument("--runs", type=int, default=20)
   parser.add_argument("--terms", type=int, default=6, help="runs that get SIGTERM")
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--bucket", action="store_true", help="workdirs on gs://")
   args = parser.parse_args()
   draw = random.Random(args.seed)
   began, failed, kills, ends = time.time(), 0, 0, []
-  with tempfile.TemporaryDirectory() as folder:
-    home = pathlib.Path(folder)
+  with contextlib.ExitStack() as stack:
+    home = where = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    if args.bucket:
+      server = stack.enter_context(bucket_server.Server("bucket"))
+      os.environ.update(bucket_server.environment(server.port))
+      where = expand("gs://bucket/runs")
     tiny.save(home / "clip.safetensors")
     reference = Run(home, "reference").start()
     reference.end()
     want = reference.result()
     for number in range(args.runs):
-      told = attempt(home, number, PHASES[number % len(PHASES)], draw)
-      wrong = difference(Run(home, f"run{number}").result(), want)
+      told = attempt(home, number, PHASES[number % len(PHASES)], draw, where)
+      wrong = difference(Run(home, f"run{number}", where=where).result(), want)
       failed += wrong is not None
       kills += told.count("step")
       print(f"{number + 1:>3} {'DIFFERENT ' + wrong if wrong else 'identical'}  {told}", flush=True)
     for number in range(args.terms):
       phase = PHASES[number % 3]
-      run = Run(home, f"term{number}").start()
+      run = Run(home, f"term{number}", where=where).start()
       if reach(run, phase, draw):
         ends.append(run.kill(signal.SIGTERM))
         status, newest = run.process.returncode, max(run.saved(), default=0)

@@ -43,6 +43,14 @@ def test_the_newest_and_the_best_are_kept_and_read(saved):
   assert found["last"][0] == 40 and found["best"][0] == 10
 
 
+def test_the_mark_is_written_last(saved, store):
+  store.requests.clear()
+  assert opened(saved).save(state_at(30), None)
+  sent = [path for method, path in store.requests if "/upload/" in path]
+  assert len(sent) > 10 and f"/30/{MARK}" in sent[-1] and "meta" in sent[-2]
+  assert not any(f"/30/{MARK}" in path for path in sent[:-1])
+
+
 def test_one_without_its_mark_is_used_if_it_is_intact(saved):
   (saved / "checkpoints/20" / MARK).unlink()
   same(opened(saved).resume(LIKE)[0], 20)
