@@ -17,7 +17,9 @@ MODES = ("train", "eval", "predict", "classify", "export", "compile")
 flags.DEFINE_string("workdir", None, "Of the run: files, and its settings without --config")
 flags.DEFINE_enum("mode", "train", MODES, "What to do")
 flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
-flags.DEFINE_list("distributed", [], "HOST:PORT,PROCESSES,PROCESS; pods and Slurm need none")
+flags.DEFINE_list(
+  "distributed", [], "HOST:PORT,PROCESSES,PROCESS, or none; pods and Slurm are found without it"
+)
 flags.DEFINE_string("classes", None, 'predict, classify: class names, e.g. "red circle, sand"')
 flags.DEFINE_string("topology", None, "compile: TPUs such as v5e:16x16; none need be there")
 flags.DEFINE_bool("find_batch", False, "compile: also the largest batch a chip, for each remat")
@@ -35,7 +37,10 @@ def run(config, workdir) -> None:
   from rpn_jax.tasks import classify, evaluate, export, predict, pretrain, train
   from rpn_jax.weights.clip_file import with_normalization
 
-  with devices.runtime(FLAGS.distributed, config.get("matmul_precision", "default")):
+  # The others are for one machine, also where there are several.
+  together = FLAGS.mode in ("train", "eval")
+  coordinator = FLAGS.distributed or (() if together else devices.ALONE)
+  with devices.runtime(coordinator, config.get("matmul_precision", "default")):
     if config.task == "pretrain":
       pretrain.pretrain(config, workdir, **datasets.captions(config))
     elif FLAGS.mode in ("predict", "classify"):
@@ -45,9 +50,11 @@ def run(config, workdir) -> None:
       config = with_normalization(config)
       if FLAGS.mode == "train":
         data = datasets.load(config, devices.process())
+        devices.wait_for_all("their copies of the data")
         train.train(config, workdir, data, restart=FLAGS.restart)
       elif FLAGS.mode == "eval":
         evaluations = [d for c in protocols.each(config) for d in datasets.load_evaluations(c)]
+        devices.wait_for_all("their copies of the data")
         evaluate.evaluate_run(config, workdir, evaluations)
       else:
         export.export(config, workdir, datasets.load(config).names)

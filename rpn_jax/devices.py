@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,14 @@ from rpn_jax.base.paths import cache_dir
 AXIS = "data"
 # A process without a heartbeat for this long is considered dead, and the others exit.
 HEARTBEAT_SECONDS = 30
+# After this long a process says what it waits for.
+SILENT_SECONDS = 30
+# Cloud TPU VMs let their workers connect to this port; the default of JAX since 0.8.1 is 8482.
+TPU_PORT = 8476
+# No copy of a data set takes longer.
+MAX_WAIT_SECONDS = 86400
+# In place of a coordinator: join no other process.
+ALONE = ("none",)
 
 
 def configure_cpu() -> None:
@@ -100,7 +109,9 @@ def platform_of(mesh: jax.sharding.Mesh) -> str:
 
 
 @contextlib.contextmanager
-def runtime(coordinator: Sequence[str] = (), matmul_precision: str = "default") -> Iterator[None]:
+def runtime(
+  coordinator: Sequence[str] = ALONE, matmul_precision: str = "default"
+) -> Iterator[None]:
   """The context a command runs in: processes connected, JAX set up, runtime errors in one line.
 
   Args:
@@ -117,15 +128,17 @@ def runtime(coordinator: Sequence[str] = (), matmul_precision: str = "default") 
   configure_cpu()
   jax.config.update("jax_default_matmul_precision", matmul_precision)
   configure_compilation_cache()
-  initialize(coordinator)
-  check_platform()
+  with say_if_late(_waiting_for(coordinator)):
+    initialize(coordinator)
+    check_platform()
   if jax.process_index():
     console.silence()  # the first process speaks for all
   with one_line_runtime_errors():
     if jax.process_count() > 1:
       # While all are here: CPUs have half a minute to meet for the first time, and compiling, which
       # only the first process finds done in the cache, may set them further apart than that.
-      multihost_utils.sync_global_devices("connected")
+      with say_if_late(_waiting_for(coordinator)):
+        multihost_utils.sync_global_devices("connected")
     yield
 
 
@@ -164,12 +177,15 @@ def initialize(coordinator: Sequence[str] = ()) -> None:
 
   Args:
     coordinator: (address of process 0 as host:port, number of processes, index of this one).
-      Without it, Slurm, Open MPI and Cloud TPU are detected; otherwise there is a single process.
+      `ALONE` joins none. If it is empty, Slurm, Open MPI and Cloud TPU are detected; otherwise
+      there is a single process. Where JAX is in use already, as in a notebook, nothing is joined.
 
   Raises:
     InputError: malformed coordinator, or processes that do not find each other.
   """
   arguments: dict[str, Any] = {}
+  if tuple(coordinator) == ALONE or jax.distributed.is_initialized():
+    return
   if coordinator:
     try:
       address, count, index = coordinator
@@ -180,10 +196,13 @@ def initialize(coordinator: Sequence[str] = ()) -> None:
     except ValueError:
       raise InputError(
         "--distributed: expected HOST:PORT,PROCESSES,PROCESS, the address of process 0, the number "
-        f"of processes and the index of this one (from 0), got {','.join(coordinator)}"
+        "of processes and the index of this one (from 0), or none, got "
+        f"{','.join(coordinator)}"
       ) from None
   elif not _in_cluster(os.environ):
     return
+  elif _has_tpus():
+    os.environ.setdefault("JAX_COORDINATOR_PORT", str(TPU_PORT))
   try:
     jax.distributed.initialize(
       **arguments,
@@ -191,9 +210,11 @@ def initialize(coordinator: Sequence[str] = ()) -> None:
       shutdown_timeout_seconds=HEARTBEAT_SECONDS,
     )
   except (RuntimeError, ValueError) as error:
+    if not coordinator and "before" in str(error) and jax.process_count() == 1:
+      return  # this host's devices are in use, and there are no others
     raise InputError(
       f"the processes of this run did not find each other ({' '.join(str(error).split())}): start "
-      "all of them, with the same address of process 0"
+      "all of them, with the same address of process 0, or one alone with --distributed=none"
     ) from error
 
 
@@ -219,8 +240,48 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
   for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
     if int(environment.get(variable, 1)) > 1:
       return True
+  return _has_tpus()
+
+
+def _has_tpus() -> bool:
   accelerators = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
   return bool(accelerators) and importlib.util.find_spec("libtpu") is not None
+
+
+def _waiting_for(coordinator: Sequence[str]) -> str:
+  """What a process waits for that neither starts nor ends."""
+  if tuple(coordinator) == ALONE:
+    return (
+      "waiting for the devices: another process may use them; on one worker of a TPU pod they wait "
+      "for all workers (docs/tpu.md)"
+    )
+  others = f"; process 0 is expected at {coordinator[0]}" if coordinator else ""
+  return (
+    f"waiting for the other processes of this run{others}: start the same command on all machines, "
+    "as with gcloud's --worker=all; --distributed=none runs on this machine alone"
+  )
+
+
+@contextlib.contextmanager
+def say_if_late(text: str) -> Iterator[None]:
+  """Prints a line if the block takes longer than `SILENT_SECONDS`."""
+  timer = threading.Timer(SILENT_SECONDS, print, [text], {"file": sys.stderr, "flush": True})
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def wait_for_all(what: str) -> None:
+  """Waits until every process is here, however long one of them takes, as to copy its data."""
+  if jax.process_count() == 1:
+    return
+  import orbax.checkpoint as ocp
+
+  with say_if_late(f"waiting for the other processes: {what}"):
+    ocp.multihost.sync_global_processes(what, timeout=MAX_WAIT_SECONDS)
 
 
 def process() -> tuple[int, int]:

@@ -158,6 +158,55 @@ def test_clusters_are_found_by_their_variables(monkeypatch):
   assert found and "coordinator_address" not in found[0]
 
 
+@pytest.fixture
+def joined(monkeypatch):
+  """What `jax.distributed.initialize` was called with."""
+  found = []
+  monkeypatch.setattr(devices.jax.distributed, "initialize", lambda **given: found.append(given))
+  return found
+
+
+def test_a_command_for_one_machine_joins_none(joined, monkeypatch):
+  monkeypatch.setenv("SLURM_NTASKS", "2")
+  devices.initialize(devices.ALONE)
+  with devices.runtime():  # as `rpn segment`
+    pass
+  assert not joined
+
+
+def test_on_a_tpu_the_port_is_one_that_is_open(joined, monkeypatch):
+  monkeypatch.setattr(devices, "_has_tpus", lambda: True)
+  monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+  devices.initialize()
+  assert joined and os.environ["JAX_COORDINATOR_PORT"] == "1234"
+  monkeypatch.delenv("JAX_COORDINATOR_PORT")
+  devices.initialize()
+  assert os.environ.pop("JAX_COORDINATOR_PORT") == "8476"
+
+
+def test_jax_that_is_in_use_already(monkeypatch):
+  """As in a notebook on a TPU: JAX itself refuses, rightly only where there are other hosts."""
+  devices.jax.devices()
+  monkeypatch.setattr(devices, "_has_tpus", lambda: True)
+  monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+  devices.initialize()
+  monkeypatch.setattr(devices.jax, "process_count", lambda: 2)
+  with pytest.raises(InputError, match=r"did not find each other \(.* before any JAX"):
+    devices.initialize()
+
+
+def test_who_waits_says_for_what(monkeypatch, capsys):
+  monkeypatch.setattr(devices, "SILENT_SECONDS", 0.01)
+  with devices.say_if_late(devices._waiting_for(("host:1", "2", "1"))):
+    time.sleep(0.2)
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and "; process 0 is expected at host:1: start the" in said
+  monkeypatch.setattr(devices, "SILENT_SECONDS", 60)
+  with devices.say_if_late("late"):
+    pass
+  assert not capsys.readouterr().err
+
+
 def test_an_unknown_precision():
   settings = config.defaults()
   settings.matmul_precision = "bfloat17"
