@@ -60,6 +60,16 @@ OTHER_FRAMEWORKS = {"torch", "tensorflow"}
 ARRAYS = {"jax", "flax", "einops", "numpy"}
 PURE = ("models", "training.losses", "inference.metrics")
 
+# What speaks to buckets takes a second to import, so it is when a path is in one.
+STORAGE = {"gcsfs", "fsspec", "etils", "google_crc32c"}
+# Modules that make local paths of strings, which are never in a bucket: of raw files, which
+# `prepare` takes from a disk only, and of the package itself or the system. Elsewhere a person's
+# "gs://bucket/run" would become a local folder "gs:".
+LOCAL = (
+  "rpn_jax.base.paths", "rpn_jax.base.leases", "rpn_jax.base.pixels", "rpn_jax.weights.hub",
+  "rpn_jax.tasks.demo", "rpn_jax.training.bucket_checkpoints", "data_pipelines.sources.builder",
+)  # fmt: skip
+
 # Modules whose imports may wait inside a function, for an answer to --help at once.
 LATE = ("rpn_jax", "rpn_jax.cli", "main")
 TOPS = ("rpn_jax", "data_pipelines", "configs", "benchmarks")
@@ -197,6 +207,31 @@ def test_packages_of_others_are_where_they_belong(room):
     if any(f"{name}.".startswith(f"rpn_jax.{pure}.") for pure in PURE):
       used -= {*sys.stdlib_module_names, *ARRAYS, "rpn_jax"}
       assert not used, f"{name} imports {sorted(used)}, but needs nothing but arrays"
+
+
+def test_packages_for_buckets_are_imported_when_they_are_needed():
+  early = [
+    f"{name} imports {used}"
+    for name, tree in TREES.items()
+    for used, late in imports(tree)
+    if used.split(".")[0] in STORAGE and not late
+  ]
+  assert not early, "\n".join(early)
+
+
+def test_paths_that_people_type_go_through_expand():
+  made = [
+    f"{name}, line {node.lineno}"
+    for name, tree in TREES.items()
+    if name not in LOCAL and room_of(name) not in ("benchmarks", "configs")
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Call)
+    and ast.unparse(node.func) == "pathlib.Path"
+    and ast.unparse(node.args[0]) != "__file__"
+  ]
+  assert not made, "pathlib.Path(...) of what may be in a bucket: use paths.expand: " + "; ".join(
+    made
+  )
 
 
 def test_no_module_shadows_the_standard_library():
