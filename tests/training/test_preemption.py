@@ -1,7 +1,10 @@
 """SIGTERM and Ctrl-C within and outside of what must not be interrupted."""
 
+import http.server
 import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -101,3 +104,41 @@ def test_an_ignored_interrupt_stays_ignored():
       assert not guard.reached(1)
   finally:
     signal.signal(signal.SIGINT, before)
+
+
+def test_a_preemption_that_google_announces(tmp_path, monkeypatch):
+  """Before the system sends SIGTERM; nothing is asked on other machines."""
+  asked, answers = [], ["FALSE", "FALSE", "TRUE"]
+
+  class Metadata(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      asked.append((self.path, self.headers["Metadata-Flavor"]))
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(answers.pop(0).encode())
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_address[1]}")
+    with preemption.PreemptionGuard():
+      assert not asked
+    (tmp_path / "product_name").write_text("Google Compute Engine\n")
+    monkeypatch.setattr(preemption, "PRODUCT", tmp_path / "product_name")
+    with (
+      pytest.raises(SystemExit) as ended,
+      preemption.PreemptionGuard() as guard,
+      guard.deferred(),
+    ):
+      until = time.monotonic() + 30
+      while not guard.reached(1) and time.monotonic() < until:
+        time.sleep(0.01)
+      assert guard.name == "SIGTERM"
+    server.shutdown()
+  assert ended.value.code == 0
+  assert [path.partition("?")[2] for path, _ in asked] == [
+    "", *["wait_for_change=true&timeout_sec=60"] * 2
+  ]  # fmt: skip
+  assert {flavor for _, flavor in asked} == {"Google"}
