@@ -274,14 +274,21 @@ def say_if_late(text: str) -> Iterator[None]:
     timer.cancel()
 
 
-def wait_for_all(what: str) -> None:
-  """Waits until every process is here, however long one of them takes, as to copy its data."""
+def wait_for_all(what: str, seconds: int = MAX_WAIT_SECONDS) -> None:
+  """Waits until every process is here, where one may take longer than a collective waits on CPUs.
+
+  Args:
+    what: which they wait for; another one each time.
+    seconds: how long to wait at most.
+  """
   if jax.process_count() == 1:
     return
   import orbax.checkpoint as ocp
 
   with say_if_late(f"waiting for the other processes: {what}"):
-    ocp.multihost.sync_global_processes(what, timeout=MAX_WAIT_SECONDS)
+    # With processes it is the coordination service's, without any device.
+    everyone = set(range(jax.process_count()))
+    ocp.multihost.sync_global_processes(what, timeout=seconds, processes=everyone)
 
 
 def process() -> tuple[int, int]:

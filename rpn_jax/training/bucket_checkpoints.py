@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from rpn_jax.base import buckets
+from rpn_jax.devices import wait_for_all
 from rpn_jax.training.checkpoint import Checkpoints, LatestAndBest, handlers
 from rpn_jax.training.step import TrainState
 from rpn_jax.training.together import together
@@ -45,11 +46,14 @@ class BucketCheckpoints(Checkpoints):
     del read_only  # only `save` and `resume` write
 
   def steps(self) -> list[int]:
-    """Steps of the checkpoints in the bucket, with and without a mark, newest first.
+    """Steps of the checkpoints in the bucket that have a mark, newest first.
 
     Raises:
       OSError: the folder cannot be listed.
     """
+    return [step for step in self._candidates() if self._is_complete(step)]
+
+  def _candidates(self) -> list[int]:
     return sorted(
       {int(path.name) for path in self._folders() if path.name.isdecimal()}, reverse=True
     )
@@ -65,21 +69,13 @@ class BucketCheckpoints(Checkpoints):
     self._saves += 1
 
     def write() -> None:
-      if jax.process_index() == 0:
-        self._write_alone(step, args)
-
-    def when_done() -> None:
       try:
-        write()
+        if jax.process_index() == 0:
+          self._write_alone(step, args)
       finally:
-        if jax.process_count() > 1:
-          import orbax.checkpoint as ocp
+        wait_for_all(f"the copy of checkpoint {step} ({self._saves})", UPLOAD_SECONDS)
 
-          # It may take longer than a collective operation waits on CPUs.
-          name = f"checkpoint {step} copied ({self._saves})"
-          ocp.multihost.sync_global_processes(name, timeout=UPLOAD_SECONDS)
-
-    together(when_done)
+    together(write)
 
   def _write_alone(self, step: int, args: Any) -> None:
     import orbax.checkpoint as ocp
@@ -101,12 +97,9 @@ class BucketCheckpoints(Checkpoints):
       # Orbax marks what is on a disk, too.
       files = [path for path in local.rglob("*") if path.is_file() and path != local / MARK]
       # What says that the others are there goes last.
-      for wave in (
-        lambda name: not name.startswith("meta/"),
-        lambda name: name.startswith("meta/"),
-      ):
-        names = [name for path in files if wave(name := path.relative_to(local).as_posix())]
-        _each(lambda name: buckets.upload(local / name, target / name), names)
+      for last in (False, True):
+        wave = [path for path in files if (path.parent.name == "meta") == last]
+        _each(lambda path: buckets.upload(path, target / path.relative_to(local).as_posix()), wave)
     (target / MARK).write_text(f"Checkpoint commit was successful to {target}")
     self._begun.discard(step)
     with contextlib.suppress(OSError):  # next time
@@ -124,7 +117,7 @@ class BucketCheckpoints(Checkpoints):
 
   def _remove_old(self) -> None:
     """Removes the complete checkpoints that are neither among the newest nor the best."""
-    complete = [SimpleNamespace(step=s) for s in reversed(self.steps()) if self._is_complete(s)]
+    complete = [SimpleNamespace(step=step) for step in reversed(self.steps())]
     for info, kept in zip(complete, self._policy.should_preserve(complete, context=None)):
       if not kept:
         _remove(self.directory / str(info.step))

@@ -10,7 +10,6 @@ read at the moment is not damaged: it stops the run and is left as it is (see
 import contextlib
 import errno
 import gc
-import hashlib
 import json
 import os
 import pathlib
@@ -25,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
+from rpn_jax.training.checkpoint_format import FORMAT_VERSION, seal, upgrade
 from rpn_jax.training.identity import check_identity
 from rpn_jax.training.step import TrainState
 from rpn_jax.training.stored_trees import check_shapes, check_types, digest, read_tree
@@ -37,9 +37,6 @@ from rpn_jax.training.unreadable import (
   system_error,
 )
 
-# Format of the `meta` item. Format 1 had neither checksums nor a version field.
-FORMAT_VERSION = 2
-
 # Newest checkpoints that are kept, besides the best one. Two, in case the newest gets damaged.
 KEPT_CHECKPOINTS = 2
 
@@ -48,37 +45,6 @@ MAX_STEPS = 64
 
 # How long to retry removing the temporary folders of a failed save.
 CLEANUP_SECONDS = 5
-
-
-def _seal(meta: dict) -> str:
-  """SHA-256 of the `meta` item without its `seal` entry."""
-  content = {k: v for k, v in meta.items() if k != "seal"}
-  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _upgrade_from_1(meta: dict) -> dict:
-  return {**meta, "version": 2, "checksums": {}, "skipped": [0, 0]}
-
-
-# Format -> function from its `meta` item to that of the next format.
-UPGRADES = {1: _upgrade_from_1}
-
-
-def upgrade(meta: dict, where: object) -> dict:
-  """Converts a `meta` item to the current format.
-
-  Raises:
-    InputError: it was written by a later version of rpn_jax.
-  """
-  meta = {"version": 1, **meta}
-  if meta["version"] > FORMAT_VERSION:
-    raise InputError(
-      f"{where} has checkpoints of format {meta['version']}, this version of rpn_jax reads up to "
-      f"{FORMAT_VERSION}: update rpn_jax"
-    )
-  while meta["version"] < FORMAT_VERSION:
-    meta = UPGRADES[meta["version"]](meta)
-  return meta
 
 
 def handlers() -> dict[str, Any]:
@@ -141,6 +107,10 @@ class Checkpoints:
     found = [int(x.name) for x in self._folders() if x.name.isdecimal() and x.is_dir()]
     return sorted(found, reverse=True)
 
+  def _candidates(self) -> list[int]:
+    """Steps at which a checkpoint may be found, newest first."""
+    return self.steps()
+
   def _folders(self) -> list[pathlib.Path]:
     """What is in the folder of the checkpoints."""
     return list(self.directory.iterdir())
@@ -167,7 +137,7 @@ class Checkpoints:
       "checksums": {"prompts": digest(state.prompts), "opt_state": digest(state.opt_state)},
     }
     # The round trip through JSON makes it equal to what will be read back.
-    meta["seal"] = _seal(json.loads(json.dumps(meta)))
+    meta["seal"] = seal(json.loads(json.dumps(meta)))
     reason = self._out_of_space(state)
     if reason is None:
       import orbax.checkpoint as ocp
@@ -280,7 +250,7 @@ class Checkpoints:
 
   def _agreed_steps(self) -> list[int]:
     """`steps` of the first process, since file systems may show the others an earlier state."""
-    steps = together(self.steps)
+    steps = together(self._candidates)
     if jax.process_count() > 1:
       padded = np.full(MAX_STEPS, -1, np.int32)
       padded[: len(steps)] = steps[:MAX_STEPS]
@@ -335,7 +305,7 @@ class Checkpoints:
     seen: list[int] = []
     damaged: dict[int, str] = {}
     # Retried in case a running job replaced all of them in the meantime.
-    while (steps := self.steps()) != seen:
+    while (steps := self._candidates()) != seen:
       seen, damaged = steps, {}
       for step in steps:
         if (intact := self._intact_or_none(step, wanted, damaged)) is None:
@@ -421,7 +391,7 @@ class Checkpoints:
 
   def _checked_meta(self, meta: Any) -> dict:
     """A `meta` item in the current format, checked to be intact and from this run."""
-    if not isinstance(meta, dict) or meta.get("seal", _seal(meta)) != _seal(meta):
+    if not isinstance(meta, dict) or meta.get("seal", seal(meta)) != seal(meta):
       raise DamagedCheckpoint("the checksum of its metadata does not match")
     if "version" in meta and "seal" not in meta:
       raise DamagedCheckpoint("the checksum of its metadata is missing")

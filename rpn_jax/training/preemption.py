@@ -7,7 +7,6 @@ the half minute that is left.
 import contextlib
 import http.client
 import os
-import pathlib
 import signal
 import sys
 import threading
@@ -18,7 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 
 # What a machine of Google says of itself.
-PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")
+PRODUCT = "/sys/class/dmi/id/product_name"
 METADATA = "computeMetadata/v1/instance/preempted"
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
@@ -106,7 +105,8 @@ class PreemptionGuard:
 
 def _on_google() -> bool:
   try:
-    return PRODUCT.read_text(encoding="utf-8").strip() == "Google Compute Engine"
+    with open(PRODUCT, encoding="utf-8") as file:
+      return file.read().strip() == "Google Compute Engine"
   except OSError:
     return False
 

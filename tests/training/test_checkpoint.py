@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.training import checkpoint
+from rpn_jax.training import checkpoint_format
 from tests.training.states import IDENTITY, LIKE, folders, opened, reading, same, state_at
 
 # Coroutines of a failed save may be collected after it, outside of `unreadable.quiet`.
@@ -247,7 +247,7 @@ def test_checkpoints_of_version_1_go_on(tmp_path):
     assert (int(state.step), int(state.skipped), best["hiou"]) == (10, 0, 0.5)
     assert checkpoints.save(state_at(20), best)
   meta = json.loads(next((tmp_path / "checkpoints/20/meta").iterdir()).read_text())
-  assert meta["version"] == checkpoint.FORMAT_VERSION and set(meta["checksums"]) == {
+  assert meta["version"] == checkpoint_format.FORMAT_VERSION and set(meta["checksums"]) == {
     "prompts", "opt_state",
   }  # fmt: skip
   # It was trained without the fields it does not have.
@@ -260,7 +260,7 @@ def test_checkpoints_of_version_1_go_on(tmp_path):
 
 
 def test_checkpoints_of_a_later_version_are_refused(workdir, monkeypatch):
-  monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 1)
+  monkeypatch.setattr(checkpoint_format, "FORMAT_VERSION", 1)
   with opened(workdir) as checkpoints, pytest.raises(InputError, match=r"of format 2.*up to 1"):
     checkpoints.resume(LIKE)
   assert folders(workdir) == ["10", "20", "30"]
