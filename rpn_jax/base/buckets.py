@@ -7,6 +7,7 @@ when the first such path is met.
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -16,7 +17,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +28,8 @@ PREFIX = "gs://"
 REQUEST_SECONDS = 120
 # Bytes of an object that are read or sent in one request.
 CHUNK_BYTES = 2**25
+# Requests at a time.
+THREADS = 8
 
 CREDENTIALS = (
   "run gcloud auth application-default login, set GOOGLE_APPLICATION_CREDENTIALS, or give the "
@@ -346,6 +349,13 @@ def download(path: pathlib.Path, target: pathlib.Path) -> None:
       file.write(chunk)
 
 
+def each(action: Callable[[Any], object], items: Sequence) -> None:
+  """Does something with every item, several at a time; the first error is raised."""
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    for _ in pool.map(action, items):
+      pass
+
+
 def rename(path: pathlib.Path, target: pathlib.Path) -> None:
   """Copies what is below a folder, or one object, to another name, then removes it.
 
@@ -354,10 +364,8 @@ def rename(path: pathlib.Path, target: pathlib.Path) -> None:
   fs = file_system()
   old, new = os.fspath(path).removeprefix(PREFIX), os.fspath(target).removeprefix(PREFIX)
   names = [os.fspath(each).removeprefix(PREFIX) for each, _ in walk(path)] or [old]
-  for name in names:
-    fs.cp_file(name, new + name.removeprefix(old))
-  for name in names:
-    fs.rm_file(name)
+  each(lambda name: fs.cp_file(name, new + name.removeprefix(old)), names)
+  each(fs.rm_file, names)
 
 
 class GrowingObject:

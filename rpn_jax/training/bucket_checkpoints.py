@@ -8,7 +8,6 @@ What has no mark is the rest of a save that was cut off, or was copied here by o
 `gcloud storage cp`: it is used if all checksums hold, else put aside, and never deleted.
 """
 
-import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -28,8 +27,6 @@ from rpn_jax.training.unreadable import DamagedCheckpoint
 
 # Orbax's name.
 MARK = "commit_success.txt"
-# Requests at a time.
-THREADS = 8
 # How long the other processes wait for the first one to copy a checkpoint.
 UPLOAD_SECONDS = 1800
 
@@ -80,18 +77,19 @@ class BucketCheckpoints(Checkpoints):
   def _write_alone(self, step: int, args: Any) -> None:
     import orbax.checkpoint as ocp
 
-    alone = {}
+    alone: dict[str, Any] = {}
     if jax.process_count() > 1:
       alone["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
         primary_host=0, active_processes={0}, barrier_sync_key_prefix=f"save{self._saves}"
       )
+    handler = ocp.CompositeCheckpointHandler(
+      composite_options=ocp.CompositeOptions(**alone), **handlers(**alone)
+    )
     target = self.directory / str(step)
     self._make_room(step)
     with tempfile.TemporaryDirectory(prefix="rpn_checkpoint_") as folder:
       local = pathlib.Path(folder, str(step))
-      with contextlib.closing(
-        ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers(), **alone), **alone)
-      ) as checkpointer:
+      with contextlib.closing(ocp.Checkpointer(handler, **alone)) as checkpointer:
         checkpointer.save(local, args=args)
       self._begun.add(step)
       # Orbax marks what is on a disk, too.
@@ -99,7 +97,9 @@ class BucketCheckpoints(Checkpoints):
       # What says that the others are there goes last.
       for last in (False, True):
         wave = [path for path in files if (path.parent.name == "meta") == last]
-        _each(lambda path: buckets.upload(path, target / path.relative_to(local).as_posix()), wave)
+        buckets.each(
+          lambda path: buckets.upload(path, target / path.relative_to(local).as_posix()), wave
+        )
     (target / MARK).write_text(f"Checkpoint commit was successful to {target}")
     self._begun.discard(step)
     with contextlib.suppress(OSError):  # next time
@@ -169,21 +169,16 @@ class BucketCheckpoints(Checkpoints):
         target.parent.mkdir(parents=True, exist_ok=True)
         buckets.download(path, target)
 
-      _each(fetch, found)
+      buckets.each(fetch, found)
       yield local
 
   def close(self) -> None:
     """Nothing is open."""
 
 
-def _each(action: Any, items: list) -> None:
-  """Does something with every item, several at a time; the first error is raised."""
-  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-    for _ in pool.map(action, items):
-      pass
-
-
 def _remove(folder: pathlib.Path) -> None:
   """Removes a checkpoint, its mark first, so that half of one is never taken for a whole."""
   (folder / MARK).unlink(missing_ok=True)
-  _each(lambda path: path.unlink(missing_ok=True), [path for path, _ in buckets.walk(folder)])
+  buckets.each(
+    lambda path: path.unlink(missing_ok=True), [path for path, _ in buckets.walk(folder)]
+  )

@@ -47,14 +47,14 @@ MAX_STEPS = 64
 CLEANUP_SECONDS = 5
 
 
-def handlers() -> dict[str, Any]:
+def handlers(**options: Any) -> dict[str, Any]:
   """Orbax's handler of each item, so that a new process knows the types of what another saved."""
   import orbax.checkpoint as ocp
 
   return {
-    "prompts": ocp.StandardCheckpointHandler(),
-    "opt_state": ocp.StandardCheckpointHandler(),
-    "meta": ocp.JsonCheckpointHandler(),
+    "prompts": ocp.StandardCheckpointHandler(**options),
+    "opt_state": ocp.StandardCheckpointHandler(**options),
+    "meta": ocp.JsonCheckpointHandler(**options),
   }
 
 
