@@ -177,8 +177,14 @@ def cache_path() -> pathlib.Path:
 
   Raises:
     RuntimeError: there is no home folder.
+    InputError: the folder would be in a bucket.
   """
   xdg = os.environ.get("XDG_CACHE_HOME", "")
+  if buckets.is_bucket(xdg):
+    raise InputError(
+      f"XDG_CACHE_HOME: expected a local path, got {xdg}; of the caches JAX's programs alone may be "
+      "in a bucket, by JAX_COMPILATION_CACHE_DIR"
+    )
   # The XDG specification says to ignore relative paths.
   root = pathlib.Path(xdg) if os.path.isabs(xdg) else pathlib.Path.home() / ".cache"
   return root / "rpn_jax"

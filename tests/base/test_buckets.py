@@ -84,6 +84,12 @@ def test_where_only_a_disk_will_do():
     paths.expand_local("gs://bucket/x", "--root")
 
 
+def test_caches_are_local(monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", "gs://bucket/cache")
+  with pytest.raises(InputError, match="XDG_CACHE_HOME: expected a local path, got gs://bucket"):
+    paths.cache_path()
+
+
 def test_a_bucket_that_is_not_there_or_closed(store):
   with pytest.raises(InputError, match=r"gs://other: expected a bucket, there is no such bucket"):
     paths.expand("gs://other/run")
