@@ -182,8 +182,8 @@ def cache_path() -> pathlib.Path:
   xdg = os.environ.get("XDG_CACHE_HOME", "")
   if buckets.is_bucket(xdg):
     raise InputError(
-      f"XDG_CACHE_HOME: expected a local path, got {xdg}; of the caches JAX's programs alone may be "
-      "in a bucket, by JAX_COMPILATION_CACHE_DIR"
+      f"XDG_CACHE_HOME: expected a local path, got {xdg}; only JAX's programs may be in a bucket, by "
+      "JAX_COMPILATION_CACHE_DIR"
     )
   # The XDG specification says to ignore relative paths.
   root = pathlib.Path(xdg) if os.path.isabs(xdg) else pathlib.Path.home() / ".cache"
