@@ -5,9 +5,7 @@ names begin with, so it is neither made nor renamed, but its objects are copied.
 when the first such path is met.
 """
 
-import asyncio
 import base64
-import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -209,7 +207,7 @@ def _as_system_error(error: Exception, url: str, args: tuple, options: dict) -> 
   module = type(error).__module__.split(".")[0]
   if module == "google":
     return PermissionError(errno.EACCES, f"no valid credentials: {CREDENTIALS}", where)
-  network = (asyncio.TimeoutError, ConnectionError)
+  network = (TimeoutError, ConnectionError)
   if code or module in ("aiohttp", "requests", "gcsfs") or isinstance(error, network):
     reason = f"answers {code}" if code else f"{type(error).__name__}"
     return OSError(
@@ -351,6 +349,8 @@ def download(path: pathlib.Path, target: pathlib.Path) -> None:
 
 def each(action: Callable[[Any], object], items: Sequence) -> None:
   """Does something with every item, several at a time; the first error is raised."""
+  import concurrent.futures
+
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     for _ in pool.map(action, items):
       pass

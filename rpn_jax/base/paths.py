@@ -182,7 +182,7 @@ def cache_path() -> pathlib.Path:
   xdg = os.environ.get("XDG_CACHE_HOME", "")
   if buckets.is_bucket(xdg):
     raise InputError(
-      f"XDG_CACHE_HOME: expected a local path, got {xdg}; only JAX's programs may be in a bucket, by "
+      f"XDG_CACHE_HOME: expected a local path, got {xdg}; only JAX's programs may be there, by "
       "JAX_COMPILATION_CACHE_DIR"
     )
   # The XDG specification says to ignore relative paths.
