@@ -146,9 +146,12 @@ def test_version_is_in_one_place_and_in_the_changelog(capsys):
   assert ended.value.code == 0 and capsys.readouterr().out == f"rpn-jax {version}\n"
 
 
-def test_the_pin_of_the_demo_is_one():
-  pin = re.search(r"gradio==[\d.]+", (ROOT / "pyproject.toml").read_text())[0]
+@pytest.mark.parametrize("name", ["gradio", "gcsfs"])
+def test_the_pin_of_an_extra_is_one(name):
+  pin = re.search(rf"{name}==[\d.]+", (ROOT / "pyproject.toml").read_text())[0]
   assert pin in (ROOT / "requirements-dev.txt").read_text().splitlines()
+  if name == "gcsfs":
+    assert pin in (ROOT / "docs/tpu.md").read_text()
 
 
 def test_hooks_and_workflow_run_the_commands_of_make_and_the_readme():

@@ -210,14 +210,14 @@ def cache_dir() -> pathlib.Path | None:
   return None
 
 
-def on_disk(path: str | os.PathLike, beside: str = "") -> pathlib.Path:
+def on_disk(path: str | os.PathLike, beside: str = "*.json") -> pathlib.Path:
   """A local file with the content of a path: the path itself, or a copy of an object of a bucket.
 
   The copy is kept in the cache folder and made again when the object changes.
 
   Args:
     path: of a file.
-    beside: pattern of files of the same folder that are wanted, too, such as "*.json".
+    beside: pattern of files of the same folder that are wanted, too.
 
   Raises:
     InputError: there is no cache folder to copy to.
@@ -226,7 +226,7 @@ def on_disk(path: str | os.PathLike, beside: str = "") -> pathlib.Path:
   path = expand(path)
   if not buckets.is_bucket(path) or not path.is_file():
     return path
-  wanted = {path, *(path.parent.glob(beside) if beside else ())}
+  wanted = {path, *path.parent.glob(beside)}
   versions = {each.name: buckets.version(each) for each in wanted}
   key = "".join(f"{name}\0{found.generation}\n" for name, found in sorted(versions.items()))
   cache = cache_dir()
