@@ -9,6 +9,7 @@ What has no mark is the rest of a save that was cut off, or was copied here by o
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import tempfile
@@ -23,7 +24,7 @@ from rpn_jax.devices import wait_for_all
 from rpn_jax.training.checkpoint import Checkpoints, LatestAndBest, handlers
 from rpn_jax.training.step import TrainState
 from rpn_jax.training.together import together
-from rpn_jax.training.unreadable import DamagedCheckpoint
+from rpn_jax.training.unreadable import DamagedCheckpoint, reason_of
 
 # Orbax's name.
 MARK = "commit_success.txt"
@@ -90,7 +91,10 @@ class BucketCheckpoints(Checkpoints):
     with tempfile.TemporaryDirectory(prefix="rpn_checkpoint_") as folder:
       local = pathlib.Path(folder, str(step))
       with contextlib.closing(ocp.Checkpointer(handler, **alone)) as checkpointer:
-        checkpointer.save(local, args=args)
+        try:
+          checkpointer.save(local, args=args)
+        except (ValueError, RuntimeError) as error:  # as where the local disk is full
+          raise OSError(errno.EIO, f"{reason_of(error)}: {folder}") from error
       self._begun.add(step)
       # Orbax marks what is on a disk, too.
       files = [path for path in local.rglob("*") if path.is_file() and path != local / MARK]

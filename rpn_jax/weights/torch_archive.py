@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import expand
+from rpn_jax.base.paths import on_disk
 
 STATE_DICT, TORCHSCRIPT = "PyTorch state dict", "TorchScript archive"
 
@@ -289,7 +289,7 @@ def read(path) -> Content:
     InputError: the file is missing, damaged or another kind of file, or its pickle asks for
       anything but tensors and plain containers. Nothing of it has run then.
   """
-  path = expand(path)
+  path = on_disk(path)
   again = "get it again, from a source you trust"
   try:
     with zipfile.ZipFile(path) as archive:
