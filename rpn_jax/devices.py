@@ -19,8 +19,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rpn_jax.base import console
+from rpn_jax.base.buckets import is_bucket
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import cache_dir
+from rpn_jax.base.paths import cache_dir, expand
 
 AXIS = "data"
 # A process without a heartbeat for this long is considered dead, and the others exit.
@@ -76,6 +77,8 @@ def configure_compilation_cache() -> None:
   chosen = jax.config.values["jax_compilation_cache_dir"]
   if chosen is None and (folder := cache_dir()):
     jax.config.update("jax_compilation_cache_dir", str(folder / f"xla-{machine_id()}"))
+  elif chosen and is_bucket(chosen):
+    expand(chosen)  # what is wrong with it is said now, in a line, and not with every program
   # Small programs, too: in short commands they add up to most of the time.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 

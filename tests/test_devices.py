@@ -9,6 +9,7 @@ import pytest
 
 from rpn_jax import devices
 from rpn_jax.base import paths
+from rpn_jax.base.errors import InputError
 from tests import ROOT
 
 RUNTIME = """
@@ -49,6 +50,18 @@ def test_the_folder_names_compiler_and_processor(tmp_path):
 def test_a_folder_that_the_user_chose_is_kept(tmp_path):
   chosen = str(tmp_path / "mine")
   assert cache_dir(HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=chosen) == (chosen, "")
+
+
+@pytest.mark.usefixtures("store")
+def test_a_folder_in_a_bucket_is_looked_at_first():
+  config = devices.jax.config
+  before = config.jax_compilation_cache_dir
+  config.update("jax_compilation_cache_dir", "gs://nobucket/xla")
+  try:
+    with pytest.raises(InputError, match="gs://nobucket: expected a bucket, there is no such"):
+      devices.configure_compilation_cache()
+  finally:
+    config.update("jax_compilation_cache_dir", before)
 
 
 def test_without_a_place_nothing_is_kept_and_that_is_said_once(tmp_path):
