@@ -17,9 +17,7 @@ MODES = ("train", "eval", "predict", "classify", "export", "compile")
 flags.DEFINE_string("workdir", None, "Of the run: files, and its settings without --config")
 flags.DEFINE_enum("mode", "train", MODES, "What to do")
 flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
-flags.DEFINE_list(
-  "distributed", [], "HOST:PORT,PROCESSES,PROCESS, or none; pods and Slurm are found without it"
-)
+flags.DEFINE_list("distributed", [], "HOST:PORT,PROCESSES,PROCESS; none; pods, Slurm are found")
 flags.DEFINE_string("classes", None, 'predict, classify: class names, e.g. "red circle, sand"')
 flags.DEFINE_string("topology", None, "compile: TPUs such as v5e:16x16; none need be there")
 flags.DEFINE_bool("find_batch", False, "compile: also the largest batch a chip, for each remat")
@@ -37,10 +35,8 @@ def run(config, workdir) -> None:
   from rpn_jax.tasks import classify, evaluate, export, predict, pretrain, train
   from rpn_jax.weights.clip_file import with_normalization
 
-  # The others are for one machine, also where there are several.
-  together = FLAGS.mode in ("train", "eval")
-  coordinator = FLAGS.distributed or (() if together else devices.ALONE)
-  with devices.runtime(coordinator, config.get("matmul_precision", "default")):
+  alone = FLAGS.mode not in ("train", "eval")  # for one machine, also where there are several
+  with devices.runtime(FLAGS.distributed, config.get("matmul_precision", "default"), alone):
     if config.task == "pretrain":
       pretrain.pretrain(config, workdir, **datasets.captions(config))
     elif FLAGS.mode in ("predict", "classify"):
@@ -50,14 +46,12 @@ def run(config, workdir) -> None:
       config = with_normalization(config)
       if FLAGS.mode == "train":
         data = datasets.load(config, devices.process())
-        devices.wait_for_all("their copies of the data")
         train.train(config, workdir, data, restart=FLAGS.restart)
       elif FLAGS.mode == "eval":
         evaluations = [d for c in protocols.each(config) for d in datasets.load_evaluations(c)]
-        devices.wait_for_all("their copies of the data")
         evaluate.evaluate_run(config, workdir, evaluations)
       else:
-        export.export(config, workdir, datasets.load(config).names)
+        export.export(config, workdir, datasets.load(config, names_only=True).names)
 
 
 def compile_for(config, topology: str) -> None:
@@ -72,7 +66,7 @@ def compile_for(config, topology: str) -> None:
   with given.unlocked():  # no number of the normalization changes a program
     given.data.mean = given.data.mean or (0.0, 0.0, 0.0)
     given.data.std = given.data.std or (1.0, 1.0, 1.0)
-  data = datasets.load(given)
+  data = datasets.load(given, names_only=True)
   analysis.report(config, topology, data, find_batch=FLAGS.find_batch, json=FLAGS.json)
 
 
@@ -90,8 +84,8 @@ def command(arguments) -> None:
         "--mode=compile takes the config of a segmentation run and --topology, such as v5e:2x4"
       )
     return compile_for(FLAGS.config, FLAGS.topology)
-  run(FLAGS.config, workdir := paths.expand(FLAGS.workdir))
-  print(console.describe_workdir(workdir))
+  run(FLAGS.config, paths.expand(FLAGS.workdir))
+  print(console.describe_workdir(FLAGS.workdir))
 
 
 def main(argv) -> int:

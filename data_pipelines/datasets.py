@@ -68,7 +68,9 @@ class SegmentationData:
   eval_examples: Callable[[], pipeline.EvalExamples]
 
 
-def load(config, process: tuple[int, int] = (0, 1)) -> SegmentationData:
+def load(
+  config, process: tuple[int, int] = (0, 1), *, names_only: bool = False
+) -> SegmentationData:
   """Opens the data set of `config.data`; the synthetic ones are drawn if they are not there.
 
   Args:
@@ -76,6 +78,7 @@ def load(config, process: tuple[int, int] = (0, 1)) -> SegmentationData:
       completes one that leaves this to the weights.
     process: (index, count) of the processes: each gets its rows of every training batch. Evaluation
       examples are divided by whoever evaluates.
+    names_only: make no local copy of the records, which are not read; see `local_copy`.
 
   Raises:
     InputError: an unknown name or setting, no normalization, bad data, or a set that is not
@@ -83,7 +86,7 @@ def load(config, process: tuple[int, int] = (0, 1)) -> SegmentationData:
   """
   setting = config.data.setting
   check_known("config.data.setting=", setting, SETTINGS)
-  data = _open(config, config.data.name, setting, process)
+  data = _open(config, config.data.name, setting, process, names_only=names_only)
   split = _vocabulary(config.data, registry.get(data.name), config.data.naming).unseen
   if split and not data.unseen:
     print(
@@ -118,10 +121,14 @@ def load_evaluations(config) -> list[SegmentationData]:
   ]
 
 
-def _open(config, name: str, setting: str, process=(0, 1), naming: str = "") -> SegmentationData:
+def _open(
+  config, name: str, setting: str, process=(0, 1), naming: str = "", names_only: bool = False
+) -> SegmentationData:
   """A data set; `naming` is of its classes, by default config.data's for the training set."""
   data_set = registry.get(name)
-  c = local_copy.localized(config.data, data_set)
+  c = config.data
+  if data_set.classes is None or not names_only:
+    c = local_copy.localized(c, data_set)
   naming = naming or (c.naming if name == c.name else "dataset")
   vocabulary = _vocabulary(c, data_set, naming)
   _tell_of_synonyms(vocabulary, naming, config.synonyms)

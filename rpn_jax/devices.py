@@ -7,6 +7,7 @@ import glob
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import sys
@@ -113,13 +114,14 @@ def platform_of(mesh: jax.sharding.Mesh) -> str:
 
 @contextlib.contextmanager
 def runtime(
-  coordinator: Sequence[str] = ALONE, matmul_precision: str = "default"
+  coordinator: Sequence[str] = ALONE, matmul_precision: str = "default", alone: bool = False
 ) -> Iterator[None]:
   """The context a command runs in: processes connected, JAX set up, runtime errors in one line.
 
   Args:
     coordinator: see `initialize`.
     matmul_precision: precision of float32 matrix products: default, high or highest.
+    alone: join others only where a coordinator is given.
 
   Raises:
     InputError: the processes do not find each other, or JAX finds no device of the kind that
@@ -131,6 +133,8 @@ def runtime(
   configure_cpu()
   jax.config.update("jax_default_matmul_precision", matmul_precision)
   configure_compilation_cache()
+  if alone and not coordinator:
+    coordinator = ALONE
   with say_if_late(_waiting_for(coordinator)):
     initialize(coordinator)
     check_platform()
@@ -277,11 +281,14 @@ def say_if_late(text: str) -> Iterator[None]:
     timer.cancel()
 
 
+_meetings = itertools.count()
+
+
 def wait_for_all(what: str, seconds: int = MAX_WAIT_SECONDS) -> None:
   """Waits until every process is here, where one may take longer than a collective waits on CPUs.
 
   Args:
-    what: which they wait for; another one each time.
+    what: what they wait for.
     seconds: how long to wait at most.
   """
   if jax.process_count() == 1:
@@ -291,7 +298,8 @@ def wait_for_all(what: str, seconds: int = MAX_WAIT_SECONDS) -> None:
   with say_if_late(f"waiting for the other processes: {what}"):
     # With processes it is the coordination service's, without any device.
     everyone = set(range(jax.process_count()))
-    ocp.multihost.sync_global_processes(what, timeout=seconds, processes=everyone)
+    name = f"{what} ({next(_meetings)})"  # never the same twice
+    ocp.multihost.sync_global_processes(name, timeout=seconds, processes=everyone)
 
 
 def process() -> tuple[int, int]:

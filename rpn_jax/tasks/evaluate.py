@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from rpn_jax import devices
 from rpn_jax.base.console import table
 from rpn_jax.base.paths import write_json, write_text
 from rpn_jax.config import FREE, protocols
@@ -130,6 +131,7 @@ def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, 
     Scores {set: {"last": …, "best": …}}, without "best" if it is the last one.
   """
   predictor, run = open_run(config, workdir)
+  devices.wait_for_all("their copies of weights and data")
   run.claim()
   check_classes(run, evaluations)
   single = len(evaluations) == 1

@@ -50,6 +50,7 @@ def train(config, workdir, data, *, restart: bool = False) -> dict:
       weights or devices, or a run was in the workdir whose checkpoints are missing.
   """
   predictor, run = open_run(config, workdir)
+  devices.wait_for_all("their copies of weights and data")
   if not predictor.network.trainable:
     raise InputError(f"method {config.method!r} has nothing to train: use --mode=eval")
   multiple, teacher = predictor.network.input_multiple, None

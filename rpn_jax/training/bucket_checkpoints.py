@@ -71,7 +71,7 @@ class BucketCheckpoints(Checkpoints):
         if jax.process_index() == 0:
           self._write_alone(step, args)
       finally:
-        wait_for_all(f"the copy of checkpoint {step} ({self._saves})", UPLOAD_SECONDS)
+        wait_for_all(f"the copy of checkpoint {step}", UPLOAD_SECONDS)
 
     together(write)
 

@@ -169,8 +169,9 @@ def joined(monkeypatch):
 def test_a_command_for_one_machine_joins_none(joined, monkeypatch):
   monkeypatch.setenv("SLURM_NTASKS", "2")
   devices.initialize(devices.ALONE)
-  with devices.runtime():  # as `rpn segment`
-    pass
+  for given in ({}, {"coordinator": (), "alone": True}):  # as `rpn segment`, and --mode=predict
+    with devices.runtime(**given):
+      pass
   assert not joined
 
 
