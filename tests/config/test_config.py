@@ -100,7 +100,8 @@ def test_a_run_of_0_2_0_has_the_same_config(monkeypatch):
   added = {
     "loss": {"skip_empty": False},
     "optimizer": {"schedule": "poly", "no_decay": ""},
-    "data": {"recipe": "mmsegmentation", "label_resize": "floor_nearest", "long_side": 0},
+    "data": {"recipe": "mmsegmentation", "label_resize": "floor_nearest", "long_side": 0,
+             "local_copy": ""},
     "self_training": {"teacher": "sclip", "refresh": 0, "confidence": 0.0},
     "eval": {
       "layout": "windows", "square": 640, "keep_padding": True, "naming": "dataset",
@@ -127,8 +128,8 @@ def test_the_schedule_follows_the_steps():
 
 def test_what_a_continued_or_evaluated_run_may_change():
   assert {
-    "log_every", "eval_every", "save_every", "max_skipped", "data_dir", "workers", "threads",
-    "parallel", "shard_state", "remat",
+    "log_every", "eval_every", "save_every", "max_skipped", "data_dir", "local_copy", "workers",
+    "threads", "parallel", "shard_state", "remat",
   } == config.FREE  # fmt: skip
   assert {
     "eval", "short_side", "long_side", "eval_images", "prompts", "class_pooling_eval",
