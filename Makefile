@@ -1,12 +1,14 @@
 # make demo        install, train on the shapes data set, evaluate, draw (about five minutes)
 # make test        install, lint, run the tests (at most eight minutes on two cores)
 # make test-slow   the tests that `make test` leaves out
+# make test-tpu    what the TPU's own compiler makes of the programs; no TPU is needed
 # make docs        the pages of docs/ as a site
 PYTHON ?= python3
 VENV := .venv
+VENV_TPU := .venv-tpu
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint docs ablations bench bench-data shapes-clip clean
+.PHONY: demo test test-slow test-tpu lint docs ablations bench bench-data shapes-clip clean
 
 demo: $(VENV)/.run
 	$(RUN) main.py --config=configs/shapes.py --workdir=runs/shapes
@@ -16,6 +18,10 @@ test: $(VENV)/.dev lint
 
 test-slow: $(VENV)/.dev
 	$(RUN) -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m slow
+
+# In an environment of its own, since libtpu is a few hundred MB. K=… picks some, M=slow those of full size.
+test-tpu: $(VENV_TPU)/.dev
+	$(VENV_TPU)/bin/python -m pytest tests/tpu $(if $(K),-k "$(K)") $(if $(M),-m "$(M)")
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -53,6 +59,11 @@ $(VENV)/bin/python:
 $(VENV)/.run: requirements.txt | $(VENV)/bin/python
 	@echo "Installing the packages (a minute or two) ..."
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV_TPU)/.dev: requirements.txt
+	$(PYTHON) -m venv $(VENV_TPU)
+	$(VENV_TPU)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest "jax[tpu]"
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run

@@ -53,7 +53,7 @@ def report(
   if not cls.counts:  # published files are not edited, and are often deleted once they are prepared
     made_from = summary.get("manual_dir", asked)
     if made_from and os.path.isdir(made_from):
-      _check_unchanged(cls, folder, pathlib.Path(made_from), values)
+      _check_unchanged(cls, folder, paths.expand(made_from), values)
     else:
       notes.append("not compared with its raw files, which are no longer there")
   if any(counts.get(split, 0) != count for split, count in cls.counts.items()):

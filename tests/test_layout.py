@@ -254,8 +254,10 @@ def test_tests_mirror_the_rooms():
   rooms |= {"data_pipelines", "configs"}
   tested = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
   assert rooms <= tested, f"rooms without tests: {sorted(rooms - tested)}"
-  # Fuzzing spans the rooms.
-  assert tested - rooms <= {"fuzz"}, f"tests without a room: {sorted(tested - rooms - {'fuzz'})}"
+  # Fuzzing and compiling for TPUs span the rooms.
+  assert tested - rooms <= {"fuzz", "tpu"}, (
+    f"tests without a room: {sorted(tested - rooms - {'fuzz', 'tpu'})}"
+  )
 
 
 def test_the_core_is_read_in_an_afternoon():

@@ -9,8 +9,8 @@ import pytest
 
 from data_pipelines import datasets
 from rpn_jax.base import console
+from rpn_jax.config.stored import read_config
 from rpn_jax.tasks import evaluate
-from rpn_jax.training.run import read_config
 from tests import ROOT, tiny
 
 FILE, WORKDIR = "--config=configs/shapes.py:runlocal", "--workdir={tmp}/w"

@@ -106,7 +106,8 @@ def test_the_wheel_asks_for_what_the_package_imports():
         imported |= {alias.name.split(".")[0] for alias in node.names}
       elif isinstance(node, ast.ImportFrom):
         imported.add(node.module.split(".")[0])
-  imported -= {*sys.stdlib_module_names, "rpn_jax", "gradio"}  # Gradio is in the extra `demo`
+  imported -= {*sys.stdlib_module_names, "rpn_jax"}
+  imported -= {"gradio", "fsspec", "gcsfs"}  # of the extras `demo` and `gs`
   distributions = importlib.metadata.packages_distributions()
   names = {canonicalize_name(requirement.name) for requirement in declared()}
   found = set()

@@ -47,8 +47,8 @@ TITLES = {
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
-# Compilations of one search; the interval is halved in each, so that this is for batches of 1,000.
-SEARCH_TRIES = 10
+# Compilations of one search: batches are doubled, then halved between the last two.
+SEARCH_TRIES = 16
 
 
 @dataclasses.dataclass(frozen=True)

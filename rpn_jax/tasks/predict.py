@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rpn_jax.base import pixels
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import write_text
+from rpn_jax.base.paths import expand, write_text
 from rpn_jax.base.words import parse_names
 from rpn_jax.devices import devices_text
 from rpn_jax.inference.predictor import open_run
@@ -84,7 +84,7 @@ def save_all(
     stem = file.name.replace(".", "_") if repeated else file.stem
     written += result.save(directory, stem, palette=palette)
   if written:
-    print(f"{segmenter.method}\n{summary(written, pathlib.Path(directory))}")
+    print(f"{segmenter.method}\n{summary(written, expand(directory))}")
   check_skipped(unreadable, len(files), directory)
   return written
 
@@ -104,7 +104,7 @@ def check_skipped(unreadable: Sequence[InputError], total: int, directory) -> No
   Raises:
     InputError: there are some.
   """
-  path = pathlib.Path(directory) / SKIPPED
+  path = expand(directory) / SKIPPED
   if total == 1 or not unreadable:
     path.unlink(missing_ok=True)  # of an earlier call
     if unreadable:

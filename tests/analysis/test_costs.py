@@ -131,7 +131,7 @@ def test_operations_of_loops_and_of_what_is_computed_again():
 
 def test_wrong_words_are_named(run):
   for arguments, message in (
-    (["attention"], "required: --workdir, --image, --classes"),
+    (["attention"], "required: --image, --classes"),
     (["costs", "--classes=a"], "expected how many classes are prompted, got 'a'"),
     (["costs", "attention"], "error: unexpected argument 'attention'"),
     (["costs", "--bach=2"], "Unknown command line flag 'bach'"),

@@ -77,7 +77,8 @@ def test_from_raw_files_to_batches(raw, tmp_path, capsys):
   assert prepare.main(["leaves", f"--manual_dir={raw}", f"--data_dir={tmp_path / 'data'}"]) == 0
   assert "3 of 3 classes found; 25.0% of the pixels" in capsys.readouterr().out
   data = datasets.load(make_config(tmp_path / "data"))
-  assert data.names == tuple(NAMES) and data.unseen == (2,)
+  assert data.names == tuple(NAMES) and data.unseen == ()  # every class is trained on
+  assert datasets.load(make_config(tmp_path / "data", setting="zero_shot")).unseen == (2,)
   batch = next(data.train_batches(0))
   assert batch["image"].shape == (2, 32, 32, 3) and batch["image"].dtype == np.float32
   assert set(np.unique(batch["label"])) <= {0, 1, 2, 255}

@@ -49,8 +49,8 @@ def predictor_of(network, **protocol):
 def test_the_text_tower_runs_once_for_a_list_of_classes(monkeypatch):
   runs, encode = [], predictor.encode_text
 
-  def counted(network, shape):
-    return lambda *arguments: runs.append(shape) or encode(network, shape)(*arguments)
+  def counted(network, mesh, shape):
+    return lambda *arguments: runs.append(shape) or encode(network, mesh, shape)(*arguments)
 
   monkeypatch.setattr(predictor, "encode_text", counted)
   one = predictor_of(TextTower(), short_side=8, crop=8, stride=8)

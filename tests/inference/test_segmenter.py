@@ -280,7 +280,8 @@ def test_a_file_needs_no_extension(tmp_path, monkeypatch):
   (tmp_path / "NAME").write_bytes(
     (clip_file.ASSETS / segmenter.SHIPPED["shapes_clip"][0]).read_bytes()
   )
-  assert Segmenter.load("NAME").method == "training-free sclip on NAME, no trained prompts"
+  method = Segmenter.load("NAME").method
+  assert method == f"training-free sclip on NAME, no trained prompts; {KNOWS}"
 
 
 def test_what_is_no_picture_is_refused(model, tmp_path):

@@ -98,7 +98,8 @@ def labels_now(config, data):
   names = [data.names[i] for i in data.trained]
   text, batch = predictor.training_text(names), next(data.train_batches(0))
   teacher = pseudo_labels.make_teacher(config, predictor.network)
-  labeler = train.make_labeler(teacher, config, predictor, data)
+  network, encoder = predictor.network, predictor.encoder
+  labeler = pseudo_labels.make_labeler(teacher, config, network, encoder, data)
   prompts = jax.tree.map(lambda x: np.full(x.shape, 3, x.dtype), predictor.prompt_shapes(32))
   state = TrainState(jnp.int32(0), prompts, ())
   got = jax.jit(lambda *given: labeler(state, *given))(predictor.params, text, batch)

@@ -280,7 +280,7 @@ def test_it_opens_with_the_scene_segmented(browser):
   try:
     page = browser.new_page(viewport={"width": 390, "height": 844})
     visit(page, address)
-    page.wait_for_selector("text=Made by: RPN, step 3000 of shapes; it was trained on the shapes")
+    page.wait_for_selector("text=Made by: RPN, step 3000 of shapes; its CLIP, shapes_clip, knows")
     top = lambda place: place.bounding_box()["y"]
     result = page.locator(".image-frame img, .image-container img").last
     examples = page.get_by_text("The shapes data set", exact=True)

@@ -212,7 +212,7 @@ def test_how_a_run_is_evaluated_may_change(finished):
   data = datasets.load(config)
   other = config.copy_and_resolve_references()
   with other.unlocked():
-    other.eval.flip, other.eval.stride = True, 32
+    other.eval.flip, other.eval.stride, other.eval.seen_penalty = True, 32, 1.0
   scores = evaluate.evaluate_run(other, workdir, [data])["shapes"]["last"]
   assert scores["step"] == 8 and scores["pAcc"] != result["last"]["pAcc"]
 
@@ -336,9 +336,10 @@ def test_predict_any_image_and_words(home, finished, tmp_path):
 
 def test_exported_prompts_need_only_clip(home, finished, tmp_path):
   config, workdir, result = finished
-  path = export.export(config, workdir, ("a", "b"))
+  names = datasets.load(config).names
+  path = export.export(config, workdir, names)
   content = prompts_file.load(path)
-  assert path.parent == workdir and (content.step, content.names) == (8, ("a", "b"))
+  assert path.parent == workdir and (content.step, content.names) == (8, names)
   jax.tree.map(
     np.testing.assert_array_equal,
     content.prompts,
