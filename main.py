@@ -54,22 +54,6 @@ def run(config, workdir) -> None:
         export.export(config, workdir, datasets.load(config, names_only=True).names)
 
 
-def compile_for(config, topology: str) -> None:
-  """What a run would take on TPUs; no file of weights or data is read that need not be."""
-  import jax
-
-  from data_pipelines import datasets
-  from rpn_jax.analysis import compile as analysis
-
-  jax.config.update("jax_platforms", "cpu")  # nothing is run, and chips that are there stay free
-  given = config.copy_and_resolve_references()
-  with given.unlocked():  # no number of the normalization changes a program
-    given.data.mean = given.data.mean or (0.0, 0.0, 0.0)
-    given.data.std = given.data.std or (1.0, 1.0, 1.0)
-  data = datasets.load(given, names_only=True)
-  analysis.report(config, topology, data, find_batch=FLAGS.find_batch, json=FLAGS.json)
-
-
 def command(arguments) -> None:
   """What the flags ask for, once they are checked."""
   if arguments:
@@ -79,11 +63,10 @@ def command(arguments) -> None:
     raise InputError("--restart is for --mode=train of a segmentation run: leave it out here")
   expand_paths(FLAGS.config)
   if FLAGS.mode == "compile":
-    if not FLAGS.topology or FLAGS.config.get("task") == "pretrain":
-      raise InputError(
-        "--mode=compile takes the config of a segmentation run and --topology, such as v5e:2x4"
-      )
-    return compile_for(FLAGS.config, FLAGS.topology)
+    from data_pipelines import datasets
+    from rpn_jax.analysis.compile import compile_run
+
+    return compile_run(FLAGS.config, datasets.load, FLAGS.topology, FLAGS.find_batch, FLAGS.json)
   run(FLAGS.config, paths.expand(FLAGS.workdir))
   print(console.describe_workdir(FLAGS.workdir))
 

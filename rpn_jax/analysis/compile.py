@@ -330,6 +330,26 @@ def report(
   return result
 
 
+def compile_run(
+  config: Any, load: Callable, topology: str | None, find_batch: bool, json: str | None
+) -> None:
+  """`report` for the classes of a config's data set; `load` opens one, see `datasets.load`.
+
+  Raises:
+    InputError: no topology, not the config of a segmentation run, or as `report`.
+  """
+  if not topology or config.get("task") == "pretrain":
+    raise InputError(
+      "--mode=compile takes the config of a segmentation run and --topology, such as v5e:2x4"
+    )
+  jax.config.update("jax_platforms", "cpu")  # nothing is run, and chips that are there stay free
+  given = config.copy_and_resolve_references()
+  with given.unlocked():  # no number of the normalization changes a program
+    given.data.mean = given.data.mean or (0.0, 0.0, 0.0)
+    given.data.std = given.data.std or (1.0, 1.0, 1.0)
+  report(config, topology, load(given, names_only=True), find_batch=find_batch, json=json)
+
+
 def architecture(name: str) -> CLIPConfig:
   """The architecture of weights, which need not be there if they are published ones.
 
