@@ -348,8 +348,11 @@ def test_bad_examples(spoil, complaint, raw, data, capsys):
   assert prepare.main(command) == 2
   error = capsys.readouterr().err.splitlines()
   assert len(error) == 1 and complaint in error[0] and "ADE_train_00000006" in error[0]
+  before = _shards(data / "ade150" / "1.0.0.partial")
   raw_ade_coco.ade150(raw)
   assert prepare.main(command) == 0
+  after = _shards(data / "ade150" / "1.0.0")
+  assert len(before.items() & after.items()) == len(after) - 1  # only that file's shard is anew
   _check(data, painted)
 
 
