@@ -64,9 +64,16 @@ FUSED = {
   "more classes than tokens": (9, 21, 1, False),
   "one class": (9, 1, 2, False),
 }
+SLOW = ("more classes than tokens", "one class")
 
 
-@pytest.mark.parametrize("tokens, more, heads, causal", FUSED.values(), ids=FUSED)
+@pytest.mark.parametrize(
+  "tokens, more, heads, causal",
+  [
+    pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for name, case in FUSED.items()
+  ],
+)
 def test_the_kernel_of_tpus_is_the_textbooks(tokens, more, heads, causal, monkeypatch):
   """In Pallas' interpreter."""
   monkeypatch.setattr(tpu, "CHUNK_SCORES", 2**9)
