@@ -159,7 +159,9 @@ def _inference(
   # Tuners are merged in NumPy, which takes arrays.
   zeros = lambda tree: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
   model, *merged = network.merged(zeros(towers), zeros(prompts))
-  variables, host, result = shapes(join(*merged)), pod.host, {}
+  joined = join(*merged)
+  variables = shapes({**joined, "params": in_compute_type(joined["params"], network.dtype)})
+  host, result = pod.host, {}
   text = shapes(np.asarray(network.text_input(encoder, names)))
   if "text" in network.towers:
     encode = predictor.encode_text(model, host, text.shape)
@@ -319,7 +321,7 @@ def report(
   pod, clip = chips.pod(topology), architecture(config.clip)
   result: dict[str, Any] = {"topology": topology, "chips": pod.mesh.size, "programs": {}}
   for name, program in programs(config, clip, data, pod).items():
-    print(f"compiling the {TITLES[name]} for {topology} ...", flush=True)
+    print(f"compiling for {topology}: {TITLES[name]} ...", flush=True)
     result["programs"][name] = measure(program, pod.chip, TITLES[name])
   if find_batch:
     result["largest_batch"] = dict(find_batches(config, clip, data, pod))

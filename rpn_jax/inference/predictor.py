@@ -308,7 +308,9 @@ class Predictor:
     mesh = data_mesh()
     replicated = jax.sharding.NamedSharding(mesh, P())
     network, params, prompts = self.network.merged(self.params, self.prompts)
-    variables = jax.device_put(join(params, prompts), replicated)
+    joined = join(params, prompts)
+    joined["params"] = in_compute_type(joined["params"], network.dtype)
+    variables = jax.device_put(joined, replicated)
     text = jax.device_put(self._encode(network, mesh, variables, text), replicated)
 
     def logits(windows: np.ndarray) -> jax.Array:

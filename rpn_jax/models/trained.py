@@ -60,9 +60,9 @@ def thirds(name: str, x: jax.Array) -> dict[str, jax.Array]:
 
 
 def in_compute_type(frozen: Mapping, dtype: Any) -> dict:
-  """Frozen parameters, the kernels of the blocks in the type that they are multiplied in.
+  """What is not trained, the kernels of the towers' blocks in the type they are multiplied in.
 
-  A step would cast them each time, to the same values, and read twice the bytes for it.
+  A program would cast them each time, to the same values, and read twice the bytes for it.
   """
   kernels = re.compile(rf".*/block_\d+/(attn|mlp)/\w+/({'|'.join((FUSED, *THIRDS))})")
   cast = lambda name, x: x.astype(dtype) if kernels.fullmatch(name) else x

@@ -27,6 +27,7 @@ class TextTower(Defaults, nn.Module):
   """Its logits are the sum of an image times a factor of each class, of its "text tower"."""
 
   clip: Any = CLIP
+  dtype: Any = jnp.float32
   input_multiple = 1
   towers = ("visual", "text")
   scores = probabilities = staticmethod(jnp.negative)
