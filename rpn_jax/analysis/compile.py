@@ -35,7 +35,7 @@ from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.remat import REMAT_POLICIES
 from rpn_jax.models.trained import in_compute_type, init_prompts, join, split
 from rpn_jax.text import embeddings
-from rpn_jax.training import losses, optim, pseudo_labels, sharding
+from rpn_jax.training import optim, pseudo_labels, sharding
 from rpn_jax.training.step import TrainState
 from rpn_jax.weights import checkpoints, clip_file
 
@@ -125,16 +125,7 @@ def programs(config: Any, clip: CLIPConfig, data: Any, pod: chips.Pod) -> dict[s
     label = jax.ShapeDtypeStruct((batch, side, side), jnp.int32)
 
     def train_step() -> jax.stages.Lowered:
-      stepper = sharding.MODES[config.parallel](
-        pod.mesh,
-        state,
-        optimizer,
-        shard_state=config.shard_state,
-        model=network,
-        loss_fn=losses.make_loss(config.loss),
-        relabel=pseudo_labels.make_relabel(config, data),
-        labeler=labeler,
-      )
+      stepper = sharding.make_stepper(config, pod.mesh, state, optimizer, network, data, labeler)
       return stepper.lower(
         state,
         towers if labeler else frozen,

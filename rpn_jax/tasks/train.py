@@ -20,7 +20,7 @@ from rpn_jax.tasks.evaluate import (
   split_notes,
   write_metrics,
 )
-from rpn_jax.training import losses, optim, pseudo_labels, sharding
+from rpn_jax.training import optim, pseudo_labels, sharding
 from rpn_jax.training.loop import Loop
 from rpn_jax.training.metric_log import MetricWriter
 from rpn_jax.training.preemption import PreemptionGuard
@@ -83,16 +83,7 @@ def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: Preemptio
   if labeler:
     optimizer = pseudo_labels.with_snapshots(optimizer, labeler.refresh)
   state = jax.device_get(TrainState(jnp.int32(0), prompts, optimizer.init(prompts)))
-  stepper = sharding.MODES[config.parallel](
-    mesh,
-    state,
-    optimizer,
-    shard_state=config.shard_state,
-    model=network,
-    loss_fn=losses.make_loss(config.loss),
-    relabel=pseudo_labels.make_relabel(config, data),
-    labeler=labeler,
-  )
+  stepper = sharding.make_stepper(config, mesh, state, optimizer, network, data, labeler)
   examples = data.eval_examples()
   latest: Evaluation | None = None
 

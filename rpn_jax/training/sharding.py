@@ -13,7 +13,8 @@ import optax
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.devices import AXIS, compiler_options, data_mesh
-from rpn_jax.training import step
+from rpn_jax.models import Network
+from rpn_jax.training import losses, pseudo_labels, step
 from rpn_jax.training.losses import Term
 from rpn_jax.training.step import TrainState
 
@@ -200,3 +201,25 @@ class Pmap:
 
 
 MODES: dict[str, type[ShardMap] | type[Pmap]] = {"shard_map": ShardMap, "pmap": Pmap}
+
+
+def make_stepper(
+  config: Any,
+  mesh: jax.sharding.Mesh,
+  state: TrainState,
+  optimizer: optax.GradientTransformation,
+  network: Network,
+  data: Any,
+  labeler: pseudo_labels.Labeler | None,
+) -> ShardMap | Pmap:
+  """The training step that a config asks for; `data` as for `pseudo_labels.make_relabel`."""
+  return MODES[config.parallel](
+    mesh,
+    state,
+    optimizer,
+    shard_state=config.shard_state,
+    model=network,
+    loss_fn=losses.make_loss(config.loss),
+    relabel=pseudo_labels.make_relabel(config, data),
+    labeler=labeler,
+  )
