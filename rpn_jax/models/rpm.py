@@ -18,14 +18,14 @@ def itp(
 ) -> jax.Array:
   """Image-to-pixel semantic attention (Eq. 2): the relationship map m, (B, N, C).
 
-  `p (t * g)^T = (p * g) t^T`: the right-hand side needs no (B, C, E) product. Of Table 5: without
-  g ("no_image") it is p t^T; without p ("no_pixel") it is (t * g)^T, (B, E, C).
+  `p (t * g)^T`, since `(p * g) t^T` would take an array of the patches' size. Of Table 5: without g
+  ("no_image") it is p t^T; without p ("no_pixel") it is (t * g)^T, (B, E, C).
   """
   if kind == "no_image":
     return jnp.einsum("bne,ce->bnc", patches_BxNxE, text_CxE)
   if kind == "no_pixel":
     return jnp.einsum("be,ce->bec", cls_BxE, text_CxE)
-  return jnp.einsum("bne,ce->bnc", patches_BxNxE * cls_BxE[:, None], text_CxE)
+  return jnp.einsum("bne,bce->bnc", patches_BxNxE, text_CxE * cls_BxE[:, None])
 
 
 def apg(map_BxNxC: jax.Array, h_NxD: jax.Array) -> jax.Array:
