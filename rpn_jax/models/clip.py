@@ -244,7 +244,13 @@ class VisionTransformer(nn.Module):
     c = self.config
     patch = (c.patch_size, c.patch_size)
     self.patch_embed = nn.Conv(
-      c.vision_width, patch, strides=patch, padding="VALID", use_bias=False, dtype=self.dtype
+      c.vision_width,
+      patch,
+      strides=patch,
+      padding="VALID",
+      use_bias=False,
+      dtype=self.dtype,
+      conv_general_dilated=layers.convolve_patches,
     )
     init = nn.initializers.normal(c.vision_width**-0.5)
     self.class_embedding = self.param("class_embedding", init, (c.vision_width,))
