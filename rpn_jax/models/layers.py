@@ -45,12 +45,18 @@ def attend(
   return jnp.einsum("bhnm,bmhd->bnhd", weights, v_BxMxHxd)
 
 
+def join(x_BxNxHxd: jax.Array, extra_BxPxHxd: jax.Array) -> jax.Array:
+  """(B, N + P, H, d)."""
+  return jnp.concatenate([x_BxNxHxd, extra_BxPxHxd], axis=1)
+
+
 def self_attend(
   attend: Callable,
   qkv_BxNxF: jax.Array,
   extra_BxPxF: jax.Array | None,
   heads: int,
   causal: bool = False,
+  join: Callable = join,
 ) -> jax.Array:
   """Attention of tokens to themselves and to extra ones, from CLIP's fused projections: (B, N, D).
 
@@ -60,12 +66,13 @@ def self_attend(
     extra_BxPxF: of tokens that are attended to only; their queries are not used.
     heads: H.
     causal: no token attends to later ones; not with extra tokens.
+    join: (keys or values of the tokens, those of the extra tokens) -> of both.
   """
   split = lambda x: rearrange(x, "b n (three h d) -> three b n h d", three=3, h=heads)
   q, k, v = split(qkv_BxNxF)
   if extra_BxPxF is not None:
     _, *more = split(extra_BxPxF)
-    k, v = (jnp.concatenate(pair, axis=1) for pair in zip((k, v), more))
+    k, v = (join(*pair) for pair in zip((k, v), more))
   return rearrange(attend(q, k, v, causal), "b n h d -> b n (h d)")
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rpn_jax.config import RPNConfig
 from rpn_jax.models import kernels, layers
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.models.kernels import cpu, tpu
+from rpn_jax.models.kernels import cpu, gpu, tpu
 from rpn_jax.models.rpn import RPN
 
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -98,6 +99,45 @@ def test_the_kernel_of_tpus_is_the_textbooks(tokens, more, heads, causal, monkey
       np.testing.assert_allclose(np.float32(a), exact, atol=tolerance * abs(exact).max())
 
 
+@pytest.mark.parametrize(
+  "tokens, more, causal", [(4, 5, False), (5, 3, False), (9, 0, True), (6, 1, False)]
+)
+def test_attention_by_cudnn_is_the_textbooks(tokens, more, causal, monkeypatch):
+  """By JAX's own attention in its place, with its rule for gradients."""
+  differentiated, theirs = [], jax.nn.dot_product_attention
+
+  def cudnn(q, k, v, *, implementation, **options):
+    assert implementation == "cudnn"
+    if differentiated and (q.shape[1] % 2 or k.shape[1] % 2):
+      raise NotImplementedError("unsupported sequence length")
+    return theirs(q, k, v, **options)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+  monkeypatch.setattr(gpu, "has_cudnn", lambda: True)
+  monkeypatch.setattr(gpu, "fits", lambda q: True)
+  rng = np.random.default_rng(0)
+  draw = lambda n, width: jnp.asarray(rng.normal(size=(2, n, width)), jnp.float32)
+  arrays, g = (draw(tokens, 24), draw(more, 24) if more else None), draw(tokens, 8)
+  attend = lambda f: lambda qkv, extra: f(qkv, extra, 2, causal)
+  textbook = attend(functools.partial(layers.self_attend, layers.attend))
+  close(attend(gpu.self_attend)(*arrays), textbook(*arrays))
+  differentiated.append(True)
+  want, pull = jax.vjp(textbook, *arrays)
+  got, mine = jax.vjp(attend(gpu.self_attend), *arrays)
+  jax.tree.map(close, (got, *mine(g)), (want, *pull(g)))
+
+
+def test_cudnn_attends_in_16_bits_from_ampere_on(monkeypatch):
+  q = lambda dtype, width=64: jax.ShapeDtypeStruct((1, 9, 4, width), dtype)
+  assert gpu.fits(q(jnp.bfloat16)) and gpu.fits(q(jnp.float16, 128))
+  assert not (gpu.fits(q(jnp.float32)) or gpu.fits(q(jnp.bfloat16, 20)))
+  assert not gpu.fits(q(jnp.bfloat16, 256))
+  for capability, attends in (("9.0", True), ("8.0", True), ("7.5", False), ("10.3", True)):
+    chips = [types.SimpleNamespace(compute_capability=capability)]
+    monkeypatch.setattr(jax, "local_devices", lambda backend, chips=chips: chips)
+    assert gpu.has_cudnn.__wrapped__() is attends
+
+
 def test_what_does_not_fit_on_the_chip_goes_another_way():
   shape = lambda tokens, dtype: jax.ShapeDtypeStruct((1, tokens, 3 * 768), dtype)
   assert tpu.fits(shape(1370, jnp.bfloat16), shape(256, jnp.bfloat16), 12)
@@ -155,8 +195,8 @@ def test_gradients_of_convolutions_in_loops_have_the_fast_order():
 
 def test_kernels_are_part_of_a_programs_key():
   versions = {kernels.TEXTBOOK, *map(kernels.for_platform, ("cpu", "gpu", "tpu", "rocm"))}
-  own = {kernels.PLATFORMS[name] for name in ("cpu", "tpu")}
-  assert len(own) == 2 and versions == {kernels.TEXTBOOK, kernels.LEAN, *own}
+  own = set(kernels.PLATFORMS.values())
+  assert len(own) == 3 and versions == {kernels.TEXTBOOK, kernels.LEAN, *own}
 
 
 def test_a_program_has_the_kernels_of_its_platform(by_head):

@@ -12,7 +12,7 @@ from typing import Any
 import flax
 
 from rpn_jax.models import layers
-from rpn_jax.models.kernels import cpu, lean, tpu
+from rpn_jax.models.kernels import cpu, gpu, lean, tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ LEAN = Kernels(
 )
 PLATFORMS = {
   "cpu": dataclasses.replace(LEAN, **by(cpu.attend), convolve=cpu.convolve),
-  "gpu": LEAN,
+  "gpu": dataclasses.replace(LEAN, attend=gpu.attend, self_attend=gpu.self_attend),
   "tpu": dataclasses.replace(LEAN, self_attend=tpu.self_attend),
 }
 
