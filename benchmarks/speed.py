@@ -31,7 +31,7 @@ from rpn_jax.base.console import progress, table
 from rpn_jax.config import RPNConfig
 from rpn_jax.models import kernels
 from rpn_jax.models.rpn import RPN
-from rpn_jax.models.trained import init_prompts
+from rpn_jax.models.trained import in_compute_type, init_prompts
 from rpn_jax.training import losses, optim
 from rpn_jax.training.step import TrainState, train_step
 
@@ -42,6 +42,7 @@ flags.DEFINE_list("remat", ["none"], "Of none, dots and full")
 flags.DEFINE_list("what", ["forward", "train"], "What is measured")
 flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Compute type")
 flags.DEFINE_string("torch", "", "A Python that has torch")
+flags.DEFINE_enum("torch_mode", "eager", ("eager", "compile"), "How PyTorch runs it")
 flags.DEFINE_float("seconds", 20.0, "Timed seconds per measurement, at least two calls")
 flags.DEFINE_integer("rounds", 1, "Repetitions of everything in turn; the fastest counts")
 flags.DEFINE_string("child", "", "Internal: folder of a case")
@@ -53,6 +54,9 @@ CASES = {
   "coco": (coco_stuff, "b16", 171, 156),
   "voc_l14": (voc, "l14", 20, 15),
 }
+
+
+DEVICES: set[str] = set()  # that were measured
 
 
 def config_of(case: str):
@@ -94,7 +98,7 @@ def child(folder: pathlib.Path, what: str, dtype: str, remat: str) -> dict:
   flat = dict(np.load(folder / "weights.npz"))
   tree = jax.device_put(flax.traverse_util.unflatten_dict(flat, sep="/"))
   del flat
-  params, prompts = {"visual": tree.pop("tower")}, tree.pop("prompts")
+  params, prompts = in_compute_type({"visual": tree.pop("tower")}, dtype), tree.pop("prompts")
   data = jax.device_put(dict(np.load(folder / "data.npz")))
   text = data.pop("text")
   model = RPN(
@@ -143,7 +147,8 @@ def measure_case(case: str, what: str, batch: int) -> list[list]:
     # Round by round, since the speed of a shared machine changes by the minute.
     for _ in range(FLAGS.rounds):
       if FLAGS.torch:
-        theirs.append(run([FLAGS.torch, "benchmarks/torch_rpn.py", name, what, FLAGS.dtype]))
+        settings = [name, what, FLAGS.dtype, FLAGS.torch_mode]
+        theirs.append(run([FLAGS.torch, "benchmarks/torch_rpn.py", *settings]))
       for remat in policies:
         ours[remat].append(run([
           sys.executable, "-m", "benchmarks.speed", f"--child={name}", f"--what={what}",
@@ -162,6 +167,7 @@ def row(case, what, batch, remat, mine, other, difference) -> list:
   cells = [case, what, batch, remat if what == "train" else ""]
   if mine is None:
     return [*cells, *["failed"] * 4, *["-"] * 5]
+  DEVICES.add(mine["device"])
   rate = batch / mine["seconds"]
   cells += [
     f"{rate:.3g}",
@@ -195,6 +201,7 @@ def main(argv) -> None:
     result = child(pathlib.Path(FLAGS.child), FLAGS.what[0], FLAGS.dtype, FLAGS.remat[0])
     print(json.dumps(result))
     return
+  jax.config.update("jax_platforms", "cpu")  # an accelerator's memory is the children's
   wanted = [
     (case, what, int(batch))
     for case in FLAGS.cases
@@ -208,7 +215,8 @@ def main(argv) -> None:
   versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "jaxlib", "flax"))
   print(result)
   print(
-    f"\n{FLAGS.dtype}; {platform.machine()}, {os.cpu_count()} cores; {versions}; "
+    f"\n{FLAGS.dtype}; {', '.join(sorted(DEVICES))}; {platform.machine()}, {os.cpu_count()} cores; "
+    f"{versions}; PyTorch: {FLAGS.torch_mode}; "
     f"{datetime.date.today()}; {time.time() - began:.0f} s. JAX is better where "
     "the speed ratio is above 1 and the memory ratio below 1."
   )

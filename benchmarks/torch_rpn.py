@@ -1,7 +1,8 @@
 """RPN with the preset `released` in PyTorch, for comparing speed; not part of the library.
 
 Written from the equations, with PyTorch's best practices: `scaled_dot_product_attention`, a fused
-input projection, given text embeddings, no gradients of the tower, optional bfloat16 autocast.
+input projection, given text embeddings, no gradients of the tower, optional bfloat16 autocast with
+the tower's matrices kept in bfloat16, optional `torch.compile`.
 Parameters come from rpn_jax's trees, so that outputs can be compared, too.
 """
 
@@ -49,11 +50,15 @@ class Released(torch.nn.Module):
     heads, patch: attention heads and patch size of the tower.
     side: side of the images, pixels; a multiple of the patch size.
     dropout: dropout rate of projected prompts in training.
+    dtype: of the tower's matrices, which autocast would cast in each step.
   """
 
-  def __init__(self, tower, prompts, *, heads, patch, side, dropout=0.1, device="cpu"):
+  def __init__(
+    self, tower, prompts, *, heads, patch, side, dropout=0.1, device="cpu", dtype=torch.float32
+  ):
     super().__init__()
     self.tower, self.prompts = to_torch(tower, device), to_torch(prompts, device)
+    self.dtype = dtype  # of the tower's matrices
     for x in leaves(self.prompts):
       x.requires_grad_(True)
     self.heads, self.patch, self.rate = heads, patch, dropout
@@ -72,7 +77,7 @@ class Released(torch.nn.Module):
       if isinstance(value, dict):
         self._store(value)
       elif name == "kernel" and value.ndim == 2:
-        tree[name] = value.T.contiguous().T
+        tree[name] = value.T.contiguous().to(self.dtype).T
 
   def block(self, x, p):
     qkv = dense(norm(x, p["ln_1"], 1e-5), p["attn"]["in_proj"])
@@ -146,13 +151,14 @@ def nested(flat) -> dict:
 
 def main() -> None:
   """Child process of benchmarks.speed: folder with the case -> a line of JSON."""
-  folder, what, dtype = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+  folder, what, dtype, mode = pathlib.Path(sys.argv[1]), *sys.argv[2:]
   case = json.loads((folder / "case.json").read_text())
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.set_num_threads(case["threads"])
+  torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in JAX
   arrays = nested(dict(np.load(folder / "weights.npz")))
   net = Released(
-    arrays["tower"], arrays["prompts"], device=device,
+    arrays["tower"], arrays["prompts"], device=device, dtype=getattr(torch, dtype),
     **{k: case[k] for k in ("heads", "patch", "side", "dropout")},
   )  # fmt: skip
   del arrays
@@ -162,13 +168,16 @@ def main() -> None:
   low = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
   wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
+  run, objective = net, loss
+  if mode == "compile":
+    run, objective = torch.compile(net), torch.compile(loss)
   if what == "forward":
     net.eval()
 
     @torch.inference_mode()
     def call():
       with low:
-        return net(image, text)
+        return run(image, text)
   else:
     net.train()
     optimizer = torch.optim.AdamW(leaves(net.prompts), 2e-4, weight_decay=0.01, fused=True)
@@ -176,8 +185,8 @@ def main() -> None:
     def call():
       optimizer.zero_grad(set_to_none=True)
       with low:
-        logits = net(image, text)
-      total = loss(logits, label)
+        logits = run(image, text)
+      total = objective(logits, label)
       total.backward()
       optimizer.step()
       return total
