@@ -5,13 +5,18 @@ import json
 import jax
 import pytest
 
-from configs import shapes
+from configs import cat_seg, shapes
 from rpn_jax import chips, devices
 from rpn_jax.analysis import compile as analysis
 from rpn_jax.base.errors import InputError
 from rpn_jax.models import kernels
+from rpn_jax.models.clip import CLIPConfig
 
 # Parameters of the head of the tiny CLIP, whose joint space is 64 wide: two Linears, two norms.
+SMALL = {
+  "embed_dim": 64, "image_size": 64, "patch_size": 8, "vision_width": 64, "vision_layers": 4,
+  "vision_heads": 2, "text_width": 64, "text_layers": 1, "text_heads": 2,
+}  # fmt: skip
 LPM = (64 * 64 + 64) + (128 * 64 + 64) + 2 * 128
 PROGRAM = """
   %all-reduce.1 = f32[75000]{0} all-reduce(%x), replica_groups={}
@@ -61,6 +66,33 @@ def test_a_program_that_is_too_large_is_one_line():
   assert analysis._too_large(error, "train step").startswith(
     "the train step needs 18.20G of 15.75G: lower config.data.batch_size"
   )
+
+
+@pytest.mark.parametrize(
+  "family, parallel", [(shapes, "shard_map"), (shapes, "pmap"), (cat_seg, "shard_map")]
+)
+def test_every_program_lowers_for_gpus(family, parallel, monkeypatch):
+  """Training, evaluation's windows and tiles, text: without a GPU, and so without cuDNN."""
+  mesh = devices.data_mesh(jax.devices()[:1])
+  pod = chips.Pod("cuda", chips.Chip(1e12, 1e11, 2**30), mesh, mesh)
+  monkeypatch.setitem(kernels.PLATFORMS, "tpu", kernels.PLATFORMS["gpu"])
+  lower, platforms = jax.stages.Traced.lower, []
+
+  def for_gpus(traced, **options):
+    platforms.append("cuda")
+    return lower(traced, lowering_platforms=("cuda",), **options)
+
+  monkeypatch.setattr(jax.stages.Traced, "lower", for_gpus)
+  config = family.get_config("data=shapes,runlocal" if family is cat_seg else "runlocal").unlock()
+  config.parallel, config.data.batch_size, config.dtype = parallel, 2, "bfloat16"
+  config.cat_seg.guidance_layers = (1, 2)
+  classes = analysis.Classes(("a square", "sand", "a circle"), (0, 1))
+  clip = CLIPConfig(**SMALL)
+  programs = analysis.programs(config.lock(), clip, classes, pod)
+  assert set(programs) == {"train", "windows", "tile", "text"}
+  for program in programs.values():
+    assert program.lower().as_text()
+  assert platforms == 4 * ["cuda"]  # no program went another way
 
 
 def test_a_report(monkeypatch, tmp_path, capsys):
