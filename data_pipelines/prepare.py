@@ -113,6 +113,7 @@ def prepare(
     with records.storing(folder):
       folder.parent.mkdir(parents=True, exist_ok=True)
       stack.enter_context(paths.locked(lock, str(folder)))
+      paths.check_renames(folder.parent)
     if rebuild or not folder.exists():  # the process that held the lock may have finished it
       builder = raw_files.make_builder(cls, data_dir, config)
       builder.values = None if values is None else tuple(values)

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 import socket
 import tempfile
 import unicodedata
@@ -23,7 +24,11 @@ from rpn_jax.base import buckets, leases
 from rpn_jax.base.errors import InputError
 
 # Of no path of ours. Those of the hub, hf://owner/name, are for `weights.checkpoints`.
-_ADDRESS = re.compile(r"gs:|(?!hf:|https?://(www\.)?(huggingface|hf)\.co)[a-z][a-z0-9+]+://")
+_ADDRESS = re.compile(
+  r"gs:|(?!hf:|https?://(www\.)?(huggingface|hf)\.co)[a-z][a-z0-9+]+://", re.IGNORECASE
+)
+# What is mounted where.
+_MOUNTS = pathlib.Path("/proc/self/mounts")
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
@@ -64,6 +69,45 @@ def expand_local(path: str | os.PathLike, what: str) -> pathlib.Path:
   if buckets.is_bucket(path):
     raise InputError(f"{what}: expected a local path, got {os.fspath(path)}; copy it to a disk")
   return expand(path)
+
+
+def is_gcsfuse(path: pathlib.Path) -> bool:
+  """Whether a path is in a bucket that gcsfuse shows like a disk; on Kubernetes no mount tells."""
+  try:
+    mounts = [line.split() for line in _MOUNTS.read_text(encoding="utf-8").splitlines()]
+  except OSError:  # not Linux
+    return False
+  unescape = functools.partial(re.sub, r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)))
+  kinds = {pathlib.Path(unescape(target)): kind for _, target, kind, *_ in mounts}
+  path = pathlib.Path(os.path.realpath(path))
+  kind = next((kinds[each] for each in (path, *path.parents) if each in kinds), "")
+  return kind == "fuse.gcsfuse"
+
+
+def check_renames(folder: pathlib.Path) -> None:
+  """Renames a small folder in another one, as checkpoints and prepared sets appear by a rename.
+
+  gcsfuse does it where a bucket has a hierarchical namespace, else only if it was mounted so.
+
+  Raises:
+    InputError: folders cannot be renamed there.
+  """
+  try:
+    probe = pathlib.Path(tempfile.mkdtemp(prefix=".rename_", dir=folder))
+  except OSError:  # who needs the disk will say what is wrong with it
+    return
+  try:
+    (probe / "old" / "sub").mkdir(parents=True)
+    (probe / "old" / "sub" / "file").write_bytes(b"1")
+    os.rename(probe / "old", probe / "new")
+  except OSError as error:
+    if error.filename2:  # of the rename
+      raise InputError(
+        f"{folder}: expected a disk, where folders can be renamed, got {error.strerror}, as in a "
+        "bucket that gcsfuse shows; give gs://BUCKET/NAME instead of the folder"
+      ) from error
+  finally:
+    shutil.rmtree(probe, ignore_errors=True)
 
 
 @contextlib.contextmanager

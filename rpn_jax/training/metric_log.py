@@ -84,10 +84,13 @@ class MetricWriter:
       self._events.write(int(step), scalars)
 
   def flush(self) -> None:
-    """Sends what a bucket has not got yet; on a disk everything is written at once."""
+    """Brings to the disk, or to the bucket, what was written so far."""
     with self._warn_on_oserror():
       self._flush()
-      self._file.flush()
+      if is_bucket(self._path):
+        self._file.flush()
+      else:
+        os.fsync(self._file.fileno())
     with self._warn_on_oserror():
       self._events.flush()
 

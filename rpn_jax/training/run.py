@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from rpn_jax.base.buckets import is_bucket
 from rpn_jax.base.console import WORKDIR_FILES
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import expand, locked, write_json
+from rpn_jax.base.paths import check_renames, expand, is_gcsfuse, locked, write_json
 from rpn_jax.base.words import differences
 from rpn_jax.config.stored import CONFIG
 from rpn_jax.training.bucket_checkpoints import BucketCheckpoints
@@ -34,7 +34,8 @@ def held_workdir(workdir: pathlib.Path) -> Iterator[None]:
   """Locks a workdir; the first process does so on behalf of all processes of a run.
 
   Raises:
-    InputError: the workdir is locked by another run, whose process is named, or not writable.
+    InputError: the workdir is locked by another run, whose process is named, not writable, or on a
+      file system that cannot hold checkpoints.
   """
   if jax.process_index():
     yield
@@ -44,12 +45,30 @@ def held_workdir(workdir: pathlib.Path) -> Iterator[None]:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
       stack.enter_context(locked(path, str(workdir), "use another --workdir"))
+      if not is_bucket(workdir):
+        _check_file_system(workdir)
     except OSError as error:
       raise InputError(
         f"expected a writable workdir, but {path} cannot be opened ({error.strerror}): use another "
         "--workdir"
       ) from error
     yield
+
+
+def _check_file_system(workdir: pathlib.Path) -> None:
+  """Says what a folder does not promise that only looks like one of a disk.
+
+  Raises:
+    InputError: no checkpoint can be saved there.
+  """
+  check_renames(workdir)
+  if is_gcsfuse(workdir):
+    print(
+      f"note: {workdir} is in a bucket that gcsfuse shows: another machine is not locked out, a "
+      "checkpoint may appear file by file, and curves may be lost with this machine; "
+      "--workdir=gs://BUCKET/NAME has none of this",
+      flush=True,
+    )
 
 
 def classes_of(data: Any) -> dict[str, list[str]]:

@@ -55,6 +55,7 @@ def test_large_objects_go_in_parts(bucket, monkeypatch, tmp_path):
   ("path", "words"),
   [
     ("gs:/bucket/run", "expected a local path or gs://BUCKET/NAME"),
+    ("GS://bucket/run", "expected a local path or gs://BUCKET/NAME"),
     ("s3://bucket/run", "expected a local path or gs://BUCKET/NAME"),
     ("https://example.org/run", "expected a local path or gs://BUCKET/NAME"),
     ("gs://", "with the name of a bucket"),

@@ -122,6 +122,31 @@ def test_a_damaged_checkpoint_is_put_aside_and_written_anew(workdir):
     same(checkpoints.resume(LIKE)[0], 30)
 
 
+def move_file(name, source, target):
+  (target / name).parent.mkdir(parents=True, exist_ok=True)
+  (source / name).rename(target / name)
+
+
+def test_a_rename_that_copies_and_is_cut_off(workdir, capfd):
+  """As where gcsfuse shows a bucket: a part of a checkpoint is recognized, wherever it ends."""
+  folder = workdir / "checkpoints"
+  taken, newest = [], folder / "30"
+  with reading(workdir) as reader:
+    for file in files(newest)[::-1]:
+      step, prompts = reader.read(LIKE.prompts)["last"]
+      np.testing.assert_array_equal(prompts["h"], state_at(step).prompts["h"])
+      taken.append(step)
+      move_file(file.relative_to(newest), newest, folder / "30.orbax-checkpoint-tmp")
+  assert taken[0] == 30 and taken[-1] == 20 and set(taken) == {20, 30}
+  for aside in (["30.damaged"], ["30.damaged", "30.damaged2"]):
+    with opened(workdir) as checkpoints:
+      same(checkpoints.resume(LIKE)[0], 20)
+      assert folders(workdir) == ["10", "20", *aside]
+    # Putting it aside is cut off, too.
+    (newest / "meta").mkdir(parents=True)
+  assert "renamed to 30.damaged2, using that of step 20" in capfd.readouterr().out
+
+
 def test_nothing_intact_is_no_new_run_and_is_left_as_it_is(workdir):
   for step in (10, 20, 30):
     for file in files(workdir / "checkpoints" / str(step)):

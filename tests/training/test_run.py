@@ -70,6 +70,14 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     assert "cannot be locked (Operation not supported)" in capsys.readouterr().out
 
 
+def test_what_gcsfuse_does_not_promise_is_said_once(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(run, "is_gcsfuse", lambda path: path == tmp_path)
+  with run.held_workdir(tmp_path):
+    pass
+  said = capsys.readouterr().out
+  assert said.count("\n") == 1 and "another machine is not locked out" in said
+
+
 @contextlib.contextmanager
 def claimed_in(workdir):
   """A run that holds its workdir, with a checkpoint's folder and curves up to step 6."""

@@ -1,0 +1,43 @@
+"""Folders that only look like those of a disk."""
+
+import errno
+import os
+
+import pytest
+
+from rpn_jax.base import paths
+from rpn_jax.base.errors import InputError
+
+MOUNTS = """\
+/dev/sda1 / ext4 rw,relatime 0 0
+my-bucket {root}/my\\040bucket fuse.gcsfuse rw,nosuid,nodev,user_id=0,group_id=0 0 0
+tmpfs {root}/my\\040bucket/scratch tmpfs rw 0 0
+"""
+
+
+def test_a_bucket_that_gcsfuse_shows_is_known_by_its_mount(tmp_path, monkeypatch):
+  (tmp_path / "mounts").write_text(MOUNTS.format(root=tmp_path))
+  monkeypatch.setattr(paths, "_MOUNTS", tmp_path / "mounts")
+  (tmp_path / "link").symlink_to(tmp_path / "my bucket")
+  for name in ("my bucket", "my bucket/runs/new", "link/runs"):
+    assert paths.is_gcsfuse(tmp_path / name)
+  for name in ("run", "my bucket 2", "my bucket/scratch/run"):
+    assert not paths.is_gcsfuse(tmp_path / name)
+  monkeypatch.setattr(paths, "_MOUNTS", tmp_path / "none")
+  assert not paths.is_gcsfuse(tmp_path / "my bucket")
+
+
+def test_where_folders_cannot_be_renamed(tmp_path, monkeypatch):
+  paths.check_renames(tmp_path)
+  paths.check_renames(tmp_path / "none")  # whoever writes there will say so
+  real = os.rename
+
+  def rename(old, new):  # gcsfuse's answer where it was not told to copy
+    if os.path.isdir(old):
+      raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(old), None, str(new))
+    real(old, new)
+
+  monkeypatch.setattr(os, "rename", rename)
+  with pytest.raises(InputError, match=r"expected a disk, .* got Too many open files, .* gs://BUC"):
+    paths.check_renames(tmp_path)
+  assert not [*tmp_path.iterdir()]
