@@ -105,9 +105,8 @@ def store(_bucket_server, monkeypatch):
   # Seconds before a request is repeated.
   monkeypatch.setattr(gcsfs.retry, "min", lambda *_: 0.01, raising=False)
   store = _bucket_server.store
-  store.fault, store.writable = lambda method, path: None, True
   yield store
-  store.fault, store.writable = lambda method, path: None, True
+  store.fault, store.writable, store.clock = lambda method, path: None, True, 0.0
 
 
 @pytest.fixture

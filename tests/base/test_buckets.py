@@ -218,6 +218,22 @@ def test_a_lock_of_another_machine(bucket, quick, monkeypatch, capsys):
     pass
 
 
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_wrong_takes_no_lock_away(bucket, store, quick, monkeypatch, hours):
+  """This machine's or the server's: the age of a lock is between two times of the server."""
+  store.clock = 3600 * hours
+  hold(bucket / ".lock", "elsewhere/pid/7/1")
+  monkeypatch.setattr(leases.time, "sleep", lambda _: hold(bucket / ".lock", "elsewhere/pid/7/1"))
+  with (
+    pytest.raises(InputError, match="the run is in use by process 7 on host: wait for it to end"),
+    paths.locked(bucket / ".lock", "the run"),
+  ):
+    pass
+  monkeypatch.setattr(leases, "LEASE_SECONDS", -2)  # the header has whole seconds
+  with paths.locked(bucket / ".lock", "the run"):
+    pass
+
+
 def test_a_lock_that_was_lost_is_left_to_who_has_it(bucket, quick):
   lock = bucket / ".lock"
   with paths.locked(lock, "the run"):

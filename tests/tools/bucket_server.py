@@ -15,6 +15,7 @@ import json
 import re
 import struct
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable
 
@@ -46,6 +47,7 @@ class Store:
     buckets: bucket -> name -> {"data": bytes, and the fields of its metadata}.
     fault: (method, path with query) -> None to answer, a status to fail with, 0 to hang up.
     writable: whether objects may be written and deleted.
+    clock: seconds by which the server's clock is ahead.
     requests: methods and paths of what was asked.
   """
 
@@ -53,6 +55,7 @@ class Store:
     self.buckets: dict[str, dict[str, dict]] = {name: {} for name in buckets}
     self.fault: Callable[[str, str], int | None] = lambda method, path: None
     self.writable = True
+    self.clock = 0.0
     self.requests: list[tuple[str, str]] = []
     self.uploads: dict[str, tuple[str, str, dict, bytearray]] = {}
     self.generation = 0
@@ -77,7 +80,8 @@ class Store:
       self.check_write(objects.get(name), query)
       self.generation += 1
       crc = struct.pack(">I", google_crc32c.value(data))
-      now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+      seconds = datetime.timedelta(seconds=self.clock)
+      now = (datetime.datetime.now(datetime.UTC) + seconds).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
       objects[name] = {
         "kind": "storage#object", "name": name, "bucket": bucket, "data": data,
         "size": str(len(data)), "generation": str(self.generation), "metageneration": "1",
@@ -128,6 +132,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def log_message(self, *_) -> None:
     pass
+
+  def date_time_string(self, timestamp: float | None = None) -> str:
+    return super().date_time_string(timestamp or time.time() + self.store.clock)
 
   def handle_one(self) -> None:
     body = self.body()

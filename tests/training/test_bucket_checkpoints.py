@@ -9,6 +9,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.training import run
 from rpn_jax.training.bucket_checkpoints import MARK, BucketCheckpoints
 from rpn_jax.training.metric_log import METRICS, MetricWriter, read_history
+from tests.training import states
 from tests.training.states import IDENTITY, LIKE, same, state_at
 from tests.training.test_run import claimed_in
 
@@ -55,6 +56,30 @@ def test_one_without_its_mark_is_used_if_it_is_intact(saved):
   (saved / "checkpoints/20" / MARK).unlink()
   same(opened(saved).resume(LIKE)[0], 20)
   assert (saved / "checkpoints/20" / MARK).exists()
+
+
+def test_a_run_copied_without_marks_goes_on_and_loses_nothing(bucket, tmp_path):
+  """`gcloud storage cp -r` of a run of an Orbax that marks nothing on a disk."""
+  with states.opened(tmp_path) as checkpoints:
+    for step in (10, 20, 30):
+      assert checkpoints.save(state_at(step), {"step": 10})
+  for file in (tmp_path / "checkpoints").rglob("*"):
+    if file.is_file() and file.name != MARK:
+      (bucket / file.relative_to(tmp_path).as_posix()).write_bytes(file.read_bytes())
+  copied = {path: path.read_bytes() for path, _ in buckets.walk(bucket)}
+  checkpoints = opened(bucket)
+  assert {k: step for k, (step, _) in checkpoints.read(LIKE.prompts).items()} == {
+    "last": 30,
+    "best": 10,
+  }
+  state, best = checkpoints.resume(LIKE)
+  same(state, 30)
+  for step in (40, 50, 60):
+    assert checkpoints.save(state_at(step), best)
+  # Of those without a mark nothing is removed; 30 got one, and is an old one now.
+  assert names(bucket) == ["10", "20", "50", "60"]
+  kept = {path: content for path, content in copied.items() if "/30/" not in str(path)}
+  assert len(kept) > 20 and all(path.read_bytes() == content for path, content in kept.items())
 
 
 def test_a_save_that_was_cut_off_is_put_aside_and_never_deleted(saved, store, capsys):

@@ -17,8 +17,10 @@ from data_pipelines import datasets
 from rpn_jax import config, devices
 from rpn_jax.base.errors import InputError
 from rpn_jax.tasks import train
+from rpn_jax.training.bucket_checkpoints import MARK
 from tests import ROOT, tiny
 from tests.tasks.test_train import make_config
+from tests.tools import bucket_server
 
 # Of the quick test; the slow one is longer, so that a process can die in the middle.
 STEPS = 8
@@ -138,6 +140,56 @@ def test_a_dead_process_ends_the_others_and_the_run_goes_on(home):
   assert "lost another one" in log or "another task died" in log, log[-3000:]
   compare(results(run(home, workdir, 2, 2, 20, twice, spread)), results(alone), 20)
   assert "resuming at step 10 of 20" in said(home, workdir, 0)
+
+
+IN_A_BUCKET = """
+import sys
+from rpn_jax import devices
+from rpn_jax.base import paths
+from rpn_jax.training import run
+from rpn_jax.training.bucket_checkpoints import BucketCheckpoints
+from tests.training.states import IDENTITY, LIKE, same, state_at
+
+workdir = paths.expand(sys.argv[1])
+with devices.runtime(sys.argv[2].split(",")), run.held_workdir(workdir):
+  checkpoints = BucketCheckpoints(workdir, IDENTITY)
+  assert checkpoints.resume(LIKE) is None
+  for step in (10, 20):
+    said = checkpoints.save(state_at(step), None), checkpoints.steps()
+    print("after", step, *said, file=sys.stderr)
+  state, _ = checkpoints.resume(LIKE)
+  same(state, 10)
+"""
+
+
+def test_two_processes_save_one_checkpoint_to_a_bucket(bucket, store):
+  """The second one neither writes nor goes on before the mark is there; a failure is of both."""
+
+  def fault(method, path):
+    if "/upload/" in path and f"/10/{MARK}" in path:
+      time.sleep(1)  # who does not wait finds no checkpoint
+    return 403 if "/upload/" in path and "/20/" in path else None
+
+  store.fault = fault
+  place = f"127.0.0.1:{free_port()},2"
+  # The second one's door to the same bucket, through which nothing may be written.
+  with bucket_server.Server() as door, contextlib.ExitStack() as stack:
+    door.store.buckets, door.store.writable = store.buckets, False
+    store.requests.clear()
+    running = []
+    for i, variables in enumerate(({}, bucket_server.environment(door.port))):
+      command = [sys.executable, "-c", IN_A_BUCKET, str(bucket), f"{place},{i}"]
+      environment = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
+      one = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+      running.append(stack.enter_context(one))
+      stack.callback(one.kill)
+    said = [one.communicate(timeout=300)[1] for one in running]
+    assert [one.returncode for one in running] == [0, 0], said
+  for each in said:
+    assert "after 10 True [10]\nafter 20 False [10]" in each, said
+  assert {method for method, _ in door.store.requests} == {"GET"}
+  sent = [path for _, path in store.requests if "/upload/" in path and "/10/" in path]
+  assert len(sent) == len(set(sent)) > 10
 
 
 @pytest.mark.parametrize("place", [("host", "2", "0"), ("host:1", "2", "2"), ("host:1", "2")])
