@@ -22,7 +22,7 @@ from rpn_jax.training.step import TrainState
 
 # A failed save is retried at a later step; after the last step, by waiting.
 FINAL_SAVE_TRIES, FINAL_SAVE_PAUSE_SECONDS = 3, 20.0
-RERUN = "free some disk space and rerun the command; it resumes from the last checkpoint"
+RERUN = "mend the cause, said above, and rerun the command; it resumes from the last checkpoint"
 
 
 class Loop:
