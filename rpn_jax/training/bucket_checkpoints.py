@@ -120,7 +120,11 @@ class BucketCheckpoints(Checkpoints):
       print(f"what was in {target} has no commit mark: renamed to {name}", flush=True)
 
   def _remove_old(self) -> None:
-    """Removes the complete checkpoints that are neither among the newest nor the best."""
+    """Removes complete checkpoints that are neither among the newest nor the best, and own rests."""
+    for step in sorted(self._begun):
+      if not self._is_complete(step):
+        _remove(self.directory / str(step))
+      self._begun.discard(step)
     complete = [SimpleNamespace(step=step) for step in reversed(self.steps())]
     for info, kept in zip(complete, self._policy.should_preserve(complete, context=None)):
       if not kept:

@@ -156,6 +156,13 @@ def test_a_network_that_is_cut_during_a_save(saved, store, capsys):
   assert checkpoints.save(state_at(30), None)
   assert names(saved) == ["20", "30"]
   same(opened(saved).resume(LIKE)[0], 30)
+  sent.clear()
+  store.fault = cut
+  assert not checkpoints.save(state_at(40), None)
+  store.fault = lambda method, path: None
+  assert names(saved) == ["20", "30", "40"]
+  assert checkpoints.save(state_at(50), None)
+  assert names(saved) == ["30", "50"]
 
 
 def test_curves_survive_a_resume_and_a_cut(bucket, store, capsys, tmp_path):
