@@ -9,6 +9,7 @@ import base64
 import contextlib
 import errno
 import functools
+import glob
 import io
 import logging
 import os
@@ -171,6 +172,11 @@ def _classes() -> tuple[type, type]:
       if mode == "r":
         return io.StringIO(self.read_text(options.get("encoding")))
       return super().open(mode, **options)
+
+    def glob(self, pattern: str) -> Iterator[Any]:
+      # In the folder's own name a bracket is a bracket.
+      names = file_system().glob(f"{glob.escape(os.fspath(self))}/{pattern}")
+      return (type(self)(PREFIX + name) for name in names)
 
     def stat(self) -> Any:
       return SimpleNamespace(st_size=version(cast(pathlib.Path, self)).size)
@@ -368,6 +374,31 @@ def rename(path: pathlib.Path, target: pathlib.Path) -> None:
   each(fs.rm_file, names)
 
 
+class Pace:
+  """When to do again what is done now and then, and takes half a minute where a network is cut.
+
+  Args:
+    seconds: from the end of one time to the next; nine times as long as it took, if that is more.
+  """
+
+  def __init__(self, seconds: float):
+    self._seconds = seconds
+    self._next_at = time.monotonic() + seconds
+
+  def is_due(self) -> bool:
+    return time.monotonic() >= self._next_at
+
+  @contextlib.contextmanager
+  def measured(self) -> Iterator[None]:
+    """Around what is done, which may fail."""
+    began = time.monotonic()
+    try:
+      yield
+    finally:
+      ended = time.monotonic()
+      self._next_at = ended + max(self._seconds, 9 * (ended - began))
+
+
 class GrowingObject:
   """A file that is appended to: an object is written as a whole, so it is written again and again.
 
@@ -381,7 +412,7 @@ class GrowingObject:
   """
 
   def __init__(self, path: pathlib.Path, content: bytes, seconds: float):
-    self._path, self._content, self._seconds = path, bytearray(content), seconds
+    self._path, self._content, self._pace = path, bytearray(content), Pace(seconds)
     self._sent = -1
     self.closed = False
     self.flush()
@@ -389,17 +420,17 @@ class GrowingObject:
   def write(self, data: bytes) -> int:
     """Appends, and sends if it is time; what cannot be sent is kept for the next time."""
     self._content += data
-    if time.monotonic() - self._sent_at >= self._seconds:
+    if self._pace.is_due():
       with contextlib.suppress(OSError):  # `flush` tells
         self.flush()
     return len(data)
 
   def flush(self) -> None:
     """Sends what was appended since the last time."""
-    self._sent_at = time.monotonic()
     size = len(self._content)
     if size != self._sent:
-      write(self._path, bytes(self._content))
+      with self._pace.measured():
+        write(self._path, bytes(self._content))
       self._sent = size
 
   def close(self) -> None:

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import pathlib
-import time
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rpn_jax.base.buckets import Pace
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import replacing
@@ -56,7 +56,7 @@ class PartialEvaluation:
   def __init__(self, path: pathlib.Path, identity: dict):
     self.path = path
     self.identity = json.dumps(identity, sort_keys=True)
-    self.saved_at = time.monotonic()
+    self._pace = Pace(SAVE_SECONDS)
 
   def load(self, classes: int, count: int) -> tuple[int, np.ndarray] | None:
     """Number of evaluated examples and their confusion matrix; None without a usable file.
@@ -82,12 +82,12 @@ class PartialEvaluation:
 
   def save(self, done: int, confusion_CxC: np.ndarray, *, now: bool = False) -> None:
     """Writes the file, at most every SAVE_SECONDS unless `now`; a full disk is no error."""
-    if not now and time.monotonic() - self.saved_at < SAVE_SECONDS:
+    if not now and not self._pace.is_due():
       return
-    self.saved_at = time.monotonic()
     # The file only matters if the evaluation is interrupted.
     with (
       contextlib.suppress(OSError),
+      self._pace.measured(),
       replacing(self.path) as temporary,
       open(temporary, "wb") as file,
     ):

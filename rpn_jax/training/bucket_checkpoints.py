@@ -120,7 +120,7 @@ class BucketCheckpoints(Checkpoints):
       print(f"what was in {target} has no commit mark: renamed to {name}", flush=True)
 
   def _remove_old(self) -> None:
-    """Removes complete checkpoints that are neither among the newest nor the best, and own rests."""
+    """Removes checkpoints that are neither new nor the best, and rests of own saves that failed."""
     for step in sorted(self._begun):
       if not self._is_complete(step):
         _remove(self.directory / str(step))

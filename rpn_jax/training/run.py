@@ -193,11 +193,12 @@ class Run:
     Raises:
       InputError: in all processes, if the workdir was removed, renamed or emptied since `claim`.
     """
-    missing = [name for name in (CONFIG, METRICS) if _content(self.workdir / name, 0) is None]
-    lock = _content(self.workdir / LOCK)
-    # A bucket that cannot be reached now tells nothing; whoever took the lock left another content.
-    if lock != self._lock and not (lock == b"" and is_bucket(self.workdir)):
-      missing.insert(0, LOCK)
+    missing, lock = [], _content(self.workdir / LOCK)
+    # A bucket that cannot be reached now tells nothing, and asking takes half a minute.
+    if not (lock == b"" and is_bucket(self.workdir)):
+      missing = [name for name in (CONFIG, METRICS) if _content(self.workdir / name, 0) is None]
+      if lock != self._lock:  # whoever took the lock left another content
+        missing.insert(0, LOCK)
     gone = bool(missing)
     if jax.process_count() > 1:
       gone = bool(multihost_utils.broadcast_one_to_all(np.int32(gone)))

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +32,32 @@ def test_a_path_in_a_bucket_is_one_like_others(bucket):
   assert not (bucket / "b.txt").exists()
   assert paths.expand(path) is not None and paths.expand(str(path)) == path
   assert "config.json" not in console.describe_workdir(str(bucket))
+
+
+@pytest.mark.parametrize(
+  "name", ["a b", "a#b", "a&b=c+d", "Straße", "a%20b%2Fc", "a?x=1", "a[1]*", "c:d", "a'b\"c", "猫"]
+)
+def test_names_that_are_special_elsewhere(bucket, store, name):
+  folder = paths.expand(f"{bucket}/{name}/")  # with the slash that shells complete
+  assert folder == bucket / name
+  paths.write_text(folder / "one.txt", "1")
+  with paths.replacing(folder / "sub" / f"{name}.txt") as temporary:
+    temporary.write_text("2")
+  assert [path for path, _ in buckets.walk(folder)] == [
+    folder / "one.txt",
+    folder / "sub" / f"{name}.txt",
+  ]
+  assert sorted(folder.iterdir()) == [folder / "one.txt", folder / "sub"]
+  assert list(folder.glob("*.txt")) == [folder / "one.txt"]
+  assert (folder / "sub").is_dir() and buckets.version(folder / "one.txt").size == 1
+  with paths.locked(folder / ".lock", "the run"):
+    assert f"{folder}/.lock".removeprefix("gs://bucket/") in store.buckets["bucket"]
+  assert not (folder / ".lock").exists()
+  (folder / "sub").rename(folder / name)
+  assert (folder / name / f"{name}.txt").read_text() == "2"
+  with pytest.raises(FileNotFoundError) as caught:
+    (folder / "none").read_bytes()
+  assert caught.value.filename == f"{folder}/none"
 
 
 def test_a_write_that_fails_leaves_what_was_there(bucket):
@@ -162,6 +189,22 @@ def test_a_growing_object_sends_now_and_then(bucket, store):
   log.write(b"c")
   log.close()
   assert path.read_bytes() == b"abc"
+
+
+def test_a_network_that_is_cut_takes_a_tenth_of_the_time(bucket, monkeypatch):
+  log, now = buckets.GrowingObject(bucket / "log", b"", seconds=5), [0.0]
+  monkeypatch.setattr(buckets, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+  def refuse(*_):
+    now[0] += 30
+    raise OSError
+
+  monkeypatch.setattr(buckets, "write", refuse)
+  log._pace = buckets.Pace(5)
+  for _ in range(1000):
+    now[0] += 1
+    log.write(b"a")
+  assert 1000 < now[0] < 1200
 
 
 # Locks.

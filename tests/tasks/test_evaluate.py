@@ -258,7 +258,7 @@ def test_a_checkpoint_of_another_run_is_closed_again(trained, monkeypatch):
 
 
 def test_an_interrupted_evaluation_continues(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(evaluation, "SAVE_SECONDS", 0.0)
+  monkeypatch.setattr(evaluation.Pace, "is_due", lambda _: True)
   rng = np.random.default_rng(0)
   examples = [painted(*rng.integers(0, 3, (2, 9, 8)), f"{i}") for i in range(8)]
   data = Data("set", ("a", "b", "c"), examples)
