@@ -162,7 +162,7 @@ def test_shards_of_other_rules_are_not_continued(raw, tmp_path, monkeypatch, cap
   monkeypatch.setattr(prepare.preview, "draw", lambda *args: None)
   with monkeypatch.context() as patch:
     patch.setattr(finished, "READING_RULES", 1)
-    patch.setattr(prepare.os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    patch.setattr(prepare.preview, "draw", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
       prepare.prepare("folder", raw, tmp_path)
   folder = prepare.prepare("folder", raw, tmp_path)

@@ -120,7 +120,7 @@ def test_shards_of_files_that_were_edited_since_are_not_continued(tmp_path, monk
   raw = tmp_path / "raw"
   raw_ade_coco.folder(raw)
   with monkeypatch.context() as patch:
-    patch.setattr(prepare.os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    patch.setattr(prepare.preview, "draw", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
       again(raw)
   redraw(raw)

@@ -211,8 +211,13 @@ def test_resume(error, raw, data, monkeypatch):
 
 def test_resume_after_everything_but_the_name(raw, data, monkeypatch):
   painted = raw_ade_coco.ade150(raw)
+
+  def cut(folder, _):
+    if str(folder).endswith(".partial"):
+      raise KeyboardInterrupt
+
   with monkeypatch.context() as patch:
-    patch.setattr(prepare.os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    patch.setattr(prepare.os, "rename", cut)
     with pytest.raises(KeyboardInterrupt):
       _prepare(raw, data)
   seen = _fail_at(monkeypatch, None, None)
@@ -406,6 +411,18 @@ def test_data_dir_that_cannot_be_written(raw, data, tmp_path, monkeypatch):
 
   monkeypatch.setattr(pathlib.Path, "mkdir", read_only)
   with pytest.raises(InputError, match=r"expected to write here, got .*Read-only file system"):
+    _prepare(raw, data)
+
+
+def test_where_folders_cannot_be_renamed_no_image_is_read(raw, data, monkeypatch):
+  raw_ade_coco.ade150(raw, TRAIN, VAL)
+
+  def refuse(old, new):  # gcsfuse's answer, unless it was told to copy
+    raise OSError(errno.EMFILE, "Too many open files", str(old), None, str(new))
+
+  monkeypatch.setattr(prepare.os, "rename", refuse)
+  monkeypatch.setattr(prepare, "_write", None)
+  with pytest.raises(InputError, match="expected a disk, where folders can be renamed"):
     _prepare(raw, data)
 
 
