@@ -46,7 +46,8 @@ def scores(confusion_CxC: np.ndarray, seen: Sequence[int] = (), unseen: Sequence
 
   `miou_gt` averages over the classes present in the ground truth, `miou_union` over those present
   in ground truth or prediction. The means over seen and unseen classes are of the second kind, as
-  in the official code, and `hiou` is their harmonic mean 2SU / (S + U).
+  in the official code, and `hiou` is their harmonic mean 2SU / (S + U). Without unseen classes
+  there are no groups: the mean over the seen ones would be that over all.
 
   Args:
     confusion_CxC: pixel counts; rows are ground truth, columns prediction.
@@ -66,7 +67,7 @@ def scores(confusion_CxC: np.ndarray, seen: Sequence[int] = (), unseen: Sequence
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else None
 
-  s, u = mean(seen), mean(unseen)
+  s, u = mean(seen) if len(unseen) else None, mean(unseen)
   harmonic = None
   if s is not None and u is not None:
     harmonic = 2 * s * u / (s + u) if s + u else 0.0

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import pathlib
 import platform
+import textwrap
 from collections.abc import Sequence
 
 import jax
@@ -29,15 +30,18 @@ FIGURE_EXAMPLES = 6
 EXTREME_CLASSES = 4
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
-COLUMNS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
+# Column -> what it means, printed below every table that has it.
+COLUMN_NOTES = {
+  "pAcc": "pixels that are right",
+  "miou_gt": "mean IoU of the classes in the ground truth",
+  "miou_union": "mean IoU of those in it or predicted",
+  "miou_seen": "that of the seen classes",
+  "miou_unseen": "that of the unseen classes",
+  "hiou": "harmonic mean of seen and unseen",
+}
+COLUMNS = tuple(COLUMN_NOTES)
 # Settings in which no class is left out of training.
 UNSPLIT_SETTINGS = ("supervised", "annotation_free")
-# Below every table of them that is printed.
-COLUMNS_NOTE = (
-  "pAcc: pixels that are right. miou_gt: mean IoU of the classes in the ground truth; miou_union: "
-  "of those\nin it or predicted; miou_seen, miou_unseen: of those trained on, or not. hiou: their "
-  "harmonic mean."
-)
 SELECTION_CLASSES = "the evaluation classes"
 
 
@@ -83,8 +87,14 @@ def draw_figures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: 
 
 def score_table(rows: dict[str, dict]) -> str:
   """Plain-text table of metrics in percent, one row per entry, without metrics that none has."""
-  printed = table(*without_empty([[name, *cells(m)] for name, m in rows.items()], ["%", *COLUMNS]))
-  return f"{printed}\n{COLUMNS_NOTE}"
+  kept, heads = without_empty([[name, *cells(m)] for name, m in rows.items()], ["%", *COLUMNS])
+  return f"{table(kept, heads)}\n{columns_note(heads)}"
+
+
+def columns_note(heads: list[str]) -> str:
+  """What those of the columns mean that are metrics, in lines as wide as a terminal."""
+  meanings = "; ".join(f"{head}: {COLUMN_NOTES[head]}" for head in heads if head in COLUMN_NOTES)
+  return textwrap.fill(f"{meanings}.", 100)
 
 
 def without_empty(rows: list[list[str]], heads: list[str]) -> tuple[list[list[str]], list[str]]:
@@ -217,7 +227,7 @@ def report(predictor: Predictor, run: Run, evaluations, results: dict) -> None:
   write_text(workdir / "eval.md", "\n\n".join(sections) + "\n")
 
   lines = [extremes(name, result["last"]["per_class"]) for name, result in results.items()]
-  print("\n" + "\n\n".join([f"{table(rows, heads)}\n{COLUMNS_NOTE}", *notes, *lines]))
+  print("\n" + "\n\n".join([f"{table(rows, heads)}\n{columns_note(heads)}", *notes, *lines]))
   suffix = "" if single else "_*"
   print(
     f"\nLook at {workdir}/predictions{suffix}.png and {workdir}/confusion{suffix}.png. "

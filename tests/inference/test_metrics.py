@@ -59,9 +59,9 @@ def test_a_thousand_classes():
 
 def test_one_class():
   matrix = metrics.confusion_matrix(np.array([0, 0, 255]), np.zeros(3, int), 1)
-  result = metrics.scores(matrix, [0])
+  result = metrics.scores(matrix, [0])  # without unseen classes, the mean over all is no other
   assert matrix.tolist() == [[2]] and result["pAcc"] == result["miou_gt"] == 1
-  assert result["miou_unseen"] is None and result["hiou"] is None
+  assert result["miou_seen"] is result["miou_unseen"] is result["hiou"] is None
 
 
 def test_absent_classes_are_in_no_mean():

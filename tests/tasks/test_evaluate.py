@@ -430,6 +430,9 @@ def test_columns_that_no_row_has_are_left_out():
     "50.0",
     "25.0",
   ]
+  assert lines[3] == (
+    "pAcc: pixels that are right; miou_gt: mean IoU of the classes in the ground truth."
+  )
   both = evaluate.score_table({"last": scores, "best": {**scores, "hiou": 0.1}}).splitlines()
   assert both[0].split()[-1] == "hiou" and both[2].split()[-1] == "-"
 
