@@ -103,8 +103,8 @@ def plot_curves(
   """Writes a PNG with the curves of one run.
 
   Panels, where there is something to show: losses (logarithmic once they span a factor of 50; long
-  series smoothed over a faint raw line), metrics in percent, learning rate, gradient norm, others.
-  Values that are not finite are left out.
+  series smoothed over a faint raw line), metrics in percent, learning rate, gradient norm, others,
+  among them the number of skipped steps if any was. Values that are not finite are left out.
 
   Args:
     path: of the PNG.
@@ -118,7 +118,7 @@ def plot_curves(
   for name, series in history.items():
     points = np.array(sorted(series), np.float64).reshape(-1, 2)
     points = points[np.isfinite(points[:, 1])]
-    if len(points):
+    if len(points) and not (_is_skips(name) and not points[:, 1].any()):
       panels.setdefault(_panel(name), {})[name] = points
   heads = {
     "loss": ("Loss", "loss"),
@@ -147,6 +147,10 @@ def plot_curves(
   return save_png(path, fig)
 
 
+def _is_skips(name: str) -> bool:
+  return name == "train/skipped"
+
+
 def _panel(name: str) -> str:
   """The panel that a series belongs to."""
   group, _, leaf = name.rpartition("/")
@@ -157,7 +161,8 @@ def _panel(name: str) -> str:
   if leaf == "grad_norm":
     return "gradient"
   # The terms of a loss are named after what they measure: focal, dice, cross_entropy.
-  return "loss" if "loss" in leaf or group == "train" else "other"
+  loss = "loss" in leaf or (group == "train" and not _is_skips(name))
+  return "loss" if loss else "other"
 
 
 def _draw_panel(ax: Axes, kind: str, series: Mapping[str, np.ndarray]) -> None:

@@ -43,6 +43,7 @@ def test_curves_group_by_kind(tmp_path, drawn):
   history = {
     "train/loss": [(s, 100 * 0.995**s + 0.1) for s in steps],
     "train/focal": [(s, float("nan") if s == 50 else 1.0) for s in steps],
+    "train/skipped": [(s, 0) for s in steps],  # neither a loss nor worth a panel
     "train/grad_norm": [(s, 2.0) for s in steps],
     "train/learning_rate": [(s, 1e-5) for s in steps],
     "eval/hiou": [(1000, 0.4), (2000, 0.5)],
@@ -66,6 +67,14 @@ def test_curves_group_by_kind(tmp_path, drawn):
   assert [t.get_text() for t in axes[1].get_legend().get_texts()] == ["pAcc: 90.0", "hIoU: 50.0"]
   np.testing.assert_allclose(axes[1].lines[1].get_ydata(), [40, 50])
   assert_nothing_overlaps(fig)
+
+
+def test_skipped_steps_are_drawn_apart_from_losses(tmp_path, drawn):
+  history = {"train/loss": [(10, 90.0), (20, 1.0)], "train/skipped": [(10, 0), (20, 3)]}
+  plot_curves(tmp_path / "c.png", history)
+  losses, others = drawn[0].axes
+  assert (losses.get_ylabel(), len(losses.lines), losses.get_yscale()) == ("loss", 1, "log")
+  np.testing.assert_allclose(others.lines[0].get_ydata(), [0, 3])
 
 
 @pytest.mark.parametrize("history", [{}, {"loss": []}, {"loss": [(1, float("nan"))]}])
