@@ -369,8 +369,14 @@ def open_run(
 
   The run's config says how images are normalized, where the given one leaves it to the weights. A
   line says it where crops are far from what the tower was trained at.
+
+  Raises:
+    InputError: what `Predictor.from_config` refuses, or a crop that is not of whole patches.
   """
   predictor = Predictor.from_config(config)
+  if predictor.network.trainable:  # whose prompts are made for crops of that size
+    multiple = predictor.network.input_multiple
+    check_whole_patches("config.data.crop", config.data.crop, config.clip, multiple)
   for note in _notes_on_sizes(config, predictor.network):
     print(note, flush=True)
   config = clip_file.with_normalization(config, predictor.clip)

@@ -27,15 +27,19 @@ def predict(config, workdir, image: str | None, classes: str | None) -> list[pat
     config: config of the run.
     workdir: directory of the run; its newest checkpoint is used.
     image: a file or a folder.
-    classes: names separated by commas, seen in training or not.
+    classes: names separated by commas, seen in training or not; None: those of the run.
 
   Returns:
     The files written.
   """
-  if not (image and classes):
-    raise InputError('--mode=predict needs --image=FILE_OR_FOLDER and --classes="a, b"')
-  names, files = parse_names(classes), pixels.find(image)
+  if not image:
+    raise InputError("--mode=predict needs --image=FILE_OR_FOLDER")
+  names, files = None if classes is None else parse_names(classes), pixels.find(image)
   predictor, run = open_run(config, workdir)
+  if names is None and not (names := run.stored_classes().get("names")):
+    raise InputError(
+      f'--mode=predict needs --classes="a, b": {run.workdir} does not say which it was trained on'
+    )
   return save_all(Segmenter.from_run(predictor, run), files, names, run.workdir / "predictions")
 
 

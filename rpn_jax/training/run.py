@@ -128,10 +128,16 @@ class Run:
     if classes:
       self.check_classes(classes)
 
-  def check_classes(self, classes: dict[str, list[str]]) -> None:
-    """Compares class names with those that the run was trained on.
+  def stored_classes(self) -> dict[str, list[str]]:
+    """What `classes_of` gave when the run began; {} of runs up to version 0.3.0 and of no run."""
+    try:
+      stored = json.loads((self.workdir / CONFIG).read_text(encoding="utf-8"))["classes"]
+      return {group: list(names) for group, names in stored.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+      return {}
 
-    Runs of version 0.3.0 do not say which these were.
+  def check_classes(self, classes: dict[str, list[str]]) -> None:
+    """Compares class names with those that the run was trained on, if it says which these were.
 
     Args:
       classes: of `classes_of`, or some entries of it.
@@ -139,13 +145,9 @@ class Run:
     Raises:
       InputError: they differ; the message has the first ones.
     """
-    try:
-      stored = json.loads((self.workdir / CONFIG).read_text(encoding="utf-8"))["classes"]
-      pairs = {group: (list(stored[group]), names) for group, names in classes.items()}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-      return
-    for group, sides in pairs.items():
-      old, new = (dict(enumerate(names, 1)) for names in sides)
+    stored = self.stored_classes()
+    for group in (group for group in classes if group in stored):
+      old, new = (dict(enumerate(names, 1)) for names in (stored[group], classes[group]))
       if changed := differences(old, new, group):
         listed = "; ".join(changed[:3]) + (f"; {len(changed) - 3} more" if changed[3:] else "")
         raise InputError(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import shapes as shapes_config
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.config import defaults
@@ -77,6 +78,13 @@ def test_windows_are_whole_patches_unless_the_network_resizes():
   with pytest.raises(InputError, match=r"config.eval.crop=24: expected a multiple of .*, 16"):
     predictor_of(Patches(), short_side=8, crop=24, stride=8)
   predictor_of(TextTower(), short_side=8, crop=24, stride=8)
+
+
+def test_crops_of_a_run_are_whole_patches_in_every_mode(tmp_path):
+  config = shapes_config.get_config()
+  config.data.crop = 100
+  with pytest.raises(InputError, match=r"config.data.crop=100: expected a multiple of .*, 8; the"):
+    predictor.open_run(config, tmp_path)
 
 
 def test_images_and_windows_are_those_of_the_networks_protocol():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs import shapes as shapes_config
-from data_pipelines import datasets
+from data_pipelines import datasets, shapes
 from rpn_jax import Segmenter
 from rpn_jax.base.errors import InputError
 from rpn_jax.devices import data_mesh
@@ -332,6 +332,17 @@ def test_predict_any_image_and_words(home, finished, tmp_path):
     with Image.open(workdir / "predictions" / f"{stem}_labels.png") as labels:
       assert labels.size == size and np.asarray(labels).max() < 3
     assert (workdir / "predictions" / f"{stem}_overlay.png").exists()
+
+
+def test_predict_with_the_words_of_the_run(finished, tmp_path):
+  config, workdir, _ = finished
+  Image.new("RGB", (40, 40)).save(tmp_path / "own words.png")
+  _, _, record = predict.predict(config, workdir, str(tmp_path), None)
+  assert json.loads(record.read_text())["names"] == list(shapes.CLASSES)
+  with pytest.raises(InputError, match=r'--classes="a, b": .*none does not say which it was tr'):
+    predict.predict(config.copy_and_resolve_references(), tmp_path / "none", str(tmp_path), None)
+  with pytest.raises(InputError, match="is empty"):  # as from a variable of a shell that is unset
+    predict.predict(config, workdir, str(tmp_path), "")
 
 
 def test_exported_prompts_need_only_clip(home, finished, tmp_path):
