@@ -80,12 +80,16 @@ def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
 
 
 def evaluation_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
-  """Mean IoU in percent on the data sets evaluated after training; "" if none was."""
+  """Mean IoU in percent on the data sets evaluated after training, of the rows of which any was.
+
+  "" if there are none.
+  """
   sets = dict.fromkeys(name for row in rows for run in row.runs for name in run.evaluations)
   shown = [(name, m) for name in sets for m in ("miou_gt", "miou_union")]
   cells = [
     [i, row.label, *(mean_and_deviation(row.evaluated(*column)) for column in shown)]
     for i, row in enumerate(rows, 1)
+    if any(run.evaluations for run in row.runs)
   ]
   heads = [f"{name} {metric.removeprefix('miou_')}" for name, metric in shown]
   text = table(cells, ["row", "mIoU, --mode=eval", *heads], markdown=markdown)
@@ -196,8 +200,9 @@ def plot(path, rows: Sequence[Row], numbers: Sequence[int] = ()) -> pathlib.Path
   curves_high = 3.6 if any(len(steps) > 1 for c in curves for steps, *_ in c.values()) else 0
 
   ratios = [bars_high, curves_high] if curves_high else [bars_high]
-  size = (5 + 3.6 * len(metrics), sum(ratios))
+  size = (5 + 3.6 * len(metrics), sum(ratios) + 0.3)  # with the name of the data set
   fig, axes = figure(size, len(ratios), len(metrics), height_ratios=ratios)
+  fig.suptitle(rows[0].runs[0].data_set, x=0.01, ha="left", fontsize=12)
 
   # A row is as high as its name.
   ends = np.cumsum(heights)
