@@ -307,7 +307,12 @@ def _report(summary: dict, folder: pathlib.Path) -> str:
       f"{upright:,} {images} turned upright as their EXIF data says, {stored:,} used as stored "
       "because their masks have the stored size"
     )
-  return "\n".join([*lines, f"prepared in {folder}; look at preview.png there"])
+  lines.append(f"prepared in {folder}; look at preview.png there")
+  if summary["name"] == "folder":
+    lines.append(
+      f"to train on it: --config=configs/folder.py --config.data.variant={summary['config']}"
+    )
+  return "\n".join(lines)
 
 
 # The command

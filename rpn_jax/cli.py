@@ -73,7 +73,7 @@ def _segment(arguments: list[str]) -> int:
   add(
     "--model", default="shapes",
     help="workdir of a training run, file of its prompts or of CLIP weights, or a name: ViT-B/16 "
-    "and others of `rpn weights`, fetched once; shapes (%(default)s), prompts for the drawn shapes "
+    "and others of `rpn weights`, fetched once; shapes (the default), prompts for the drawn shapes "
     "data set; shapes_clip, the tiny CLIP around them",
   )  # fmt: skip
   add("--method", help="sclip, maskclip, … (docs/method.md); else what the model was trained as")

@@ -32,6 +32,11 @@ class Entry(NamedTuple):
   suffix: str = ""
 
 
+def share_text(fraction: float) -> str:
+  """A share of the pixels in percent; one that is there is never 0.0."""
+  return f"{100 * fraction:.1f} %" if fraction >= 0.0005 or not fraction else "<0.1 %"
+
+
 def legend_entries(
   labels: Sequence[np.ndarray],
   names: Sequence[str],
@@ -55,10 +60,7 @@ def legend_entries(
   total = max(1, int(counts.sum()) + ignored)
 
   def suffix(count: int) -> str:
-    if not share:
-      return ""
-    percent = 100 * count / total
-    return f": {percent:.1f} %" if percent >= 0.05 else ": <0.1 %"
+    return f": {share_text(count / total)}" if share else ""
 
   order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
   listed, others = order[:MAX_ENTRIES], order[MAX_ENTRIES:]

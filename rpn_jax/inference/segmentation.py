@@ -14,6 +14,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
 from rpn_jax.base.words import SEPARATOR, composed
 from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_prediction
+from rpn_jax.drawing.legend import share_text
 from rpn_jax.drawing.palette import class_colors
 from rpn_jax.inference.decision import best_row
 from rpn_jax.inference.refinement import Scores
@@ -217,10 +218,10 @@ class Segmentation:
 
   def __repr__(self) -> str:
     height, width = self.labels.shape
-    shown = {name.replace(SEPARATOR, " | "): share for name, share in self.shares().items()}
-    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shown.items())
-    rest = 100 * float((self.labels < 0).mean())
-    shares += f", other {rest:.1f} %" if rest else ""
+    shown = [(name.replace(SEPARATOR, " | "), share) for name, share in self.shares().items()]
+    if rest := float((self.labels < 0).mean()):
+      shown.append(("other", rest))
+    shares = ", ".join(f"{name} {share_text(share)}" for name, share in shown)
     return f"Segmentation({width} x {height}: {shares}; {self.method})"
 
   def _repr_png_(self) -> bytes:

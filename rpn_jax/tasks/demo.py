@@ -23,6 +23,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
 from rpn_jax.base.words import parse_names
 from rpn_jax.drawing.images import save_png
+from rpn_jax.drawing.legend import share_text
 from rpn_jax.inference.segmentation import Segmentation
 from rpn_jax.inference.segmenter import METHODS, SHIPPED, SHIPPED_PROMPTS, Segmenter, note_of
 
@@ -113,11 +114,10 @@ def table(result: Segmentation) -> list[list]:
   """Rows of class, share and mean score, as the page lists them."""
   content = result.summary()
   rows = [
-    [row["name"], f"{100 * row['share']:.1f} %", f"{row['score']:.2f}"]
-    for row in content["classes"]
+    [row["name"], share_text(row["share"]), f"{row['score']:.2f}"] for row in content["classes"]
   ]
   rest = content["other"]["share"]
-  return [*rows, ["other", f"{100 * rest:.1f} %", ""]] if rest else rows
+  return [*rows, ["other", share_text(rest), ""]] if rest else rows
 
 
 CSS = """

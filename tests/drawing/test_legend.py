@@ -23,6 +23,8 @@ def test_legend_is_sorted_marked_and_counted(monkeypatch):
     "red circle: 12.5 %",
     "ignored: 25.0 %",
   ]
+  shares = {0: "0.0 %", 1e-6: "<0.1 %", 0.0004: "<0.1 %", 0.0005: "0.1 %", 1: "100.0 %"}
+  assert [legend.share_text(share) for share in shares] == list(shares.values())
   monkeypatch.setattr(legend, "MAX_ENTRIES", 1)
   assert texts(share=True)[1] == "and 2 with fewer pixels: 37.5 %"
 
