@@ -2,6 +2,8 @@
 
 import ast
 import contextlib
+import functools
+import io
 import json
 import os
 import pathlib
@@ -16,8 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import prepare, shapes
+import main
+from data_pipelines import datasets, prepare, shapes
 from rpn_jax import cli, config
+from rpn_jax.base import fields
+from rpn_jax.weights.clip_file import with_normalization
 from tests import ROOT, tiny
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,6 +96,65 @@ def test_each_error_that_is_explained_exists():
   for message, cure in rows:
     assert message in code, f"no error says {message!r}"
     assert len(cure) > 20
+
+
+# What pages name
+
+
+def code_of(page: pathlib.Path) -> list[str]:
+  """The lines of a page's blocks, joined where they continue, and what stands in backticks."""
+  text = page.read_text()
+  fenced = "".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S))
+  inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+  lines = [*fenced.replace("\\\n", " ").splitlines(), *inline]
+  return [re.sub(r"\s+#.*", "", line.replace("\n", " ")) for line in lines]
+
+
+NOW = [page for page in PAGES if page.name != "CHANGELOG.md"]  # that names what was
+# A file, a function, and the section of the network that docs/extending.md adds.
+OTHER_NAMES = ("json", "check", "text_tuned")
+FLAG = re.compile(r"(?<!\S)--(?:no)?([a-z_]+)(?![\w.])")
+
+
+@pytest.mark.parametrize("page", NOW, ids=lambda page: str(page.relative_to(ROOT)))
+def test_fields_and_configs_that_pages_name_exist(page):
+  known = fields.declared(config.Run)
+  sections = {name[: dot.start()] for name in known for dot in re.finditer(r"\.", name)}
+  for code in code_of(page):
+    for name in re.findall(r"(?:^|--|\s)config\.([a-z][\w.]*\w)(?=[=\s]|$)", code):
+      assert name in {*known, *sections, *OTHER_NAMES}, f"{page.name}: config.{name}"
+    for file, words in re.findall(r"(configs/(?!test_)\w+\.py)(?::([\w.=|/,+-]+))?", code):
+      assert (ROOT / file).exists(), f"{page.name}: {code}"
+      # METHOD stands for a word, a sweep adds the name of a row.
+      if not re.search("[A-Z]{3}", words) and "ablations" not in file:
+        runpy.run_path(str(ROOT / file))["get_config"](words)
+
+
+@pytest.fixture(scope="module")
+def flags_of():
+  """Command -> its flags, from --help."""
+  calls = {f"rpn {name}": functools.partial(cli.main, [name, "--help"]) for name in cli.COMMANDS}
+  known = {"main.py": set(main.FLAGS)}
+  for name, call in calls.items():
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+      call()
+    known[name] = set(FLAG.findall(re.sub(r"[\[\]]", " ", said.getvalue())))
+    assert "help" in known[name]
+  return known
+
+
+@pytest.mark.parametrize("page", NOW, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_that_pages_name_have_these_flags(page, flags_of):
+  for code in code_of(page):
+    if "main.py " in code:
+      command = "main.py"
+    elif found := re.search(r"(?:\brpn |-m rpn_jax |-m data_pipelines\.(?=prepare))(\w+)", code):
+      command = f"rpn {found[1]}"
+    else:
+      continue
+    for flag in FLAG.findall(code):
+      assert flag in flags_of.get(command, ()), f"{page.name}: {code}"
 
 
 # README
@@ -205,9 +269,56 @@ def test_both_pages_have_the_same_commands_for_a_folder():
   assert block.splitlines() == [c.removeprefix(".venv/bin/") for c in of_a_folder()[:2]]
 
 
+def prepared(place, *changes: tuple[str, str], more: str = "") -> int:
+  """Status of the pages' first command for a folder."""
+  command = of_a_folder()[0] + more
+  for old, new in changes:
+    assert old in command
+    command = command.replace(old, new)
+  with contextlib.chdir(place):
+    return prepare.main(shlex.split(command)[3:])
+
+
+def rename_a_class(folder: pathlib.Path) -> None:
+  text = (folder / "names.txt").read_text()
+  assert "sand" in text
+  (folder / "names.txt").write_text(text.replace("sand", "beach"))
+
+
+def test_a_folder_is_edited_as_the_page_says(place, capsys):
+  """docs/data.md: changes are told, --rebuild reads them, also unseen.txt and splits."""
+  folder = place / "EDITED"
+  shutil.copytree(place / "PICTURES", folder)
+  mine = (("PICTURES", "EDITED"), ("=mine", "=edited"))
+
+  def rebuilt(told: str) -> datasets.SegmentationData:
+    assert prepared(place, *mine) == 2 and told in capsys.readouterr().err
+    assert prepared(place, *mine, more=" --rebuild") == 0
+    settings = runpy.run_path(str(ROOT / file))["get_config"](words).unlock()
+    settings.data.variant, settings.data.data_dir = "edited", str(place / "data")
+    return datasets.load(with_normalization(settings))
+
+  (file, words) = re.search(r"`(configs/folder.py):(\S*setting=zero_shot)`", DATA).groups()
+  assert prepared(place, *mine) == 0
+  (folder / "unseen.txt").write_text("sand\n")
+  data = rebuilt("unseen are sand, were none")
+  assert [data.names[i] for i in data.unseen] == ["sand"] and len(data.trained) == 26
+  rename_a_class(folder)
+  (folder / "unseen.txt").write_text("water\n")
+  data = rebuilt("line 26 of names.txt is 'beach', was 'sand'")
+  assert data.names[25:] == ("beach", "water") and data.unseen == (26,)
+  for kind in ("images", "labels"):
+    (folder / kind / "train").mkdir()
+    (folder / kind / "val").mkdir()
+    for file_of in (folder / kind).glob("*.png"):
+      file_of.rename(folder / kind / ("val" if file_of.stem < "2" else "train") / file_of.name)
+  data = rebuilt("files added, such as images/train/")
+  assert len(data.eval_examples()) == 4  # 0, 1, 10 and 11
+
+
 @pytest.mark.slow
 def test_training_on_a_folder_as_the_pages_say(place, capfd):
-  """As written, with the CLIP that is shipped: prepare, train, use it."""
+  """As written, with the CLIP that is shipped: prepare, train, use it; then the names change."""
   walked = [smaller(command) for command in of_a_folder()]
   assert len(walked) == 3
   for command in walked:
@@ -220,7 +331,18 @@ def test_training_on_a_folder_as_the_pages_say(place, capfd):
   said = capfd.readouterr().out
   assert "knows drawn shapes and no photographs" in said
   metrics = json.loads((place / "runs/mine/metrics.json").read_text())
-  assert metrics["config"]["data"]["crop"] == 64 and metrics["last"]["hiou"] is None
+  assert metrics["config"]["data"]["crop"] == 64
+  assert metrics["last"]["hiou"] is metrics["last"]["miou_seen"] is None
+  (evaluation,) = (c for c in commands(README) if "--mode=eval --workdir" in c)
+  of_the_run = evaluation.replace("runs/shapes", "runs/mine")
+  for mode in ("eval", "export", "predict --image=PICTURES/images/0.png"):
+    run(place, of_the_run.replace("--mode=eval", f"--mode={mode}"))
+  record = json.loads((place / "runs/mine/predictions/0.json").read_text())
+  assert record["names"] == list(shapes.CLASSES)
+  rename_a_class(place / "PICTURES")
+  assert prepared(place, more=" --rebuild") == 0
+  with pytest.raises(AssertionError, match=r"other class names .* names\.26: sand -> beach"):
+    run(place, of_the_run)
 
 
 def test_masks_of_two_values_as_the_page_says(place):
