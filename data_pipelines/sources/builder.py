@@ -160,7 +160,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
       raise
     except Exception as error:  # damage surfaces as a dozen kinds
       raise InputError(
-        f"{raw.label}: expected a readable label file, got {_short(error)}; fetch it again"
+        f"{raw.label}: expected a readable label file, got {pixels.damage(error)}; replace it"
       ) from error
     allowed = self._allowed_values
     if allowed is not None and not allowed[label_HxW].all():
@@ -239,7 +239,7 @@ def _read_image(
     raise
   except Exception as error:  # damage surfaces as a dozen kinds
     raise InputError(
-      f"{path}: expected a readable image, got {_short(error)}; fetch the file again"
+      f"{path}: expected a readable image, got {pixels.damage(error)}; replace the file"
     ) from error
   portable = (kind == "JPEG" and mode in ("RGB", "L")) or (kind == "PNG" and mode == "RGB")
   # Some decoders turn by EXIF, others do not: no file with such data is stored.
@@ -251,10 +251,6 @@ def _png(array: np.ndarray, level: int = 6) -> bytes:
   file = io.BytesIO()
   Image.fromarray(array).save(file, "PNG", compress_level=level)
   return file.getvalue()
-
-
-def _short(error: Exception) -> str:
-  return f"{type(error).__name__} ({' '.join(str(error).split())})"
 
 
 def _spans(values: np.ndarray) -> str:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rpn_jax.base import buckets, paths
 from rpn_jax.base.errors import InputError
@@ -124,22 +124,31 @@ def _decoded(
   if isinstance(image, Image.Image):
     check_size("the image", image.size, max_pixels)
     return finish(ImageOps.exif_transpose(image), "the image")
+  # Open files may have no name.
+  name = image if isinstance(image, (str, os.PathLike)) else getattr(image, "name", "the image")
   try:
     source = paths.expand(image) if isinstance(image, str) else image
     if isinstance(source, os.PathLike) and buckets.is_bucket(source):
       source = io.BytesIO(buckets.read(paths.expand(source)))
     with Image.open(source) as file:
-      check_size(image, file.size, max_pixels)
-      return finish(ImageOps.exif_transpose(file), image)
+      check_size(name, file.size, max_pixels)
+      return finish(ImageOps.exif_transpose(file), name)
   except FileNotFoundError:
-    raise InputError(f"{image}: expected an image, no such file") from None
+    raise InputError(f"{name}: expected an image, no such file") from None
   except InputError:
     raise
   except Exception as error:  # damaged files raise all kinds of errors
     raise InputError(
-      f"{image}: expected a readable jpg, png or webp image, got {type(error).__name__} "
-      f"({' '.join(str(error).split())}); open it in a viewer to see whether it is damaged"
+      f"{name}: expected a readable jpg, png or webp image, got {damage(error)}; open it in a "
+      "viewer to see whether it is damaged"
     ) from error
+
+
+def damage(error: Exception) -> str:
+  """What a decoder has said of a file, in one line and without an address in memory."""
+  if isinstance(error, UnidentifiedImageError):
+    return "no known image format"
+  return f"{type(error).__name__} ({' '.join(str(error).split())})"
 
 
 def check_size(where: object, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:

@@ -34,9 +34,9 @@ def predict(config, workdir, image: str | None, classes: str | None) -> list[pat
   """
   if not image:
     raise InputError("--mode=predict needs --image=FILE_OR_FOLDER")
-  names, files = None if classes is None else parse_names(classes), pixels.find(image)
+  given, files = None if classes is None else parse_names(classes), pixels.find(image)
   predictor, run = open_run(config, workdir)
-  if names is None and not (names := run.stored_classes().get("names")):
+  if not (names := given or run.stored_classes().get("names")):
     raise InputError(
       f'--mode=predict needs --classes="a, b": {run.workdir} does not say which it was trained on'
     )

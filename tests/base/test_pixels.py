@@ -56,6 +56,18 @@ def test_a_folder_without_images(tmp_path):
     pixels.find(str(tmp_path))
 
 
+def test_what_a_decoder_says_has_no_address_in_memory():
+  png = io.BytesIO()
+  Image.effect_noise((64, 64), 50).save(png, "PNG")
+  for content, said in [
+    (b"no image", "no known image format; open"),
+    (png.getvalue()[:2000], r"OSError \("),
+  ]:
+    with pytest.raises(InputError, match=rf"^the image: expected a readable .*, got .*{said}") as e:
+      pixels.read(io.BytesIO(content))
+    assert "0x" not in str(e.value)
+
+
 def test_broken_links_are_named_by_who_reads_them(tmp_path):
   (tmp_path / "loop.jpg").symlink_to("loop.jpg")
   (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")

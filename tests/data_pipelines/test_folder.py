@@ -208,6 +208,7 @@ def test_all_bad_files_are_told_at_once(raw, tmp_path, capsys, monkeypatch):
     prepare.prepare("folder", raw, tmp_path)
   told = capsys.readouterr().err
   assert all(told.count(f"{file}: ") == 1 for file in good)
+  assert told.count("got no known image format; replace it") == 3
   monkeypatch.setattr(bad_files, "MAX_LISTED", 2)
   with pytest.raises(InputError, match=r"^at least 2 files"):
     prepare.prepare("folder", raw, tmp_path)
