@@ -210,6 +210,7 @@ def build(models: Models, root: pathlib.Path):
         with gr.Row():
           model = gr.Dropdown(list(models.names), value=models.names[0], label="Model")
           method = gr.Dropdown([OWN_METHOD, *METHODS], value=OWN_METHOD, label="Method")
+        about = gr.Markdown(models.note(models.names[0]))
         background = gr.Textbox(
           label="Background words", info="They compete too, but their pixels get no class."
         )
@@ -220,7 +221,7 @@ def build(models: Models, root: pathlib.Path):
         overlay = gr.Image(
           label="Segmentation", format="png", interactive=False, buttons=["download", "fullscreen"]
         )
-        made_by = gr.Markdown(models.note(models.names[0]))
+        made_by = gr.Markdown()  # of the picture above, whatever model is chosen by now
         with gr.Row():
           alpha = gr.Slider(0, 1, 0.55, step=0.05, label="Opacity")
           safe = gr.Checkbox(label="Colors for color-blind readers")
@@ -251,7 +252,7 @@ def build(models: Models, root: pathlib.Path):
     gr.on([button.click, words.submit], on_segment, inputs, outputs)
     if opening[0]:
       page.load(on_segment, inputs, outputs)
-    model.change(models.note, model, made_by)
+    model.change(models.note, model, about)
     other.release(on_adjust, [result, other, alpha, safe], [result, *pictures])
     for event in (alpha.release, safe.change):
       event(on_look, [result, alpha, safe], pictures, show_progress="hidden")

@@ -276,7 +276,8 @@ def test_an_oversized_upload_is_refused(page, tmp_path):
 @browser_only
 def test_it_opens_with_the_scene_segmented(browser):
   root = pathlib.Path(tempfile.mkdtemp())  # Gradio serves what is below the folder of such files
-  server, address = demo.launch(demo.Models(["shapes"]), root, block=False)
+  models = demo.Models(["shapes", "shapes_clip"])
+  server, address = demo.launch(models, root, block=False)
   try:
     page = browser.new_page(viewport={"width": 390, "height": 844})
     visit(page, address)
@@ -285,6 +286,10 @@ def test_it_opens_with_the_scene_segmented(browser):
     result = page.locator(".image-frame img, .image-container img").last
     examples = page.get_by_text("The shapes data set", exact=True)
     assert top(page.get_by_label("Words").first) < top(result) < top(examples)
+    page.get_by_label("Model").first.click()
+    page.get_by_role("option", name="shapes_clip").click()
+    page.wait_for_selector(f"text={models.note('shapes_clip')}")
+    assert page.locator("text=Made by: RPN, step 3000 of shapes").is_visible()  # as the result was
     page.close()
   finally:
     server.close()
