@@ -29,7 +29,7 @@ class FinishedRun:
     config: nested fields, as in `metrics.json`.
     last, best: metrics, with the step.
     history: name -> [(step, value)], empty for a run without training.
-    evaluations: data set -> metrics, of `--mode=eval` after the training.
+    evaluations: data set -> metrics, of `--mode=eval` after the training or without any.
     trained_parameters: how many; None where the files do not say.
   """
 
@@ -115,13 +115,14 @@ def read_run(directory) -> FinishedRun:
   if not (directory / "metrics.json").exists():
     raise InputError(_why_missing(directory))
   config, last, best, trained = _read_scores(directory / "metrics.json")
-  total = config.get("steps", 0)
-  if config.get("method") != "training_free" and last["step"] < total:
+  total, free = config.get("steps", 0), config.get("method") == "training_free"
+  if not free and last["step"] < total:
     raise InputError(
       f"{directory}: not finished, step {last['step']} of {total}; repeat its command"
     )
   history = read_history(directory / "metrics.jsonl")
-  evaluations = {}
+  # Without training the scores are those of --mode=eval, in the one file that it writes.
+  evaluations = {config["data"]["name"]: last} if free else {}
   path = directory / "eval.json"
   if path.exists():
     evaluations = _read_evaluations(path, config["data"]["name"])
