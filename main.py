@@ -18,9 +18,7 @@ flags.DEFINE_string("workdir", None, "Of the run: files, and its settings withou
 flags.DEFINE_enum("mode", "train", MODES, "What to do")
 flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
 flags.DEFINE_list("distributed", [], "HOST:PORT,PROCESSES,PROCESS; none; pods, Slurm are found")
-flags.DEFINE_string(
-  "classes", None, 'predict, classify: names such as "red circle, sand" (predict: those of the run)'
-)
+flags.DEFINE_string("classes", None, 'predict (default: of the run), classify: "red circle, sand"')
 flags.DEFINE_string("topology", None, "compile: TPUs such as v5e:16x16; none need be there")
 flags.DEFINE_bool("find_batch", False, "compile: also the largest batch a chip, for each remat")
 flags.DEFINE_string("json", None, "compile: a file that gets the numbers, too")
