@@ -25,11 +25,12 @@ import jax
 from rpn_jax.base import paths
 from rpn_jax.base.console import run_command, table
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.transfer import sha256
 from rpn_jax.config import CATSegConfig
 from rpn_jax.text.embeddings import class_embeddings
 from rpn_jax.weights import authors, cat_seg, checkpoints, clip_file, prompts_file, publisher
 from rpn_jax.weights.architecture import describe
-from rpn_jax.weights.arrays import WeightsFile, fingerprint, read_arrays, sha256
+from rpn_jax.weights.arrays import WeightsFile, fingerprint, read_arrays
 
 # SHA-256 of OpenAI's published files -> name.
 PUBLISHED = {row.sha256: row.name for row in checkpoints.CHECKPOINTS.values() if row.sha256}

@@ -305,11 +305,5 @@ def fingerprint(params) -> str:
   return digest.hexdigest()[:16]
 
 
-def sha256(path: pathlib.Path) -> str:
-  """Checksum of a file, 64 hex digits."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _reason(error: Exception) -> str:
   return getattr(error, "strerror", None) or " ".join(str(error).split())[:100]

@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from rpn_jax import cli
+from rpn_jax.base import transfer
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.tasks import convert
 from rpn_jax.weights import (
@@ -69,9 +70,9 @@ def test_verify(tmp_path, capsys, monkeypatch):
   source, target = clip_file.find_weights("shapes_clip.safetensors"), tmp_path / "x.safetensors"
   assert convert.main([str(source), str(target), "--verify"]) == 0
   printed = capsys.readouterr().out
-  assert f"sha256 {arrays.sha256(source)}: no file of OpenAI's" in printed
+  assert f"sha256 {transfer.sha256(source)}: no file of OpenAI's" in printed
   assert "a photo of a kitten" in printed and re.search(r"\d of 6 in order", printed)
-  monkeypatch.setitem(convert.PUBLISHED, arrays.sha256(source), "ViT-X")
+  monkeypatch.setitem(convert.PUBLISHED, transfer.sha256(source), "ViT-X")
   assert convert.main([str(source), str(target), "--verify"]) == 0
   assert "OpenAI's ViT-X" in capsys.readouterr().out
   # A vocabulary of another tokenizer: no similarities, but an answer.

@@ -19,10 +19,11 @@ import safetensors.numpy
 from huggingface_hub import constants
 
 from rpn_jax import Segmenter, cli
-from rpn_jax.base import paths
+from rpn_jax.base import paths, transfer
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.tasks import demo
-from rpn_jax.weights import arrays, checkpoints, clip_file, hub, names, transfer
+from rpn_jax.weights import arrays, checkpoints, clip_file, hub, names
+from rpn_jax.weights import transfer as hub_transfer
 from tests import ROOT, tiny
 from tests.tools.hub_server import Fault, serve
 from tests.weights.checks import flatten, one_line, same
@@ -281,7 +282,7 @@ def fetch(server, path: pathlib.Path, **changes) -> None:
   content = server.repositories[REPOSITORY]["model.safetensors"]
   known = {"size": len(content), "checksum": hashlib.sha256(content).hexdigest()}
   server.files["whole"] = content
-  transfer.fetch(server.url("whole"), path, "x", **(known | changes))
+  hub_transfer.fetch(server.url("whole"), path, "x", **(known | changes))
 
 
 def test_a_server_without_ranges_starts_over(server, tmp_path):
@@ -463,7 +464,7 @@ def test_the_page_takes_a_name(server):
 def test_the_second_address(server, tmp_path, monkeypatch):
   file = write_state(tmp_path / "tiny.pt", openai_state())
   server.files["tiny.pt"] = file.read_bytes()
-  digest = arrays.sha256(file)
+  digest = transfer.sha256(file)
   second = row(url=server.url("tiny.pt"), sha256=digest)
   monkeypatch.setitem(checkpoints.CHECKPOINTS, NAME, second)
   server.faults["api"] = Fault(status=503)
