@@ -4,7 +4,7 @@ import itertools
 import os
 import pathlib
 
-from data_pipelines import records, registry, vocabularies
+from data_pipelines import downloads, records, registry, vocabularies
 from rpn_jax.base.errors import InputError
 
 
@@ -20,6 +20,7 @@ def describe_sets(data_dir: str | os.PathLike) -> str:
     lines = [f"{name}: {cls.title}", f"  images    {count_text(cls.counts) or 'any number'}"]
     lines += [f"  raw size  {cls.raw_size}", f"  license   {cls.license}"]
     lines.append(f"  obtain    {cls.obtain}")
+    lines += [f"  download  {text}" for text in _download(name)]
     for word, line in itertools.zip_longest(["layout"], cls.layout.splitlines(), fillvalue=""):
       lines.append(f"  {word:<8}  {line}")
     lines.append(f"  sets      {', '.join(map(_describe, data_sets))}")
@@ -40,6 +41,18 @@ def _describe(data_set: registry.DataSet) -> str:
   if vocabulary.evaluation_only:
     facts.append("evaluation only")
   return f"{data_set.name} ({', '.join(facts)})"
+
+
+def _download(name: str) -> list[str]:
+  """What `--download` does, in at most one line."""
+  found = downloads.files(name)
+  if not found:
+    return []
+  fetched, unpacked = (sum(sizes) / 1e9 for sizes in zip(*((f.size, f.unpacked) for f in found)))
+  size = f"{fetched:.1f} GB, {unpacked:.1f} GB unpacked"
+  if all(file.urls for file in found):
+    return [f"--download fetches {size}"]
+  return [f"needs an account; --download unpacks what you put into archives: {size}"]
 
 
 def _state(folder: pathlib.Path) -> str:

@@ -1,5 +1,6 @@
 """Turns the raw files of a data set into checked records, once: what training reads.
 
+    python -m data_pipelines.prepare NAME --download --data_dir=data
     python -m data_pipelines.prepare NAME --manual_dir=RAW_FILES --data_dir=data
     python -m data_pipelines.prepare --list
 
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from data_pipelines import (
+  downloads,
   finished,
   local_copy,
   overview,
@@ -58,6 +60,9 @@ def prepare(
   allow_partial: bool = False,
   rebuild: bool = False,
   local_dir: str = "",
+  download: bool = False,
+  mirror: str = "",
+  remove_archives: bool = False,
 ) -> pathlib.Path:
   """Prepares a data set, or what is left of it; a finished one is left alone.
 
@@ -73,20 +78,29 @@ def prepare(
     allow_partial: accept fewer images than the published number.
     rebuild: prepare a finished set anew; it is replaced when the new one is complete.
     local_dir: for a data_dir in a bucket the folder to prepare in; by default in the cache folder.
+    download: fetch what is missing of the raw files first; manual_dir is by default `downloads` in
+      data_dir.
+    mirror: see `downloads.fetch`.
+    remove_archives: see `downloads.fetch`.
 
   Returns:
     The prepared folder, with the records, summary.json and preview.png.
 
   Raises:
     InputError: an unknown name or config, missing or bad raw files, a data_dir without space or
-      permission, another process that prepares this set, or a finished set of one's own whose raw
-      files have changed.
+      permission, another process that prepares this set, a finished set of one's own whose raw
+      files have changed, or raw files that cannot be fetched.
   """
+  if download:
+    downloads.check(name, mirror)
+  elif mirror or remove_archives:
+    raise InputError("--mirror and --remove_archives belong to --download: add it, or leave them")
   if buckets.is_bucket(data_dir):
     root = local_copy.local_root(data_dir, local_dir)
-    options = {"config": config, "values": values, "allow_partial": allow_partial}
-    options["rebuild"] = rebuild
-    folder = prepare(name, manual_dir, root, **options)
+    folder = prepare(
+      name, manual_dir, root, config=config, values=values, allow_partial=allow_partial,
+      rebuild=rebuild, download=download, mirror=mirror, remove_archives=remove_archives,
+    )  # fmt: skip
     below = folder.relative_to(root).as_posix()
     # Drawn sets are copied whole, see `local_copy.localized`.
     local_copy.upload(folder, root, below, paths.expand(data_dir) / below)
@@ -107,6 +121,9 @@ def prepare(
   folder = records.folder_of(cls, data_dir, config)
   if folder.exists() and not rebuild:
     return finished.report(cls, folder, manual_dir, values)
+  if download:
+    manual_dir = manual_dir or paths.expand(data_dir) / "downloads"
+    downloads.fetch(name, manual_dir, mirror=mirror, remove_archives=remove_archives)
   manual_dir = raw_files.folder_of(cls, manual_dir)
   lock = folder.with_name(f".{folder.name}.lock")
   with contextlib.ExitStack() as stack:
@@ -331,6 +348,14 @@ def main(arguments: list[str] | None = None) -> int:
   )
   parser.add_argument("name", nargs="?", help=names)
   parser.add_argument("--manual_dir", help="folder of the raw files")
+  parser.add_argument(
+    "--download", action="store_true",
+    help="fetch what is missing of the raw files, to --manual_dir or DATA_DIR/downloads",
+  )  # fmt: skip
+  parser.add_argument("--mirror", default="", help="address of a folder with the files to fetch")
+  parser.add_argument(
+    "--remove_archives", action="store_true", help="delete what was fetched once it is unpacked"
+  )
   parser.add_argument("--data_dir", default="data", help="root of the prepared sets")
   parser.add_argument(
     "--local_dir", default="", help="where to prepare what goes to a bucket (default: a cache)"
@@ -365,11 +390,12 @@ def main(arguments: list[str] | None = None) -> int:
         allow_partial=args.allow_partial,
         rebuild=args.rebuild,
         local_dir=args.local_dir,
+        download=args.download,
+        mirror=args.mirror,
+        remove_archives=args.remove_archives,
       )
 
-  return run_command(
-    run, interrupted="interrupted; the same command continues after the last finished shard"
-  )
+  return run_command(run, interrupted="interrupted; the same command continues where it was")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import tensorflow_datasets as tfds
 from absl import logging
 
-from data_pipelines import records
+from data_pipelines import downloads, records
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
 from data_pipelines.vocabularies import Vocabulary
 from rpn_jax.base import paths
@@ -30,8 +30,9 @@ def folder_of(cls: type[SegmentationBuilder], manual_dir: str | os.PathLike | No
   folder = None if manual_dir is None else paths.expand_local(manual_dir, "--manual_dir")
   if folder is None or not folder.is_dir():
     got = "none" if folder is None else f"no folder {folder}"
+    fetched = "--download fetches them, and " if downloads.files(cls.name) else ""
     raise InputError(
-      f"expected the raw files of {cls.title} in --manual_dir, got {got}; "
+      f"expected the raw files of {cls.title} in --manual_dir, got {got}; {fetched}"
       "python -m data_pipelines.prepare --list says which and where they are obtained"
     )
   return folder.resolve()

@@ -183,6 +183,8 @@ class _Request:
     Raises:
       _Again: a server that is busy, or whose file has changed, which leaves no part.
     """
+    if self.received:
+      self.received(0)
     have, stamp = _size(self.part), _read(_stamp_of(self.part))
     if have and not self.is_known and not stamp:
       self._begin_anew(have)

@@ -32,7 +32,7 @@ class Fault:
     body: instead of the true one.
     cut: bytes after which the connection is closed.
     slow: seconds before the answer.
-    times: how often, then all is well.
+    times: how often, then all is well, or it goes on with `then`.
   """
 
   status: int = 0
@@ -41,6 +41,7 @@ class Fault:
   cut: int | None = None
   slow: float = 0.0
   times: int = 1000
+  then: "Fault | None" = None
 
 
 @dataclasses.dataclass
@@ -49,8 +50,8 @@ class Hub:
 
   Attributes:
     repositories: {owner/name: {file: content}}.
-    files: {name: content} at `url(name)`, a plain file server.
-    faults: {place: Fault}.
+    files: {name: content} at `url(name)`, a plain file server that tells versions by ETag.
+    faults: {place: Fault}; of a single file at the place "file/NAME".
     log: "METHOD place range authorization" of each request.
   """
 
@@ -75,6 +76,7 @@ def git_checksum(content: bytes) -> str:
 def make_handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
   class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    name = ""  # of a file of the plain server
 
     def log_message(self, *_):
       pass
@@ -119,17 +121,21 @@ def make_handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
       if self.path == "/api/agent-harnesses":  # asked once a day, by the client on its own behalf
         self.place = "client"
         return self.send(404, {}, b"", body)
-      self.place, name = "file", self.path.removeprefix("/files/")
-      if name not in hub.files:
+      self.place, self.name = "file", self.path.removeprefix("/files/")
+      if self.name not in hub.files:
         return self.send(404, {}, b"", body)
-      return self.part(hub.files[name], body)
+      content = hub.files[self.name]
+      return self.part(content, body, {"ETag": f'"{hashlib.md5(content).hexdigest()}"'})
 
-    def part(self, content: bytes, body: bool) -> None:
+    def part(self, content: bytes, body: bool, version: dict | None = None) -> None:
+      version = version or {}
       match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+      if self.headers.get("If-Range", version.get("ETag")) != version.get("ETag"):
+        match = None
       begin = int(match[1]) if match else 0
       if match and begin >= len(content):
         return self.send(416, {"Content-Range": f"bytes */{len(content)}"}, b"", body)
-      headers = {"Content-Type": "application/octet-stream"}
+      headers = {"Content-Type": "application/octet-stream", **version}
       if match:
         headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
       return self.send(206 if match else 200, headers, content[begin:], body)
@@ -138,7 +144,9 @@ def make_handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
       asked = (self.headers.get("Range", "-"), "token" if "Authorization" in self.headers else "-")
       if self.place != "client":
         hub.log.append(" ".join((self.command, self.place, *asked)))
-      fault = hub.faults.get(self.place)
+      fault = hub.faults.get(f"{self.place}/{self.name}", hub.faults.get(self.place))
+      if fault and fault.times <= 0:
+        fault = fault.then
       cut = None
       if fault and fault.times > 0:
         fault.times -= 1
