@@ -9,7 +9,7 @@ in the labels):
   ViT-B/16        12.0 / 19.0 / 31.8 / 57.5 / 94.6 / 77.3
   ViT-L/14@336px  16.0 / 23.8 / 37.9 / 63.3 / 97.0 / 82.5
 
-Prepare the data first: python -m data_pipelines.prepare coco_stuff --manual_dir=RAW --data_dir=data
+Prepare the data first: python -m data_pipelines.prepare coco_stuff --download --data_dir=data
 (docs/data.md). CLIP's weights are fetched by their name (python -m rpn_jax weights).
 Arguments:
 

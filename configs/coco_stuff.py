@@ -9,7 +9,7 @@ Published (ViT-B/16; pAcc / mIoU seen / unseen / hIoU in %):
   transductive  69.3 / 40.6 / 61.2 / 48.8
   supervised    70.8 / 41.1 / 64.1 / 50.5
 
-Prepare the data first: python -m data_pipelines.prepare coco_stuff --manual_dir=RAW --data_dir=data
+Prepare the data first: python -m data_pipelines.prepare coco_stuff --download --data_dir=data
 (docs/data.md). CLIP's weights are fetched by their name (python -m rpn_jax weights).
 Arguments: setting=zero_shot|transductive|supervised|annotation_free, preset=paper|released,
 tuner=…, backbone=b16|l14, runlocal.

@@ -9,7 +9,7 @@ Published (ViT-B/16; pAcc / mIoU seen / unseen / hIoU in %):
   transductive  78.3 / 48.1 / 70.8 / 57.3
   supervised    78.7 / 48.5 / 80.1 / 60.4
 
-Prepare the data first: python -m data_pipelines.prepare context --manual_dir=RAW --data_dir=data
+Prepare the data first: python -m data_pipelines.prepare context --download --data_dir=data
 (docs/data.md). CLIP's weights are fetched by their name (python -m rpn_jax weights).
 Arguments: setting=zero_shot|transductive|supervised|annotation_free, preset=paper|released,
 tuner=…, backbone=b16|l14, runlocal.

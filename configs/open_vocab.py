@@ -9,7 +9,7 @@ classes; both averages are reported here):
   ViT-B/16      11.4 / 17.3 / 31.5 / 57.1 / 95.2
   ViT-L/14      14.9 / 22.1 / 36.4 / 61.9 / 96.6
 
-Prepare the data first: python -m data_pipelines.prepare coco_stuff --manual_dir=RAW --data_dir=data
+Prepare the data first: python -m data_pipelines.prepare coco_stuff --download --data_dir=data
 (docs/data.md). CLIP's weights are fetched by their name (python -m rpn_jax weights).
 Arguments: preset=paper|released, tuner=…, backbone=b16|l14, runlocal.
 """

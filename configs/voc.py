@@ -9,7 +9,7 @@ Published (ViT-B/16; pAcc / mIoU seen / unseen / hIoU in %):
   transductive  97.1 / 93.1 / 93.6 / 93.3
   supervised    97.2 / 94.0 / 94.6 / 94.3
 
-Prepare the data first: python -m data_pipelines.prepare voc --manual_dir=RAW --data_dir=data
+Prepare the data first: python -m data_pipelines.prepare voc --download --data_dir=data
 (docs/data.md). CLIP's weights are fetched by their name (python -m rpn_jax weights).
 Arguments: setting=zero_shot|transductive|supervised|annotation_free, preset=paper|released,
 tuner=…, backbone=b16|l14, runlocal.

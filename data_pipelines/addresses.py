@@ -65,6 +65,10 @@ _OXFORD = "http://host.robots.ox.ac.uk/pascal/VOC/"
 _VOC = "VOCdevkit/VOC2012/"
 _CONTEXT = "VOCdevkit/VOC2010/"
 _MERGED = "https://codalabuser.blob.core.windows.net/public/trainval_merged.json"
+_SBD = (
+  "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+  "benchmark.tgz"
+)
 _COCO = "http://images.cocodataset.org/zips/"
 _MAPS = "stuffthingmaps_trainval2017"
 
@@ -93,11 +97,8 @@ TABLE: dict[str, tuple[File, ...]] = {
     ),
     File(
       "benchmark.tgz",
-      (
-        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
-        "benchmark.tgz",
-      ),
-      "http://home.bharathh.info/pubs/codes/SBD/download.html",
+      (_SBD,),
+      _SBD,
       (
         "benchmark_RELEASE/dataset/cls/*.mat",
         "benchmark_RELEASE/dataset/train.txt",

@@ -35,6 +35,12 @@ def files(name: str) -> tuple[File, ...]:
   return addresses.TABLE.get(name, ())
 
 
+def option(name: str) -> str:
+  """What `prepare NAME` needs besides, for messages: where its raw files come from."""
+  found = files(name)
+  return "--download" if found and all(file.urls for file in found) else "--manual_dir=RAW_FILES"
+
+
 def missing(name: str, folder: str | os.PathLike) -> list[File]:
   """Those of `files` whose content is not in a folder of raw files, or not wholly."""
   root = paths.expand_local(folder, "--manual_dir")
@@ -83,22 +89,26 @@ def fetch(
   with paths.locked(archives / ".lock", f"{archives}", wait=True):
     record = _Record(root)
     wanted = [file for file in files(name) if not _is_there(file, root, record)]
-    if not wanted:
-      print(f"the raw files of {name} are in {root}: nothing to fetch", flush=True)
-      return root
-    _check_accounts(name, wanted, archives, mirror)
-    transfer.check_space(root, _needed(wanted, root, record, remove_archives), _HINTS)
-    _get_all(wanted, archives, record, mirror)
-    for file in wanted:
-      _put_in_place(file, root, record)
+    if wanted:
+      _check_accounts(name, wanted, archives, mirror)
+      transfer.check_space(root, _needed(wanted, root, record, remove_archives), _HINTS)
+      _get_all(wanted, archives, record, mirror)
+    for file in files(name):
+      if file in wanted:
+        _put_in_place(file, root, record)
       if remove_archives:
         (archives / file.name).unlink(missing_ok=True)
+  print(
+    f"the raw files of {name} are in {root}" + ("" if wanted else ": nothing to fetch"), flush=True
+  )
   return root
 
 
 class _Record:
-  """What is known of files of a folder, by name: "sha256" and "url" of the first download, and
-  "unpacked", False from the moment on when that begins."""
+  """What is known of the files of a folder, by their names, in a file beside the archives.
+
+  "url" and "sha256" are of the first download; "unpacked" is False from its beginning to its end.
+  """
 
   def __init__(self, root: pathlib.Path):
     self.path = root / ARCHIVES / RECORD
@@ -192,8 +202,8 @@ def _get_all(wanted: Sequence[File], archives: pathlib.Path, record: _Record, mi
   total = sum(file.size for file in wanted)
   here = sum(_come(file, archives) for file in wanted)
   print(
-    f"{len(wanted)} files, {total / 1e9:.1f} GB, of which {here / 1e9:.1f} GB are here: "
-    f"{', '.join(file.name for file in wanted)} in {archives}",
+    f"fetching {', '.join(file.name for file in wanted)} to {archives}: {total / 1e9:.1f} GB"
+    + (f", of which {here / 1e9:.1f} GB are here" if here else ""),
     flush=True,
   )
   bar = progress(total // MB, "fetch", "MB", here // MB)

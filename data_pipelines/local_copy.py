@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 
-from data_pipelines import records, registry
+from data_pipelines import downloads, records, registry
 from rpn_jax.base import buckets, paths
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
@@ -86,7 +86,7 @@ def copy(source: pathlib.Path, root: pathlib.Path, below: str, data_set: registr
       )
       raise InputError(
         f"expected {data_set.prepared} prepared in {source}, got {got}; run: python -m "
-        f"data_pipelines.prepare {data_set.prepared} --manual_dir=RAW_FILES "
+        f"data_pipelines.prepare {data_set.prepared} {downloads.option(data_set.prepared)} "
         f"--data_dir={shlex.quote(str(source).removesuffix(below).rstrip('/'))}"
       )
     target = root / below

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from data_pipelines import registry, vocabularies
+from data_pipelines import downloads, registry, vocabularies
 from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known, composed
@@ -93,10 +93,10 @@ def prepared_folder(
   cls = registry.builder_class(name)
   folder = folder_of(cls, data_dir, config_name(cls, config, data_dir))
   if not folder.exists():
-    option = f" --config={shlex.quote(config)}" if config else ""
+    which = f" --config={shlex.quote(config)}" if config else ""
     raise InputError(
       f"expected {name} prepared in {folder}, got no such folder; run: "
-      f"python -m data_pipelines.prepare {name}{option} --manual_dir=RAW_FILES "
+      f"python -m data_pipelines.prepare {name}{which} {downloads.option(name)} "
       f"--data_dir={shlex.quote(str(data_dir))}"
     )
   count_examples(folder)

@@ -168,8 +168,10 @@ def interrupted_after(server, tmp_path, name: str, count: int) -> None:
   server.log.clear()
 
 
-def test_a_file_that_changed_between_two_parts(server, packed, tmp_path, capsys):
+@pytest.mark.parametrize("if_range", [True, False])
+def test_a_file_that_changed_between_two_parts(server, tmp_path, capsys, monkeypatch, if_range):
   """Without a published checksum: the rest of another version is not appended."""
+  monkeypatch.setattr(server, "if_range", if_range)
   interrupted_after(server, tmp_path, LIST, 10)
   server.files[f"context459/{LIST}"] = b"2008_000003\n" * 40
   downloads.fetch("context459", tmp_path)
@@ -205,6 +207,28 @@ def test_a_whole_part_is_taken(server, packed, tmp_path):
   downloads.fetch("context459", tmp_path)
   assert f"GET file bytes={len(content)}- -" in server.log
   assert (tmp_path / "archives" / MATS).read_bytes() == content
+
+
+def test_a_file_of_another_size(server, packed, tmp_path):
+  """Of a published checksum: what had come is dropped, and the new file is refused."""
+  file = addresses.TABLE["voc"][1]
+  server.faults[f"file/voc/{SBD}"] = Fault(cut=100, times=1, then=Fault(cut=0))
+  one_line("could not be fetched", downloads.fetch, "voc", tmp_path)
+  server.faults.clear()
+  server.files[f"voc/{SBD}"] += b"more"
+  told = one_line(f"expected {file.bytes:,} bytes, got", downloads.fetch, "voc", tmp_path)
+  assert "same command" in told
+  server.files[f"voc/{SBD}"] = packed["voc"][0][SBD]
+  downloads.fetch("voc", tmp_path)
+
+
+def test_files_that_a_server_compresses(server, packed, tmp_path):
+  """Apache calls a .tar.gz an encoding; another file would have to be asked for as it is."""
+  server.faults[f"file/context459/{MATS}"] = Fault(headers={"Content-Encoding": "x-gzip"})
+  downloads.fetch("context459", tmp_path)
+  assert (tmp_path / "archives" / MATS).read_bytes() == packed["context459"][0][MATS]
+  server.faults["file"] = Fault(headers={"Content-Encoding": "gzip"})
+  one_line("the server sent it as gzip, though", downloads.fetch, "context", tmp_path)
 
 
 def test_no_network(tmp_path, monkeypatch):
@@ -281,6 +305,9 @@ def test_archives_are_removed_and_first_checksums_kept(server, packed, tmp_path,
   )
   downloads.fetch("context459", tmp_path)
   assert len(gets(server)) == 3
+  downloads.fetch("context", tmp_path)
+  downloads.fetch("context", tmp_path, remove_archives=True)  # also later
+  assert below(tmp_path / "archives") == {"record.json"}
   # Another file under the same address, later.
   for path in (tmp_path / "VOCdevkit/VOC2010/trainval").iterdir():
     path.unlink()

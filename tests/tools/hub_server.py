@@ -53,6 +53,7 @@ class Hub:
     files: {name: content} at `url(name)`, a plain file server that tells versions by ETag.
     faults: {place: Fault}; of a single file at the place "file/NAME".
     log: "METHOD place range authorization" of each request.
+    if_range: whether the header of that name is honored.
   """
 
   repositories: dict
@@ -60,6 +61,7 @@ class Hub:
   faults: dict
   log: list
   ports: tuple[int, int] = (0, 0)
+  if_range: bool = True
 
   @property
   def endpoint(self) -> str:
@@ -130,7 +132,7 @@ def make_handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
     def part(self, content: bytes, body: bool, version: dict | None = None) -> None:
       version = version or {}
       match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-      if self.headers.get("If-Range", version.get("ETag")) != version.get("ETag"):
+      if hub.if_range and self.headers.get("If-Range", version.get("ETag")) != version.get("ETag"):
         match = None
       begin = int(match[1]) if match else 0
       if match and begin >= len(content):
