@@ -192,7 +192,7 @@ class _Request:
     wanted = {"Range": f"bytes={have}-"} if have else {}
     if have and not self.is_known:
       wanted["If-Range"] = stamp
-    # As they are: what a server compresses on the way cannot be continued.
+    # As it is: what a server compresses on the way cannot be continued.
     asked = {**self.headers, "Accept-Encoding": "identity", **wanted}
     with self.client.stream("GET", self.url, headers=asked, timeout=self.timeout) as response:
       if response.status_code == 416:
@@ -215,15 +215,18 @@ class _Request:
       raise reason
     if response.headers.get("Content-Type", "").startswith("text/html"):
       raise TransferError("a page of HTML came instead of the file: check proxy and login page")
-    coding = response.headers.get("Content-Encoding", "identity").lower()
-    # Some servers call an archive that is a .tgz an encoding of a .tar.
-    if coding != "identity" and not self.url.endswith(("gz", ".zip")):
-      raise TransferError(f"the server sent it as {coding}, though it was asked for the file as is")
+
+  def _is_coded(self, response: Any) -> bool:
+    """Whether a server compressed the file, though it was asked for it as it is."""
+    coding = response.headers.get("Content-Encoding", "") or "identity"
+    # To some servers a .tar.gz is an encoding of a .tar.
+    return coding != "identity" and not self.url.endswith(("gz", ".zip"))
 
   def _continued_at(self, response: Any, have: int, stamp: str) -> int:
     """How many bytes are there already, before those that come."""
     told = response.headers.get("Content-Range", "")
-    continued = response.status_code == 206 and told.startswith(f"bytes {have}-")
+    coded = self._is_coded(response)
+    continued = response.status_code == 206 and told.startswith(f"bytes {have}-") and not coded
     now = _stamp(response.headers)
     total = told.rpartition("/")[2]
     changed = self.size is not None and total.isdigit() and int(total) != self.size
@@ -233,10 +236,10 @@ class _Request:
       print(f"{self.label} has changed on the server: it is fetched anew", flush=True)
     if have and (changed or not continued):
       self._begin_anew(have)
-      if continued:
+      if response.status_code == 206:
         raise _Again(TransferError("the file has changed while it was fetched: try again later"))
       have = 0
-    if not have and not self.is_known:
+    if not have and not self.is_known and not coded:
       _stamp_of(self.part).write_text(now, encoding="utf-8")
     return have
 
@@ -253,7 +256,8 @@ class _Request:
     bar = None if self.received or total <= MB else progress(total // MB, self.label, "MB",
                                                              have // MB)  # fmt: skip
     with writing(self.part, "ab" if have else "wb", self.hints) as file, bar or _nothing():
-      for chunk in response.iter_raw():  # as they come, so that none is lost
+      chunks = response.iter_bytes() if self._is_coded(response) else response.iter_raw()
+      for chunk in chunks:  # as they come, so that none is lost
         if self.received:
           self.received(len(chunk))
         file.write(chunk)
