@@ -29,9 +29,13 @@ COMMANDS = {
   "distance": ("rpn_jax.analysis.distance", "how far the heads of a trained run look, drawn"),
   "prepare": ("data_pipelines.prepare", "raw files of a data set into checked records; in a clone"),
   "sweep": ("rpn_jax.analysis.sweep", "a table of ablations, run by run; in a clone"),
+  "reproduce": (
+    "rpn_jax.reproduce",
+    "a row of a published table, from an empty machine; in a clone",
+  ),
 }
 # Training and data sets are in the project's folder, not in the installed package.
-IN_CLONE = ("prepare", "sweep")
+IN_CLONE = ("prepare", "sweep", "reproduce")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -39,6 +39,7 @@ ROOMS = {
   "data_pipelines": ["base"],
   "configs": ["config"],
   "cli": EVERYTHING,
+  "reproduce": EVERYTHING,
   "main": EVERYTHING,
   "benchmarks": EVERYTHING,
 }  # fmt: skip
