@@ -29,7 +29,7 @@ flags.DEFINE_bool("verbose", False, "Print what the libraries log and compile, a
 
 def run(config, workdir) -> None:
   """Joins data and model. Imports are here so that --help and mistyped flags answer at once."""
-  from data_pipelines import datasets
+  from data_pipelines import datasets, registry
   from rpn_jax import devices
   from rpn_jax.config import protocols
   from rpn_jax.tasks import classify, evaluate, export, predict, pretrain, train
@@ -51,7 +51,8 @@ def run(config, workdir) -> None:
         evaluations = [d for c in protocols.each(config) for d in datasets.load_evaluations(c)]
         evaluate.evaluate_run(config, workdir, evaluations)
       else:
-        export.export(config, workdir, datasets.load(config, names_only=True).names)
+        data = datasets.load(config, names_only=True)
+        export.export(config, workdir, data, registry.license_of(data.name))
 
 
 def command(arguments) -> None:

@@ -98,6 +98,12 @@ def builder_class(prepared: str) -> type:
   return resolve(first.builder)
 
 
+def license_of(name: str) -> str:
+  """The terms of a data set, "" where its row names none."""
+  row = get(name)
+  return getattr(resolve(row.builder or row.source), "license", "")
+
+
 def resolve(reference: Any) -> Any:
   """What a "module:name" stands for; anything but a string is returned as it is."""
   if not isinstance(reference, str):

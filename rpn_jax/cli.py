@@ -19,6 +19,7 @@ from rpn_jax.drawing.palette import PALETTES
 COMMANDS = {
   "segment": ("rpn_jax.tasks.segment", "images into the classes you name"),
   "demo": ("rpn_jax.tasks.demo", "a page in the browser: an image, words, the segmentation"),
+  "share": ("rpn_jax.tasks.share", "an exported model to the Hugging Face hub"),
   "weights": ("rpn_jax.tasks.weights", "public CLIP weights by name: list, get, remove"),
   "convert": ("rpn_jax.tasks.convert", "CLIP's weights into the form that this package reads"),
   "convert_vit": ("rpn_jax.tasks.convert_vit", "a plain ViT or MAE beside CLIP's text tower"),
@@ -76,11 +77,13 @@ def _segment(arguments: list[str]) -> int:
   add("words", help='class names, e.g. "cat | kitten, grass": | joins synonyms')
   add(
     "--model", default="shapes",
-    help="workdir of a training run, file of its prompts or of CLIP weights, or a name: ViT-B/16 "
-    "and others of `rpn weights`, fetched once; shapes (the default), prompts for the drawn shapes "
-    "data set; shapes_clip, the tiny CLIP around them",
+    help="workdir of a training run, folder or file that it exported, file of CLIP weights, or a "
+    "name: hf://owner/name, a model that somebody shared, and ViT-B/16 and others of `rpn "
+    "weights`, fetched once; shapes (the default), prompts for the drawn shapes data set; "
+    "shapes_clip, the tiny CLIP around them",
   )  # fmt: skip
   add("--method", help="sclip, maskclip, … (docs/method.md); else what the model was trained as")
+  add("--clip", help="CLIP weights of a trained model, if they are not found where it says")
   add("--checkpoint", default="last", choices=("last", "best"), help="of a run")
   add("--out", default="predictions", help="folder to write to (%(default)s)")
   add(

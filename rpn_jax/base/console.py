@@ -107,6 +107,7 @@ WORKDIR_FILES = {
   "metrics.jsonl": "the log as JSON lines",
   "events": "the log for TensorBoard",
   "checkpoints": "prompts and optimizer state, the latest two and the best",
+  "export": "the model to pass on: prompts, card, picture; rpn share uploads it",
   "prompts.safetensors": "the trained prompts alone, for --config.prompts",
   "config.json": "the whole config; all that Segmenter.load needs besides checkpoints",
 }

@@ -337,16 +337,18 @@ def _known(checksum: str) -> bool:
   return len(checksum) in (32, 40, 64)
 
 
-def checksum_like(path: pathlib.Path, checksum: str) -> str:
-  """The checksum of a file, of the kind of another one; "" if that is of no known kind."""
+def checksum_like(file: pathlib.Path | bytes, checksum: str) -> str:
+  """The checksum of a file or of its content, of the kind of another one; "" for unknown kinds."""
   if len(checksum) == 64:
-    return sha256(path)
+    return hashlib.sha256(file).hexdigest() if isinstance(file, bytes) else sha256(file)
   if len(checksum) == 40:  # a small file, kept by git itself
-    content = path.read_bytes()
+    content = file if isinstance(file, bytes) else file.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
   if len(checksum) == 32:
-    with open(path, "rb") as file:
-      return hashlib.file_digest(file, "md5").hexdigest()
+    if isinstance(file, bytes):
+      return hashlib.md5(file).hexdigest()
+    with open(file, "rb") as opened:  # archives of gigabytes
+      return hashlib.file_digest(opened, "md5").hexdigest()
   return ""
 
 

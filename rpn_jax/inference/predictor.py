@@ -31,7 +31,7 @@ from rpn_jax.models.trained import in_compute_type, init_prompts, join, split
 from rpn_jax.text.embeddings import TextEncoder
 from rpn_jax.text.templates import expand
 from rpn_jax.training.run import Run
-from rpn_jax.weights import arrays, clip_file, prompts_file
+from rpn_jax.weights import arrays, clip_file, exported, prompts_file
 from rpn_jax.weights.architecture import normalization
 
 # Programs of networks that are kept, the most recently used: one for each number of text rows, and
@@ -200,7 +200,7 @@ class Predictor:
       return {"last": (0, {})}
     like = self.prompt_shapes(run.config.data.crop)
     if path := run.config.get("prompts"):
-      content = prompts_file.load(path)
+      content = exported.load_prompts(path)
       prompts_file.check(content, path, run.config.to_dict(), run.fingerprint, like)
       return {"last": (content.step, content.prompts)}
     restored = run.read(like)

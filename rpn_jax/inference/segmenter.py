@@ -1,7 +1,8 @@
 """Your image, your words: `Segmenter.load(model)("photo.jpg", ["a cat", "grass"])`.
 
-A model is the workdir of a training run, whose prompts are used, or a file of CLIP weights or the
-name of shipped or public ones, which are used by a training-free method.
+A model is the workdir of a training run, what it exported, or the address of that on the hub, whose
+prompts are used; or a file of CLIP weights or the name of shipped or public ones, which are used by
+a training-free method.
 """
 
 import functools
@@ -27,7 +28,7 @@ from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.inference.views import round_up
 from rpn_jax.models import NETWORKS, training_free
 from rpn_jax.training.run import Run, clip_of
-from rpn_jax.weights import arrays, checkpoints, clip_file, hub, prompts_file
+from rpn_jax.weights import arrays, checkpoints, clip_file, exported, hub, prompts_file
 
 # Training-free methods.
 METHODS = training_free.METHODS
@@ -79,8 +80,10 @@ class Segmenter:
     """Loads a segmenter from the workdir of a run, a file of prompts or CLIP weights, or a name.
 
     Args:
-      model: a folder, a file, one of SHIPPED_PROMPTS or SHIPPED, or the name of public weights, as
-        "ViT-B/16" or "hf://owner/name": these are fetched once (`weights.checkpoints`).
+      model: a folder (the workdir of a run, or what its export wrote), a file, one of
+        SHIPPED_PROMPTS or SHIPPED, the name of public weights, as "ViT-B/16", or "hf://owner/name",
+        a trained model or CLIP weights of others: what is on the hub is fetched once, and so is the
+        CLIP of a trained model (`weights.checkpoints`).
       method: None uses the trained network of a run, as its own name does, and for weights the best
         method without training for their tower (`training_free.default_method`); one of METHODS
         uses CLIP without training, also that of a run.
@@ -102,13 +105,13 @@ class Segmenter:
       raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
     path, name, own_templates = expand(model), str(model), "imagenet80"
     choices = {"templates": templates, "synonyms": synonyms, "clip": clip}
-    if path.is_dir() and not hub.holds_weights(path):
+    prompts = _shipped_prompts(model) or exported.find_prompts(model)
+    if path.is_dir() and not (hub.holds_weights(path) or prompts.is_file()):
       return cls._from_config(read_config(path), path, method, checkpoint, choices)
-    prompts = path
-    if name in SHIPPED_PROMPTS and not path.exists():
-      prompts = clip_file.ASSETS / SHIPPED_PROMPTS[name]
     if prompts_file.holds_prompts(prompts):
       config = prompts_file.config_of(prompts)
+      if clip is None:
+        exported.check_clip_is_found(config, prompts_file.load(prompts).clip, name)
       return cls._from_config(config, name, method, checkpoint, choices)
     file: str | pathlib.Path = path
     if name in SHIPPED and not path.exists():
@@ -152,16 +155,19 @@ class Segmenter:
       chosen.update({field: value for field, value in choices.items() if value is not None})
     predictor = Predictor.from_config(chosen.lock())
     run = Run(config.lock(), where, predictor.encoder.fingerprint)
-    return cls.from_run(predictor, run, checkpoint)
+    return cls.from_run(predictor, run, checkpoint, str(where))
 
   @classmethod
-  def from_run(cls, predictor: Predictor, run: Run, checkpoint: str = "last") -> "Segmenter":
+  def from_run(
+    cls, predictor: Predictor, run: Run, checkpoint: str = "last", name: str = ""
+  ) -> "Segmenter":
     """A segmenter with the trained prompts of a run.
 
     Args:
       predictor: predictor of the run's config.
       run: the run whose checkpoints are read.
       checkpoint: "last" or "best".
+      name: what the run is called, by default its workdir.
     """
     restored = predictor.read_prompts(run)
     step, prompts = restored.get(checkpoint, restored["last"])  # the best may be the last
@@ -170,7 +176,7 @@ class Segmenter:
       title = predictor.network.title.replace(
         "rpn", "RPN"
       )  # a tuner's word: a baseline says its own
-      method = _noted(f"{title}, step {step} of {run.workdir}", predictor)
+      method = _noted(f"{title}, step {step} of {name or run.workdir}", predictor)
     else:
       method = _training_free(predictor, clip)
     return cls(predictor.with_prompts(prompts), method, step)
@@ -278,6 +284,12 @@ def _noted(method: str, predictor: Predictor) -> str:
   return "; ".join(filter(None, [method, predictor.note]))
 
 
+def _shipped_prompts(model: str | os.PathLike) -> pathlib.Path | None:
+  if str(model) in SHIPPED_PROMPTS and not expand(model).exists():
+    return clip_file.ASSETS / SHIPPED_PROMPTS[str(model)]
+  return None
+
+
 def note_of(model: str | os.PathLike) -> str:
   """What must be known of a model's results, before it is loaded; "" if nothing is known to be.
 
@@ -285,13 +297,12 @@ def note_of(model: str | os.PathLike) -> str:
     model: see `Segmenter.load`; files of weights are not opened for this.
   """
   path, name = expand(model), str(model)
-  if path.is_dir():
+  prompts = _shipped_prompts(model) or exported.here(model)
+  if path.is_dir() and not prompts.is_file():
     return clip_file.NOTES.get(clip_of(path), "")
-  if not path.exists() and name in SHIPPED_PROMPTS:
-    path = clip_file.ASSETS / SHIPPED_PROMPTS[name]
-  elif not path.exists() and name in SHIPPED:
+  if not path.exists() and name in SHIPPED:
     fingerprint = arrays.fingerprint(clip_file.load_clip(SHIPPED[name][0])[1])
     return clip_file.NOTES.get(fingerprint, "")
-  if prompts_file.holds_prompts(path):
-    return clip_file.NOTES.get(prompts_file.load(path).clip, "")
+  if prompts_file.holds_prompts(prompts):
+    return clip_file.NOTES.get(prompts_file.load(prompts).clip, "")
   return ""

@@ -22,6 +22,7 @@ from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
 from rpn_jax.base.words import parse_names
+from rpn_jax.config.stored import CONFIG
 from rpn_jax.drawing.images import save_png
 from rpn_jax.drawing.legend import share_text
 from rpn_jax.inference.segmentation import Segmentation
@@ -51,7 +52,7 @@ class Models:
     self._choices = {}
     for name in names:
       self._choices[name] = (name, "last")
-      if expand(name).is_dir():
+      if (expand(name) / CONFIG).exists():
         self._choices[f"{name}, best checkpoint"] = (name, "best")
     self.names = tuple(self._choices)
     self._lock = threading.Lock()

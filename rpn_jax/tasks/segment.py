@@ -19,7 +19,7 @@ def segment(args: argparse.Namespace) -> int:
       names, files = parse_names(args.words), pixels.find(args.image)
       segmenter = Segmenter.load(
         args.model, method=args.method, templates=args.templates, synonyms=args.synonyms,
-        checkpoint=args.checkpoint,
+        checkpoint=args.checkpoint, clip=args.clip,
       )  # fmt: skip
       save_all(
         segmenter, files, names, expand(args.out), other=args.other, background=args.background,

@@ -28,6 +28,8 @@ from rpn_jax.base.words import check_known, suggestion
 from rpn_jax.config import BACKBONES
 from rpn_jax.models.clip import CLIPConfig
 
+# A trained model in a repository, as `--mode=export` names it.
+PROMPTS = "prompts.safetensors"
 # Files of weights in a repository, in the order of preference: by the names of transformers, and of
 # open_clip.
 TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
@@ -75,9 +77,14 @@ class Checkpoint:
   sha256: str = ""
 
   @property
+  def listed(self) -> bool:
+    """Whether it is CLIP by a name of the table; at an address there may be a trained model."""
+    return not self.name.startswith(_HUB)
+
+  @property
   def slug(self) -> str:
     """The name as a file name: the same for all spellings, and another one for another name."""
-    if not self.name.startswith(_HUB):
+    if self.listed:
       return self.name.replace("/", "-")
     # As the hub's own cache has it; no owner and no repository has two hyphens in a row.
     address = self.name.removeprefix(_HUB)
@@ -251,4 +258,5 @@ def _of_address(text: str) -> Checkpoint:
     )
   repository, revision, file = match.groups()
   revision = (revision or "main").replace("%2F", "/")
-  return Checkpoint(text, repository, (file,) if file else ANY_LAYOUT, revision=revision)
+  files = (file,) if file else (PROMPTS, *ANY_LAYOUT)
+  return Checkpoint(text, repository, files, revision=revision)

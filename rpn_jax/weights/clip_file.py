@@ -18,7 +18,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import differences
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.weights import authors, cat_seg, checkpoints, hub, publisher
+from rpn_jax.weights import authors, cat_seg, checkpoints, hub, prompts_file, publisher
 from rpn_jax.weights.architecture import (
   IMAGE_FIELDS,
   Normalization,
@@ -109,6 +109,7 @@ def with_normalization(
 
 def _read_normalization(path: pathlib.Path) -> Normalization:
   file = read_arrays(path)
+  _check_no_prompts(file)
   if file.metadata.get("format") == FORMAT:
     fields = _own_fields(file.metadata, str(file.path))
   else:
@@ -125,6 +126,8 @@ def convert(
 ) -> None:
   """Writes a public checkpoint in this project's format, if it is what its row in the table says.
 
+  At an address of one's own, a trained model is kept as it is.
+
   Args:
     source: the published file, or a folder with it.
     checkpoint: its row.
@@ -135,6 +138,9 @@ def convert(
     InputError: another architecture, values that are not finite, or see `load` and `save`.
   """
   file, wanted, untold = read_arrays(source), checkpoint.config, {}
+  if not checkpoint.listed and file.metadata.get("format") == prompts_file.FORMAT:
+    content = prompts_file.load(file.path)
+    return prompts_file.save(destination, content, {"name": checkpoint.name, **origin})
   if wanted and file.metadata.get("format") != FORMAT:
     told = publisher.read(file, _has_hf_names(file.arrays)).fields
     # Heads of width / 64 are found by size; a wrong file is then named by its other sizes.
@@ -180,6 +186,7 @@ def load(path, overrides: Mapping | None = None) -> tuple[CLIPConfig, dict]:
 def parse(file: WeightsFile, overrides: Mapping | None = None) -> tuple[str, CLIPConfig, dict]:
   """The same as `load` for a file that is read already, and a description of its kind."""
   where, overrides = str(file.path), overrides or {}
+  _check_no_prompts(file)
   if file.metadata.get("format") == FORMAT:
     kind = "rpn_jax safetensors"
     config = complete_config(_own_fields(file.metadata, where), overrides, where)
@@ -215,6 +222,15 @@ def parse(file: WeightsFile, overrides: Mapping | None = None) -> tuple[str, CLI
   check_parameters(config, views, where)
   flat = {name: float32(value, name, where) for name, value in views.items()}
   return kind, config, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _check_no_prompts(file: WeightsFile) -> None:
+  if file.metadata.get("format") == prompts_file.FORMAT:
+    name = file.metadata.get("name", str(file.path))
+    raise InputError(
+      f"expected CLIP weights, {name} is a trained model, which names the CLIP that it needs: use "
+      "it as --model= or --config.prompts="
+    )
 
 
 def _has_hf_names(names: Iterable[str]) -> bool:

@@ -15,7 +15,7 @@ from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
 from rpn_jax.weights import transfer
 from rpn_jax.weights.arrays import read_index, read_safetensors
-from rpn_jax.weights.checkpoints import ANY_LAYOUT, CHECKPOINTS, INDEX, Checkpoint, find
+from rpn_jax.weights.checkpoints import ANY_LAYOUT, CHECKPOINTS, INDEX, PROMPTS, Checkpoint, find
 from rpn_jax.weights.transfer import TransferError
 
 # (file or folder of weights, checkpoint, file to write, header entries): checks and converts.
@@ -170,12 +170,13 @@ def _download(checkpoint: Checkpoint, staging: pathlib.Path) -> tuple[pathlib.Pa
       reasons.append(str(error))
   if reasons[1:]:  # what to do is said once
     reasons[1] = f"{checkpoint.url}: {reasons[1].partition(': ')[0]}"
-  file = " or ".join(checkpoint.files) if len(checkpoint.files) < 3 else "the weights"
-  beside = "" if checkpoint.config else " with the config beside it"
+  if checkpoint.listed:
+    file = " or ".join(checkpoint.files)
+  else:
+    file = f"{PROMPTS} of a trained model, or CLIP's weights with the config beside them,"
   raise InputError(
-    f"{checkpoint.name} could not be fetched: {'; '.join(reasons)}. By "
-    f"hand: get {file}{beside} from {checkpoint.page}, then run: rpn weights get {checkpoint.name} "
-    "--from=FILE"
+    f"{checkpoint.name} could not be fetched: {'; '.join(reasons)}. By hand: get {file} from "
+    f"{checkpoint.page}, then run: rpn weights get {checkpoint.name} --from=FILE"
   )
 
 
@@ -191,8 +192,11 @@ def _from_hub(checkpoint: Checkpoint, staging: pathlib.Path) -> tuple[pathlib.Pa
     names = {entry.rfilename for entry in listed.siblings or ()}
   wanted = next((name for name in checkpoint.files if name in names), None)
   if wanted is None:
-    usual = " or ".join(name for name in checkpoint.files if not name.endswith(INDEX))
-    raise TransferError(f"the repository has no {usual or checkpoint.files[0]}: name a file of it")
+    usual = [name for name in checkpoint.files if not name.endswith(INDEX)] or checkpoint.files
+    what = " or ".join(usual)
+    if usual[0] == PROMPTS:
+      what = f"{PROMPTS} of a trained model, and no weights of CLIP ({', '.join(usual[1:])})"
+    raise TransferError(f"the repository has no {what}: name a file of it")
   beside = pathlib.PurePosixPath(wanted).parent
   configs = [name for name in (str(beside / file) for file in _CONFIGS) if name in names]
   commit = listed.sha or checkpoint.revision
@@ -242,7 +246,8 @@ def _in_cache_of_the_hub(checkpoint: Checkpoint) -> tuple[pathlib.Path, dict[str
     if not isinstance(found, str):
       continue
     path = pathlib.Path(found)
-    if not checkpoint.config and not any((path.parent / file).exists() for file in _CONFIGS[:2]):
+    told = name == PROMPTS or checkpoint.config
+    if not told and not any((path.parent / file).exists() for file in _CONFIGS[:2]):
       continue  # nothing there tells the activation
     files = _with_shards(path)
     if not all(file.is_file() for file in files):

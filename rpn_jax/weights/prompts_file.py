@@ -20,7 +20,7 @@ from rpn_jax.base.words import differences
 from rpn_jax.config import EVALUATION
 from rpn_jax.config.stored import completed
 from rpn_jax.models import NETWORKS
-from rpn_jax.weights.arrays import float32, read_safetensors, write_safetensors
+from rpn_jax.weights.arrays import fingerprint, float32, read_safetensors, write_safetensors
 
 FORMAT, VERSION = "rpn_jax.prompts", "1"
 # Config fields that prompts depend on when they predict, beside the section of their network; those
@@ -48,8 +48,13 @@ class Prompts(NamedTuple):
   step: int
 
 
-def save(path, content: Prompts) -> None:
+def save(path, content: Prompts, metadata: Mapping[str, str] | None = None) -> None:
   """Writes a file of prompts; readers see the old file or the new one.
+
+  Args:
+    path: of the new file; an old one is replaced.
+    content: of it.
+    metadata: more header entries.
 
   Raises:
     InputError: numbers that are not finite, or a path that cannot be written.
@@ -57,8 +62,10 @@ def save(path, content: Prompts) -> None:
   flat = traverse_util.flatten_dict(content.prompts, sep="/")
   arrays = {name: np.asarray(value, np.float32, order="C") for name, value in flat.items()}
   header = {
+    **(metadata or {}),
     "format": FORMAT,
     "version": VERSION,
+    "checksum": fingerprint(arrays),
     "clip": content.clip,
     "config": json.dumps(content.config),
     "names": json.dumps(list(content.names), ensure_ascii=False),
@@ -90,8 +97,9 @@ def config_of(path: pathlib.Path) -> ml_collections.ConfigDict:
   Raises:
     InputError: see `load`; or a config that is not one of a segmentation run.
   """
+  stored = load(path).config
   try:
-    config = completed(load(path).config)
+    config = completed(stored)
   except (KeyError, TypeError, ValueError, AttributeError):
     raise InputError(
       f"expected the config of a segmentation run in {path}: export it again"
@@ -128,6 +136,8 @@ def load(path) -> Prompts:
   except (KeyError, TypeError, ValueError, RecursionError):
     raise InputError(f"expected config and names in the header of {path}: get it again") from None
   flat = {name: float32(value, name, str(path)) for name, value in state.items()}
+  if header.get("checksum", "") not in ("", fingerprint(flat)):  # earlier versions wrote none
+    raise InputError(f"{path} is damaged: its values differ from their checksum; get it again")
   # In this order a name that is also the start of others stands directly before one of them.
   keys = sorted(name.split("/") for name in flat)
   if any(b[: len(a)] == a for a, b in itertools.pairwise(keys)):
@@ -140,23 +150,23 @@ def load(path) -> Prompts:
   return Prompts(tree, clip, config, tuple(names), step)
 
 
-def check(content: Prompts, path, config: Mapping, fingerprint: str, like: Mapping) -> None:
+def check(content: Prompts, path, config: Mapping, clip: str, like: Mapping) -> None:
   """Compares a file with the network that is to use it.
 
   Args:
     content: of the file.
     path: of the file, for messages.
     config: of the command, as nested dictionaries.
-    fingerprint: of its CLIP weights.
+    clip: fingerprint of its CLIP weights.
     like: the collection of its network, arrays or shapes.
 
   Raises:
     InputError: with both values of what differs.
   """
-  if content.clip and content.clip != fingerprint:
+  if content.clip and content.clip != clip:
     raise InputError(
-      f"{path} was trained around the CLIP weights {content.clip}, config.clip has {fingerprint}: "
-      "use the same weights"
+      f"{path} was trained around the CLIP weights {content.clip}, config.clip has {clip} "
+      f"({config.get('clip')}): name the file of the same weights, by --clip= or --config.clip="
     )
   fields = (NETWORKS[config["method"]].section, *FIELDS)
   trained, requested = (

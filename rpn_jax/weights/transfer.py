@@ -22,12 +22,16 @@ def _refusal(response: Any) -> str:
   status, code = response.status_code, response.headers.get("X-Error-Code", "")
   if code == "GatedRepo":
     return f"HTTP {status}: accept the terms on the page first, then set HF_TOKEN to your token"
+  if status == 401 and "Invalid credentials" in response.headers.get("X-Error-Message", ""):
+    return "HTTP 401: the token is not valid: set HF_TOKEN to a valid one, or `hf auth login` again"
   if status == 401:
     return "HTTP 401: no such repository, or a private one: check the name, or set HF_TOKEN"
   if status == 403:
     return "HTTP 403, access refused: check HF_TOKEN, and that no firewall is in between"
   if status == 404:
-    missing = {"RevisionNotFound": "revision", "EntryNotFound": "file"}.get(code, "page")
+    missing = {
+      "RepoNotFound": "repository", "RevisionNotFound": "revision", "EntryNotFound": "file",
+    }.get(code, "page")  # fmt: skip
     return f"HTTP 404, no such {missing}: check the name"
   return transfer.refusal(response)
 

@@ -25,7 +25,7 @@ from rpn_jax.tasks import demo
 from rpn_jax.weights import arrays, checkpoints, clip_file, hub, names
 from rpn_jax.weights import transfer as hub_transfer
 from tests import ROOT, tiny
-from tests.tools.hub_server import Fault, serve
+from tests.tools.hub_server import Fault, point_client, serve
 from tests.weights.checks import flatten, one_line, same
 from tests.weights.files import hf_names, write_shards, write_state
 
@@ -89,13 +89,7 @@ def server(served, tmp_path, monkeypatch):
   served.faults.clear()
   served.log.clear()
   served.files.clear()
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
-  template = served.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-  monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-  monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+  point_client(served, tmp_path, monkeypatch)
   monkeypatch.setattr(transfer, "WAITS", (0.0, 0.0, 0.0))
   monkeypatch.setitem(checkpoints.CHECKPOINTS, NAME, row())
   paths.cache_dir.cache_clear()
@@ -506,7 +500,7 @@ def test_values_that_are_not_finite(server, monkeypatch):
 
 
 def test_a_repository_without_weights(server):
-  one_line("the repository has no open_clip_model.safetensors or", hub.get,
+  one_line(r"no prompts.safetensors of a trained model, and no weights of CLIP \(open_", hub.get,
            checkpoints.find("hf://test/empty"), clip_file.convert)  # fmt: skip
 
 
