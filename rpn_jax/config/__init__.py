@@ -163,7 +163,8 @@ class Run:
   )
   prompts: str = field(
     "",
-    "trained prompts to evaluate or predict with, a file; none: the workdir's",
+    "trained prompts to evaluate or predict with: a file, an exported folder or hf://owner/name; "
+    "none: the workdir's",
     is_path=True,
     evaluation=True,
   )

@@ -236,7 +236,14 @@ def _scores(rows: Sequence[Row], step: int) -> list[str]:
   else:
     best += "It is the same checkpoint as the last."
   kept, named = without_empty(lines, heads)
-  return ["## Scores", "In %, by protocol", told, table(kept, named, markdown=True), notes, best]
+  return [
+    "## Scores",
+    "In %, and how each was scored:",
+    told,
+    table(kept, named, markdown=True),
+    notes,
+    best,
+  ]
 
 
 def _licenses(

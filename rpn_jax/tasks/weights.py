@@ -6,8 +6,9 @@
     python -m rpn_jax weights rm ViT-B/16
 
 The names work wherever a file of weights does. Any other repository of the hub with weights of CLIP
-is hf://owner/name, with @revision or /file behind it if needed. HF_ENDPOINT names a mirror,
-HF_TOKEN a token for weights whose terms have to be accepted; HF_HUB_OFFLINE=1 forbids the network.
+is hf://owner/name, and so is a trained model that somebody shared (`rpn share`), with @revision or
+/file behind it if needed. HF_ENDPOINT names a mirror, HF_TOKEN a token for weights whose terms have
+to be accepted; HF_HUB_OFFLINE=1 forbids the network.
 """
 
 import argparse

@@ -72,6 +72,11 @@ def check_clip_is_found(config: Mapping, fingerprint: str, name: str | os.PathLi
     InputError: its CLIP is neither public nor here.
   """
   clip = config["clip"]
+  if not clip:  # as of the authors' checkpoints
+    raise InputError(
+      f"{name} does not name the CLIP weights that it needs (fingerprint {fingerprint}): name "
+      "their file, rpn segment --clip=FILE or Segmenter.load(…, clip=FILE)"
+    )
   if (is_portable(clip) or not _address(name)) and (is_public(clip) or expand(clip).exists()):
     return
   raise InputError(

@@ -246,7 +246,7 @@ def _in_cache_of_the_hub(checkpoint: Checkpoint) -> tuple[pathlib.Path, dict[str
     if not isinstance(found, str):
       continue
     path = pathlib.Path(found)
-    told = name == PROMPTS or checkpoint.config
+    told = os.path.basename(name) == PROMPTS or checkpoint.config
     if not told and not any((path.parent / file).exists() for file in _CONFIGS[:2]):
       continue  # nothing there tells the activation
     files = _with_shards(path)

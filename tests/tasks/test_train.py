@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from configs import shapes as shapes_config
@@ -20,7 +23,7 @@ from rpn_jax.training import checkpoint, loop, losses, optim
 from rpn_jax.training.metric_log import read_history
 from rpn_jax.training.sharding import ShardMap
 from rpn_jax.training.step import TrainState
-from rpn_jax.weights import prompts_file
+from rpn_jax.weights import exported, prompts_file
 from rpn_jax.weights.clip_file import with_normalization
 from tests import tiny
 from tests.training.test_checkpoint import small_files
@@ -345,12 +348,82 @@ def test_predict_with_the_words_of_the_run(finished, tmp_path):
     predict.predict(config, workdir, str(tmp_path), "")
 
 
-def test_exported_prompts_need_only_clip(home, finished, tmp_path):
+@pytest.fixture(scope="module")
+def passed_on(finished):
+  """The folder that the run exports."""
+  config, workdir, _ = finished
+  return export.export(config, workdir, datasets.load(config), "MIT, they say")
+
+
+def test_an_export_is_a_folder_to_pass_on(finished, passed_on):
+  config, workdir, _ = finished
+  assert passed_on == workdir / "export"
+  assert {path.name for path in passed_on.iterdir()} == set(exported.FILES)
+  content = prompts_file.load(passed_on / exported.PROMPTS)
+  local = prompts_file.load(workdir / exported.PROMPTS)
+  jax.tree.map(np.testing.assert_array_equal, content.prompts, local.prompts)
+  assert local.config == json.loads(json.dumps(config.to_dict()))
+  assert content.config["clip"] == "clip.safetensors" and not exported.holds_paths(content.config)
+  assert str(workdir.parent) not in (passed_on / exported.CARD).read_text()
+  with Image.open(passed_on / exported.PICTURE) as picture:
+    assert min(picture.size) > 500
+  # By its folder, where its CLIP is named.
+  with pytest.raises(InputError, match=r"needs the CLIP weights clip.safetensors .*--clip=FILE"):
+    Segmenter.load(passed_on)
+  loaded = Segmenter.load(passed_on, clip=config.clip)
+  assert loaded.method == f"RPN, step 8 of {passed_on}"
+
+
+def test_the_card_has_last_and_best_apart(finished, passed_on):
+  _, _, result = finished
+  card = ModelCard((passed_on / exported.CARD).read_text())
+  (measured,) = card.data.eval_results
+  assert measured.metric_value == round(100 * result["last"]["miou_gt"], 2)
+  assert "zero-shot, scores of seen classes lowered by 0.1" in measured.metric_name
+  lines = [re.split(r"\s*\|\s*", line)[1:-1] for line in card.content.splitlines()]
+  rows = {row[1].rstrip("\\*"): row for row in lines if row[:1] == ["shapes"]}
+  for which, scores in result.items():
+    assert rows[which][2] == str(scores["step"])
+    assert rows[which][4:6] == [f"{100 * scores[name]:.1f}" for name in ("pAcc", "miou_gt")]
+  for text in (
+    "1. zero-shot, scores of seen classes lowered by 0.1, short side 32, windows of 32 every 24",
+    "Trained on 21 classes: plain red; ", "not trained on (6): striped red; ",
+    "- Data, shapes: MIT, they say.", "](segmentation.png)",
+  ):  # fmt: skip
+    assert text in card.content
+
+
+def test_an_older_checkpoint_has_no_scores_and_a_set_elsewhere_no_picture(finished, home, capsys):
+  config, workdir, _ = finished
+  copy = home / "copy"
+  shutil.copytree(workdir, copy)
+  card = copy / "export" / exported.CARD
+  card.parent.mkdir(exist_ok=True)
+  card.write_text("my words")
+  metrics = json.loads((copy / "metrics.json").read_text())
+  metrics["last"]["step"] = 4
+  (copy / "metrics.json").write_text(json.dumps(metrics))
+  data = dataclasses.replace(datasets.load(config), eval_examples=unreadable)
+  export.export(config, copy, data)
+  assert (copy / "replaced-README.md").read_text() == "my words"
+  said = capsys.readouterr().out
+  assert "has scores of step 4, not 8: the card leaves them out" in said
+  assert "drawn scene of the package, not shapes: it is not prepared" in said
+  assert "None were stored for step 8" in card.read_text()
+  assert "A scene drawn by a program, which is not of shapes" in card.read_text()
+  assert (copy / "export" / exported.PICTURE).exists()
+
+
+def unreadable():
+  raise InputError("it is not prepared")
+
+
+def test_exported_prompts_need_only_clip(home, finished, passed_on, tmp_path):
   config, workdir, result = finished
   names = datasets.load(config).names
-  path = export.export(config, workdir, names)
+  path = workdir / exported.PROMPTS
   content = prompts_file.load(path)
-  assert path.parent == workdir and (content.step, content.names) == (8, names)
+  assert (content.step, content.names) == (8, names)
   jax.tree.map(
     np.testing.assert_array_equal,
     content.prompts,
