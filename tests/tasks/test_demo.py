@@ -102,6 +102,7 @@ def test_users_share_one_model_and_its_programs(models, monkeypatch):
 def test_both_checkpoints_of_a_run_are_on_offer(tmp_path, monkeypatch):
   loaded = []
   monkeypatch.setattr(segmenter.Segmenter, "load", lambda name, **choices: loaded.append(choices))
+  (tmp_path / "config.json").write_text("{}")  # a run, not what one exported
   models = demo.Models(["shapes_clip", str(tmp_path)])
   assert models.names == ("shapes_clip", str(tmp_path), f"{tmp_path}, best checkpoint")
   models.get(models.names[2])
