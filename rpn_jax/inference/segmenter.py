@@ -110,6 +110,8 @@ class Segmenter:
       return cls._from_config(read_config(path), path, method, checkpoint, choices)
     if prompts_file.holds_prompts(prompts):
       config = prompts_file.config_of(prompts)
+      if checkpoint != "last":
+        raise InputError(f"checkpoint={checkpoint!r}: {name} has one only, its last: leave it out")
       if clip is None:
         exported.check_clip_is_found(config, prompts_file.load(prompts).clip, name)
       return cls._from_config(config, name, method, checkpoint, choices)
@@ -127,6 +129,10 @@ class Segmenter:
       )
     if method in NETWORKS:
       raise InputError(f"method={method!r} needs a training run or its prompts, got {model}")
+    if clip is not None:
+      raise InputError(
+        f"clip={clip!r} is for a trained model, {model} is CLIP itself: leave it out"
+      )
     if file == path:  # fetched now, not before everything else was checked
       file = clip_file.find_weights(model)
     predictor = Predictor.from_weights(

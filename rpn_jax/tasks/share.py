@@ -27,13 +27,15 @@ def main(arguments=None) -> int:
   parser.add_argument("--private", action="store_true", help="create the repository as private")
   parser.add_argument("--dry-run", action="store_true", help="only list what would be uploaded")
   args = parser.parse_args(arguments)
-  return console.run_command(lambda: _share(args), interrupted="interrupted; nothing was committed")
+  return console.run_command(
+    lambda: _share(args), interrupted="interrupted; a commit has all of the files or is not made"
+  )
 
 
 def _share(args: argparse.Namespace) -> None:
   repository = upload.check_address(args.address).repository
   files = upload.contents(expand_local(args.folder, "folder"), args.address)
-  rows = [[name, f"{_size(file) / 1e6:,.2f} MB"] for name, file in files.items()]
+  rows = [[name, f"{_size(file) / 1000:,.0f} kB"] for name, file in files.items()]
   print(console.table(rows, [f"to {args.address}", ""]), flush=True)
   clip = prompts_file.load(files[PROMPTS]).config["clip"]
   if not exported.is_public(clip):

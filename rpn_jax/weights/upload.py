@@ -89,7 +89,7 @@ def share(files: dict[str, bytes | pathlib.Path], repository: str, private: bool
 
   Raises:
     InputError: no token; a repository that is not one's own, holds something else, or is public
-      although a private one was asked for; or a transfer that failed. Nothing is committed then.
+      although a private one was asked for; or a transfer that failed. Never is a part committed.
   """
   from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
@@ -194,6 +194,5 @@ def _explained(repository: str) -> Iterator[None]:
         raise transfer.TransferError(" ".join(str(error).split())) from None
   except transfer.TransferError as error:
     raise InputError(
-      f"hf://{repository} was not shared: {error}; nothing was committed, the same command tries "
-      "again"
+      f"hf://{repository} was not shared: {error}; a commit has all of the files or is not made"
     ) from None

@@ -7,14 +7,16 @@ import pytest
 
 from configs import cat_seg
 from data_pipelines import datasets, prepare
+from rpn_jax import Segmenter
 from rpn_jax.config import check
 from rpn_jax.inference import published
-from rpn_jax.tasks import evaluate, train
+from rpn_jax.tasks import evaluate, export, train
 from rpn_jax.training.metric_log import read_history
 from rpn_jax.weights.clip_file import with_normalization
 from tests import tiny
 from tests.data_pipelines import raw_ade_coco, raw_pascal
 from tests.models.test_network import CAT_SEG
+from tests.weights.checks import flatten, same
 
 
 def small(home, arg="runlocal", **changes):
@@ -46,6 +48,10 @@ def test_from_raw_files_to_six_benchmarks(tmp_path, monkeypatch, capsys):
   train.train(config, workdir, datasets.load(config))
   losses = [value for _, value in read_history(workdir / "metrics.jsonl")["train/loss"]]
   assert len(losses) == 4 and np.isfinite(losses).all()
+  folder = export.export(config, workdir, datasets.load(config))
+  loaded = Segmenter.load(folder, clip=config.clip)
+  same(loaded.predictor.prompts, tiny.restored(config, workdir)["last"][1])
+  assert any("clip" in name or "visual" in name for name in flatten(loaded.predictor.prompts))
   scores = evaluate.evaluate_run(config, workdir, datasets.load_evaluations(config))
   assert list(scores) == list(config.eval.sets) and len(scores) == 6
   rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if "CAT-Seg" in line]

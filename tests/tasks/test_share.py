@@ -126,6 +126,7 @@ def test_the_whole_way(server, folder, shipped, tmp_path, monkeypatch, capsys):
   assert cli.main([*command, f"--out={tmp_path / 'out'}"]) == 0
   with Image.open(tmp_path / "out/scene_labels.png") as labels:
     np.testing.assert_array_equal(np.asarray(labels), wanted.labels)
+  one_line("has one only, its last: leave it out", Segmenter.load, ADDRESS, checkpoint="best")
   models = demo.Models([ADDRESS])
   result = demo.segment(models, str(demo.SCENE), "sand", "", 0.0, ADDRESS, demo.OWN_METHOD)
   assert ADDRESS in result.method and "knows drawn shapes" in models.note(ADDRESS)
@@ -270,7 +271,7 @@ BROKEN = {
 def test_a_broken_upload_commits_nothing(server, folder, place, fault, message):
   server.faults[place] = fault
   error = one_line(message, share, folder)
-  assert error.endswith("nothing was committed, the same command tries again")
+  assert error.endswith("a commit has all of the files or is not made")
   assert server.repositories["me/shapes"].keys() == {".gitattributes"}
   one_line("no prompts.safetensors of a trained model", load, ADDRESS)
   del server.faults[place]
@@ -325,6 +326,7 @@ def test_what_is_at_an_address_is_told_apart(server, folder):
   assert "training-free" in Segmenter.load(CLIP, templates="single").method
   one_line(f"{CLIP} holds CLIP weights: use it as --config.clip", exported.load_prompts, CLIP)
   one_line("needs a training run or its prompts", Segmenter.load, CLIP, method="rpn")
+  one_line("clip='x' is for a trained model", Segmenter.load, CLIP, clip="x")
   share(folder)
   for use in (clip_file.load_clip, lambda name: with_normalization(unset(name))):
     one_line(f"expected CLIP weights, {ADDRESS} is a trained model", use, ADDRESS)
