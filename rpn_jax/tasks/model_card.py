@@ -12,7 +12,7 @@ import jax
 from rpn_jax.base.console import table
 from rpn_jax.base.words import SEPARATOR
 from rpn_jax.inference.predictor import Predictor
-from rpn_jax.tasks.evaluate import COLUMNS, COLUMNS_NOTE, cells, without_empty
+from rpn_jax.tasks.evaluate import COLUMNS, cells, columns_note, without_empty
 from rpn_jax.weights import checkpoints
 from rpn_jax.weights.exported import ADDRESS, PICTURE
 from rpn_jax.weights.prompts_file import Prompts
@@ -229,7 +229,6 @@ def _scores(rows: Sequence[Row], step: int) -> list[str]:
   ]  # fmt: skip
   heads = ["set", "checkpoint", "step", "protocol", *COLUMNS]
   told = "\n".join(f"{i}. {protocol}" for i, protocol in enumerate(protocols, 1))
-  notes = " ".join(COLUMNS_NOTE.split())
   best = "\\* chosen by its scores on the evaluation classes. "
   if any(row.which == "best" and row.step != step for row in rows):
     best += f"This model is the last checkpoint, of step {step}: compare that with others."
@@ -241,7 +240,7 @@ def _scores(rows: Sequence[Row], step: int) -> list[str]:
     "In %, and how each was scored:",
     told,
     table(kept, named, markdown=True),
-    notes,
+    " ".join(columns_note(named).split()),
     best,
   ]
 
