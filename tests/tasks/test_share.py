@@ -18,12 +18,12 @@ from PIL import Image
 from configs import cat_seg as cat_seg_config
 from configs import shapes as shapes_config
 from rpn_jax import Segmenter, cli
-from rpn_jax.base import paths
+from rpn_jax.base import paths, transfer
 from rpn_jax.inference import published
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.segmenter import note_of
 from rpn_jax.tasks import demo, model_card
-from rpn_jax.weights import checkpoints, clip_file, exported, hub, prompts_file, transfer, upload
+from rpn_jax.weights import checkpoints, clip_file, exported, hub, prompts_file, upload
 from rpn_jax.weights.clip_file import with_normalization
 from tests import tiny
 from tests.models.test_network import CAT_SEG
