@@ -2,14 +2,19 @@
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 
+import jax
 import pytest
 
 from data_pipelines import downloads, records
 from rpn_jax import reproduce
 from rpn_jax.base import console
 from rpn_jax.base.errors import InputError
+from tests import ROOT, tiny
+from tests.tools import hub_server, raw_archives
 
 
 @pytest.fixture
@@ -152,3 +157,73 @@ def test_a_step_that_fails_ends_the_way_with_its_number():
 def test_bad_arguments_are_one_line(arguments, message, capsys):
   assert console.run_command(lambda: reproduce.main(arguments.split())) == 2
   assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_from_an_empty_machine_to_a_model_that_is_passed_on(tmp_path):
+  """Everything by its own command, from a hub and a host of archives on the loopback interface."""
+  archives, _ = raw_archives.make("voc", tmp_path / "upstream")
+  tiny.save(tmp_path / "clip.safetensors")
+  clip = {"model.safetensors": (tmp_path / "clip.safetensors").read_bytes(), "config.json": b"{}"}
+  with hub_server.serve({"you/clip": clip}, archives) as hub:
+    hub.users.update({"hf_me": "me", "hf_you": "you"})
+    # The addresses and checksums of these archives, in every process.
+    table = raw_archives.rows("voc", archives, hub.url)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+      "from data_pipelines import addresses\nfrom data_pipelines.addresses import File\n"
+      f"addresses.TABLE['voc'] = {table!r}\n"
+    )
+    environment = os.environ | {
+      "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "XDG_CACHE_HOME": str(tmp_path / "cache"),
+      "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_me",
+      "HF_HUB_OFFLINE": "0", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }  # fmt: skip
+
+    def command(*words, status=0, **variables):
+      done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+      )
+      assert done.returncode == status, done.stdout + done.stderr
+      return done.stdout + done.stderr
+
+    way = [
+      "-m", "rpn_jax", "reproduce", "voc_zero_shot", f"--data_dir={tmp_path / 'data'}",
+      f"--root={tmp_path / 'runs'}", "--allow_partial", *tiny.FLAGS, "--config.clip=hf://you/clip",
+      "--config.steps=4", "--config.eval_every=4", "--config.data.batch_size=2",
+    ]  # fmt: skip
+    said = command(*way, "--dry-run")
+    assert "CLIP hf://you/clip: to fetch" in said and "To fetch: about" in said and not hub.log
+    # Cut in the middle, then slow; and a file that is damaged on its way.
+    voc, sbd = (f"file/{name}" for name in ("VOCtrainval_11-May-2012.tar", "benchmark.tgz"))
+    hub.faults[voc] = hub_server.Fault(cut=999, times=1, then=hub_server.Fault(slow=0.5, times=1))
+    hub.faults[sbd] = hub_server.Fault(body=bytes(len(archives["benchmark.tgz"])), times=1)
+    said = command(*way, status=2)
+    assert "step 2 of 4, data voc, ended with status 2, for the reason above" in said
+    assert "checksum" in said
+    said = command(*way)
+    assert "scores are within 1.0 of RPN's published ones; this run has settings of its own" in said
+    assert any("bytes=999-" in line for line in hub.log)  # the rest of what was cut
+    run = tmp_path / "runs/voc_zero_shot"
+    rows = json.loads((run / "reproduced.json").read_text())["rows"]
+    assert [row["published"] for row in rows] == [95.8, 93.1, 84.6, 88.6]
+    assert all(0 <= row["ours"] <= 100 for row in rows)
+    hub.log.clear()
+    said = command(*way)  # all is there
+    assert "$ " not in said and not hub.log  # no command
+
+    command("main.py", "--mode=export", f"--workdir={run}")
+    command("-m", "rpn_jax", "share", str(run / "export"), "hf://me/voc")
+    photo = str(next((tmp_path / "upstream").rglob("*.jpg")))
+    fresh = {"XDG_CACHE_HOME": str(tmp_path / "another"), "HF_TOKEN": ""}
+    for number, offline in enumerate("01"):
+      command(
+        "-m", "rpn_jax", "segment", photo, "a cat, grass", "--model=hf://me/voc",
+        f"--out={tmp_path / str(number)}", HF_HUB_OFFLINE=offline, **fresh,
+      )  # fmt: skip
+    labels = [next((tmp_path / n).glob("*_labels.png")).read_bytes() for n in "01"]
+    assert labels[0] == labels[1]
