@@ -8,8 +8,10 @@ import shutil
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
 
 from tests import ROOT, tiny
+from tests.tools.hub_server import serve
 
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 SECONDS = 900  # a cell
@@ -26,8 +28,11 @@ def source(path) -> str:
   return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
 
 
-def run(path, tmp_path, *changes):
-  """Executes a notebook in a copy of the project's folder, so that nothing is left behind."""
+def run(path, tmp_path, *changes, cells=lambda source: True):
+  """Executes a notebook in a copy of the project's folder, so that nothing is left behind.
+
+  Of its code, only the cells whose source `cells` wants.
+  """
   for name in ("rpn_jax", "data_pipelines", "configs", "docs"):
     os.symlink(ROOT / name, tmp_path / name)
   shutil.copytree(ROOT / "colab", tmp_path / "colab")
@@ -36,6 +41,7 @@ def run(path, tmp_path, *changes):
     assert old in source(path)
     for cell in notebook.cells:
       cell.source = cell.source.replace(old, new)
+  notebook.cells = [c for c in notebook.cells if c.cell_type != "code" or cells(c.source)]
   client = NotebookClient(
     notebook, timeout=SECONDS, resources={"metadata": {"path": str(tmp_path / "colab")}}
   )
@@ -89,10 +95,36 @@ def test_calls_public_functions_only(path):
 @pytest.mark.slow
 def test_demo(tmp_path):
   notebook = run(ROOT / "colab/demo.ipynb", tmp_path)
-  assert len(outputs(notebook, "image/png")) == 6  # three results and three figures
+  assert len(outputs(notebook, "image/png")) == 7  # four results and three figures
   assert {p.name for p in (tmp_path / "runs/notebook").iterdir()} == {
     "scene_overlay.png", "scene_labels.png", "scene.json"
   }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [True, False], ids=["network", "no network"])
+def test_a_photograph_with_a_network_and_without(network, tmp_path, monkeypatch):
+  """The reader's picture, by weights that a hub on the loopback interface has, or the scene."""
+  tiny.save(tmp_path / "clip.safetensors")
+  clip = {"model.safetensors": (tmp_path / "clip.safetensors").read_bytes(), "config.json": b"{}"}
+  (tmp_path / "run").mkdir()
+  Image.new("RGB", (64, 48), "green").save(tmp_path / "lawn.jpg")
+  kept = ("import", "MODEL =", "PICTURE =", "PHOTO =")
+  with serve({"you/clip": clip}) as hub:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0" if network else "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    notebook = run(
+      ROOT / "colab/demo.ipynb",
+      tmp_path / "run",
+      ('PHOTO = ""', f"PHOTO = {str(tmp_path / 'lawn.jpg')!r}"),
+      ('Segmenter.load("ViT-B/16")', 'Segmenter.load("hf://you/clip")'),
+      cells=lambda source: any(word in source for word in kept) and "plt" not in source,
+    )
+  assert ("stands in for" in printed(notebook)) is not network
+  (*_, shown) = outputs(notebook, "text/plain")
+  assert shown.startswith("Segmentation(64 x 48" if network else "Segmentation(256 x 192")
 
 
 def test_train_quickly(tmp_path):
