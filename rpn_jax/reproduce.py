@@ -7,7 +7,6 @@ run; the comparison then names them.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -187,15 +186,29 @@ def _is_trained(workdir: pathlib.Path) -> bool:
 
 
 def _scored(workdir: pathlib.Path) -> dict[str, Mapping]:
-  """Data set -> scores of the last checkpoint, of what `--mode=eval` wrote of a finished run."""
-  content: dict = {}
-  for name in ("metrics.json", "eval.json"):  # without training, one set is in the former
-    with contextlib.suppress(OSError, ValueError):
-      content |= json.loads((workdir / name).read_text(encoding="utf-8"))
-  if "sets" in content:
-    return {name: result["last"] for name, result in content["sets"].items()}
-  last = content.get("last", {})
-  return {content["config"]["data"]["name"]: last} if "per_class" in last else {}
+  """Data set -> scores of the last checkpoint, as `--mode=eval` wrote them."""
+  trained, evaluated = (_read(workdir / name) for name in ("metrics.json", "eval.json"))
+  if not evaluated:  # without training, those of a single set are in the other file
+    evaluated = trained
+  sets = evaluated.get("sets") or {_name(evaluated): evaluated}
+  found = {name: result["last"] for name, result in sets.items() if "last" in result}
+  step = trained.get("last", {}).get("step")  # a run may have gone on since
+  return {
+    name: last
+    for name, last in found.items()
+    if "per_class" in last and step in (None, last["step"])
+  }
+
+
+def _read(path: pathlib.Path) -> dict:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return {}
+
+
+def _name(content: Mapping) -> str:
+  return content.get("config", {}).get("data", {}).get("name", "")
 
 
 def _with_groups(name: str, scores: Mapping) -> dict:

@@ -50,7 +50,10 @@ def write_run(folder, evaluations, steps=20_000):
   config = {"data": {"name": "voc20"}, "steps": steps, "method": "rpn"}
   (folder / "metrics.json").write_text(json.dumps({"config": config, "last": last, "best": last}))
   if evaluations:
-    sets = {name: {"last": {"step": steps, **value}} for name, value in evaluations.items()}
+    sets = {
+      name: {"last": {"step": steps, "per_class": {}, **value}}
+      for name, value in evaluations.items()
+    }
     (folder / "eval.json").write_text(json.dumps({"sets": sets}))
 
 
@@ -96,6 +99,9 @@ def test_what_is_done_is_not_done_again(steps, tmp_path):
   *_, train, evaluate = steps("open_vocab_b16")
   assert not train.command and evaluate.command
   assert "ade847" in evaluate.state and "ade150" not in evaluate.state
+  path = tmp_path / "run/metrics.json"
+  path.write_text(path.read_text().replace("20000", "30000"))
+  assert "ade150" in steps("open_vocab_b16")[-1].state  # scores of an earlier step
 
 
 def test_scores_beside_the_published_ones(tmp_path, capsys):
