@@ -51,8 +51,8 @@ def run(config, workdir) -> None:
         evaluations = [d for c in protocols.each(config) for d in datasets.load_evaluations(c)]
         evaluate.evaluate_run(config, workdir, evaluations)
       else:
-        data = datasets.load(config, names_only=True)
-        export.export(config, workdir, data, registry.license_of(data.name))
+        license = registry.license_of(config.data.name)
+        export.export(config, workdir, datasets.load(config, names_only=True), license)
 
 
 def command(arguments) -> None:

@@ -258,10 +258,17 @@ def test_a_login_page(server, tmp_path):
 
 def test_ctrl_c(server, tmp_path, monkeypatch, capsys):
   """While a server is silent: at once, and the same command goes on."""
-  server.faults[f"file/voc/{SBD}"] = Fault(slow=3.0, times=1)
+  silent = server.faults[f"file/voc/{SBD}"] = Fault(slow=3.0, times=1)
   monkeypatch.setattr(prepare, "SHARD_EXAMPLES", 2)
   command = ["voc", "--download", f"--data_dir={tmp_path}", "--allow_partial"]
-  threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+  def interrupt() -> None:
+    while silent.times:  # until it was asked
+      time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  threading.Thread(target=interrupt).start()
   started = time.monotonic()
   assert prepare.main(command) == 130
   assert time.monotonic() - started < 2.9
