@@ -265,6 +265,7 @@ def test_a_run_segments_without_warnings(tmp_path):
   assert result.stdout.startswith("RPN, step ")
 
 
+@pytest.mark.slow
 def test_quiet_prints_nothing(tmp_path, capfd, monkeypatch):
   """Of main.py, in a process of its own: test_main.py."""
   monkeypatch.setattr(console, "_silent", False)

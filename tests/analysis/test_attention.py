@@ -154,6 +154,7 @@ def test_names_and_titles_lie_inside_the_figure(tmp_path, monkeypatch, size):
   assert not any(a.overlaps(b) for a, b in itertools.pairwise(titles))
 
 
+@pytest.mark.slow
 def test_before_and_after_are_compared(picture, tmp_path):
   trained = predictor(tuner="rpn+lora")
   initial = trained.prompts

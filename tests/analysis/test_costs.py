@@ -74,6 +74,7 @@ def test_a_tower_that_is_trained_is_counted_once():
   assert parts["trained"] == sum(n for name, n in parts.items() if "/" in name)
 
 
+@pytest.mark.slow
 def test_a_network_that_trains_both_towers(monkeypatch):
   """The text tower runs once for a list of classes, and in every training step."""
   config = cat_seg_config.get_config("data=shapes").unlock()

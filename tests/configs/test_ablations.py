@@ -129,6 +129,7 @@ def check_step(tree, after, loss):
   assert not [path for path in still if "expert" not in path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", TOGETHER)
 def test_words_of_several_rows_run_for_a_step(changes):
   step_of_all = one_step(BASE, tuple(changes.items()))

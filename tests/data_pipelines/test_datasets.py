@@ -65,7 +65,12 @@ def step(bias, label, classes, relabel):
 
 @pytest.mark.parametrize(
   ("name", "setting"),
-  [(n, s) for n in ("voc", "context", "coco_stuff") for s in datasets.SETTINGS]
+  [("voc", s) for s in datasets.SETTINGS]
+  + [
+    pytest.param(n, s, marks=[pytest.mark.slow] if s != "zero_shot" else [])
+    for n in ("context", "coco_stuff")
+    for s in datasets.SETTINGS
+  ]
   + [("folder", "supervised")],
 )
 def test_raw_files_to_train_step(name, setting, data_dir):

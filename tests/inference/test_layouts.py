@@ -78,10 +78,10 @@ def image_of(height, width, seed=0):
   "shape, size, elements",
   [
     ((60, 90), (75, 113), SMALL),  # larger than the square
-    ((60, 90), (75, 113), views.TILE_ELEMENTS),
+    pytest.param((60, 90), (75, 113), views.TILE_ELEMENTS, marks=pytest.mark.slow),
     ((30, 21), (30, 21), SMALL),  # smaller on both sides
     ((9, 80), (7, 33), views.TILE_ELEMENTS),  # wide, and lower than the grid of the logits
-    ((64, 32), (150, 64), views.TILE_ELEMENTS),  # no padding
+    pytest.param((64, 32), (150, 64), views.TILE_ELEMENTS, marks=pytest.mark.slow),  # no padding
   ],
 )
 @pytest.mark.parametrize("name", PLAIN)

@@ -97,6 +97,7 @@ def test_window_covering_the_image_is_the_plain_forward():
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+@pytest.mark.slow
 # Tiles of 4, 16 and 128 pixels, or fewer where the result is smaller than the input.
 @pytest.mark.parametrize("elements", [2 * 4**2, 2 * 16**2, views.TILE_ELEMENTS])
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def segment(variables, inputs, config, train=False):
   return jax.jit(apply)(variables, *inputs)
 
 
+@pytest.mark.slow
 def test_chunks_computed_again_change_nothing(tiny, inputs, monkeypatch):
   config = dataclasses.replace(CAT_SEG, layers=1)
 

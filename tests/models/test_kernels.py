@@ -99,9 +99,7 @@ def test_the_kernel_of_tpus_is_the_textbooks(tokens, more, heads, causal, monkey
       np.testing.assert_allclose(np.float32(a), exact, atol=tolerance * abs(exact).max())
 
 
-@pytest.mark.parametrize(
-  "tokens, more, causal", [(4, 5, False), (5, 3, False), (9, 0, True), (6, 1, False)]
-)
+@pytest.mark.parametrize("tokens, more, causal", [(5, 4, False), (9, 0, True)])
 def test_attention_by_cudnn_is_the_textbooks(tokens, more, causal, monkeypatch):
   """By JAX's own attention in its place, with its rule for gradients."""
   differentiated, theirs = [], jax.nn.dot_product_attention

@@ -246,6 +246,7 @@ def test_upload_type_and_see_the_colored_result(page, address):
   assert hosts == {address.split("/")[2]}
 
 
+@pytest.mark.slow
 @browser_only
 @pytest.mark.parametrize("width", [1400, 390])
 def test_nothing_is_wider_than_the_window(page, width):
