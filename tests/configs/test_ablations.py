@@ -129,8 +129,9 @@ def check_step(tree, after, loss):
   assert not [path for path in still if "expert" not in path]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", TOGETHER)
+@pytest.mark.parametrize(
+  "changes", [TOGETHER[0], *(pytest.param(c, marks=pytest.mark.slow) for c in TOGETHER[1:])]
+)
 def test_words_of_several_rows_run_for_a_step(changes):
   step_of_all = one_step(BASE, tuple(changes.items()))
   check_step(*step_of_all)

@@ -268,9 +268,14 @@ def test_ctrl_c(server, tmp_path, monkeypatch, capsys):
     time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGINT)
 
-  threading.Thread(target=interrupt).start()
-  started = time.monotonic()
-  assert prepare.main(command) == 130
+  # Processes in the background, where the tests may run, ignore SIGINT.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    threading.Thread(target=interrupt).start()
+    started = time.monotonic()
+    assert prepare.main(command) == 130
+  finally:
+    signal.signal(signal.SIGINT, before)
   assert time.monotonic() - started < 2.9
   assert "the same command continues" in capsys.readouterr().err
   assert below(tmp_path / "downloads") <= {
