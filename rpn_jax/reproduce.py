@@ -27,7 +27,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json, write_text
 from rpn_jax.base.words import check_known
 from rpn_jax.config.flags import define_config, parse
-from rpn_jax.inference import published
+from rpn_jax.inference import metrics, published
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.weights import checkpoints, hub
 
@@ -124,7 +124,8 @@ def plan(
   new: tuple[str, ...] = (
     *main, f"--config={options.config}", f"--config.data.data_dir={options.data_dir}"
   )  # fmt: skip
-  missing = [name for name in _evaluated(config) if name not in _scored(workdir)]
+  scored = _scored(workdir)
+  missing = [name for name in _evaluated(config) if name not in scored]
   sets = [f"--config.eval.sets={tuple(config.eval.sets)!r}"] if options.without else []
   if recipe.trained:
     images = config.steps * config.data.batch_size
@@ -223,7 +224,7 @@ def _with_groups(name: str, scores: Mapping) -> dict:
     groups = [[iou for c, iou in known.items() if (c in unseen) == of] for of in (False, True)]
     if all(groups):
       s, u = (sum(group) / len(group) for group in groups)
-      found |= {"miou_seen": s, "miou_unseen": u, "hiou": 2 * s * u / (s + u) if s + u else 0.0}
+      found |= {"miou_seen": s, "miou_unseen": u, "hiou": metrics.harmonic_mean(s, u)}
   return found
 
 
@@ -382,8 +383,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
   _leave_out(options.without, config, recipe)
   workdir = expand(options.root) / "-".join(filter(None, (options.recipe, options.preset)))
   steps = plan(recipe, config, workdir, options, passed_on)
-  if options.allow_partial:
-    passed_on.append("--allow_partial")
   if options.dry_run:
     print(_plan_text(steps))
     print(f"\nThen the scores beside those of {recipe.row}, in {workdir / 'reproduced.md'}")
@@ -392,10 +391,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hint = "; --without=SET leaves an evaluated set out" if len(_evaluated(config)) > 1 else ""
     raise InputError(f"before anything is fetched: {'; '.join(wanted)}{hint}")
   run(steps)
-  report(
-    options.recipe, rows := compare(recipe, _scored(workdir)),
-    verdict(recipe, rows, passed_on), workdir,
-  )  # fmt: skip
+  changed = [*passed_on, *(["--allow_partial"] if options.allow_partial else ())]
+  rows = compare(recipe, _scored(workdir))
+  report(options.recipe, rows, verdict(recipe, rows, changed), workdir)
   return 0
 
 

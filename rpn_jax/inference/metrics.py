@@ -41,12 +41,17 @@ def confusion_matrix(
   return np.bincount(index, minlength=classes**2).reshape(classes, classes)
 
 
+def harmonic_mean(a: float, b: float) -> float:
+  """2ab / (a + b), 0 where both are."""
+  return 2 * a * b / (a + b) if a + b else 0.0
+
+
 def scores(confusion_CxC: np.ndarray, seen: Sequence[int] = (), unseen: Sequence[int] = ()) -> dict:
   """Metrics as fractions in [0, 1]; None if there is nothing to average.
 
   `miou_gt` averages over the classes present in the ground truth, `miou_union` over those present
   in ground truth or prediction. The means over seen and unseen classes are of the second kind, as
-  in the official code, and `hiou` is their harmonic mean 2SU / (S + U). Without unseen classes
+  in the official code, and `hiou` is their harmonic mean. Without unseen classes
   there are no groups: the mean over the seen ones would be that over all.
 
   Args:
@@ -68,9 +73,7 @@ def scores(confusion_CxC: np.ndarray, seen: Sequence[int] = (), unseen: Sequence
     return float(values.mean()) if len(values) else None
 
   s, u = mean(seen) if len(unseen) else None, mean(unseen)
-  harmonic = None
-  if s is not None and u is not None:
-    harmonic = 2 * s * u / (s + u) if s + u else 0.0
+  harmonic = None if s is None or u is None else harmonic_mean(s, u)
   total = confusion_CxC.sum()
   return {
     "pAcc": float(correct.sum() / total) if total else None,

@@ -64,12 +64,12 @@ def provenance(config) -> dict:
   return {"config": config.to_dict(), "versions": versions}
 
 
-def draw_figures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: str = "") -> None:
-  """Draws `predictions.png` (image, ground truth, prediction) and `confusion.png`."""
+def draw_examples(path: pathlib.Path, evaluation: Evaluation, config) -> None:
+  """Draws the examples that were kept: image, ground truth, prediction."""
   mean, std = np.float32(config.data.mean), np.float32(config.data.std)
   kept = evaluation.kept
   prediction_grid(
-    workdir / f"predictions{suffix}.png",
+    path,
     [np.clip((e["image"] * std + mean) * 255, 0, 255).astype(np.uint8) for e in kept],
     [e["label"] for e in kept],
     [e["prediction"] for e in kept],
@@ -77,6 +77,11 @@ def draw_figures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: 
     unseen=evaluation.untrained,
     palette=config.eval.palette,
   )
+
+
+def draw_figures(workdir: pathlib.Path, evaluation: Evaluation, config, suffix: str = "") -> None:
+  """Draws `predictions.png`, see `draw_examples`, and `confusion.png`."""
+  draw_examples(workdir / f"predictions{suffix}.png", evaluation, config)
   plot_confusion(
     workdir / f"confusion{suffix}.png",
     evaluation.confusion_CxC,

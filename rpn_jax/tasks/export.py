@@ -4,17 +4,17 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 
 from rpn_jax.base.buckets import is_bucket
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_text
-from rpn_jax.drawing.images import prediction_grid, save_png
+from rpn_jax.drawing.images import save_png
 from rpn_jax.inference.evaluation import evaluate
 from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.inference.segmenter import Segmenter
 from rpn_jax.tasks import model_card
 from rpn_jax.tasks.demo import SCENE, SCENE_WORDS
+from rpn_jax.tasks.evaluate import draw_examples
 from rpn_jax.training.run import Run
 from rpn_jax.weights import exported, prompts_file
 
@@ -84,18 +84,8 @@ def _draw(predictor: Predictor, run: Run, data: Any, step: int, path: pathlib.Pa
     save_png(path, segmenter(SCENE, SCENE_WORDS).overlay(palette=config.eval.palette))
     return f"A scene drawn by a program, which is not of {data.name}, and the classes found in it."
   evaluation = evaluate(predictor.for_data(data), examples, data, keep=EXAMPLES)
-  mean, std = np.float32(config.data.mean), np.float32(config.data.std)
-  kept = evaluation.kept
-  prediction_grid(
-    path,
-    [np.clip((e["image"] * std + mean) * 255, 0, 255).astype(np.uint8) for e in kept],
-    [e["label"] for e in kept],
-    [e["prediction"] for e in kept],
-    evaluation.names,
-    unseen=evaluation.untrained,
-    palette=config.eval.palette,
-  )
-  return f"The first {len(kept)} images of the evaluation set of {data.name}."
+  draw_examples(path, evaluation, config)
+  return f"The first {len(evaluation.kept)} images of the evaluation set of {data.name}."
 
 
 def _write_card(path: pathlib.Path, text: str) -> None:
