@@ -162,7 +162,12 @@ def _data(name: str, options: argparse.Namespace) -> Step:
   barred = [f for f in missing if not (f.urls or options.mirror or (archives / f.name).exists())]
   if barred:
     names = " and ".join(file.name for file in barred)
-    wanted = f"{name} needs an account: get {names} on {barred[0].page} and put it into {archives}"
+    own = sum(file.size for file in barred) / 1e9
+    state = f"{size:.1f} GB, of which you get {own:.1f} yourself"
+    them = "it" if len(barred) == 1 else "them"
+    wanted = (
+      f"{name} needs an account: get {names} on {barred[0].page} and put {them} into {archives}"
+    )
   return Step(what, state, tuple(command), tuple(missing), wanted)
 
 
@@ -316,15 +321,17 @@ def read_config(words: str, changes: Sequence[str] = ()) -> config_dict.ConfigDi
   return values.config
 
 
+def _published_text(recipe: Recipe, config: config_dict.ConfigDict) -> str:
+  """The published hIoU, or mIoU, of the evaluated data sets; those that have none are left out."""
+  scores = {name: recipe.scores(name) for name in _evaluated(config)}
+  main = {name: row.get("hiou", row.get("miou")) for name, row in scores.items()}
+  return ", ".join(f"{name} {value:g}" for name, value in main.items() if value is not None)
+
+
 def _listing() -> str:
   rows = []
   for name, recipe in RECIPES.items():
-    scores = {
-      data_set: recipe.scores(data_set) for data_set in _evaluated(read_config(recipe.config))
-    }
-    main = {s: published.get("hiou", published.get("miou")) for s, published in scores.items()}
-    text = ", ".join(f"{s} {value:g}" for s, value in main.items() if value is not None)
-    rows.append([name, recipe.row, text])
+    rows.append([name, recipe.row, _published_text(recipe, read_config(recipe.config))])
   return console.table(rows, ("recipe", "method", "published hIoU, or mIoU, %"))
 
 
@@ -340,7 +347,7 @@ def _plan_text(steps: Sequence[Step]) -> str:
   fetched, unpacked = (sum(getattr(f, size) for f in files) / 1e9 for size in ("size", "unpacked"))
   if files:
     lines.append(
-      f"\nTo fetch: about {fetched:.1f} GB of data; disk: that, {unpacked:.1f} GB unpacked, and as "
+      f"\nTo get: about {fetched:.1f} GB of data; disk: that, {unpacked:.1f} GB unpacked, and as "
       "much again for the prepared records"
     )
   return "\n".join(lines)
@@ -386,6 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if options.dry_run:
     print(_plan_text(steps))
     print(f"\nThen the scores beside those of {recipe.row}, in {workdir / 'reproduced.md'}")
+    print(f"Published hIoU, or mIoU, in %: {_published_text(recipe, config)}")
     return 0
   if wanted := [step.wanted for step in steps if step.wanted]:
     hint = "; --without=SET leaves an evaluated set out" if len(_evaluated(config)) > 1 else ""

@@ -130,9 +130,11 @@ def test_a_photograph_with_a_network_and_without(network, tmp_path, monkeypatch)
 def test_train_quickly(tmp_path):
   """Around a CLIP of random weights, whose programs are compiled in seconds."""
   tiny.save(tmp_path / "clip.safetensors")
+  Image.new("RGB", (64, 48), "green").save(tmp_path / "lawn.jpg")
   notebook = run(
     ROOT / "colab/train.ipynb",
     tmp_path,
+    ('PHOTO = ""', f"PHOTO = {str(tmp_path / 'lawn.jpg')!r}"),
     ("config.steps = 60", "config.steps = 4"),
     ("config.eval_every = 30", "config.eval_every = 4"),
     ("range(60)", "range(12)"),
@@ -147,6 +149,8 @@ config = config.lock()""",
   )
   assert "after 4 steps" in printed(notebook) and "lpm, step 4 of" in printed(notebook)
   assert len(outputs(notebook, "image/png")) == 4
+  (*_, shown) = outputs(notebook, "text/plain")
+  assert shown.startswith("Segmentation(64 x 48")
 
 
 @pytest.mark.slow

@@ -76,7 +76,11 @@ def test_on_an_empty_machine_all_is_to_be_done(steps):
 
 
 def test_what_is_here_is_not_counted_and_what_wants_an_account_is_named(steps, monkeypatch):
-  assert "get ADE20K_2021_17_01.zip on http" in steps("open_vocab_b16")[2].wanted
+  (ade,) = (s for s in steps("open_vocab_b16") if s.what == "data ade847")
+  assert "get ADE20K_2021_17_01.zip on http" in ade.wanted and " and put it into" in ade.wanted
+  assert ade.state == "6.0 GB, of which you get 6.0 yourself"
+  (cityscapes,) = (s for s in steps("gem_l14") if s.what == "data cityscapes")
+  assert " and put them into" in cityscapes.wanted
   monkeypatch.setattr(downloads, "missing", lambda name, folder: [])
   assert steps("voc_zero_shot")[1].state == "raw files are here"
 
@@ -102,6 +106,14 @@ def test_what_is_done_is_not_done_again(steps, tmp_path):
   path = tmp_path / "run/metrics.json"
   path.write_text(path.read_text().replace("20000", "30000"))
   assert "ade150" in steps("open_vocab_b16")[-1].state  # scores of an earlier step
+
+
+def test_a_plan_ends_with_what_was_published(monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  assert not reproduce.main(["open_vocab_b16", "--dry-run", "--without=ade847,voc21"])
+  assert capsys.readouterr().out.endswith(
+    "context459 17.3, ade150 31.5, context59 57.1, voc20 95.2\n"
+  )
 
 
 def test_scores_beside_the_published_ones(tmp_path, capsys):
@@ -203,7 +215,7 @@ def test_from_an_empty_machine_to_a_model_that_is_passed_on(tmp_path):
       "--config.steps=4", "--config.eval_every=4", "--config.data.batch_size=2",
     ]  # fmt: skip
     said = command(*way, "--dry-run")
-    assert "CLIP hf://you/clip: to fetch" in said and "To fetch: about" in said and not hub.log
+    assert "CLIP hf://you/clip: to fetch" in said and "To get: about" in said and not hub.log
     # Cut in the middle, then slow; and a file that is damaged on its way.
     voc, sbd = (f"file/{name}" for name in ("VOCtrainval_11-May-2012.tar", "benchmark.tgz"))
     hub.faults[voc] = hub_server.Fault(cut=999, times=1, then=hub_server.Fault(slow=0.5, times=1))
