@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
+import numpy as np
 
 from data_pipelines import (
   local_copy,
@@ -22,6 +23,8 @@ from rpn_jax.base.words import SEPARATOR, check_known
 SETTINGS = ("zero_shot", "transductive", "supervised", "annotation_free")
 # Those in which no label of an unseen class is seen in training.
 SPLIT_SETTINGS = ("zero_shot", "transductive")
+# Those in which a part of the training images can stand in for the evaluation set.
+HELD_OUT_SETTINGS = ("zero_shot", "supervised")
 # What a registered benchmark says of its classes; sets of one's own have a list of names.
 BENCHMARK_CLASSES = (vocabularies.ClassFiles, vocabularies.Vocabulary)
 # What a stored label may be: any uint16.
@@ -86,9 +89,17 @@ def load(
   """
   setting = config.data.setting
   check_known("config.data.setting=", setting, SETTINGS)
-  data = _open(config, config.data.name, setting, process, names_only=names_only)
+  # Runs of earlier versions hold nothing out.
+  share = config.data.get("held_out", 0.0)
+  if share and setting not in HELD_OUT_SETTINGS:
+    raise InputError(
+      f"config.data.held_out={share:g} is for setting={' or '.join(HELD_OUT_SETTINGS)}, got "
+      f"{setting}: there images that are held out would need labels that it must not read; set it "
+      "to 0"
+    )
+  data = _open(config, config.data.name, setting, process, names_only=names_only, held_out=share)
   split = _vocabulary(config.data, registry.get(data.name), config.data.naming).unseen
-  if split and not data.unseen:
+  if split and not data.unseen and setting not in SPLIT_SETTINGS:
     print(
       f"{data.name}: setting={setting} trains on every class, also on those named as unseen "
       f"({', '.join(data.names[i] for i in split)}); setting=zero_shot leaves these out",
@@ -122,9 +133,19 @@ def load_evaluations(config) -> list[SegmentationData]:
 
 
 def _open(
-  config, name: str, setting: str, process=(0, 1), naming: str = "", names_only: bool = False
+  config,
+  name: str,
+  setting: str,
+  process=(0, 1),
+  naming: str = "",
+  names_only: bool = False,
+  held_out: float = 0.0,
 ) -> SegmentationData:
-  """A data set; `naming` is of its classes, by default config.data's for the training set."""
+  """A data set; `naming` is of its classes, by default config.data's for the training set.
+
+  With a share `held_out` of its training images in place of the evaluation set, it has the trained
+  classes and no others: nothing that is chosen by such scores has seen an unseen one.
+  """
   data_set = registry.get(name)
   c = config.data
   if data_set.classes is None or not names_only:
@@ -182,8 +203,15 @@ def _open(
     **shared,
   )
   eval_transform = recipes.eval_transform(
-    c.short_side, raw, long_side=c.get("long_side", 0), **shared
+    c.short_side, train_map if held_out else raw, long_side=c.get("long_side", 0), **shared
   )
+
+  def source(split: str):
+    if not held_out:
+      return _source(c, data_set, split)
+    images = _source(c, data_set, "train")
+    trained_on, held = split_off(len(images), held_out)
+    return _Part(images, trained_on if split == "train" else held)
 
   def train_batches(start_step: int) -> Iterator[dict]:
     if vocabulary.evaluation_only:
@@ -192,7 +220,7 @@ def _open(
         "train on a set whose names are its classes"
       )
     return pipeline.train_batches(
-      _source(c, data_set, "train"),
+      source("train"),
       train_transform,
       batch_size=c.batch_size,
       seed=config.seed,
@@ -203,15 +231,16 @@ def _open(
     )
 
   def train_indices(step: int) -> list[int]:
-    count = len(_source(c, data_set, "train"))
+    count = len(source("train"))
     return pipeline.train_indices(count, batch_size=c.batch_size, seed=config.seed, step=step)
 
   @functools.cache  # opened once: every evaluation of a run reads the same examples
   def eval_examples() -> pipeline.EvalExamples:
-    source = _source(c, data_set, "val")
-    return pipeline.eval_examples(source, eval_transform, limit=c.eval_images)
+    # The number of scenes that are drawn says nothing of those that are held out.
+    limit = 0 if held_out else c.eval_images
+    return pipeline.eval_examples(source("val"), eval_transform, limit=limit)
 
-  return SegmentationData(
+  data = SegmentationData(
     name=name,
     names=vocabulary.names,
     seen=seen,
@@ -226,6 +255,42 @@ def _open(
     train_indices=train_indices,
     eval_examples=eval_examples,
   )
+  if not held_out:
+    return data
+  ids = tuple(range(len(trained)))
+  return dataclasses.replace(
+    data, names=tuple(data.names[i] for i in trained), seen=ids, unseen=(), trained=ids,
+    penalized=(), scored_as=ids, titles=(),
+  )  # fmt: skip
+
+
+def split_off(count: int, share: float) -> tuple[list[int], list[int]]:
+  """Positions of the images that are trained on and of those held out, the same for all seeds.
+
+  Raises:
+    InputError: too few images for both.
+  """
+  held = round(share * count)
+  if not 0 < held < count:
+    raise InputError(
+      f"config.data.held_out={share:g} of {count} training images leaves none on one side; choose "
+      "another share"
+    )
+  order = np.random.default_rng(0).permutation(count).tolist()
+  return sorted(order[held:]), sorted(order[:held])
+
+
+class _Part:
+  """Some examples of a source, by position; as a class, since reader processes get it pickled."""
+
+  def __init__(self, source, positions: Sequence[int]):
+    self._source, self._positions = source, positions
+
+  def __len__(self) -> int:
+    return len(self._positions)
+
+  def __getitem__(self, index: int) -> dict:
+    return self._source[self._positions[index]]
 
 
 def _vocabulary(c, data_set: registry.DataSet, naming: str) -> vocabularies.Vocabulary:

@@ -121,6 +121,13 @@ class Data:
     words=("floor_nearest", "nearest"),
   )
   photometric: bool = field(True, "distort brightness, contrast, saturation and hue")
+  held_out: float = field(
+    0.0,
+    "share of the training images that is kept from training and takes the evaluation set's "
+    "place, scored on the trained classes alone: to choose settings by; 0: none",
+    at_least=0,
+    at_most=0.9,
+  )
   train_images: int = field(ABSENT, "shapes only: scenes drawn for training", at_least=1)
   short_side: int = field(
     512, "short side of evaluated images, pixels", at_least=1, evaluation=True

@@ -17,6 +17,7 @@ ADDED_FIELDS = {
   "optimizer.schedule": "poly",
   "optimizer.no_decay": "",
   "loss.skip_empty": False,
+  "data.held_out": 0.0,
   "data.recipe": "mmsegmentation",
   "data.label_resize": "floor_nearest",
   "self_training.teacher": "sclip",

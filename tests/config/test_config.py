@@ -101,7 +101,7 @@ def test_a_run_of_0_2_0_has_the_same_config(monkeypatch):
     "loss": {"skip_empty": False},
     "optimizer": {"schedule": "poly", "no_decay": ""},
     "data": {"recipe": "mmsegmentation", "label_resize": "floor_nearest", "long_side": 0,
-             "local_copy": ""},
+             "local_copy": "", "held_out": 0.0},
     "self_training": {"teacher": "sclip", "refresh": 0, "confidence": 0.0},
     "eval": {
       "layout": "windows", "square": 640, "keep_padding": True, "naming": "dataset",

@@ -9,6 +9,7 @@ import pytest
 
 from configs import coco_stuff, context, folder, open_vocab, shapes, voc
 from data_pipelines import DATA_SETS, datasets, pipeline, prepare, records, registry, vocabularies
+from data_pipelines import shapes as drawn
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.training import losses, pseudo_labels
@@ -229,3 +230,33 @@ def test_the_recipe_of_the_config(tmp_path):
     images[recipe] = examples[0]["image"]
   # Without antialias edges are harder.
   assert abs(images["mmsegmentation"] - images["detectron2"]).max() > 1
+
+
+@pytest.mark.parametrize("setting", datasets.HELD_OUT_SETTINGS)
+def test_a_part_of_the_training_images_takes_the_evaluation_sets_place(setting, tmp_path):
+  changes = {"data.train_images": 10, "data.eval_images": 2}
+  whole = datasets.load(make(shapes, tmp_path, f"setting={setting}", **changes))
+  data = datasets.load(
+    make(shapes, tmp_path, f"setting={setting}", **changes, **{"data.held_out": 0.3})
+  )
+  held = [example["id"] for example in data.eval_examples()]
+  rest, positions = datasets.split_off(10, 0.3)
+  images = drawn.source(tmp_path, "train", drawn.ShapesConfig(num_train=10, num_val=2))
+  assert held == [images[i]["id"] for i in positions] and len(held) == 3
+  assert sorted(rest + positions) == list(range(10))
+  assert set(data.train_indices(0)) <= set(range(7))
+  # Nothing is known of classes that are not trained on.
+  assert data.names == tuple(whole.names[i] for i in whole.trained) and not data.unseen
+  assert data.trained == data.seen == data.scored_as == tuple(range(len(data.names)))
+  for example, i in zip(data.eval_examples(), positions):
+    expected = np.array([*(whole.trained), 255])[np.minimum(example["label"], len(whole.trained))]
+    known = np.isin(images[i]["label"], whole.trained)
+    np.testing.assert_array_equal(expected[known], images[i]["label"][known])
+    assert (expected[~known] == 255).all()
+
+
+def test_what_cannot_be_held_out_is_refused(tmp_path):
+  with pytest.raises(InputError, match="is for setting=zero_shot or supervised, got transductive"):
+    datasets.load(make(shapes, tmp_path, "setting=transductive", **{"data.held_out": 0.2}))
+  with pytest.raises(InputError, match="of 3 training images leaves none on one side"):
+    datasets.split_off(3, 0.1)
