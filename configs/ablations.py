@@ -126,8 +126,34 @@ TABLES = {
     "maskclip_rpn": {"data.setting": "annotation_free", "self_training.teacher": "maskclip"},
   },
 }
+# What the rows of every table are compared with, seed by seed.
+REFERENCES: dict[str, dict] = {"RPN": {}, "LPM alone": {"model.tuner": "lpm"}}
+# Rates that `sweep --tune-lr` tries for every row: of the parameters that learn fastest.
+RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
+# The rate of h in shares of that of the rest; the official code has a tenth.
+H_SHARES = (0.1, 1.0)
 # TABLE_ROW -> {field: value}
 ROWS = {f"{table}_{row}": TABLES[table][row] for table in TABLES for row in TABLES[table]}
+
+
+def rate_grid(c: config_dict.ConfigDict) -> dict[str, dict[float, dict]]:
+  """The rates that a row is tried at, as fields of its config; see `rpn_jax.analysis.rates`.
+
+  They are the same for all, whatever factors the groups of a recipe have. Where there is an h, its
+  share of them is tried, too.
+  """
+  largest = max(factor for *_, factor in c.optimizer.groups)
+  plain = {rate: {"optimizer.base_lr": rate / largest} for rate in RATES}
+  tuners = c.model.tuner.split("+")
+  if c.method != "rpn" or "rpn" not in tuners or c.model.rpm_layers == "none":
+    return {"": plain}
+  groups = {name: (name, pattern, factor) for name, pattern, factor in c.optimizer.groups}
+  found = {}
+  for share in H_SHARES:
+    changed = {**groups, "h": (*groups["h"][:2], share * largest)}
+    own = {} if changed == groups else {"optimizer.groups": tuple(changed.values())}
+    found[f"h {share:g}"] = {rate: {**fields, **own} for rate, fields in plain.items()}
+  return found
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:

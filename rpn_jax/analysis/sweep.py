@@ -6,6 +6,10 @@ other --config.… flags are passed on to all of them. Finished runs are not rep
 the same settings are one run in all tables. Ctrl-C and SIGTERM save the runs under way; the same
 command continues them. A failed run is listed with its log and tried again by the next call.
 
+--tune-lr first finds a learning rate for every row, see `rpn_jax.analysis.rates`: of the grid of
+the config file the one with the best score on held-out training images; the runs of the table then
+use it. The scores by rate are in ROOT/report/rates.
+
 At the end the table is printed, with the paper's scores where they are known, and written to
 ROOT/report/TABLE as Markdown, CSV, JSON and a plot with error bars. Of several tables, "all" or
 names joined by commas, the runs of the first seed come first.
@@ -24,22 +28,24 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from rpn_jax.analysis import report
+from rpn_jax.analysis import paired, rates, report
 from rpn_jax.analysis.runs import Row, read_run
-from rpn_jax.base.console import progress
+from rpn_jax.base.console import Progress, progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand_local, write_json
 from rpn_jax.config.stored import read_config
 from rpn_jax.inference import published
 
 LOG = "log.txt"
+# What --tune-lr sets.
+TUNED = r"--config\.(optimizer\.(base_lr|groups)|data\.held_out)\b"
 SHOWN_LOG_LINES = 3  # of a failed run
 
 
-def read_tables(path: str) -> dict[str, dict[str, Mapping]]:
-  """Table -> row -> changes, of a config file.
+def read_tables(path: str) -> dict:
+  """What a config file defines, of which TABLES are table -> row -> changes.
 
   Raises:
     InputError: there is no such file, or it has no TABLES.
@@ -49,7 +55,7 @@ def read_tables(path: str) -> dict[str, dict[str, Mapping]]:
   content = runpy.run_path(path)
   if "TABLES" not in content:
     raise InputError(f"--config={path}: has no TABLES; expected one like configs/ablations.py")
-  return content["TABLES"]
+  return content
 
 
 def directory(root: pathlib.Path, changes: Mapping, seed: int) -> pathlib.Path:
@@ -123,14 +129,23 @@ def share_done(workdir: pathlib.Path) -> float:
   return 0.0
 
 
-def sweep(runs: Mapping[pathlib.Path, Sequence[str]], jobs: int) -> list[str]:
+def sweep(
+  runs: Mapping[pathlib.Path, Sequence[str]],
+  jobs: int,
+  bar: Progress,
+  ended: Callable[[pathlib.Path], bool] = is_done,
+) -> list[str]:
   """Runs the commands whose workdirs hold no finished run; returns what failed.
 
   Args:
     runs: workdir -> command.
     jobs: runs at a time.
+    bar: counts them.
+    ended: whether the run of a workdir has come to an end that counts.
   """
-  todo = [workdir for workdir in runs if not is_done(workdir)]
+  todo = [workdir for workdir in runs if not ended(workdir)]
+  there = len(runs) - len(todo)
+  bar.update(there, earlier=there)
   shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
   for share in core_shares(jobs):
     shares.put(share)
@@ -145,24 +160,24 @@ def sweep(runs: Mapping[pathlib.Path, Sequence[str]], jobs: int) -> list[str]:
   def job(workdir):
     bar.set_postfix(run=workdir.name)
     earlier = share_done(workdir)
-    return earlier, run(runs[workdir], workdir, running)
+    failure = run(runs[workdir], workdir, running)
+    return earlier, failure if not ended(workdir) else ""
 
   running: set[subprocess.Popen] = set()
-  with progress(len(runs), "sweep", "run", initial=len(runs) - len(todo)) as bar:
-    pool = concurrent.futures.ThreadPoolExecutor(jobs, initializer=pin_thread)
-    try:
-      for done in concurrent.futures.as_completed([pool.submit(job, w) for w in todo]):
-        earlier, failure = done.result()
-        failures += filter(None, [failure])
-        bar.update(earlier=earlier)
-    except KeyboardInterrupt:
-      pool.shutdown(wait=False, cancel_futures=True)
-      print("\nending the runs under way, which save; Ctrl-C ends at once", file=sys.stderr)
-      for process in tuple(running):
-        process.terminate()  # a terminal's Ctrl-C has reached them, too; what `kill` sends has not
-      raise
-    finally:
-      pool.shutdown()
+  pool = concurrent.futures.ThreadPoolExecutor(jobs, initializer=pin_thread)
+  try:
+    for done in concurrent.futures.as_completed([pool.submit(job, w) for w in todo]):
+      earlier, failure = done.result()
+      failures += filter(None, [failure])
+      bar.update(earlier=earlier)
+  except KeyboardInterrupt:
+    pool.shutdown(wait=False, cancel_futures=True)
+    print("\nending the runs under way, which save; Ctrl-C ends at once", file=sys.stderr)
+    for process in tuple(running):
+      process.terminate()  # a terminal's Ctrl-C has reached them, too; what `kill` sends has not
+    raise
+  finally:
+    pool.shutdown()
   return failures
 
 
@@ -172,60 +187,158 @@ def interrupt(*_: object) -> None:
 
 
 def table_rows(
-  table: str, rows: Mapping[str, Mapping], root: pathlib.Path, seeds: int
+  rows: Mapping[str, Mapping],
+  workdir: Callable[[Mapping, int], pathlib.Path | None],
+  seeds: int,
 ) -> tuple[list[Row], list[str]]:
-  """The rows of which at least one seed is there, and what is missing."""
+  """The rows of which at least one seed is there, and what is missing.
+
+  Args:
+    rows: label -> changes.
+    workdir: of changes and a seed; None where no rate was chosen for them.
+    seeds: how many.
+  """
   found, missing = [], []
   for label, changes in rows.items():
     runs = []
-    for seed in range(seeds):
+    for seed in range(1 if is_free(changes) else seeds):  # has no seeds
       try:
-        runs.append(read_run(directory(root, changes, seed)))
+        if (directory := workdir(changes, seed)) is None:
+          raise InputError("no rate was chosen for it")
+        runs.append(read_run(directory))
       except (InputError, OSError) as error:
         missing.append(f"{label}, seed {seed}: {error}")
-      if is_free(changes):
-        break  # has no seeds
     if runs:
       found.append(Row(label, tuple(runs)))
-  plain = next((row for row in found if not rows[row.label]), None)
-  with_columns = [
-    dataclasses.replace(row, extra_columns=extra_columns(table, row, plain)) for row in found
-  ]
-  return with_columns, missing
+  return found, missing
 
 
-def extra_columns(table: str, row: Row, plain: Row | None) -> dict[str, str]:
+def extra_columns(table: str, row: Row, references: Mapping[str, Row]) -> dict[str, str]:
   """Further columns of a row: title -> text.
 
   Args:
     table: its name.
     row: what the columns are of.
-    plain: the row that changes nothing, to which differences are taken.
+    references: label -> row to which differences are taken.
   """
   columns = {"trained": f"{row.runs[0].trained_parameters or 0:,}"}
-  if plain:
-    columns[f"hIoU less {plain.label}'s"] = report.mean_and_deviation(differences(row, plain))
+  for label, reference in references.items():
+    columns[f"hIoU less {label}'s [95 %]"] = paired.mean_and_interval(
+      paired.differences(row, reference)
+    )
   if table == "table10":
     columns["paper, VOC hIoU"] = str(published.TUNERS.get(row.label, "-"))
   return columns
 
 
-def differences(row: Row, plain: Row) -> list[float]:
-  """hIoU of a row less that of the plain one, seed by seed; [] for the plain one itself.
-
-  Runs of a seed see the same images in the same order: differences spread less than scores do.
-  """
-  if row is plain or is_free(row.runs[0].config):
-    return []
-  scores = [
-    {run.config["seed"]: hiou for run in r.runs if (hiou := run.last.get("hiou")) is not None}
-    for r in (row, plain)
-  ]
-  return [hiou - scores[1][seed] for seed, hiou in scores[0].items() if seed in scores[1]]
-
-
 def is_free(changes: Mapping) -> bool:
   return changes.get("method") == "training_free"
+
+
+@dataclasses.dataclass
+class Plan:
+  """Which runs a sweep makes, by what commands.
+
+  Attributes:
+    path, words: of --config=path:words.
+    content: what that file defines.
+    root: of the workdirs.
+    passed_on: --config.… flags for all runs.
+    chosen: changes of a row, as text -> the fields of its rate; without --tune-lr there are none.
+  """
+
+  path: str
+  words: str
+  content: Mapping
+  root: pathlib.Path
+  passed_on: Sequence[str]
+  tuned: bool = False
+  chosen: dict[str, Mapping] = dataclasses.field(default_factory=dict)
+
+  def workdir(self, changes: Mapping, seed: int) -> pathlib.Path | None:
+    """See `directory`; None if a rate is to be chosen and none was."""
+    if not self.tuned or is_free(changes):
+      return directory(self.root, changes, seed)
+    if (fields := self.chosen.get(_key(changes))) is None:
+      return None
+    return directory(self.root, {**changes, **fields}, seed)
+
+  def command(
+    self, name: str, workdir: pathlib.Path, seed: int, free: bool, flags: Sequence[str] = ()
+  ) -> list[str]:
+    """main.py for the row called TABLE_ROW."""
+    return [
+      sys.executable, "main.py", f"--workdir={workdir}", f"--mode={'eval' if free else 'train'}",
+      f"--config={self.named(name)}", f"--config.seed={seed}", *flags, *self.passed_on,
+    ]  # fmt: skip
+
+  def named(self, name: str) -> str:
+    return f"{self.path}:{self.arguments(name)}"
+
+  def arguments(self, name: str) -> str:
+    """Of the config file's `get_config`, for the row called TABLE_ROW."""
+    return ",".join(filter(None, [name, self.words]))
+
+  def runs(self, tables: Sequence[str], seeds: int) -> dict[pathlib.Path, list[str]]:
+    """Workdir -> command; all of the first seed come first. Rows without a rate are left out."""
+    found = {}
+    for seed in range(seeds):
+      for name, changes in self.rows(tables):
+        workdir, free = self.workdir(changes, seed), is_free(changes)
+        if workdir is None or workdir in found or (free and seed):
+          continue
+        fields = {} if free else self.chosen.get(_key(changes), {})
+        found[workdir] = self.command(name, workdir, seed, free, _flags(fields))
+    return found
+
+  def rows(self, tables: Sequence[str]) -> list[tuple[str, Mapping]]:
+    """(TABLE_ROW, changes) of every row."""
+    known = self.content["TABLES"]
+    return [(f"{table}_{row}", known[table][row]) for table in tables for row in known[table]]
+
+  def trials(self, tables: Sequence[str]) -> dict[str, list[rates.Trial]]:
+    """TABLE_ROW -> its runs at the rates of the grid, of rows with the same changes one."""
+    if "rate_grid" not in self.content:
+      raise InputError(
+        f"--tune-lr: {self.path} has no function rate_grid, see configs/ablations.py"
+      )
+    found, there = {}, set()
+    for name, changes in self.rows(tables):
+      if is_free(changes) or _key(changes) in there:
+        continue
+      there.add(_key(changes))
+      grid = self.content["rate_grid"](self.content["get_config"](self.arguments(name)))
+      place = lambda fields, changes=changes: directory(
+        self.root / "rates", {**changes, **fields}, rates.SEED
+      )
+      found[name] = rates.trials(name, grid, place)
+    return found
+
+  def trial_runs(
+    self, trials: Mapping[str, Sequence[rates.Trial]], held_out: float
+  ) -> dict[pathlib.Path, list[str]]:
+    """Workdir -> command, of all trials."""
+    shared = [f"--config.data.held_out={held_out}"]
+    return {
+      t.workdir: self.command(name, t.workdir, rates.SEED, False, [*_flags(t.fields), *shared])
+      for name, of_row in trials.items()
+      for t in of_row
+    }
+
+  def choose(self, trials: Mapping[str, Sequence[rates.Trial]]) -> None:
+    """Takes the best rate of every row all of whose trials have ended."""
+    rows = dict(self.rows(list(self.content["TABLES"])))
+    for name, of_row in trials.items():
+      if best := rates.choose(of_row):
+        self.chosen[_key(rows[name])] = best.fields
+
+
+def _key(changes: Mapping) -> str:
+  return json.dumps(dict(changes), sort_keys=True, default=str)
+
+
+def _flags(fields: Mapping) -> list[str]:
+  return [f"--config.{field}={value}" for field, value in fields.items()]
 
 
 def main(arguments: list[str]) -> int:
@@ -236,6 +349,11 @@ def main(arguments: list[str]) -> int:
   parser.add_argument("--seeds", type=int, default=3, help="runs of every row (default 3)")
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
   parser.add_argument("--root", default="runs/sweep", help="where the runs go")
+  parser.add_argument("--tune-lr", action="store_true", help="choose a learning rate for every row")
+  parser.add_argument(
+    "--held-out", type=float, default=0.2,
+    help="share of the training images that rates are chosen on (%(default)s)",
+  )  # fmt: skip
   args, passed_on = parser.parse_known_args(arguments)
   path, _, words = args.config.partition(":")
   root = expand_local(args.root, "--root")
@@ -246,38 +364,39 @@ def main(arguments: list[str]) -> int:
     raise InputError("--seeds and --jobs: expected 1 or more")
   if not os.path.exists("main.py"):
     raise InputError("no main.py here: run this in the folder of a clone of the project")
-  known = read_tables(path)
+  content = read_tables(path)
+  known = content["TABLES"]
   tables = list(known) if args.tables == "all" else args.tables.split(",")
   unknown = [table for table in tables if table not in known]
   if unknown:
     raise InputError(f"no table {unknown[0]!r} in {path}; it has {', '.join(known)}")
+  own = [flag for flag in passed_on if re.match(TUNED, flag)]
+  if args.tune_lr and own:
+    raise InputError(f"--tune-lr chooses what {own[0]} sets: leave out one of both")
+  plan = Plan(path, words, content, root, passed_on, args.tune_lr)
+  trials = plan.trials(tables) if args.tune_lr else {}
   claim(root, words, passed_on)
 
-  runs = {}
-  for seed in range(args.seeds):
-    for table in tables:
-      for row, changes in known[table].items():
-        free = is_free(changes)
-        workdir = directory(root, changes, seed)
-        if workdir in runs or (free and seed):
-          continue
-        runs[workdir] = [
-          sys.executable, "main.py", f"--workdir={workdir}",
-          "--mode=eval" if free else "--mode=train",
-          f"--config={','.join(filter(None, [f'{path}:{table}_{row}', words]))}",
-          f"--config.seed={seed}", *passed_on,
-        ]  # fmt: skip
   before = signal.signal(signal.SIGTERM, interrupt)
   try:
-    failures = sweep(runs, args.jobs)
+    failures = _run_all(plan, tables, trials, args)
   except KeyboardInterrupt:
     raise KeyboardInterrupt("interrupted: the same command continues the sweep") from None
   finally:
     signal.signal(signal.SIGTERM, before)
 
+  if trials:
+    out = rates.write(root / "report/rates", trials)
+    print(f"\nrates\n{rates.rate_table(trials)}\nWritten: {out}/rates.md, .json, .png")
+    for note in rates.notes(trials):
+      print(note)
   for table in tables:
-    rows, missing = table_rows(table, known[table], root, args.seeds)
+    rows, missing = table_rows(known[table], plan.workdir, args.seeds)
     if rows:
+      others = references(plan, args.seeds, known[table])
+      rows = [
+        dataclasses.replace(row, extra_columns=extra_columns(table, row, others)) for row in rows
+      ]
       out = report.write(root / "report" / table, rows, missing)
       print(f"\n{table}\n{report.score_table(rows)}\nWritten: {out}/report.md, .csv, .json, .png")
     for line in missing:
@@ -285,3 +404,27 @@ def main(arguments: list[str]) -> int:
   for failure in failures:
     print(f"failed: {failure}", file=sys.stderr)
   return 1 if failures else 0
+
+
+def _run_all(
+  plan: Plan, tables: Sequence[str], trials: Mapping[str, Sequence[rates.Trial]], args
+) -> list[str]:
+  """Runs the trials and then the rows, under one progress display; returns what failed."""
+  first = plan.trial_runs(trials, args.held_out)
+  trained = {_key(changes) for _, changes in plan.rows(tables) if not is_free(changes)}
+  free = {_key(changes) for _, changes in plan.rows(tables) if is_free(changes)}
+  total = len(first) + len(trained) * args.seeds + len(free)
+  with progress(total, "sweep", "run") as bar:
+    ended = lambda workdir: is_done(workdir) or rates.diverged(workdir, LOG)
+    failures = sweep(first, args.jobs, bar, ended)
+    plan.choose(trials)
+    return failures + sweep(plan.runs(tables, args.seeds), args.jobs, bar)
+
+
+def references(plan: Plan, seeds: int, rows: Mapping[str, Mapping]) -> dict[str, Row]:
+  """Label -> row that a table's other rows are compared with, of those that are there: the config
+  file's REFERENCES, label -> changes; without any, the table's row that changes nothing."""
+  plain = {label: changes for label, changes in rows.items() if not changes}
+  wanted = plan.content.get("REFERENCES") or plain
+  found, _ = table_rows(wanted, plan.workdir, seeds)
+  return {row.label: row for row in found}

@@ -252,8 +252,10 @@ def _columns_of(text: str) -> int:
   return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
 
 
-# Cells that are right-aligned: 84.6, -3, 1e-05, 12 %, 84.6 ± 0.3, 3,353,856, 2x, 0.55 s
-NUMBER = re.compile(r"[-+<~]?\d[\d.,]*(e[-+]?\d+)?( ?± ?[\d.]+)?( ?[%a-zA-Z/]{1,4})?|-|nan|inf|")
+# Cells that are right-aligned: 84.6, -3, 1e-05, 12 %, 84.6 ± 0.3, 1.6 [-0.4, 3.6], 3,353,856, 2x
+NUMBER = re.compile(
+  r"[-+<~]?\d[\d.,]*(e[-+]?\d+)?( ?± ?[\d.]+| \[[-\d., ]+\])?( ?[%a-zA-Z/]{1,4})?|-|nan|inf|"
+)
 
 
 def table(rows: Sequence[Sequence], headers: Sequence, *, markdown: bool = False) -> str:

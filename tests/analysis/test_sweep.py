@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from configs import shapes
+from configs import ablations, shapes
 from rpn_jax import cli
-from rpn_jax.analysis import sweep
+from rpn_jax.analysis import paired, sweep
 from tests import ROOT, tiny
 
 CONFIG = """
@@ -20,6 +20,14 @@ TABLES = {
   "table1": {"plain": {}, "wide": {"model.width": 2}},
   "table10": {"lora": {"model.tuner": "lora"}, "rpn": {}, "free": {"method": "training_free"}},
 }
+
+def get_config(arg):
+  return arg
+
+def rate_grid(config):
+  variants = {"": 1} if "lora" in config else {"h 0.1": 0.1, "h 1": 1}
+  return {v: {r: {"optimizer.base_lr": r, "model.h": h} for r in (1e-4, 1e-3, 1e-2)}
+          for v, h in variants.items()}
 """
 # Stands in for training: writes scores, or fails where the workdir's name holds "fail".
 MAIN = """
@@ -37,9 +45,13 @@ if pathlib.Path("slow").exists():
   signal.signal(signal.SIGTERM, save)
   os.kill(os.getppid(), signal.SIGTERM)
   time.sleep(60)
+rate = float(flags.get("config.optimizer.base_lr", 0))
+if rate == 1e-2 and "lora" in workdir.name:
+  sys.exit("error: loss or gradients were NaN or infinite in 10 steps in a row, …")
 (workdir / "cores.json").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
 seed = int(flags["config.seed"])
-scores = {"step": 5, "pAcc": 0.9, "miou_gt": 0.5, "miou_union": 0.5, "miou_seen": 0.5,
+held_out = 0.1 + 100 * rate + 0.1 * float(flags.get("config.model.h", 0))
+scores = {"step": 5, "pAcc": 0.9, "miou_gt": held_out, "miou_union": 0.5, "miou_seen": 0.5,
           "miou_unseen": 0.4, "hiou": 0.4 + 0.1 * seed - 0.05 * ("lora" in workdir.name)}
 (workdir / "metrics.json").write_text(json.dumps({
   "last": scores, "best": scores, "trained_parameters": 1234,
@@ -76,7 +88,7 @@ def test_a_table_is_run_and_reported(here, capsys):
   }  # fmt: skip
   shown = capsys.readouterr().out
   assert "40.0 ± 7.1" in shown and "45.0 ± 7.1" in shown and "1,234" in shown
-  assert "hIoU less rpn's" in shown and "-5.0 ± 0.0" in shown  # seed by seed
+  assert "hIoU less rpn's [95 %]" in shown and "-5.0 [-5.0, -5.0]" in shown  # seed by seed
   assert "64.5" in shown and "88.6" in shown  # the paper's
   table = (here / "out/report/table10/report.csv").read_text()
   rows = list(csv.DictReader(table.splitlines()))
@@ -120,6 +132,86 @@ def test_sigterm_saves_the_runs_under_way_and_starts_no_others(here, capsys):
   assert len(calls()) == 5
 
 
+def test_every_row_gets_the_rate_that_is_best_on_held_out_images(here, capsys):
+  assert call("table10", "--tune-lr") == 0
+  made = calls()
+  trials = [c for c in made if c["workdir"].startswith("out/rates/")]
+  assert len(trials) == 9 and {c["config.seed"] for c in trials} == {"0"}
+  assert {c["config.data.held_out"] for c in trials} == {"0.2"}
+  runs = [c for c in made if c not in trials and c["mode"] == "train"]
+  # One rate of lora diverges, the best that is left is in the middle; the other has two variants.
+  chosen = {(c["config"].split(",")[0], c["config.optimizer.base_lr"], c["config.model.h"])
+            for c in runs}  # fmt: skip
+  assert chosen == {
+    ("tables.py:table10_lora", "0.001", "1"),
+    ("tables.py:table10_rpn", "0.01", "1"),
+  }
+  assert len(runs) == 4 and not any("config.data.held_out" in c for c in runs)
+  shown = capsys.readouterr().out
+  assert "diverged" in shown and "table10_rpn: the best rate, 0.01, is the highest" in shown
+  assert "table10_lora: the best" not in shown and "-5.0 [-5.0, -5.0]" in shown
+  content = json.loads((here / "out/report/rates/rates.json").read_text())
+  assert content["table10_rpn"]["chosen"] == "0.01, h 1"
+  assert content["table10_lora"]["trials"][2]["miou_gt"] == 0.0
+  assert (here / "out/report/rates/rates.png").stat().st_size > 1000
+  assert call("table10", "--tune-lr") == 0
+  assert calls() == made  # nothing twice, not even what diverged
+
+
+def test_without_all_its_trials_a_row_gets_no_rate(here, capsys):
+  (here / "broken").mkdir()
+  (here / "broken/h=0.1,base_lr=0.001_seed0").touch()
+  assert call("table10", "--tune-lr") == 1
+  shown = capsys.readouterr()
+  assert "table10_rpn: no rate chosen, no score yet at 0.001, h 0.1" in shown.out
+  assert "missing: rpn, seed 0: no rate was chosen for it" in shown.out
+  assert "the disk is full" in shown.err
+  (here / "broken/h=0.1,base_lr=0.001_seed0").unlink()
+  assert call("table10", "--tune-lr") == 0
+  assert "missing" not in capsys.readouterr().out
+
+
+def test_the_grid_is_the_same_for_all():
+  grids = {}
+  for row in (
+    "table10_rpn",
+    "table10_lora",
+    "networks_cat_seg",
+    "table4_lpm",
+    "table13_layers_odd",
+  ):
+    config = ablations.get_config(row)
+    grids[row] = ablations.rate_grid(config)
+    for variant, rates in grids[row].items():
+      assert tuple(rates) == ablations.RATES
+      for rate, fields in rates.items():
+        changed = config.copy_and_resolve_references().unlock()
+        with changed.ignore_type():
+          changed.update_from_flattened_dict(fields)
+        optimizer, largest = changed.optimizer, max(f for *_, f in changed.optimizer.groups)
+        assert optimizer.base_lr * largest == pytest.approx(rate)
+        if variant:
+          (h,) = (factor for name, _, factor in optimizer.groups if name == "h")
+          assert h * optimizer.base_lr == pytest.approx(rate * float(variant.split()[1]))
+  assert [list(grid) for grid in grids.values()] == [
+    ["h 0.1", "h 1"], [""], [""], [""], ["h 0.1", "h 1"]
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "values, text",
+  [
+    ([], "-"),
+    ([0.016], "1.6"),
+    # Student's t with 2 and 4 degrees of freedom: 4.3027 and 2.7764, over the square root of n.
+    ([0.01, 0.02, 0.03], "2.0 [-0.5, 4.5]"),
+    ([0.0, 0.01, 0.02, 0.03, 0.04], "2.0 [0.0, 4.0]"),
+  ],
+)
+def test_an_interval_is_students(values, text):
+  assert paired.mean_and_interval(values) == text
+
+
 def test_an_interrupted_run_counts_by_its_steps(tmp_path):
   config = shapes.get_config("runlocal").to_dict()
   (tmp_path / "config.json").write_text(json.dumps({"clip": "", "config": config}))
@@ -144,6 +236,10 @@ def test_runs_at_a_time_share_the_cores(here):
     (("table3",), "no table 'table3' in tables.py; it has table1, table10"),
     (("table1", "--steps=3"), "unknown argument '--steps=3'"),
     (("table1", "--jobs=0"), "expected 1 or more"),
+    (
+      ("table1", "--tune-lr", "--config.optimizer.base_lr=1"),
+      "--tune-lr chooses what --config.opt",
+    ),
     (("table1", "--config=missing.py"), "missing.py: no such file"),
   ],
 )

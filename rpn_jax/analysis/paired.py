@@ -1,0 +1,39 @@
+"""Rows compared seed by seed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rpn_jax.analysis.runs import Row
+
+
+def differences(row: Row, reference: Row) -> list[float]:
+  """hIoU of a row less that of another one, seed by seed; [] for the same one.
+
+  Runs of a seed see the same images in the same order: differences spread less than scores do.
+  """
+  if row.runs[0].config.get("method") == "training_free":
+    return []
+  scores = [
+    {run.config["seed"]: hiou for run in r.runs if (hiou := run.last.get("hiou")) is not None}
+    for r in (row, reference)
+  ]
+  if [run.directory for run in row.runs] == [run.directory for run in reference.runs]:
+    return []
+  return [hiou - scores[1][seed] for seed, hiou in scores[0].items() if seed in scores[1]]
+
+
+def mean_and_interval(values: Sequence[float]) -> str:
+  """Percent: "1.6 [0.4, 2.8]", the mean and Student's interval around it that holds the true mean
+  in 95 of 100 such samples; "1.6" for one value, "-" for none."""
+  if not values:
+    return "-"
+  from scipy import stats  # slow to import
+
+  percent = 100 * np.array(values, np.float64)
+  mean = percent.mean()
+  if len(percent) == 1:
+    return f"{round(mean, 1) + 0.0:.1f}"  # no "-0.0"
+  half = stats.t.ppf(0.975, len(percent) - 1) * percent.std(ddof=1) / len(percent) ** 0.5
+  low, middle, high = (round(float(x), 1) + 0.0 for x in (mean - half, mean, mean + half))
+  return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
