@@ -14,7 +14,7 @@ from rpn_jax import devices
 from rpn_jax.analysis import costs
 from rpn_jax.base.console import progress, table
 from rpn_jax.models import kernels
-from rpn_jax.models.clip import Block
+from rpn_jax.models.block import Block
 
 FLAGS = flags.FLAGS
 flags.DEFINE_float("seconds", 15.0, "Seconds of timed calls for each row, at least two calls")

@@ -96,6 +96,26 @@ TABLES = {
     "mul": {"model.combine": "mul"},
     "cat": {},
   },
+  # Not of the paper: more that adapts the vision tower, and what adapts the text tower, too.
+  "towers": {
+    **{
+      tuner.replace("+", "_"): {"model.tuner": tuner}
+      for tuner in (
+        "dora",
+        "oft",
+        "oft+text_oft",
+        "coop",
+        "maple",
+        "text_lora",
+        "text_bitfit",
+        "lora+text_lora",
+        "rpn+coop",
+        "rpn+text_lora",
+        "lpm",
+      )
+    },
+    "rpn": {},
+  },
   # Not of the paper: another network, by the recipe of its own code.
   "networks": {
     "cat_seg": {"family": "cat_seg"},

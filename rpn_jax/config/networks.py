@@ -18,11 +18,19 @@ class RPNConfig:
   tuner: str = field(
     "rpn",
     'what adapts the tower, joined by "+": rpn (relationship prompts), vpt (deep prompt tokens), '
-    "bitfit, adapter, ssf, lora, lst, full (the tower itself), lpm (only the head)",
+    "bitfit, adapter, ssf, lora, dora, oft, lst, full (the tower itself), lpm (only the head); of "
+    "the text tower coop, maple, and those at its projections and norms, such as text_lora",
   )
   deep_tokens: int = field(40, "P, prompt tokens of vpt in every layer", at_least=0)
   adapter_width: int = field(64, "bottleneck of adapter, channels", at_least=1)
-  lora_rank: int = field(8, "rank of lora", at_least=1)
+  lora_rank: int = field(8, "rank of lora and dora", at_least=1)
+  oft_block: int = field(16, "side of the rotations of oft, channels", at_least=2)
+  context_tokens: int = field(
+    4,
+    "tokens of every sentence that coop and maple train, with which all of them begin: 4 are those "
+    'of "a photo of a {}"',
+    at_least=1,
+  )
   lst_reduction: int = field(
     8, "how many times narrower than the tower the side network of lst is", at_least=1
   )

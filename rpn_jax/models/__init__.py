@@ -48,13 +48,15 @@ class Network(Hashable, Protocol):
   dtype: Any
   kernels: Kernels
   section: str
-  towers: tuple[str, ...]
   trainable: bool
   emphasis: float
 
   def apply(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
     """Of the Flax module: a call, or another method, with its variables."""
     ...
+
+  @property
+  def towers(self) -> tuple[str, ...]: ...
 
   @property
   def title(self) -> str: ...

@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 
 from rpn_jax.models import layers
+from rpn_jax.models.block import Block, keep_result
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.layers import ACTIVATIONS, LAYER_NORM_EPSILON, LayerNorm
 from rpn_jax.models.remat import run_block
@@ -86,140 +86,6 @@ def resize_positions(
   grid = rearrange(positions_NxD[1:], "(h w) d -> h w d", h=side)
   grid = rearrange(resize(grid, height, width), "h w d -> (h w) d")
   return jnp.concatenate([positions_NxD[:1], grid])
-
-
-def keep_result(site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """The tune function that leaves the result y of a site as it is; see `tuners.Tune`."""
-  del site, x
-  return y
-
-
-class Attention(nn.Module):
-  """Multi-head self-attention with CLIP's fused input projection.
-
-  `causal`: no token attends to later ones.
-  """
-
-  width: int
-  heads: int
-  dtype: Any = jnp.float32
-  kernels: Kernels = TEXTBOOK
-  causal: bool = False
-
-  def setup(self) -> None:
-    self.in_proj = nn.Dense(3 * self.width, dtype=self.dtype)
-    self.out_proj = nn.Dense(self.width, dtype=self.dtype)
-
-  def project(
-    self, x_BxNxD: jax.Array, tune: Callable = keep_result
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values, each (B, N, H, d)."""
-    qkv = self.project_fused(x_BxNxD, tune)
-    return tuple(rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads))
-
-  def project_fused(self, x_BxNxD: jax.Array, tune: Callable) -> jax.Array:
-    """Queries, keys and values side by side: (B, N, 3 D)."""
-    qkv = checkpoint_name(tune("in_proj", x_BxNxD, self.in_proj(x_BxNxD)), "attention")
-    self.sow("intermediates", "qkv", qkv)
-    return qkv
-
-  def __call__(
-    self,
-    x_BxNxD: jax.Array,
-    read: Callable | None = None,
-    tune: Callable = keep_result,
-    extra_BxPxD: jax.Array | None = None,
-  ) -> jax.Array:
-    """(B, N, D) -> (B, N, D).
-
-    Args:
-      x_BxNxD: normalized tokens.
-      read: (q, k, v) -> (B, N, H, d), how the tokens read the values; None is CLIP's own
-        softmax(q kᵀ / √d) v.
-      tune: (site, x, y) -> y, for `in_proj` and `out_proj`.
-      extra_BxPxD: normalized tokens with keys and values only: the others attend to them, and
-        nothing is returned for them.
-    """
-    qkv = self.project_fused(x_BxNxD, tune)
-    extra = None if extra_BxPxD is None else self.project_fused(extra_BxPxD, tune)
-    if read is None:
-      out = self.kernels.self_attend(qkv, extra, self.heads, self.causal)
-    else:
-      out = layers.self_attend(lambda q, k, v, _: read(q, k, v), qkv, extra, self.heads)
-    return checkpoint_name(tune("out_proj", out, self.out_proj(out)), "attention")
-
-
-class MLP(nn.Module):
-  """Two projections with an activation between them, `hidden` channels wide; None: 4 D."""
-
-  width: int
-  activation: str
-  dtype: Any = jnp.float32
-  kernels: Kernels = TEXTBOOK
-  hidden: int | None = None
-
-  def setup(self) -> None:
-    self.c_fc = nn.Dense(self.hidden or 4 * self.width, dtype=self.dtype)
-    self.c_proj = nn.Dense(self.width, dtype=self.dtype)
-
-  def __call__(self, x_BxNxD: jax.Array, tune: Callable = keep_result) -> jax.Array:
-    hidden = tune("c_fc", x_BxNxD, self.c_fc(x_BxNxD))
-    hidden = self.kernels.activations[self.activation](hidden)
-    return tune("c_proj", hidden, self.c_proj(hidden))
-
-
-class Block(nn.Module):
-  """Pre-norm residual block of D channels; `epsilon` is of its norms, `mlp_width` of its MLP.
-
-  `causal` is of its attention.
-  """
-
-  width: int
-  heads: int
-  activation: str
-  dtype: Any = jnp.float32
-  epsilon: float = LAYER_NORM_EPSILON
-  kernels: Kernels = TEXTBOOK
-  mlp_width: int | None = None
-  causal: bool = False
-
-  def setup(self) -> None:
-    self.ln_1 = LayerNorm(self.epsilon, function=self.kernels.layer_norm)
-    self.attn = Attention(self.width, self.heads, self.dtype, self.kernels, self.causal)
-    self.ln_2 = LayerNorm(self.epsilon, function=self.kernels.layer_norm)
-    self.mlp = MLP(self.width, self.activation, self.dtype, self.kernels, self.mlp_width)
-
-  def project(self, x_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values of the block's attention, each (B, N, H, d)."""
-    return self.attn.project(self.ln_1(x_BxNxD))
-
-  def __call__(
-    self,
-    x_BxNxD: jax.Array,
-    read: Callable | None = None,
-    residual: bool = True,
-    tune: Callable | None = None,
-    extra_BxPxD: jax.Array | None = None,
-  ) -> jax.Array:
-    """(B, N, D) -> (B, N, D).
-
-    Args:
-      x_BxNxD: tokens.
-      read: see `Attention`.
-      residual: False returns the attention's output alone: no residual connection, no MLP.
-      tune: (site, x, y) -> y may change what the projection or norm `site` makes of x.
-      extra_BxPxD: tokens that the others attend to, and that are not computed further.
-    """
-    x, tune = x_BxNxD, tune or keep_result
-    norm = lambda x: tune("ln_1", x, self.ln_1(x))
-    extra = None if extra_BxPxD is None else norm(extra_BxPxD)
-    attended = self.attn(norm(x), read, tune, extra).astype(x.dtype)
-    return self.feed_forward(x + attended, tune) if residual else attended
-
-  def feed_forward(self, x_BxNxD: jax.Array, tune: Callable = keep_result) -> jax.Array:
-    """The second half of the block: x + MLP(LN(x))."""
-    x = x_BxNxD
-    return x + self.mlp(tune("ln_2", x, self.ln_2(x)), tune).astype(x.dtype)
 
 
 class VisionTransformer(nn.Module):
@@ -379,13 +245,23 @@ class TextTransformer(nn.Module):
     x = tune("ln_final", x, self.ln_final(x)).astype(self.dtype)
     return (x @ self.projection.astype(self.dtype)).astype(jnp.float32)
 
-  def __call__(self, tokens_BxT: jax.Array, tune_part: Callable | None = None) -> jax.Array:
+  def __call__(
+    self,
+    tokens_BxT: jax.Array,
+    tune_part: Callable | None = None,
+    offset_MxD: jax.Array | None = None,
+    context_JxMxD: jax.Array | None = None,
+  ) -> jax.Array:
     """Embeddings (B, E) float32, not normalized.
 
     Args:
       tokens_BxT: token ids. T may be shorter than the context: attention is causal, so the padding
         after the end-of-text token changes nothing.
-      tune_part: part of the tower ("stem", "block_0", …) -> its tune function; see `tuners.Tuned`.
+      tune_part: part of the tower ("stem", "block_0", …) -> its tune function; see
+        `tuners.tune_part`.
+      offset_MxD: what is added to the embeddings of the M tokens after the first one.
+      context_JxMxD: what stands in place of the M tokens after the first one before each of the
+        first J blocks: of their embeddings, and of what earlier blocks made of them.
 
     Raises:
       ValueError: texts longer than the context.
@@ -394,12 +270,25 @@ class TextTransformer(nn.Module):
     if length > self.config.context_length:
       raise ValueError(f"at most {self.config.context_length} tokens, got {length}")
     tune_part = tune_part or (lambda part: None)
-    x = self.token_embedding[tokens_BxT] + self.position_embedding[:length]
+    context = () if context_JxMxD is None else context_JxMxD
+    x = self.token_embedding[tokens_BxT]
+    if offset_MxD is not None:
+      x = x.at[:, 1 : 1 + len(offset_MxD)].add(offset_MxD)
+    x = self._with_context(x, context[:1]) + self.position_embedding[:length]
     x = x.astype(self.dtype)
     for i, block in enumerate(self.block):
+      if i:
+        x = self._with_context(x, context[i : i + 1])
       x = run_block(block, self.remat, x, tune=tune_part(f"block_{i}"))
       self.sow("intermediates", "hidden", x)
     return self.project(x, tokens_BxT, tune_part("stem") or keep_result)
+
+  @staticmethod
+  def _with_context(x_BxTxD: jax.Array, context: Any) -> jax.Array:
+    """x with the one context (1, M, D) in place of its tokens 1 … M; as it is without one."""
+    if not len(context):
+      return x_BxTxD
+    return x_BxTxD.at[:, 1 : 1 + context.shape[1]].set(context[0].astype(x_BxTxD.dtype))
 
 
 class CLIP(nn.Module):

@@ -5,7 +5,7 @@ serves training and inference; the text embeddings are an input, computed once.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,12 +13,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from rpn_jax.models import heads, initializers, ladder, prompts, rpm, tuners
-from rpn_jax.models.clip import (
-  CLIPConfig,
-  VisionTransformer,
-  l2_normalize,
-)
+from rpn_jax.models import heads, initializers, ladder, prompts, rpm, text_side, trained, tuners
+from rpn_jax.models.clip import CLIPConfig, TextTransformer, VisionTransformer, l2_normalize
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.network import Defaults, Windows, as_record
 from rpn_jax.models.remat import REMAT_POLICIES
@@ -103,8 +99,29 @@ class RPN(Defaults, nn.Module):
 
   @property
   def tuner_names(self) -> tuple[str, ...]:
-    """What adapts the tower."""
+    """What adapts the towers."""
     return tuple(self.config.tuner.split("+"))
+
+  @property
+  def text_tuners(self) -> tuple[str, ...]:
+    """Those of them that work in the text tower."""
+    return tuners.of_text(self.tuner_names)
+
+  @property
+  def towers(self) -> tuple[str, ...]:  # type: ignore[override]
+    return trained.TOWERS if self.text_tuners else trained.TOWERS[:1]
+
+  @nn.nowrap
+  def text_input(self, encoder: Any, names: Sequence[str]) -> Any:
+    """Embeddings (C, E), or token ids (C, S, K, T) where the text tower is tuned."""
+    if not self.text_tuners:
+      return encoder.embed(names)
+    return text_side.tokens(encoder, names, self.context_tokens)
+
+  @property
+  def context_tokens(self) -> int:
+    """How many tokens of a sentence are trained."""
+    return self.config.context_tokens if set(tuners.CONTEXTS) & set(self.tuner_names) else 0
 
   @property
   def prompted(self) -> bool:
@@ -125,6 +142,29 @@ class RPN(Defaults, nn.Module):
       for name in self.tuner_names
       if name in tuners.TUNERS
     }
+    if self.text_tuners:
+      self.text = TextTransformer(self.clip, self.dtype, self.remat, self.kernels)
+      self.text_tuned = {
+        name.removeprefix(tuners.TEXT): prompts.tree(
+          self,
+          name,
+          functools.partial(
+            tuners.initial, tuners.TUNERS[name.removeprefix(tuners.TEXT)], self.clip, c,
+            tower="text",
+          ),
+        )
+        for name in self.text_tuners
+        if name not in tuners.CONTEXTS
+      }  # fmt: skip
+      text_shape, depth = (c.context_tokens, self.clip.text_width), self.coupled_layers
+      if "coop" in self.tuner_names:
+        self.offset = prompts.prompt(self, "offset", nn.initializers.zeros, text_shape)
+      if depth:
+        init = nn.initializers.normal(0.02)
+        self.context = prompts.prompt(self, "context", init, (depth, *text_shape))
+        self.coupling = [
+          prompts.torch_dense(width, self.clip.text_width, self.dtype) for _ in range(depth)
+        ]
     if "lst" in self.tuner_names:
       self.lst = ladder.LadderSide(self.clip, c.lst_reduction, self.dtype, self.kernels)
     if not self.prompted:
@@ -151,6 +191,12 @@ class RPN(Defaults, nn.Module):
         self.m2oe = [rpm.M2oE(*mixture) for _ in self.prompting]
 
   @property
+  def coupled_layers(self) -> int:
+    """How many layers of both towers have prompts of maple: all of the shorter one."""
+    layers = min(self.clip.text_layers, self.clip.vision_layers)
+    return layers if "maple" in self.tuner_names else 0
+
+  @property
   def prompting(self) -> list[int]:
     """The layers, counted from 0, whose output makes relationship prompts."""
     layers = list(range(self.clip.vision_layers - 1)) if "rpn" in self.tuner_names else []
@@ -172,12 +218,14 @@ class RPN(Defaults, nn.Module):
 
     Args:
       image_BxHxWx3: normalized images; sides are multiples of the patch size.
-      text_CxE: unit-length text embeddings, one per class to be prompted and scored.
+      text_CxE: unit-length text embeddings, one per class to be prompted and scored; or the token
+        ids that `text_input` gives.
       train: whether dropout (rng `dropout`) and gate noise (rng `gate`) are on.
       example_offset: position of the first image in the global batch; the noise of an image
         depends on its position there, not on how the batch is split over devices.
     """
     c = self.config
+    text_CxE = self.encode_text(text_CxE)
     x, grid = self.visual.embed(image_BxHxWx3, c.class_embedding_copies, self.tune("stem"))
     self.sow("intermediates", "embed", x)
     hidden = [x]
@@ -209,6 +257,16 @@ class RPN(Defaults, nn.Module):
       logits = self.head(patches, cls, text_CxE)
     return rearrange(logits, "b (h w) c -> b h w c", h=grid[0])
 
+  def encode_text(self, text: jax.Array) -> jax.Array:
+    """Unit-length embeddings (C, E) of the token ids of `text_input`; embeddings as they are."""
+    if not self.text_tuners or jnp.issubdtype(text.dtype, jnp.floating):
+      return text
+    tune_part = functools.partial(tuners.tune_part, self.text_tuned)
+    offset = self.offset if "coop" in self.tuner_names else None
+    context = self.context if self.coupled_layers else None
+    encode = lambda module, tokens: module.text(tokens, tune_part, offset, context)
+    return text_side.encode(encode, self, text, self.clip)
+
   def tune(self, part: str) -> tuners.Tune:
     """The tune function of the stem or of a block."""
     return tuners.tune_part(self.tuned, part)
@@ -237,6 +295,9 @@ class RPN(Defaults, nn.Module):
       # A key for each kind: deep and relationship prompts drop independently.
       keys = [prompts.example_keys(self.make_rng("dropout"), example_offset, batch) for _ in extra]
       extra = [prompts.dropout(e, rate, k) for e, k in zip(extra, keys)]
+    if i < self.coupled_layers:
+      coupled = self.coupling[i](self.context[i])
+      extra.insert(0, jnp.broadcast_to(coupled, (batch, *coupled.shape)))
     extra = [e.astype(x.dtype) for e in extra]
     if train:
       # Gradients of prompts are computed from the tokens' before these are passed on: XLA's CPU

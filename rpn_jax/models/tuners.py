@@ -9,14 +9,24 @@ What a tuner computes is separate from where it is attached. Either tower of CLI
     adapter  a bottleneck after both projections that end a branch (Houlsby et al., 2019)
     ssf      a factor and an offset for every channel of every result (Lian et al., 2022)
     lora     products of low rank added to the query and value projections (Hu et al., 2022)
+    dora     the same, and the norms of the columns beside their directions (Liu et al., 2024)
+    oft      block-diagonal rotations of what the attention's projections read (Qiu et al., 2023);
+             those of both towers are what H-CLIP trains (Peng et al., 2025)
     lst      a narrow network beside the tower, no gradient through it (Sung et al., 2022)
     full     the vision tower itself: the only one that trains parameters of `params`
 
-All start as the tower they tune, bit for bit.
+All start as the tower they tune, bit for bit. Those at sites tune the text tower, too, by the word
+with `text_` before it. Two others train what the text tower reads:
+
+    coop     the vectors of the first tokens of every sentence, as what is added to CLIP's (Zhou et
+             al., 2022)
+    maple    those before every block, and prompts of the vision tower made from them (Khattak et
+             al., 2023); drawn at random, so that it starts elsewhere
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -60,11 +70,13 @@ class Tuner:
     apply: (parameters of the site, x, y) -> another y.
     merge: (parameters of the site, weights of the site) -> weights that give the tuned result by
       themselves; None where there are no such weights.
+    reads_weights: whether `apply` takes the weights of the site, a projection, too.
   """
 
   parameters: Callable[[Site, Any], dict]
   apply: Callable
   merge: Callable | None = None
+  reads_weights: bool = False
 
 
 def _bitfit_parameters(site: Site, config: Any) -> dict:
@@ -116,6 +128,79 @@ def _lora_merge(p: dict, weights: dict) -> dict:
   return {**weights, "kernel": _lora(p, jnp.eye(len(kernel)), kernel)}
 
 
+def _dora_parameters(site: Site, config: Any) -> dict:
+  parameters = _lora_parameters(site, config)
+  norms = dict.fromkeys(("q_norm", "v_norm"), (zeros, (site.inputs,)))
+  return {**parameters, **norms} if parameters else {}
+
+
+def _dora_thirds(p: dict, weights: dict) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+  """Of queries and values: the frozen kernel, the added product, and the factor of the columns.
+
+  A column's trained norm is that of the frozen kernel plus an offset, which starts at 0. As in the
+  paper (section 4.3), no gradient passes through the norm that it is divided by.
+  """
+  found = []
+  for name, kernel in zip(("q", "v"), jnp.split(weights["kernel"].astype(jnp.float32), 3, 1)[::2]):
+    product = p[f"{name}_a"] @ p[f"{name}_b"]
+    # By one reduction, since two may differ in their last bits where the product is still 0.
+    frozen, norm = jnp.linalg.norm(jnp.stack([kernel, kernel + product]), axis=1)
+    factor = (frozen + p[f"{name}_norm"]) / jax.lax.stop_gradient(norm)
+    found.append((kernel, product, factor))
+  return found
+
+
+def _dora(p: dict, x: jax.Array, y: jax.Array, weights: dict) -> jax.Array:
+  # As what is added to y, so that factors of 1 and products of 0 leave its bits alone.
+  q, v = (
+    (factor - 1) * (x @ kernel.astype(x.dtype)) + factor * (x @ p[f"{name}_a"] @ p[f"{name}_b"])
+    for name, (kernel, _, factor) in zip(("q", "v"), _dora_thirds(p, weights))
+  )
+  return y + jnp.concatenate([q, jnp.zeros_like(q), v], -1)
+
+
+def _dora_merge(p: dict, weights: dict) -> dict:
+  q, v = (factor * (kernel + product) for kernel, product, factor in _dora_thirds(p, weights))
+  keys = jnp.split(weights["kernel"], 3, 1)[1]
+  return {**weights, "kernel": jnp.concatenate([q, keys, v], 1)}
+
+
+def _oft_parameters(site: Site, config: Any) -> dict:
+  if site.name not in ("in_proj", "out_proj"):
+    return {}
+  side = config.oft_block
+  if site.inputs % side:
+    raise ValueError(
+      f"oft_block={side}: expected a divisor of the tower's width, {site.inputs}, such as "
+      f"{math.gcd(side, site.inputs)}"
+    )
+  # Queries, keys and values have rotations of their own.
+  return {"skew": (zeros, (site.outputs // site.inputs, site.inputs // side, side, side))}
+
+
+def _rotations(p: dict) -> jax.Array:
+  """Orthogonal (parts, blocks, side, side), by Cayley's map of the skew-symmetric part."""
+  skew = (p["skew"] - p["skew"].mT) / 2
+  one = jnp.eye(skew.shape[-1])
+  return jnp.linalg.solve(one - skew, one + skew)
+
+
+def _oft(p: dict, x: jax.Array, y: jax.Array, weights: dict) -> jax.Array:
+  turned = (_rotations(p) - jnp.eye(p["skew"].shape[-1])).astype(x.dtype)
+  blocks = x.reshape(*x.shape[:-1], *turned.shape[1:3])
+  moved = jnp.einsum("...ki,pkij->p...kj", blocks, turned).reshape(len(turned), *x.shape)
+  kernels = jnp.split(weights["kernel"].astype(x.dtype), len(turned), 1)
+  return y + jnp.concatenate([m @ k for m, k in zip(moved, kernels)], -1)
+
+
+def _oft_merge(p: dict, weights: dict) -> dict:
+  rotations, kernel = _rotations(p), weights["kernel"]
+  parts, blocks, side, _ = rotations.shape
+  kernel = kernel.reshape(blocks, side, parts, -1)
+  turned = jnp.einsum("pkij,kjpo->kipo", rotations, kernel)
+  return {**weights, "kernel": turned.reshape(weights["kernel"].shape)}
+
+
 TUNERS = {
   "adapter": Tuner(_adapter_parameters, _adapter),
   "bitfit": Tuner(
@@ -123,11 +208,17 @@ TUNERS = {
     lambda p, x, y: y + p["bias"],
     lambda p, weights: {**weights, "bias": weights["bias"] + p["bias"]},
   ),
+  "dora": Tuner(_dora_parameters, _dora, _dora_merge, reads_weights=True),
   "lora": Tuner(_lora_parameters, _lora, _lora_merge),
+  "oft": Tuner(_oft_parameters, _oft, _oft_merge, reads_weights=True),
   "ssf": Tuner(_ssf_parameters, lambda p, x, y: y * p["scale"] + p["shift"], _ssf_merge),
 }
 # Not attached to sites: prompts (rpn.py), a side network, the tower itself, the head alone.
 OTHERS = ("rpn", "vpt", "lst", "full", "lpm")
+# Of the text tower: what it reads, and the tuners at its sites.
+CONTEXTS, TEXT = ("coop", "maple"), "text_"
+# Each of them is a change of the same weights by its own rule: one of them for a tower.
+EXCLUSIVE = ("lora", "dora", "oft")
 
 
 def parse(words: str) -> tuple[str, ...]:
@@ -136,12 +227,21 @@ def parse(words: str) -> tuple[str, ...]:
   Raises:
     ValueError: an unknown or repeated word.
   """
-  known, found = sorted((*OTHERS, *TUNERS)), tuple(words.split("+"))
+  texts = (f"{TEXT}{name}" for name in TUNERS)
+  known, found = sorted((*OTHERS, *CONTEXTS, *TUNERS, *texts)), tuple(words.split("+"))
   if not set(found) <= set(known) or len(set(found)) < len(found):
     raise ValueError(
       f'tuner: expected words joined by "+", each once, of {", ".join(known)}, got {words!r}'
     )
+  for group in (CONTEXTS, EXCLUSIVE, tuple(f"{TEXT}{name}" for name in EXCLUSIVE)):
+    if len(clash := [word for word in group if word in found]) > 1:
+      raise ValueError(f"tuner: expected one of {', '.join(clash)} at the most, got {words!r}")
   return found
+
+
+def of_text(words: Sequence[str]) -> tuple[str, ...]:
+  """Those of a network's tuners that work in the text tower."""
+  return tuple(word for word in words if word in CONTEXTS or word.startswith(TEXT))
 
 
 @flax.struct.dataclass
@@ -154,12 +254,19 @@ class Tune:
 
   parameters: dict
 
-  def __call__(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """What the tuners, in the order of their names, make of the result y of a site."""
+  def __call__(
+    self, site: str, x: jax.Array, y: jax.Array, layer: nn.Module | None = None
+  ) -> jax.Array:
+    """What the tuners, in the order of their names, make of the result y of a site.
+
+    `layer` is the projection whose result it is.
+    """
     for name, sites in sorted(self.parameters.items()):
       if site in sites:
+        tuner = TUNERS[name]
+        weights = [layer.variables["params"]] if tuner.reads_weights and layer else []
         # Bottlenecks work in the tower's compute type, sums in the result's.
-        y = TUNERS[name].apply(sites[site], x.astype(y.dtype), y).astype(y.dtype)
+        y = tuner.apply(sites[site], x.astype(y.dtype), y, *weights).astype(y.dtype)
     return y
 
 

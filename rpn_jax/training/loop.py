@@ -22,7 +22,7 @@ from rpn_jax.training.step import TrainState
 
 # A failed save is retried at a later step; after the last step, by waiting.
 FINAL_SAVE_TRIES, FINAL_SAVE_PAUSE_SECONDS = 3, 20.0
-# How the error begins that ends a run after too many skipped steps.
+# How the error begins that ends a run after too many skipped steps, for whoever reads its log.
 NOT_FINITE = "loss or gradients were NaN or infinite"
 RERUN = "mend the cause, said above, and rerun the command; it resumes from the last checkpoint"
 
@@ -187,7 +187,7 @@ class Loop:
     steps = self.checkpoints.steps()
     last_good = f"{self.checkpoints.directory}/{steps[0]}" if steps else "none yet"
     raise InputError(
-      f"{NOT_FINITE} in {consecutive} steps in a row, {start + 1} to "
+      f"loss or gradients were NaN or infinite in {consecutive} steps in a row, {start + 1} to "
       f"{done}, and none was applied (config.max_skipped={self.config.max_skipped}); step "
       f"{start + 1} had the training examples {indices}; last good checkpoint: {last_good}. Lower "
       "config.optimizer.base_lr, set config.optimizer.clip_norm, or look at these examples"

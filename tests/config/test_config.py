@@ -99,6 +99,7 @@ def test_a_run_of_0_2_0_has_the_same_config(monkeypatch):
   new = json.loads(json.dumps(with_normalization(c).to_dict()))
   added = {
     "loss": {"skip_empty": False},
+    "model": {"oft_block": 16, "context_tokens": 4},
     "optimizer": {"schedule": "poly", "no_decay": ""},
     "data": {"recipe": "mmsegmentation", "label_resize": "floor_nearest", "long_side": 0,
              "local_copy": "", "held_out": 0.0},

@@ -10,6 +10,7 @@ import pytest
 from configs import ablations
 from rpn_jax.analysis.runs import flatten
 from rpn_jax.config import RPNConfig
+from rpn_jax.models import tuners
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
 from rpn_jax.models.trained import init_prompts
@@ -44,7 +45,14 @@ CHANGES = {
   ("preset", "released"): {"h", "deep_tokens", "head"} | M2OE,
 } | {
   ("model.tuner", name): PROMPTS | M2OE | {name}
-  for name in ("adapter", "bitfit", "lora", "lst", "ssf")
+  for name in ("adapter", "bitfit", "dora", "lora", "lst", "oft", "ssf", "text_bitfit", "text_lora")
+} | {
+  ("model.tuner", "oft+text_oft"): PROMPTS | M2OE | {"oft", "text_oft"},
+  ("model.tuner", "lora+text_lora"): PROMPTS | M2OE | {"lora", "text_lora"},
+  ("model.tuner", "coop"): PROMPTS | M2OE | {"offset"},
+  ("model.tuner", "maple"): PROMPTS | M2OE | {"context", "coupling_0"},
+  ("model.tuner", "rpn+coop"): {"offset"},
+  ("model.tuner", "rpn+text_lora"): {"text_lora"},
 }  # fmt: skip
 
 
@@ -77,7 +85,7 @@ def network(row, changes=()):
   config = config_of(row).unlock()
   config.update_from_flattened_dict(dict(changes))
   config.optimizer.warmup_steps = 0
-  model = RPN(clip, RPNConfig(**{**config.model, "m2oe_experts": 2}))
+  model = RPN(clip, RPNConfig(**{**config.model, "m2oe_experts": 2, "oft_block": 4}))
   shapes = jax.eval_shape(lambda: init_prompts(model, params, text, jax.random.key(3), 64))
   return model, config, shapes
 
@@ -150,9 +158,11 @@ def test_the_row_without_training_runs():
   [
     pytest.param(changes, row, id=row)
     for changes, row in ROWS.items()
-    # Other towers: tests/weights/test_plain_vit.py; labels: tests/tasks/test_annotation_free.py
+    # Other towers: tests/weights/test_plain_vit.py; labels: tests/tasks/test_annotation_free.py;
+    # text towers: tests/models/test_text_side.py
     if not dict(changes).keys() & {"clip", "family", "data.setting"}
     and dict(changes).get("method") != "training_free"
+    and not tuners.of_text(dict(changes).get("model.tuner", "").split("+"))
   ],
 )
 def test_a_row_runs_for_a_step(changes, row):
@@ -162,8 +172,8 @@ def test_a_row_runs_for_a_step(changes, row):
 
 
 def test_every_row_is_there_once():
-  assert len(ablations.ROWS) == sum(map(len, ablations.TABLES.values())) == 65
-  assert len(ROWS) == 47
+  assert len(ablations.ROWS) == sum(map(len, ablations.TABLES.values())) == 77
+  assert len(ROWS) == 57
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 from configs import common
 from rpn_jax.config import RPNConfig
 from rpn_jax.models import prompts, rpm
-from rpn_jax.models.clip import CLIP, Block, CLIPConfig, VisionTransformer, l2_normalize
+from rpn_jax.models.block import Block
+from rpn_jax.models.clip import CLIP, CLIPConfig, VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
 from rpn_jax.models.trained import init_prompts
 from rpn_jax.training import losses

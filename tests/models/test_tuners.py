@@ -23,8 +23,9 @@ TINY = CLIPConfig(
 )  # fmt: skip
 SMALL = {
   "deep_tokens": 3, "adapter_width": 4, "lora_rank": 2, "lst_reduction": 2, "m2oe": "none",
+  "oft_block": 4, "context_tokens": 2,
 }  # fmt: skip
-OF_SITES = ["adapter", "bitfit", "lora", "ssf"]
+OF_SITES = ["adapter", "bitfit", "dora", "lora", "oft", "ssf"]
 # In `make test` the tuners of sites run together; one by one they are slow tests.
 SITES = "adapter+bitfit+lora+ssf"
 SINGLE = [pytest.param(name, marks=pytest.mark.slow) for name in OF_SITES]
@@ -38,6 +39,9 @@ COUNTS = {
   "adapter": (2 * (2 * 768 * 64 + 64 + 768), 0),
   "ssf": (2 * (2 * 768 + 3 * 768 + 768 + 4 * 768 + 768), 2 * 3 * 768),
   "lora": (4 * 768 * 8, 0),
+  "dora": (4 * 768 * 8 + 2 * 768, 0),
+  # Rotations of 48 blocks of 16 channels for queries, keys, values and the attention's result.
+  "oft": (4 * 768 * 16, 0),
   "vpt": (40 * 768, 768 * 768 + 3 * 768),
   # A gate, a way down and a block of width 96; another way down, a norm, the way up.
   "lst": (1 + 768 * 96 + 96 + 4 * 96 + 12 * 96**2 + 9 * 96, 768 * 96 + 96 + 192 + 97 * 768),

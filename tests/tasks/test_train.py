@@ -20,6 +20,7 @@ from rpn_jax.devices import data_mesh
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.tasks import evaluate, export, predict, train
 from rpn_jax.training import checkpoint, loop, losses, optim
+from rpn_jax.training.loop import NOT_FINITE
 from rpn_jax.training.metric_log import read_history
 from rpn_jax.training.sharding import ShardMap
 from rpn_jax.training.step import TrainState
@@ -147,7 +148,7 @@ def test_too_many_in_a_row_end_the_run(home):
   data = datasets.load(config)
   indices = ", ".join(map(str, data.train_indices(4)))
   with pytest.raises(InputError, match=(
-    rf"in 3 steps in a row, 5 to 7, .* step 5 had the training examples {indices}; "
+    rf"^{NOT_FINITE} in 3 steps in a row, 5 to 7, .* step 5 had the training examples {indices}; "
     r"last good checkpoint: \S+checkpoints/6\. Lower"
   )):  # fmt: skip
     train.train(config, workdir, with_nan(data, {5, 6, 7}))
