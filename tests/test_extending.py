@@ -3,9 +3,11 @@
 In this process, where all is loaded, but for one.
 """
 
+import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ from PIL import Image
 import data_pipelines
 from configs import shapes
 from rpn_jax import Segmenter
+from rpn_jax.analysis import sweep
 from rpn_jax.models import NETWORKS, tuners
 from rpn_jax.tasks import train
 from tests import ROOT, tiny
@@ -24,7 +27,8 @@ BLOCKS = re.findall(
   r"As `(\w+\.py)`.*?```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL
 )
 LINES = {
-  "my_loop.py": 45, "my_tuner.py": 40, "my_network.py": 60, "my_method.py": 20, "my_set.py": 60,
+  "my_loop.py": 45, "my_tuner.py": 40, "my_study.py": 30, "my_network.py": 60, "my_method.py": 20,
+  "my_set.py": 60,
 }  # fmt: skip
 
 
@@ -98,6 +102,38 @@ def test_a_tuner_of_ones_own(folder, run):
   head = 16 * 8 + 8 + 8 * 8 + 8 + 4 * 8
   assert f"{2 * 2 * 16 + head:,} trained parameters" in said
   assert (folder / "runs/ia3/metrics.json").exists()
+
+
+def test_a_study_names_configs_that_there_are(folder, monkeypatch):
+  monkeypatch.syspath_prepend(folder)
+  study = sweep.read_tables("my_study.py")
+  rows = study["TABLES"]["compare"]
+  assert len(rows) == 12 and set(study["REFERENCES"]) <= set(rows) and "ia3" in tuners.TUNERS
+  for name in rows:
+    config = study["get_config"](f"compare_{name},runlocal")
+    assert config.model.tuner == name and tuners.parse(name)
+    assert len(study["rate_grid"](config)) == (2 if name == "rpn" else 1)
+
+
+@pytest.mark.slow
+def test_a_study_of_ones_own(folder):
+  """By the command, of two rows at two rates; the processes that it starts know the tuner."""
+  code = (folder / "my_study.py").read_text()
+  code = re.sub(r"TUNERS = \(.*?\n\)", 'TUNERS = ("ia3", "lpm")', code, flags=re.DOTALL)
+  code = code.replace('for name in ("rpn", "lpm")', 'for name in ("lpm",)')
+  (folder / "my_study.py").write_text(code + "\nablations.RATES = (2e-3, 6e-3)\n")
+  shutil.copy(ROOT / "main.py", folder)
+  command = [
+    sys.executable, "-m", "rpn_jax", "sweep", "compare", "--config=my_study.py:runlocal",
+    "--tune-lr", "--seeds=2", f"--config.clip={folder}/shapes_clip.safetensors", "--jobs=2",
+    *tiny.FLAGS,
+  ]  # fmt: skip
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert "hIoU less lpm's [95 %]" in done.stdout and "chosen" in done.stdout
+  report = json.loads((folder / "runs/sweep/report/compare/report.json").read_text())
+  assert [len(row["runs"]) for row in report["rows"]] == [2, 2]
 
 
 def test_a_network_of_ones_own(folder, run):
