@@ -5,6 +5,9 @@ is named after its workdir, with a few config fields that tell it from others of
 and network, without the values that most of these share. The files are report.md, report.csv and
 report.json (the last two in fractions, not percent) and report.png, or one such figure for each
 data set. Runs that cannot be read are listed with the reason.
+
+--keep=FILE.json also writes the runs' scores into one small file, which is read like a run: tables
+and figures are made from it where the runs are no more.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rpn_jax.analysis import kept
 from rpn_jax.analysis.runs import METRICS, Row, differing, group_runs, read_run
 from rpn_jax.base.buckets import is_bucket
 from rpn_jax.base.console import table
@@ -258,20 +262,25 @@ def plot(path, rows: Sequence[Row], numbers: Sequence[int] = ()) -> pathlib.Path
 def main(arguments: list[str]) -> int:
   parser = argparse.ArgumentParser(prog="rpn report", description=__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
-  parser.add_argument("runs", nargs="+", metavar="RUN", help="workdirs")
+  parser.add_argument("runs", nargs="+", metavar="RUN", help="workdirs, or files of --keep")
   parser.add_argument("--out", default="report", help="folder for the files (default: report)")
   parser.add_argument("--labels", nargs="+", default=(), metavar="NAME", help="one per row")
+  parser.add_argument("--keep", metavar="FILE.json", help="write the scores of the runs there, too")
   args = parser.parse_args(arguments)
+  if args.keep and not args.keep.endswith(kept.SUFFIX):
+    raise InputError(f"--keep={args.keep}: expected a file called *{kept.SUFFIX}")
   runs, left_out = [], []
   normal = [name if is_bucket(name) else os.path.normpath(name) for name in args.runs]
   for directory in dict.fromkeys(normal):
     try:
-      runs.append(read_run(directory))
+      runs += kept.read(directory) if directory.endswith(kept.SUFFIX) else [read_run(directory)]
     except (InputError, OSError) as error:
       left_out.append(str(error))
   if not runs:
     raise InputError("no readable run: " + "; ".join(left_out))
   rows, repeated = group_runs(runs, args.labels)
+  if args.keep:
+    print(f"Kept: {kept.keep(args.keep, runs)}, {len(runs)} runs")
   out = write(expand(args.out), rows, left_out + repeated)
   print("\n\n".join(filter(None, [score_table(rows), evaluation_table(rows)])))
   for reason in left_out + repeated:

@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import re
+import shutil
 import statistics
 
 import pytest
@@ -360,3 +361,39 @@ def test_names_and_numbers_do_not_collide(make, tmp_path, monkeypatch, count):
   for i, box in enumerate(boxes):
     assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
     assert not [j for j in range(i) if box.overlaps(boxes[j])]
+
+
+# Kept runs
+
+
+def test_tables_are_made_from_a_file_of_scores(make, tmp_path, monkeypatch, capsys):
+  """The same files, but for where the runs are, when the runs are gone."""
+  values = {"rpn": (0.4, 0.42, 0.44), "lora": (0.3, 0.35, 0.31)}
+  runs = [
+    str(make(f"{tuner}_seed{i}", value, seed=i, history=[(50, 0.2), (100, value)],
+             **{"model.tuner": tuner}))
+    for tuner, of_seeds in values.items() for i, value in enumerate(of_seeds)
+  ]  # fmt: skip
+  file = tmp_path / "kept/study.json"
+  assert cli.main(["report", *runs, f"--out={tmp_path}/first", f"--keep={file}"]) == 0
+  assert "6 runs" in capsys.readouterr().out
+  for run in runs:
+    shutil.rmtree(run)
+  assert cli.main(["report", str(file), f"--out={tmp_path}/second"]) == 0
+  for name in ("report.md", "report.csv"):
+    assert (tmp_path / "first" / name).read_text() == (tmp_path / "second" / name).read_text()
+  first, second = ((tmp_path / n / "report.png").read_bytes() for n in ("first", "second"))
+  assert first == second
+  # What all runs share is in it once, and a run on each line.
+  text = file.read_text()
+  assert text.count("deep_tokens") == 1 and text.count("\n") == 8 and text.count('"lora"') == 3
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": "other"}', '{"format": "rpn_jax runs 1"}'])
+def test_a_damaged_file_of_scores(tmp_path, text, capsys):
+  path = tmp_path / "study.json"
+  path.write_text(text)
+  assert cli.main(["report", str(path), f"--out={tmp_path}/out"]) == 2
+  assert "expected runs that `report --keep` wrote" in capsys.readouterr().err
+  assert cli.main(["report", str(path), "--keep=scores.txt"]) == 2
+  assert "expected a file called *.json" in capsys.readouterr().err
