@@ -150,8 +150,10 @@ class Segmentation:
   @functools.cached_property
   def _mean_scores(self) -> dict[int, float]:
     """Class id -> mean confidence over its pixels."""
-    ids = np.unique(self.labels[self.labels >= 0]).tolist()
-    return {i: float(self.confidence[self.labels == i].mean()) for i in ids}
+    ids = self.labels.ravel() + 1  # 0: no class
+    counts = np.bincount(ids)
+    sums = np.bincount(ids, self.confidence.ravel())
+    return {i - 1: float(sums[i] / counts[i]) for i in np.flatnonzero(counts).tolist() if i}
 
   def overlay(self, alpha: float = 0.55, palette: str = "default") -> Image.Image:
     """The image with its classes in color and a legend by area, as a PIL image.

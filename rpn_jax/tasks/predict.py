@@ -3,15 +3,18 @@
 import collections
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from rpn_jax.base import pixels
+import numpy as np
+
+from rpn_jax.base import overlap, pixels
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_text
 from rpn_jax.base.words import parse_names
 from rpn_jax.devices import devices_text
 from rpn_jax.inference.predictor import open_run
+from rpn_jax.inference.segmentation import Segmentation
 from rpn_jax.inference.segmenter import Segmenter
 
 # More files than these are counted, not listed: those of four images.
@@ -54,6 +57,8 @@ def save_all(
 ) -> list[pathlib.Path]:
   """Segments image files and saves the results, with a progress display.
 
+  Threads read the next images and write the last results while the network runs; see `overlap`.
+
   Args:
     segmenter: the model.
     files: paths of the images.
@@ -72,21 +77,38 @@ def save_all(
   repeated = len({f.stem for f in files}) < len(files)
   written, unreadable = [], []
   pending: collections.deque[pathlib.Path] = collections.deque()
+  largest = 0  # bytes of an image so far, which the next ones may have, too
 
-  def images():
-    for file in progress(files, f"segment on {devices_text()}", "image"):
-      try:
-        image = pixels.read(file)
-      except InputError as error:
-        unreadable.append(error)
+  def read(file: pathlib.Path) -> np.ndarray | InputError:
+    try:
+      return pixels.read(file)
+    except InputError as error:
+      return error
+
+  def images() -> Iterator[np.ndarray]:
+    nonlocal largest
+    for file, image in zip(files, overlap.mapped(read, files, lambda file: largest)):
+      if isinstance(image, InputError):
+        unreadable.append(image)
+        bar.update()
         continue
       pending.append(file)
+      largest = max(largest, image.nbytes)
       yield image
 
-  for result in segmenter.stream(images(), names, **options):
-    file = result.file = pending.popleft()
-    stem = file.name.replace(".", "_") if repeated else file.stem
-    written += result.save(directory, stem, palette=palette)
+  def results() -> Iterator[tuple[Segmentation, str]]:
+    for result in segmenter.stream(images(), names, **options):
+      file = result.file = pending.popleft()
+      yield result, file.name.replace(".", "_") if repeated else file.stem
+
+  def save(item: tuple[Segmentation, str]) -> list[pathlib.Path]:
+    result, stem = item
+    return result.save(directory, stem, palette=palette)
+
+  with progress(len(files), f"segment on {devices_text()}", "image") as bar:
+    for paths in overlap.mapped(save, results(), lambda item: item[0].image.nbytes):
+      written += paths
+      bar.update()
   if written:
     print(f"{segmenter.method}\n{summary(written, expand(directory))}")
   check_skipped(unreadable, len(files), directory)
