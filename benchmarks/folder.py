@@ -3,10 +3,10 @@
     python -m benchmarks.folder --images=100,500,1000
     python -m benchmarks.folder --images=24 --model=random_b16
 
-Draws images of 640 x 480 as JPEG files, a folder for each number. The network alone is given decoded
-images and gives labels at their size, in the same batches, and neither reads nor writes; the folder
-is what `rpn segment FOLDER` does, with overlay, labels and JSON of every image. Both run in turn in
-one process, by halves: network, folder, folder, network.
+Draws images of 640 x 480 as JPEG files. The network alone is given decoded images and gives labels
+at their size, in the same batches, and neither reads nor writes; the folder is what `rpn segment
+FOLDER` does, with overlay, labels and JSON of every image. Both run in turn in one process, by
+halves: network, folder, folder, network.
 """
 
 import pathlib
@@ -21,7 +21,7 @@ from absl import app, flags, logging
 
 from data_pipelines import shapes
 from rpn_jax import Segmenter, devices
-from rpn_jax.base import console, overlap, pixels
+from rpn_jax.base import console, pixels
 from rpn_jax.base.console import progress, table
 from rpn_jax.models.clip import CLIP, CLIPConfig
 from rpn_jax.tasks.predict import save_all
@@ -63,10 +63,10 @@ def cpu_seconds() -> float:
   return used.ru_utime + used.ru_stime
 
 
-def timed(action) -> np.ndarray:
+def timed(action, *arguments) -> np.ndarray:
   """Wall and CPU seconds of all threads."""
   wall, cpu = time.perf_counter(), cpu_seconds()
-  action()
+  action(*arguments)
   return np.array([time.perf_counter() - wall, cpu_seconds() - cpu])
 
 
@@ -76,9 +76,7 @@ def main(argv) -> None:
   rows = []
   with tempfile.TemporaryDirectory() as temporary, devices.runtime():
     out = pathlib.Path(temporary, "out")
-    files = draw(
-      pathlib.Path(FLAGS.folder or temporary, "images"), max(map(int, FLAGS.images))
-    )
+    files = draw(pathlib.Path(FLAGS.folder or temporary, "images"), max(map(int, FLAGS.images)))
     model = FLAGS.model
     if model == "random_b16":
       model = random_b16(pathlib.Path(temporary))
@@ -97,15 +95,13 @@ def main(argv) -> None:
     folder(files[:8])
     for count in map(int, FLAGS.images):
       first, second = files[: count // 2], files[count // 2 : count]
-      alone = timed(lambda: network(len(first)))
-      whole = timed(lambda: folder(first)) + timed(lambda: folder(second))
-      alone += timed(lambda: network(len(second)))
+      alone = timed(network, len(first))
+      whole = timed(folder, first) + timed(folder, second)
+      alone += timed(network, len(second))
       peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-      rows.append(
-        [count, *(f"{count / seconds:.3g}" for seconds in (alone[0], whole[0])),
-         f"{alone[0] / whole[0]:.2f}", *(f"{1e3 * cpu / count:.0f}" for cpu in (alone[1], whole[1])),
-         f"{peak:.0f}"]
-      )  # fmt: skip
+      rates = [f"{count / seconds[0]:.3g}" for seconds in (alone, whole)]
+      cpu = [f"{1e3 * seconds[1] / count:.0f}" for seconds in (alone, whole)]
+      rows.append([count, *rates, f"{alone[0] / whole[0]:.2f}", *cpu, f"{peak:.0f}"])
   heads = [
     "images", "network alone, images/s", "folder, images/s", "ratio",
     "network alone, CPU ms per image", "folder, CPU ms per image", "peak MB so far",

@@ -73,7 +73,7 @@ def _segment(arguments: list[str]) -> int:
     "index PNG and a JSON file per image.",
   )
   add = parser.add_argument
-  add("image", help="a jpg, png or webp file, or a folder of them")
+  add("image", help="a jpg, png or webp file, or a folder of them; a film; a GeoTIFF raster")
   add("words", help='class names, e.g. "cat | kitten, grass": | joins synonyms')
   add(
     "--model", default="shapes",
@@ -100,6 +100,22 @@ def _segment(arguments: list[str]) -> int:
   add("--templates", help="sentences around a name, e.g. single or imagenet80")
   add("--synonyms", help="how synonyms are joined: first, mean, max or joined")
   add("--palette", default="default", choices=tuple(PALETTES), help="(%(default)s)")
+  film = parser.add_argument_group("films")
+  film.add_argument("--every", type=int, help="take each N-th frame (1)")
+  film.add_argument(
+    "--smooth", type=float, help="weight of the past in a moving average, 0 (off) to below 1"
+  )
+  film.add_argument("--film", choices=("mp4", "webm"), help="kind of the overlay film (mp4)")
+  raster = parser.add_argument_group("rasters: GeoTIFF and other large TIFF files")
+  raster.add_argument(
+    "--raster",
+    action=argparse.BooleanOptionalAction,
+    help="segment an image in strips, at its own resolution; else where it has a place on earth or "
+    "is too large to be one image",
+  )
+  raster.add_argument("--bands", help="of red, green and blue, counted from 1, as 4,3,2")
+  raster.add_argument("--range", help="values that become black and white, as 0,3000")
+  raster.add_argument("--scale", type=float, help="segment it at this factor of its resolution (1)")
   add("--quiet", action="store_true", help="print nothing but errors")
   args = parser.parse_args(arguments)
 

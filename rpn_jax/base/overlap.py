@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # More would wait for each other; each holds an image.
 MAX_THREADS = 8

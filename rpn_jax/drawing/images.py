@@ -88,6 +88,7 @@ def overlay_with_legend(
   alpha: float = 0.55,
   palette: str = "default",
   rest: str = "other",
+  areas: tuple[np.ndarray, int] | None = None,
 ) -> Image.Image:
   """An image under the colors of its classes, above a legend with each one's share of the pixels.
 
@@ -100,34 +101,49 @@ def overlay_with_legend(
     alpha: weight of the colors, 0 to 1.
     palette: of `class_colors`.
     rest: what the legend calls the pixels of no class.
+    areas: pixels of each class (C,), and those of no class, where the label is a reduced one.
   """
   from PIL import Image
 
   image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
   colors = class_colors(names, palette)
-  long_side = max(label.shape)
-  size = label.shape[::-1]
-  if long_side > MAX_OVERLAY_SIDE:
-    size = _fitted_size(label.shape, MAX_OVERLAY_SIDE)
-  elif long_side < 512:
-    size = _fitted_size(label.shape, 512)
+  size = display_size(label.shape)
   # In proportion to the image, which a page or a viewer reduces to what fits.
   letters = max(16, max(size) // 40)
   margin = letters
   legend_width = max(size[0], 24 * letters)
-  entries = legend_entries([label], names, colors, share=True, rest=rest)
+  entries = legend_entries([label], names, colors, share=True, rest=rest, areas=areas)
   legend = draw_legend(entries, legend_width, letters)
-  scaled, ids = _resized(image, size, average=True), _resized(label, size)
-  inside = (ids >= 0) & (ids < len(names))
-  colored = overlay(scaled, ids, colors, alpha)
-  if not inside.all():
-    colored[~inside] = scaled[~inside]
+  colored = tinted(image, label, colors, size, alpha)
   page = Image.new(
     "RGB", (legend_width + 2 * margin, size[1] + legend.height + 3 * margin), "white"
   )
   page.paste(Image.fromarray(colored), (margin + (legend_width - size[0]) // 2, margin))
   page.paste(legend, (margin, size[1] + 2 * margin))
   return page
+
+
+def display_size(shape: tuple[int, int], most: int = MAX_OVERLAY_SIDE) -> tuple[int, int]:
+  """(width, height) at which an (H, W) image is shown: at most `most` a side; tiny ones larger."""
+  if max(shape) > most:
+    return _fitted_size(shape, most)
+  return _fitted_size(shape, 512) if max(shape) < 512 else shape[::-1]
+
+
+def tinted(
+  image_HxWx3: np.ndarray,
+  label_HxW: np.ndarray,
+  colors_Cx3: np.ndarray,
+  size: tuple[int, int],
+  alpha: float = 0.55,
+) -> np.ndarray:
+  """An `overlay` at (width, height) `size`; pixels of no class stay as they are."""
+  scaled, ids = _resized(image_HxWx3, size, average=True), _resized(label_HxW, size)
+  colored = overlay(scaled, ids, colors_Cx3, alpha)
+  outside = (ids < 0) | (ids >= len(colors_Cx3))
+  if outside.any():
+    colored[outside] = scaled[outside]
+  return colored
 
 
 def prediction_grid(

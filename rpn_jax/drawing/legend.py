@@ -45,6 +45,7 @@ def legend_entries(
   unseen: Sequence[int] = (),
   share: bool = False,
   rest: str | None = None,
+  areas: tuple[np.ndarray, int] | None = None,
 ) -> list[Entry]:
   """Entries of the classes that appear, largest first, then of the pixels of no class.
 
@@ -55,8 +56,9 @@ def legend_entries(
     unseen: ids of classes to mark with a `*`.
     share: with each one's percentage of all pixels.
     rest: name for the pixels of no class where they are left as they are; None if hatched.
+    areas: pixels of each class (C,), and those of no class; None: those of the labels.
   """
-  counts, ignored = _areas(labels, len(names))
+  counts, ignored = _areas(labels, len(names)) if areas is None else areas
   total = max(1, int(counts.sum()) + ignored)
 
   def suffix(count: int) -> str:

@@ -24,14 +24,16 @@ def window_corners(height: int, width: int, crop: int, stride: int) -> list[tupl
   Raises:
     ValueError: a stride above the crop, which leaves pixels between the windows without a score.
   """
+  rows, columns = (window_starts(size, crop, stride) for size in (height, width))
+  return [(y, x) for y in rows for x in columns]
+
+
+def window_starts(size: int, crop: int, stride: int) -> list[int]:
+  """The first pixels of the windows along an axis; see `window_corners`."""
   if not 1 <= stride <= crop:
     raise ValueError(f"expected a stride of 1 to {crop} pixels, the crop, got {stride}")
-
-  def starts(size: int) -> list[int]:
-    count = max(size - crop + stride - 1, 0) // stride + 1
-    return [max(min(i * stride, size - crop), 0) for i in range(count)]
-
-  return [(y, x) for y in starts(height) for x in starts(width)]
+  count = max(size - crop + stride - 1, 0) // stride + 1
+  return [max(min(i * stride, size - crop), 0) for i in range(count)]
 
 
 def resize_image(image_hxwx3: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -9,8 +9,8 @@ import functools
 import os
 import pathlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 import ml_collections
 import numpy as np
@@ -21,10 +21,12 @@ from rpn_jax.base.paths import expand
 from rpn_jax.base.pixels import ImageSource
 from rpn_jax.base.words import Names, check_known, check_names, parse_names, without_articles
 from rpn_jax.config.stored import read_config
+from rpn_jax.inference import strips
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.refinement import REFINEMENTS
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
 from rpn_jax.inference.sliding import SlidingWindow
+from rpn_jax.inference.smoothing import Smoothing
 from rpn_jax.inference.views import round_up
 from rpn_jax.models import NETWORKS, training_free
 from rpn_jax.training.run import Run, clip_of
@@ -48,6 +50,15 @@ BACKGROUNDS = {
 }  # fmt: skip
 # Rows of text that independent classes are filled up to; further ones are rounded up.
 MIN_ROWS = 8
+
+
+class LabeledBlock(NamedTuple):
+  """A part of an image: its upper left corner in pixels, labels and confidence; `Segmentation`."""
+
+  top: int
+  left: int
+  labels: np.ndarray
+  confidence: np.ndarray
 
 
 class Segmenter:
@@ -232,14 +243,13 @@ class Segmenter:
   def stream(
     self, images: Iterable[ImageSource], names: Names, *, other: float = 0.0,
     background: Names = (), emphasis: Mapping[str, float] | None = None,
-    refine: str | None = None,
+    refine: str | None = None, smooth: Smoothing | None = None,
   ) -> Iterator[Segmentation]:  # fmt: skip
-    """Like a call with many images, but lazily; windows of several images share a batch."""
-    names = parse_names(names)
-    if isinstance(background, str) and background in BACKGROUNDS:
-      words = tuple(word for word in BACKGROUNDS[background] if word not in names)
-    else:
-      words = parse_names(background) if background else ()
+    """Like a call with many images, but lazily; windows of several images share a batch.
+
+    `smooth`: the images are the frames of a film, whose scores are averaged over time.
+    """
+    names, words = parse_names(names), _background_words(names, background)
     check_adjustment(names, other, emphasis or {})  # before the network runs
     if refine is not None:
       check_known("refine=", refine, REFINEMENTS)
@@ -254,12 +264,45 @@ class Segmenter:
         pending.append((image, file, inputs.shape[:2]))
         yield inputs
 
-    for scored in window.scored(inputs_of_images()):
+    for scored in window.scored(inputs_of_images(), smooth):
       image, file, size = pending.popleft()
       scores = ClassScores(self.predictor.network, scored, size, class_of_row, fillers)
       yield Segmentation(
         image, names, self.method, scores, file=file, other=other, emphasis=emphasis
       )
+
+  def blocks(
+    self, size: tuple[int, int], read: Callable[[int, int], np.ndarray], names: Names, *,
+    other: float = 0.0, background: Names = (), refine: str | None = None,
+  ) -> Iterator[LabeledBlock]:  # fmt: skip
+    """Segments an image that is too large for memory, at its own resolution; see `strips.blocks`.
+
+    The labels are those of a protocol that resizes the image to its own size.
+
+    Args:
+      size: (height, width), pixels.
+      read: (first row, number of rows) -> these rows, uint8 (rows, width, 3).
+      names: see `__call__`, as all others.
+      other: see there.
+      background: see there.
+      refine: see there.
+
+    Raises:
+      InputError: a protocol that needs the whole image, or an invalid name.
+    """
+    names, words = parse_names(names), _background_words(names, background)
+    check_adjustment(names, other, {})
+    window, class_of_row, fillers = self._window(names, words, refine)
+    mean, std = self.predictor.protocol.mean, self.predictor.protocol.std
+
+    def normalized(top: int, count: int) -> np.ndarray:
+      return pixels.normalize(read(top, count), mean, std)
+
+    for block in strips.blocks(window, size, normalized):
+      scores = ClassScores(self.predictor.network, block.logits, block.size, class_of_row, fillers)
+      label, probability = scores.best(block.size, {})
+      label[probability < other] = -1
+      yield LabeledBlock(block.top, block.left, label, probability)
 
   def _window(
     self, names: tuple[str, ...], background: tuple[str, ...], refine: str | None
@@ -279,6 +322,13 @@ class Segmenter:
 
   def __repr__(self) -> str:
     return f"Segmenter({self.method})"
+
+
+def _background_words(names: Names, background: Names) -> tuple[str, ...]:
+  if isinstance(background, str) and background in BACKGROUNDS:
+    own = parse_names(names)
+    return tuple(word for word in BACKGROUNDS[background] if word not in own)
+  return parse_names(background) if background else ()
 
 
 def _training_free(predictor: Predictor, clip: str) -> str:

@@ -136,15 +136,26 @@ class SlidingWindow:
     for scores in self.scored(images()):
       yield self.decision(scores, sizes.popleft(), self.probabilities, self.class_of_row)
 
-  def scored(self, images_hxwx3: Iterable[np.ndarray]) -> Iterator[Scores]:
-    """The scores of each image, refined if asked for, in order; see `window_logits`."""
-    if self.refinement.name == "none":
-      yield from self.window_logits(images_hxwx3)
-      return
+  def scored(
+    self,
+    images_hxwx3: Iterable[np.ndarray],
+    smooth: Callable[[WindowLogits], WindowLogits] | None = None,
+  ) -> Iterator[Scores]:
+    """The scores of each image, in order; see `window_logits`.
+
+    Args:
+      images_hxwx3: normalized.
+      smooth: called with the logits of every image in turn, as `smoothing.Smoothing`; what it
+        returns is refined, if that is asked for.
+    """
     images_hxwx3, inputs = itertools.tee(images_hxwx3)
     # In this order: the logits come first, so that `tee` keeps no more images than are pending.
     for logits, image in zip(self.window_logits(inputs), images_hxwx3):
-      yield Refined(logits, np.asarray(image), self.refinement)
+      scores = smooth(logits) if smooth else logits
+      if self.refinement.name == "none":
+        yield scores
+      else:
+        yield Refined(scores, np.asarray(image), self.refinement)
 
   def window_logits(self, images_hxwx3: Iterable[np.ndarray]) -> Iterator[WindowLogits]:
     """The logits of each image, in order; windows of several images share a call.
@@ -154,46 +165,50 @@ class SlidingWindow:
     """
     # Size and number of windows of the images that still miss the logits of some.
     pending: collections.deque[tuple[tuple[int, int], int]] = collections.deque()
-    windows: list[np.ndarray] = []
-    logits: list[np.ndarray] = []
+
+    def windows() -> Iterator[np.ndarray]:
+      for image in images_hxwx3:
+        new = self.layout.windows(np.asarray(image))
+        pending.append((image.shape[:2], len(new)))
+        yield from new
+
+    found: list[np.ndarray] = []
+    for logits in self.logits(windows()):
+      found.append(logits)
+      if len(found) == pending[0][1]:
+        yield self._joined(pending.popleft()[0], found)
+        found = []
+
+  def logits(self, windows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The logits (h, w, C) of each window, in order, `window_batch` of one shape in a call.
+
+    Raises:
+      InputError: logits are NaN or infinite.
+    """
+    batch: list[np.ndarray] = []
     # One call is always under way, so that the device need not wait for the host.
     running: tuple[jax.Array, int] | None = None
-    for image in images_hxwx3:
-      new = self.layout.windows(np.asarray(image))
-      pending.append((image.shape[:2], len(new)))
-      windows += new
-      while count := self._ready(windows):
-        started = self._start(windows[:count])
-        windows = windows[count:]
-        logits += self._fetch(running)
-        running = started
-      while pending and pending[0][1] <= len(logits):
-        size, count = pending.popleft()
-        yield self._joined(size, logits[:count])
-        logits = logits[count:]
-    while windows:
-      count = self._ready(windows) or len(windows)
-      started = self._start(windows[:count])
-      windows = windows[count:]
-      logits += self._fetch(running)
-      running = started
-    logits += self._fetch(running)
-    for size, count in pending:
-      yield self._joined(size, logits[:count])
-      logits = logits[count:]
-
-  def _ready(self, windows: list[np.ndarray]) -> int:
-    """How many windows can go through the network now; 0 while more of their shape may come."""
-    same = 0
-    for window in windows[: self.window_batch]:
-      if window.shape != windows[0].shape:
-        return same
-      same += 1
-    return same if same == self.window_batch else 0
+    for window in windows:
+      if batch and window.shape != batch[0].shape:
+        running, done = self._start(batch), running
+        yield from self._fetch(done)
+        batch = []
+      batch.append(window)
+      if len(batch) == self.window_batch:
+        running, done = self._start(batch), running
+        yield from self._fetch(done)
+        batch = []
+    if batch:
+      running, done = self._start(batch), running
+      yield from self._fetch(done)
+    yield from self._fetch(running)
 
   def _joined(self, size: tuple[int, int], logits: list[np.ndarray]) -> WindowLogits:
     """The logits of an image's windows, stacked for each view."""
-    views = self.layout.views(size, logits[0].shape[:2])
+    return self.joined(self.layout.views(size, logits[0].shape[:2]), logits)
+
+  def joined(self, views: list[View], logits: list[np.ndarray]) -> WindowLogits:
+    """The logits of the windows of some views, one view after another, stacked for each."""
     parts = []
     for view in views:
       count = len(view.corners)

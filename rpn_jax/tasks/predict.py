@@ -75,9 +75,13 @@ def save_all(
   """
   # Files that differ only in their suffix must not overwrite each other's results.
   repeated = len({f.stem for f in files}) < len(files)
-  written, unreadable = [], []
+  written: list[pathlib.Path] = []
+  unreadable: list[InputError] = []
   pending: collections.deque[pathlib.Path] = collections.deque()
-  largest = 0  # bytes of an image so far, which the next ones may have, too
+  largest = 0  # bytes of an image so far
+
+  def expected_bytes(file: pathlib.Path) -> int:
+    return largest
 
   def read(file: pathlib.Path) -> np.ndarray | InputError:
     try:
@@ -87,7 +91,7 @@ def save_all(
 
   def images() -> Iterator[np.ndarray]:
     nonlocal largest
-    for file, image in zip(files, overlap.mapped(read, files, lambda file: largest)):
+    for file, image in zip(files, overlap.mapped(read, files, expected_bytes)):
       if isinstance(image, InputError):
         unreadable.append(image)
         bar.update()

@@ -1,29 +1,73 @@
-"""Segmentation of images with a run, or with CLIP weights alone: the command `rpn segment`."""
+"""Segmentation with a run, or with CLIP weights alone: the command `rpn segment`.
+
+Images and folders of them, films and rasters have each a module: `predict`, `video` and `raster`.
+"""
 
 import argparse
 
 from rpn_jax import devices
 from rpn_jax.base import console, pixels
+from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import parse_names
 from rpn_jax.inference.segmenter import Segmenter
+from rpn_jax.tasks import raster, video
 from rpn_jax.tasks.predict import save_all
+
+# Flags of one kind of input, which are not passed over without a word with another.
+FLAGS = {
+  "a film": ("every", "smooth", "film"),
+  "a raster": ("bands", "range", "scale"),
+}
 
 
 def segment(args: argparse.Namespace) -> int:
-  """Segments the images of the parsed arguments (see `rpn_jax.cli`); returns the exit status."""
+  """Segments the input of the parsed arguments (see `rpn_jax.cli`); returns the exit status."""
   console.set_verbosity(args.quiet)
 
   def run():
     with devices.runtime():
-      names, files = parse_names(args.words), pixels.find(args.image)
+      names, path = parse_names(args.words), expand(args.image)
+      kind = _kind(args, path)
+      files = pixels.find(args.image)
+      if kind == "a raster":
+        source = raster.Raster(path, bands=args.bands, limits=args.range, scale=args.scale)
       segmenter = Segmenter.load(
         args.model, method=args.method, templates=args.templates, synonyms=args.synonyms,
         checkpoint=args.checkpoint, clip=args.clip,
       )  # fmt: skip
-      save_all(
-        segmenter, files, names, expand(args.out), other=args.other, background=args.background,
-        refine=args.refine, palette=args.palette,
-      )  # fmt: skip
+      options = {"other": args.other, "background": args.background, "refine": args.refine}
+      if kind == "a film":
+        loaded = {key: getattr(args, key) for key in ("templates", "synonyms", "checkpoint")}
+        video.segment_film(
+          segmenter, path, names, args.out, every=1 if args.every is None else args.every,
+          smooth=args.smooth or 0.0, kind=args.film or "mp4", palette=args.palette, told=loaded,
+          **options,
+        )  # fmt: skip
+      elif kind == "a raster":
+        raster.segment_raster(segmenter, source, names, args.out, palette=args.palette, **options)
+      else:
+        save_all(segmenter, files, names, expand(args.out), palette=args.palette, **options)
 
   return console.run_command(run, interrupted="interrupted; the images done so far are kept")
+
+
+def _kind(args: argparse.Namespace, path) -> str:
+  """What the input is.
+
+  Raises:
+    InputError: a flag is given that is for another kind.
+  """
+  kind = "images"
+  if path.suffix.lower() in video.SUFFIXES and not path.is_dir():
+    kind = "a film"
+  elif path.is_file() and raster.is_raster(path, args.raster):
+    kind = "a raster"
+  for owner, flags in FLAGS.items():
+    given = [flag for flag in flags if getattr(args, flag) is not None]
+    if given and owner != kind:
+      remedy = ", or add --raster" if owner == "a raster" else ""
+      raise InputError(
+        f"--{given[0]} is for {owner}, {args.image} is taken for {kind}: leave it out{remedy}"
+      )
+  return kind

@@ -1,0 +1,381 @@
+"""Rasters into the classes you name: GeoTIFF in strips, written back with the same georeference.
+
+rasterio, which has GDAL in it, is an optional dependency.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pathlib
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import TiffImagePlugin
+
+from rpn_jax.base import pixels
+from rpn_jax.base.console import progress
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import expand_local, replacing, write_json, write_text
+from rpn_jax.devices import devices_text
+from rpn_jax.drawing.images import MAX_OVERLAY_SIDE, no_class_id, overlay_with_legend, save_png
+from rpn_jax.drawing.palette import HATCH, class_colors
+from rpn_jax.inference import strips
+from rpn_jax.inference.segmenter import Segmenter
+
+if TYPE_CHECKING:
+  import rasterio
+
+SUFFIXES = (".tif", ".tiff")
+# Tags of TIFF by which a file has a place on earth: scale, tie points, matrix, keys.
+GEO_TAGS = (33550, 33922, 34264, 34735)
+WIDTH_TAG, HEIGHT_TAG = 256, 257
+# Values of an overview that become black and white, where there are more than 8 bits.
+PERCENTILES = (2, 98)
+# Of what GDAL keeps of files, megabytes; rows of windows overlap, and are read again.
+CACHE_MB = 256
+# Side of the tiles of written files, pixels; it divides the sides of blocks.
+TILE = 256
+MAX_SCALE = 4
+
+
+def is_raster(path: pathlib.Path, asked: bool | None = None) -> bool:
+  """Whether a file is segmented in strips, as a raster.
+
+  A TIFF that says where on earth it is, or that is too large to be one image; or as asked for. Only
+  the beginning of the file is read, without rasterio.
+  """
+  if asked is not None or path.suffix.lower() not in SUFFIXES:
+    return bool(asked)
+  try:
+    with path.open("rb") as file:
+      header = file.read(8)
+      header += file.read(8) if header[2:4] in (b"\x2b\0", b"\0\x2b") else b""  # BigTIFF
+      tags = TiffImagePlugin.ImageFileDirectory_v2(header)
+      file.seek(tags.next)
+      tags.load(file)
+      if any(tag in tags for tag in GEO_TAGS):
+        return True
+      return int(tags[WIDTH_TAG]) * int(tags[HEIGHT_TAG]) > pixels.MAX_PIXELS
+  except Exception:  # who reads it as an image says what is wrong with it
+    return False
+
+
+def _rasterio(path: pathlib.Path) -> Any:
+  try:
+    import rasterio
+  except ImportError:
+    raise InputError(
+      f"{path}: expected the package rasterio, which reads rasters in strips, and it is not "
+      "installed: pip install 'rpn-jax[geo]'; --no-raster takes the file for an ordinary image"
+    ) from None
+  return rasterio
+
+
+class Raster:
+  """A file that GDAL reads, as rows of RGB at some resolution.
+
+  Attributes:
+    path: of the file.
+    dataset: of rasterio.
+    bands: numbers of the bands for red, green and blue, from 1.
+    limits: (3, 2) values that become 0 and 255; None where the values are bytes.
+    scale: factor of the resolution.
+    size: (height, width) at which it is segmented.
+    transform: from pixels of that size to the coordinates of the raster, affine.
+    overview: uint8 RGB of `overview_size`, with a long side of MAX_OVERLAY_SIDE at most.
+
+  Args:
+    path: see above.
+    bands: "4,3,2", or one band for all three; None: the file's red, green and blue, else the first
+      three, else the first.
+    limits: "0,3000": what becomes black and white; None: PERCENTILES of the overview, of each band.
+    scale: factor of the resolution; None is 1.
+
+  Raises:
+    InputError: rasterio is missing, no such file, or an argument that does not fit.
+  """
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    *,
+    bands: str | None = None,
+    limits: str | None = None,
+    scale: float | None = None,
+  ):
+    self.path = expand_local(path, "a raster")
+    self._package = _rasterio(self.path)
+    if not self.path.is_file():
+      raise InputError(f"{path}: expected a raster, no such file")
+    with self._one_line(), warnings.catch_warnings():
+      # No news to who asks for it.
+      warnings.simplefilter("ignore", self._package.errors.NotGeoreferencedWarning)
+      self.dataset = self._package.open(self.path)
+    self.scale = 1.0 if scale is None else scale
+    if not 0 < self.scale <= MAX_SCALE:
+      raise InputError(f"--scale: expected a factor above 0, up to {MAX_SCALE}, got {scale}")
+    height, width = (max(1, round(side * self.scale)) for side in self.dataset.shape)
+    self.size = height, width
+    self.transform = self.dataset.transform * self.dataset.transform.scale(
+      self.dataset.width / width, self.dataset.height / height
+    )
+    self.bands = self._chosen(bands)
+    self._kinds = {np.dtype(self.dataset.dtypes[band - 1]) for band in self.bands}
+    if any(kind.kind not in "uif" for kind in self._kinds):
+      kinds = ", ".join(map(str, self._kinds))
+      raise InputError(f"{path}: expected bands of integers or real numbers, got {kinds}")
+    step = max(1.0, max(self.size) / MAX_OVERLAY_SIDE)
+    self.overview_size = math.ceil(height / step), math.ceil(width / step)
+    values, valid = self._read(0, 0, self.size, self.overview_size, "nearest")
+    self.limits, self._rule = self._limits(limits, values, valid)
+    self.overview = self._rgb(values, valid)
+
+  def describe(self) -> str:
+    """A line about bands and values."""
+    height, width = self.dataset.shape
+    if len(set(self.bands)) == 1:
+      colors = f"band {self.bands[0]} as gray"
+    else:
+      colors = f"bands {', '.join(map(str, self.bands))} as red, green and blue"
+    text = f"{self.path}: {width:,} x {height:,} pixels, {colors}"
+    if self.limits is None:
+      return f"{text}, bytes as they are"
+    ranges = dict.fromkeys(f"{low:g} to {high:g}" for low, high in self.limits)
+    return f"{text}; black to white, for the whole raster: {', '.join(ranges)} ({self._rule})"
+
+  def rows(self, top: int, count: int) -> np.ndarray:
+    """Some rows, (count, width, 3) uint8; black where there are no data."""
+    size = count, self.size[1]
+    return self._rgb(*self._read(top, 0, size, size))
+
+  def valid(self, top: int, left: int, size: tuple[int, int]) -> np.ndarray:
+    """Where a block of (height, width) has data, bool."""
+    return self._read(top, left, size, size)[1]
+
+  @contextlib.contextmanager
+  def _one_line(self) -> Iterator[None]:
+    try:
+      with self._package.Env(GDAL_CACHEMAX=CACHE_MB):
+        yield
+    except self._package.errors.RasterioError as error:
+      told = " ".join(str(error.__cause__ or error).split())
+      raise InputError(
+        f"{self.path}: expected a raster that GDAL reads, got {told}; open it in QGIS to see "
+        "whether it is damaged"
+      ) from error
+
+  @contextlib.contextmanager
+  def new_labels(
+    self, path: pathlib.Path, names: Sequence[str], palette: str
+  ) -> Iterator[rasterio.io.DatasetWriter]:
+    """A file for class ids in place of the raster, to be written block by block."""
+    height, width = self.size
+    largest = no_class_id(len(names))
+    profile = {
+      "driver": "GTiff", "height": height, "width": width, "count": 1, "nodata": largest,
+      "dtype": "uint8" if largest == 255 else "uint16", "crs": self.dataset.crs,
+      "transform": self.transform, "tiled": True, "blockxsize": TILE, "blockysize": TILE,
+      "compress": "deflate", "bigtiff": "if_safer",
+    }  # fmt: skip
+    try:
+      with self._package.open(path, "w", **profile) as file:
+        if largest == 255:
+          colors = {i: (*map(int, c), 255) for i, c in enumerate(class_colors(names, palette))}
+          file.write_colormap(1, colors | {largest: (*HATCH[0], 0)})
+        file.update_tags(1, **{f"class_{i}": name for i, name in enumerate(names)})
+        yield file
+    except self._package.errors.RasterioError as error:
+      told = " ".join(str(error.__cause__ or error).split())
+      raise InputError(f"{path.parent}: the labels could not be written: {told}") from error
+
+  def reduced_labels(self, path: pathlib.Path) -> np.ndarray:
+    """Written class ids at the size of the overview."""
+    with self._one_line(), self._package.open(path) as file:
+      return file.read(1, out_shape=self.overview_size)
+
+  def write(self, file: rasterio.io.DatasetWriter, top: int, left: int, ids: np.ndarray) -> None:
+    """Writes the class ids of a block."""
+    window = self._package.windows.Window(left, top, ids.shape[1], ids.shape[0])
+    file.write(ids.astype(file.dtypes[0]), 1, window=window)
+
+  def _chosen(self, bands: str | None) -> list[int]:
+    count = self.dataset.count
+    if bands is None:
+      named = [color.name for color in self.dataset.colorinterp]
+      if all(color in named for color in ("red", "green", "blue")):
+        return [named.index(color) + 1 for color in ("red", "green", "blue")]
+      return [1, 2, 3] if count >= 3 else [1, 1, 1]
+    words = bands.split(",")
+    if not all(word.strip().isdecimal() for word in words) or len(words) not in (1, 3):
+      raise InputError(f"--bands: expected three numbers, as 4,3,2, or one, got {bands!r}")
+    chosen = [int(word) for word in words] * (3 if len(words) == 1 else 1)
+    if not all(1 <= band <= count for band in chosen):
+      raise InputError(f"--bands={bands}: expected bands of 1 to {count}, which {self.path} has")
+    return chosen
+
+  def _limits(
+    self, limits: str | None, values: np.ndarray, valid: np.ndarray
+  ) -> tuple[np.ndarray | None, str]:
+    """Values that become 0 and 255, (3, 2), and by which rule."""
+    if limits is not None:
+      try:
+        low, high = map(float, limits.split(","))
+      except ValueError:
+        raise InputError(f"--range: expected two numbers, as 0,3000, got {limits!r}") from None
+      if not -math.inf < low < high < math.inf:
+        raise InputError(f"--range: expected a lower and a higher number, got {limits}")
+      return np.array([[low, high]] * 3, np.float32), "--range"
+    if self._kinds == {np.dtype(np.uint8)}:
+      return None, ""
+    rule = f"percentiles {PERCENTILES[0]} and {PERCENTILES[1]} of an overview"
+    if not valid.any():
+      return np.array([[0, 1]] * 3, np.float32), rule
+    found = np.percentile(values[:, valid], PERCENTILES, axis=1).T.astype(np.float32)
+    flat = found[:, 0] == found[:, 1]
+    found[flat, 1] += np.maximum(1, np.abs(found[flat, 0]))
+    return found, rule
+
+  def _read(
+    self, top: int, left: int, part: tuple[int, int], size: tuple[int, int], way: str = ""
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Values (3, *size) of a part of the scaled raster, and where there are data."""
+    y, x = (whole / scaled for whole, scaled in zip(self.dataset.shape, self.size))
+    window = self._package.windows.Window(left * x, top * y, part[1] * x, part[0] * y)
+    way = way or ("nearest" if self.scale == 1 else "average" if self.scale < 1 else "bilinear")
+    resampling = self._package.enums.Resampling[way]
+    given = {"window": window, "out_shape": (3, *size)}
+    with self._one_line():
+      values = self.dataset.read(self.bands, resampling=resampling, **given)
+      # Of nodata, masks and alpha; a pixel of 0 in one band only is none.
+      valid = (self.dataset.read_masks(self.bands, **given) > 0).any(0)
+    return values, valid & np.isfinite(values).all(0)
+
+  def _rgb(self, values_3xHxW: np.ndarray, valid_HxW: np.ndarray) -> np.ndarray:
+    rgb = np.empty((*valid_HxW.shape, 3), np.uint8)
+    for i, values in enumerate(values_3xHxW):
+      if self.limits is not None:
+        low, high = self.limits[i]
+        values = np.where(valid_HxW, values, low).astype(np.float32)
+        values = np.clip((values - low) * (255 / (high - low)), 0, 255) + 0.5
+      rgb[..., i] = values
+    rgb[~valid_HxW] = 0
+    return rgb
+
+
+def segment_raster(
+  segmenter: Segmenter,
+  raster: Raster,
+  names: Sequence[str],
+  directory: str | pathlib.Path,
+  *,
+  palette: str = "default",
+  **options: Any,
+) -> list[pathlib.Path]:
+  """Writes `<stem>_labels.tif`, `<stem>_overlay.png` and `<stem>.json`.
+
+  The labels have the georeference of the raster, a palette and the names; pixels without data and
+  of no class are nodata. Memory depends on the width of the raster, not on its height.
+
+  Args:
+    segmenter: the model, whose protocol lays plain windows over an image.
+    raster: what is segmented.
+    names: C class names.
+    directory: where to write, not in a bucket.
+    palette: color palette.
+    **options: other arguments of `Segmenter.blocks`.
+
+  Returns:
+    The paths, in this order.
+
+  Raises:
+    InputError: a part of the raster cannot be read; the protocol needs the whole image.
+  """
+  directory = expand_local(directory, "--out of a raster")
+  directory.mkdir(parents=True, exist_ok=True)
+  stem = raster.path.stem
+  label_file = directory / f"{stem}_labels.tif"
+  if label_file.exists() and label_file.samefile(raster.path):
+    raise InputError(f"{raster.path}: its labels would replace it; use another --out")
+  print(raster.describe(), flush=True)
+  counts, sums = np.zeros(len(names) + 1, np.int64), np.zeros(len(names) + 1)
+  no_class, missing = no_class_id(len(names)), 0
+  with replacing(label_file) as temporary:
+    with raster.new_labels(temporary, names, palette) as file:
+      parts = segmenter.blocks(raster.size, raster.rows, names, **options)
+      with progress(
+        strips.block_count(raster.size), f"segment on {devices_text()}", "block"
+      ) as bar:
+        for top, left, labels, confidence in parts:
+          valid = raster.valid(top, left, labels.shape)
+          ids = labels[valid] + 1  # 0: no class
+          counts += np.bincount(ids, minlength=len(counts))
+          sums += np.bincount(ids, confidence[valid], len(counts))
+          missing += int(valid.size - valid.sum())
+          raster.write(file, top, left, np.where(valid & (labels >= 0), labels, no_class))
+          bar.update()
+    reduced = raster.reduced_labels(temporary)
+  write_text(label_file.with_name(f"{label_file.name}.aux.xml"), category_names(names))
+  overlay = overlay_with_legend(
+    raster.overview, reduced, names, palette=palette, areas=(counts[1:], int(counts[0]))
+  )
+  picture = save_png(directory / f"{stem}_overlay.png", overlay)
+  summary = _summary(segmenter, raster, names, options, counts, sums, missing)
+  write_json(directory / f"{stem}.json", summary)
+  written = [label_file, picture, directory / f"{stem}.json"]
+  print("\n".join([segmenter.method, *map(str, written)]))
+  return written
+
+
+def category_names(names: Sequence[str]) -> str:
+  """GDAL's auxiliary file of a raster of class ids, from which QGIS takes their names."""
+  root = ET.Element("PAMDataset")
+  categories = ET.SubElement(ET.SubElement(root, "PAMRasterBand", band="1"), "CategoryNames")
+  for name in names:
+    ET.SubElement(categories, "Category").text = name
+  ET.indent(root, " ")
+  return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _summary(
+  segmenter: Segmenter, raster: Raster, names: Sequence[str], options: dict, counts: np.ndarray,
+  sums: np.ndarray, missing: int,
+) -> dict:  # fmt: skip
+  """Shares are of the pixels with data."""
+  height, width = raster.size
+  total = max(1, int(counts.sum()))
+  colors = class_colors(names).tolist()
+  order = np.argsort(-counts[1:], kind="stable").tolist()
+  return {
+    "raster": str(raster.path),
+    "width": width,
+    "height": height,
+    "crs": raster.dataset.crs.to_string() if raster.dataset.crs else None,
+    "transform": list(raster.transform)[:6],
+    "bands": raster.bands,
+    "range": None if raster.limits is None else raster.limits.tolist(),
+    "scale": raster.scale,
+    "method": segmenter.method,
+    "names": list(names),
+    "classes": [
+      {
+        "name": names[i],
+        "id": i,
+        "share": round(int(counts[i + 1]) / total, 6),
+        "pixels": int(counts[i + 1]),
+        "score": round(float(sums[i + 1] / counts[i + 1]), 4),
+        "color": colors[i],
+      }
+      for i in order
+      if counts[i + 1]
+    ],
+    "other": {
+      "threshold": options.get("other", 0.0),
+      "id": no_class_id(len(names)),
+      "share": round(int(counts[0]) / total, 6),
+    },
+    "without_data": round(missing / (height * width), 6),
+  }
