@@ -111,18 +111,15 @@ class Raster:
     self._package = _rasterio(self.path)
     if not self.path.is_file():
       raise InputError(f"{path}: expected a raster, no such file")
-    with self._one_line(), warnings.catch_warnings():
-      # No news to who asks for it.
-      warnings.simplefilter("ignore", self._package.errors.NotGeoreferencedWarning)
-      self.dataset = self._package.open(self.path)
+    with self._one_line():
+      self.dataset = self._open(self.path)
     self.scale = 1.0 if scale is None else scale
     if not 0 < self.scale <= MAX_SCALE:
       raise InputError(f"--scale: expected a factor above 0, up to {MAX_SCALE}, got {scale}")
     height, width = (max(1, round(side * self.scale)) for side in self.dataset.shape)
     self.size = height, width
-    self.transform = self.dataset.transform * self.dataset.transform.scale(
-      self.dataset.width / width, self.dataset.height / height
-    )
+    t, x, y = self.dataset.transform, self.dataset.width / width, self.dataset.height / height
+    self.transform = type(t)(t.a * x, t.b * y, t.c, t.d * x, t.e * y, t.f)
     self.bands = self._chosen(bands)
     self._kinds = {np.dtype(self.dataset.dtypes[band - 1]) for band in self.bands}
     if any(kind.kind not in "uif" for kind in self._kinds):
@@ -156,6 +153,12 @@ class Raster:
     """Where a block of (height, width) has data, bool."""
     return self._read(top, left, size, size)[1]
 
+  def _open(self, *arguments: Any, **options: Any) -> Any:
+    with warnings.catch_warnings():
+      # No news to who asks for it.
+      warnings.simplefilter("ignore", self._package.errors.NotGeoreferencedWarning)
+      return self._package.open(*arguments, **options)
+
   @contextlib.contextmanager
   def _one_line(self) -> Iterator[None]:
     try:
@@ -175,14 +178,15 @@ class Raster:
     """A file for class ids in place of the raster, to be written block by block."""
     height, width = self.size
     largest = no_class_id(len(names))
-    profile = {
+    profile: dict[str, Any] = {
       "driver": "GTiff", "height": height, "width": width, "count": 1, "nodata": largest,
-      "dtype": "uint8" if largest == 255 else "uint16", "crs": self.dataset.crs,
-      "transform": self.transform, "tiled": True, "blockxsize": TILE, "blockysize": TILE,
-      "compress": "deflate", "bigtiff": "if_safer",
+      "dtype": "uint8" if largest == 255 else "uint16", "compress": "deflate", "tiled": True,
+      "blockxsize": TILE, "blockysize": TILE, "bigtiff": "if_safer",
     }  # fmt: skip
+    if self.dataset.crs or not self.dataset.transform.is_identity:
+      profile |= {"crs": self.dataset.crs, "transform": self.transform}
     try:
-      with self._package.open(path, "w", **profile) as file:
+      with self._open(path, "w", **profile) as file:
         if largest == 255:
           colors = {i: (*map(int, c), 255) for i, c in enumerate(class_colors(names, palette))}
           file.write_colormap(1, colors | {largest: (*HATCH[0], 0)})
@@ -194,7 +198,7 @@ class Raster:
 
   def reduced_labels(self, path: pathlib.Path) -> np.ndarray:
     """Written class ids at the size of the overview."""
-    with self._one_line(), self._package.open(path) as file:
+    with self._one_line(), self._open(path) as file:
       return file.read(1, out_shape=self.overview_size)
 
   def write(self, file: rasterio.io.DatasetWriter, top: int, left: int, ids: np.ndarray) -> None:

@@ -132,7 +132,6 @@ class FrameFolder:
     self.path, self.table, self.names = path, table, names
     self.done: list[tuple[int, float]] = []
     self.mean: list[np.ndarray] | None = None
-    path.mkdir(parents=True, exist_ok=True)
     lines = self._continued() if self._begun(options) else []
     write_text(table, self._line("frame", "seconds", *names, "no class") + "".join(lines))
     write_json(path / OPTIONS, options)
@@ -269,12 +268,10 @@ def segment_film(
     "film": film.digest(), "model": segmenter.method, "names": list(names), "every": every,
     "smooth": smooth, **(told or {}), **{key: value or None for key, value in options.items()},
   }  # fmt: skip
-  directory.mkdir(parents=True, exist_ok=True)
-  overlay = directory / f"{stem}_overlay.{kind}"
-  with locked(directory / f".{stem}.lock", f"{directory / stem}", "use another --out"):
-    folder = FrameFolder(
-      directory / f"{stem}_labels", directory / f"{stem}_shares.csv", names, settings
-    )
+  labels, overlay = directory / f"{stem}_labels", directory / f"{stem}_overlay.{kind}"
+  labels.mkdir(parents=True, exist_ok=True)
+  with locked(labels / ".lock", str(labels), "use another --out"):
+    folder = FrameFolder(labels, directory / f"{stem}_shares.csv", names, settings)
     try:
       _label(segmenter, film, folder, every, smooth, palette, options)
       last = folder.done[-1][0]
