@@ -103,10 +103,20 @@ def film_writer(
 
 @contextlib.contextmanager
 def quiet_opencv() -> Iterator[None]:
-  """Keeps OpenCV and its FFMPEG from writing to the terminal; errors are told by their callers."""
-  before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+  """Keeps OpenCV and its FFMPEG from writing to the terminal; callers tell of errors.
+
+  FFMPEG has a level, OpenCV's own remarks on formats go to stderr without one.
+  """
   os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read with the first film
   try:
+    terminal = os.dup(2)
+  except OSError:  # closed
+    yield
+    return
+  try:
+    with open(os.devnull, "wb") as nowhere:
+      os.dup2(nowhere.fileno(), 2)
     yield
   finally:
-    cv2.utils.logging.setLogLevel(before)
+    os.dup2(terminal, 2)
+    os.close(terminal)

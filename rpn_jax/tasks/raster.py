@@ -127,7 +127,7 @@ class Raster:
       raise InputError(f"{path}: expected bands of integers or real numbers, got {kinds}")
     step = max(1.0, max(self.size) / MAX_OVERLAY_SIDE)
     self.overview_size = math.ceil(height / step), math.ceil(width / step)
-    values, valid = self._read(0, 0, self.size, self.overview_size, "nearest")
+    values, valid = self._read_overview(step)
     self.limits, self._rule = self._limits(limits, values, valid)
     self.overview = self._rgb(values, valid)
 
@@ -243,8 +243,34 @@ class Raster:
     found[flat, 1] += np.maximum(1, np.abs(found[flat, 0]))
     return found, rule
 
+  def _read_overview(self, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """What `_read` gives of the whole raster at the size of the overview.
+
+    In strips: of all rows at once GDAL would decode every tile once for each band.
+    """
+    (rows, columns), count = self.overview_size, max(1, int(strips.BLOCK_ROWS / step))
+    parts = []
+    for top in range(0, rows, count):
+      height = min(count, rows - top)
+      part = height * self.size[0] / rows, self.size[1]
+      begin = top * self.size[0] / rows
+      parts.append(self._read(begin, 0, part, (height, columns), "nearest"))
+    values, valid = zip(*parts)
+    return np.concatenate(values, 1), np.concatenate(valid)
+
+  def _valid(self, values: np.ndarray, given: dict) -> np.ndarray:
+    """Where there are data, by nodata, a mask or alpha; 0 in one band only is none."""
+    flags = self._package.enums.MaskFlags
+    kinds = [self.dataset.mask_flag_enums[band - 1] for band in self.bands]
+    if all(flags.all_valid in kind for kind in kinds):
+      return np.ones(values.shape[1:], bool)
+    if all(kind == [flags.nodata] for kind in kinds):  # read already
+      nodata = [self.dataset.nodatavals[band - 1] for band in self.bands]
+      return np.any([band != value for band, value in zip(values, nodata)], 0)
+    return (self.dataset.read_masks(self.bands, **given) > 0).any(0)
+
   def _read(
-    self, top: int, left: int, part: tuple[int, int], size: tuple[int, int], way: str = ""
+    self, top: float, left: float, part: tuple[float, float], size: tuple[int, int], way: str = ""
   ) -> tuple[np.ndarray, np.ndarray]:
     """Values (3, *size) of a part of the scaled raster, and where there are data."""
     y, x = (whole / scaled for whole, scaled in zip(self.dataset.shape, self.size))
@@ -254,8 +280,7 @@ class Raster:
     given = {"window": window, "out_shape": (3, *size)}
     with self._one_line():
       values = self.dataset.read(self.bands, resampling=resampling, **given)
-      # Of nodata, masks and alpha; a pixel of 0 in one band only is none.
-      valid = (self.dataset.read_masks(self.bands, **given) > 0).any(0)
+      valid = self._valid(values, given)
     return values, valid & np.isfinite(values).all(0)
 
   def _rgb(self, values_3xHxW: np.ndarray, valid_HxW: np.ndarray) -> np.ndarray:
@@ -307,7 +332,7 @@ def segment_raster(
   print(raster.describe(), flush=True)
   counts, sums = np.zeros(len(names) + 1, np.int64), np.zeros(len(names) + 1)
   no_class, missing = no_class_id(len(names)), 0
-  with replacing(label_file) as temporary:
+  with replacing(label_file) as temporary, _told_when_interrupted():
     with raster.new_labels(temporary, names, palette) as file:
       parts = segmenter.blocks(raster.size, raster.rows, names, **options)
       with progress(
@@ -332,6 +357,14 @@ def segment_raster(
   written = [label_file, picture, directory / f"{stem}.json"]
   print("\n".join([segmenter.method, *map(str, written)]))
   return written
+
+
+@contextlib.contextmanager
+def _told_when_interrupted() -> Iterator[None]:
+  try:
+    yield
+  except KeyboardInterrupt:
+    raise KeyboardInterrupt("interrupted; no labels of the raster are kept") from None
 
 
 def category_names(names: Sequence[str]) -> str:

@@ -262,8 +262,8 @@ def segment_film(
     raise InputError(f"--every: expected a number of frames of at least 1, got {every}")
   if not 0 <= smooth < 1:
     raise InputError(f"--smooth: expected a weight of at least 0 and below 1, got {smooth}")
-  film, directory = Film(path), expand_local(directory, "--out of a film")
-  stem = path.stem
+  path, directory = expand_local(path, "a film"), expand_local(directory, "--out of a film")
+  film, stem = Film(path), path.stem
   settings = {
     "film": film.digest(), "model": segmenter.method, "names": list(names), "every": every,
     "smooth": smooth, **(told or {}), **{key: value or None for key, value in options.items()},

@@ -162,6 +162,24 @@ def test_pixels_without_data_have_no_class(model, scene, tmp_path):
   assert not black[:50, :70].any() and (black[50:, 70:] == scene[50:60, 70:]).all()
 
 
+@pytest.mark.parametrize("kind", ["alpha", "mask"])
+def test_masks_and_alpha_are_no_data_too(scene, tmp_path, kind):
+  valid = np.ones((HEIGHT, WIDTH), bool)
+  valid[20:60, 30:90] = False
+  scene = scene.copy()
+  scene[0, 0] = 0  # black, with data
+  if kind == "alpha":
+    values = np.concatenate([scene, np.where(valid, 255, 0).astype(np.uint8)[..., None]], -1)
+    path = write(tmp_path / "a.tif", values, photometric="rgb", alpha="yes")
+  else:
+    path = write(tmp_path / "a.tif", scene, photometric="rgb")
+    with rasterio.open(path, "r+") as file:
+      file.write_mask(valid)
+  source = raster.Raster(path)
+  assert source.bands == [1, 2, 3]
+  np.testing.assert_array_equal(source.valid(10, 20, (100, 200)), valid[10:110, 20:220])
+
+
 def test_a_raster_without_a_place(model, scene, tmp_path):
   with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
     path = write(tmp_path / "a.tif", scene, geo=False)
@@ -257,7 +275,7 @@ def test_ctrl_c_leaves_nothing_half_written(model, scene, tmp_path, monkeypatch)
       raise KeyboardInterrupt
 
   monkeypatch.setattr(raster.Raster, "write", write_block)
-  with pytest.raises(KeyboardInterrupt):
+  with pytest.raises(KeyboardInterrupt, match="no labels of the raster are kept"):
     raster.segment_raster(model, raster.Raster(path), NAMES, tmp_path / "out")
   assert not list((tmp_path / "out").iterdir())
 

@@ -82,7 +82,7 @@ def test_each_frame_is_segmented_as_an_image_would_be(model, clip, tmp_path, cap
 
 
 @pytest.mark.parametrize("kind", drawing.CODECS)
-def test_the_film_shows_the_classes_above_one_legend(clip, tmp_path, kind):
+def test_the_film_shows_the_classes_above_one_legend(clip, tmp_path, kind, capfd):
   frames = clip[1]
   colors = class_colors(NAMES)
   painter = drawing.FilmPainter((HEIGHT, WIDTH), NAMES)
@@ -90,6 +90,7 @@ def test_the_film_shows_the_classes_above_one_legend(clip, tmp_path, kind):
     for k, frame in enumerate(frames):
       page = painter(frame, np.full((HEIGHT, WIDTH), k % len(NAMES)))
       writer.write(page[..., ::-1].copy())
+  assert capfd.readouterr() == ("", "")
   shown = read(tmp_path / f"f.{kind}")
   assert len(shown) == len(frames) and shown[0].shape[:2] == painter.size[::-1]
   legend = np.stack([page[390:] for page in shown]).astype(int)
