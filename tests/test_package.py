@@ -107,7 +107,7 @@ def test_the_wheel_asks_for_what_the_package_imports():
       elif isinstance(node, ast.ImportFrom):
         imported.add(node.module.split(".")[0])
   imported -= {*sys.stdlib_module_names, "rpn_jax"}
-  imported -= {"gradio", "fsspec", "gcsfs"}  # of the extras `demo` and `gs`
+  imported -= {"gradio", "fsspec", "gcsfs", "rasterio"}  # of the extras `demo`, `gs` and `geo`
   imported -= {"data_pipelines"}  # of a clone, for `reproduce`, which wants one
   distributions = importlib.metadata.packages_distributions()
   names = {canonicalize_name(requirement.name) for requirement in declared()}
@@ -148,7 +148,7 @@ def test_version_is_in_one_place_and_in_the_changelog(capsys):
   assert ended.value.code == 0 and capsys.readouterr().out == f"rpn-jax {version}\n"
 
 
-@pytest.mark.parametrize("name", ["gradio", "gcsfs"])
+@pytest.mark.parametrize("name", ["gradio", "gcsfs", "rasterio"])
 def test_the_pin_of_an_extra_is_one(name):
   pin = re.search(rf"{name}==[\d.]+", (ROOT / "pyproject.toml").read_text())[0]
   assert pin in (ROOT / "requirements-dev.txt").read_text().splitlines()
