@@ -125,6 +125,11 @@ class Raster:
     if any(kind.kind not in "uif" for kind in self._kinds):
       kinds = ", ".join(map(str, self._kinds))
       raise InputError(f"{path}: expected bands of integers or real numbers, got {kinds}")
+    if any(self.dataset.colorinterp[band - 1].name == "palette" for band in self.bands):
+      raise InputError(
+        f"{path}: expected bands of colors, got a palette, as of a map of classes; make colors of "
+        "it: gdal_translate -expand rgb"
+      )
     step = max(1.0, max(self.size) / MAX_OVERLAY_SIDE)
     self.overview_size = math.ceil(height / step), math.ceil(width / step)
     values, valid = self._read_overview(step)
@@ -141,7 +146,8 @@ class Raster:
     text = f"{self.path}: {width:,} x {height:,} pixels, {colors}"
     if self.limits is None:
       return f"{text}, bytes as they are"
-    ranges = dict.fromkeys(f"{low:g} to {high:g}" for low, high in self.limits)
+    ranges = [f"{low:g} to {high:g}" for low, high in self.limits]
+    ranges = ranges[:1] if len(set(ranges)) == 1 else ranges
     return f"{text}; black to white, for the whole raster: {', '.join(ranges)} ({self._rule})"
 
   def rows(self, top: int, count: int) -> np.ndarray:

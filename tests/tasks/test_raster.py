@@ -244,6 +244,17 @@ def test_wrong_arguments(scene, tmp_path, arguments, message):
     raster.Raster(path, **arguments)
 
 
+def test_values_that_are_no_colors_are_refused(scene, tmp_path):
+  path = write(tmp_path / "p.tif", scene[..., 0])
+  with rasterio.open(path, "r+") as file:
+    file.write_colormap(1, {i: (i, 255 - i, 9, 255) for i in range(256)})
+  with pytest.raises(InputError, match="got a palette, as of a map of classes; make colors of it"):
+    raster.Raster(path)
+  path = write(tmp_path / "c.tif", scene[..., 0].astype(np.complex64))
+  with pytest.raises(InputError, match="of integers or real numbers, got complex64"):
+    raster.Raster(path)
+
+
 def test_without_rasterio_one_line_names_it(scene, tmp_path, monkeypatch, capsys):
   path = write(tmp_path / "a.tif", scene[:20, :20])
   monkeypatch.setitem(sys.modules, "rasterio", None)
