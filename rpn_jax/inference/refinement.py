@@ -39,7 +39,14 @@ UNREFINED = Refinement()
 
 
 class Scores(Protocol):
-  """What an image's scores are read from: the logits of its windows, refined or not."""
+  """What an image's scores are read from: the logits of its windows, refined or not.
+
+  Attributes:
+    nbytes: what is held in memory.
+  """
+
+  @property
+  def nbytes(self) -> int: ...
 
   def merge(
     self, output: Callable, size: tuple[int, int], bias_C: Any = 0.0, more: tuple = ()
@@ -70,6 +77,11 @@ class Refined:
     self.scores, self.image, self.refinement = scores, image_hxwx3, refinement
     # Not an lru_cache of a method, a cycle that would keep the scores of earlier images alive.
     self._kept: tuple[tuple[int, int], np.ndarray] | None = None
+
+  @property
+  def nbytes(self) -> int:
+    """See `Scores`."""
+    return self.scores.nbytes + (self._kept[1].nbytes if self._kept else 0)
 
   def _at(self, size: tuple[int, int]) -> np.ndarray:
     """Scores (*size, C)."""

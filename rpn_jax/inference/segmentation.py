@@ -111,6 +111,11 @@ class Segmentation:
     )
 
   @property
+  def nbytes(self) -> int:
+    """What the image and its scores hold in memory."""
+    return self.image.nbytes + self.class_scores.scores.nbytes
+
+  @property
   def _bias(self) -> dict[int, float]:
     return {self.names.index(name): value for name, value in self.emphasis.items()}
 

@@ -47,6 +47,10 @@ class WindowLogits:
   views: list[View]
   logits: list[jax.Array]
 
+  @property
+  def nbytes(self) -> int:
+    return sum(logits.nbytes for logits in self.logits)
+
   def merge(
     self, output: Callable, size: tuple[int, int], bias_C: np.ndarray | float = 0.0,
     more: tuple = (),

@@ -103,6 +103,8 @@ def save_all(
   def results() -> Iterator[tuple[Segmentation, str]]:
     for result in segmenter.stream(images(), names, **options):
       file = result.file = pending.popleft()
+      # Here, not by the threads: the scores of some classes and pixels take gigabytes for each.
+      _ = result.labels
       yield result, file.name.replace(".", "_") if repeated else file.stem
 
   def save(item: tuple[Segmentation, str]) -> list[pathlib.Path]:
@@ -110,7 +112,7 @@ def save_all(
     return result.save(directory, stem, palette=palette)
 
   with progress(len(files), f"segment on {devices_text()}", "image") as bar:
-    for paths in overlap.mapped(save, results(), lambda item: item[0].image.nbytes):
+    for paths in overlap.mapped(save, results(), lambda item: item[0].nbytes):
       written += paths
       bar.update()
   if written:

@@ -310,6 +310,7 @@ def _label(
   def results() -> Iterator[tuple[Frame, Segmentation]]:
     smoothing = Smoothing(smooth, folder.mean) if smooth else None
     for result in segmenter.stream(images(), folder.names, smooth=smoothing, **options):
+      _ = result.labels  # see `save_all`
       yield pending.popleft(), result
 
   def save(item: tuple[Frame, Segmentation]) -> tuple[Frame, list[np.ndarray] | None]:
@@ -319,7 +320,7 @@ def _label(
 
   total = max(-(-film.told // every), begun)
   with progress(total, f"segment on {devices_text()}", "frame", begun) as bar:
-    for frame, mean in overlap.mapped(save, results(), lambda item: item[0].image.nbytes):
+    for frame, mean in overlap.mapped(save, results(), lambda item: item[1].nbytes):
       folder.add(frame, mean)
       bar.update()
 
