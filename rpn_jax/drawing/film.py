@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import cv2
@@ -69,8 +69,8 @@ class FilmPainter:
 @contextlib.contextmanager
 def film_writer(
   path: pathlib.Path, size: tuple[int, int], rate: float
-) -> Iterator[cv2.VideoWriter]:
-  """A writer of BGR frames to a film, which is at `path` only once the block has succeeded.
+) -> Iterator[Callable[[np.ndarray], None]]:
+  """What writes frames, uint8 RGB, to a film, which is at `path` only once the block has succeeded.
 
   Args:
     path: its suffix is one of CODECS.
@@ -78,7 +78,7 @@ def film_writer(
     rate: frames per second.
 
   Raises:
-    InputError: this OpenCV cannot write it.
+    InputError: this OpenCV cannot write it, or not all of it could be written.
   """
   kind = path.suffix.removeprefix(".")
   with replacing(path) as temporary:
@@ -92,13 +92,38 @@ def film_writer(
           f"{path}: expected an OpenCV that writes {CODECS[kind]}, got {cv2.__version__} without "
           f"it; choose another --film ({', '.join(CODECS)})"
         )
+      count = 0
+
+      def write(frame: np.ndarray) -> None:
+        nonlocal count  # a frame that cannot be written is told once, below
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        count += 1
+
+      level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
       try:
-        yield writer
+        yield write
       finally:
-        writer.release()
+        with quiet_opencv():
+          writer.release()
+        cv2.utils.logging.setLogLevel(level)
+      if (kept := _count(named)) < count:  # of a full disk OpenCV says nothing
+        raise InputError(
+          f"{path}: only {kept} of {count} frames could be written; free some disk space"
+        )
       os.replace(named, temporary)
     finally:
       named.unlink(missing_ok=True)
+
+
+def _count(path: pathlib.Path) -> int:
+  """Frames of a film that can be read; they are not decoded to pixels."""
+  with quiet_opencv():
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    count = 0
+    while capture.grab():
+      count += 1
+    capture.release()
+  return count
 
 
 @contextlib.contextmanager

@@ -327,27 +327,23 @@ def _label(
 
 def _draw(film: Film, folder: FrameFolder, every: int, path: pathlib.Path, palette: str) -> None:
   """Draws the film of the labels, at the pace of the original."""
-  painter: FilmPainter | None = None
+  with Image.open(folder.labels(folder.done[0][0])) as file:
+    painter = FilmPainter(file.size[::-1], folder.names, palette)
 
   def paint(frame: Frame) -> np.ndarray:
-    nonlocal painter
     with Image.open(folder.labels(frame.number)) as file:
-      labels = np.asarray(file)
-    assert painter
-    return cv2.cvtColor(painter(frame.image, labels), cv2.COLOR_RGB2BGR)
+      return painter(frame.image, np.asarray(file))
 
-  first = next(film.frames())
-  painter = FilmPainter(first.image.shape[:2], folder.names, palette)
   rate = film.rate / every
   shown = overlap.mapped(paint, film.frames(every), lambda frame: frame.image.nbytes)
   times = repeats([seconds for _, seconds in folder.done], rate)
   with (
-    film_writer(path, painter.size, rate) as writer,
+    film_writer(path, painter.size, rate) as write,
     progress(len(folder.done), "draw", "frame") as bar,
   ):
     for count, picture in zip(times, shown):
       for _ in range(count):
-        writer.write(picture)
+        write(picture)
       bar.update()
 
 

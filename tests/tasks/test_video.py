@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 import struct
 
 import cv2
@@ -86,10 +87,9 @@ def test_the_film_shows_the_classes_above_one_legend(clip, tmp_path, kind, capfd
   frames = clip[1]
   colors = class_colors(NAMES)
   painter = drawing.FilmPainter((HEIGHT, WIDTH), NAMES)
-  with drawing.film_writer(tmp_path / f"f.{kind}", painter.size, RATE) as writer:
+  with drawing.film_writer(tmp_path / f"f.{kind}", painter.size, RATE) as write_frame:
     for k, frame in enumerate(frames):
-      page = painter(frame, np.full((HEIGHT, WIDTH), k % len(NAMES)))
-      writer.write(page[..., ::-1].copy())
+      write_frame(painter(frame, np.full((HEIGHT, WIDTH), k % len(NAMES))))
   assert capfd.readouterr() == ("", "")
   shown = read(tmp_path / f"f.{kind}")
   assert len(shown) == len(frames) and shown[0].shape[:2] == painter.size[::-1]
@@ -245,5 +245,22 @@ def test_a_codec_that_opencv_lacks(clip, tmp_path, monkeypatch, capfd):
     drawing.film_writer(tmp_path / "f.mp4", (64, 48), 10),
   ):
     pass
+  assert not list(tmp_path.iterdir())
+  assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_leaves_no_half_of_a_film(tmp_path, capfd):
+  noise = np.random.default_rng(0).integers(0, 256, (20, 240, 320, 3)).astype(np.uint8)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+  try:
+    with (
+      pytest.raises(InputError, match=r"f\.mp4: only \d+ of 20 frames could be written; free some"),
+      drawing.film_writer(tmp_path / "f.mp4", (320, 240), 10) as write_frame,
+    ):
+      for frame in noise:
+        write_frame(frame)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert not list(tmp_path.iterdir())
   assert capfd.readouterr() == ("", "")
