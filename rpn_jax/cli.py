@@ -99,6 +99,10 @@ def _segment(arguments: list[str]) -> int:
   add("--refine", help="pamr: follow the edges of the image; none; else as the model's protocol")
   add("--templates", help="sentences around a name, e.g. single or imagenet80")
   add("--synonyms", help="how synonyms are joined: first, mean, max or joined")
+  add(
+    "--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+    help="compute type; auto: bfloat16 on TPUs and on GPUs from Ampere on, else float32",
+  )  # fmt: skip
   add("--palette", default="default", choices=tuple(PALETTES), help="(%(default)s)")
   film = parser.add_argument_group("films")
   film.add_argument("--every", type=int, help="take each N-th frame (1)")

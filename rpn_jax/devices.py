@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import os
 import platform
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,6 +111,19 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
 def platform_of(mesh: jax.sharding.Mesh) -> str:
   """The kind of devices in a mesh: "cpu", "gpu" or "tpu"."""
   return mesh.devices.flat[0].platform
+
+
+def fast_type(device: jax.Device) -> str:
+  """The compute type for inference on a device: "bfloat16" where its products are faster.
+
+  They are on TPUs, and on NVIDIA's GPUs from Ampere on (compute capability 8.0). On CPUs that have
+  units for them the network was slower all the same when it was measured (docs/benchmarks.md).
+  """
+  if device.platform == "tpu":
+    return "bfloat16"
+  capability = str(getattr(device, "compute_capability", ""))
+  ampere = device.platform == "gpu" and re.match(r"[89]\.|\d\d", capability)
+  return "bfloat16" if ampere else "float32"
 
 
 @contextlib.contextmanager

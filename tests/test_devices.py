@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -118,3 +119,22 @@ def test_settings_of_jax_that_commands_cannot_use(tmp_path, settings, status, ou
   done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   assert done.returncode == status and output in done.stdout and error in done.stderr
   assert done.stderr.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+  "platform, capability, dtype",
+  [
+    ("tpu", None, "bfloat16"),
+    ("gpu", "7.5", "float32"),
+    ("gpu", "8.0", "bfloat16"),
+    ("gpu", "9.0", "bfloat16"),
+    ("gpu", "12.0", "bfloat16"),
+    ("gpu", "gfx942", "float32"),
+    ("cpu", None, "float32"),
+  ],
+)
+def test_the_fast_type_of_a_device(platform, capability, dtype):
+  device = types.SimpleNamespace(platform=platform)
+  if capability:
+    device.compute_capability = capability
+  assert devices.fast_type(device) == dtype

@@ -149,6 +149,7 @@ class Predictor:
     method: str | None = None,
     templates: str | Sequence[str] = "imagenet80",
     synonyms: str = "mean",
+    dtype: str = "float32",
   ) -> "Predictor":
     """CLIP weights with a training-free method and the inference protocol of that method.
 
@@ -157,10 +158,11 @@ class Predictor:
       method: one of `models.training_free.METHODS`; None is that of `default_method`.
       templates: see `text.templates`.
       synonyms: see `text.templates`.
+      dtype: compute type, float32 or bfloat16.
     """
     clip, params = clip_file.load_clip(path)
     settings = {"method": method or training_free.default_method(clip)}
-    network = _create("training_free", clip, settings, str(path))
+    network = _create("training_free", clip, settings, str(path), dtype=jnp.dtype(dtype))
     protocol = Protocol(
       **network.windows(clip)._asdict(),
       **normalization(clip.mean, clip.std)._asdict(),

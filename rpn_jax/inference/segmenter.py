@@ -12,9 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
+import jax
 import ml_collections
 import numpy as np
 
+from rpn_jax import devices
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
@@ -23,6 +25,7 @@ from rpn_jax.base.words import Names, check_known, check_names, parse_names, wit
 from rpn_jax.config.stored import read_config
 from rpn_jax.inference import strips
 from rpn_jax.inference.predictor import Predictor
+from rpn_jax.inference.process import check_process
 from rpn_jax.inference.refinement import REFINEMENTS
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
 from rpn_jax.inference.sliding import SlidingWindow
@@ -48,6 +51,8 @@ BACKGROUNDS = {
     "stair", "floor", "hill", "rail", "fence",
   ),
 }  # fmt: skip
+# Compute types, and the choice between them.
+TYPES = ("auto", "float32", "bfloat16")
 # Rows of text that independent classes are filled up to; further ones are rounded up.
 MIN_ROWS = 8
 
@@ -87,6 +92,7 @@ class Segmenter:
     templates: str | Sequence[str] | None = None,
     synonyms: str | None = None,
     clip: str | None = None,
+    dtype: str = "auto",
   ) -> "Segmenter":
     """Loads a segmenter from the workdir of a run, a file of prompts or CLIP weights, or a name.
 
@@ -104,6 +110,8 @@ class Segmenter:
       synonyms: how several words for a class are joined, see `text.templates`; None uses the run's
         setting, and "mean" for weights.
       clip: the CLIP weights of a run or of prompts, if they are not where they were in training.
+      dtype: compute type: "float32", "bfloat16", or "auto", which is the faster one here, see
+        `devices.fast_type`.
 
     Raises:
       InputError: no such model, or a damaged one.
@@ -114,8 +122,12 @@ class Segmenter:
       raise InputError(f"method='training_free' leaves open which: name one, {', '.join(METHODS)}")
     if checkpoint not in ("last", "best"):
       raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
+    check_known("dtype=", dtype, TYPES)
+    if dtype == "auto":
+      check_process()
+      dtype = devices.fast_type(jax.local_devices()[0])
     path, name, own_templates = expand(model), str(model), "imagenet80"
-    choices = {"templates": templates, "synonyms": synonyms, "clip": clip}
+    choices = {"templates": templates, "synonyms": synonyms, "clip": clip, "dtype": dtype}
     prompts = _shipped_prompts(model) or exported.find_prompts(model)
     if path.is_dir() and not (hub.holds_weights(path) or prompts.is_file()):
       return cls._from_config(read_config(path), path, method, checkpoint, choices)
@@ -151,6 +163,7 @@ class Segmenter:
       method=method,
       templates=own_templates if templates is None else templates,
       synonyms=synonyms or "mean",
+      dtype=dtype,
     )
     return cls(predictor, _training_free(predictor, name))
 

@@ -34,7 +34,7 @@ def segment(args: argparse.Namespace) -> int:
         source = raster.Raster(path, bands=args.bands, limits=args.range, scale=args.scale)
       segmenter = Segmenter.load(
         args.model, method=args.method, templates=args.templates, synonyms=args.synonyms,
-        checkpoint=args.checkpoint, clip=args.clip,
+        checkpoint=args.checkpoint, clip=args.clip, dtype=args.dtype,
       )  # fmt: skip
       options = {"other": args.other, "background": args.background, "refine": args.refine}
       if kind == "a film":

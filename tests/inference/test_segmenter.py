@@ -350,3 +350,20 @@ def test_synonyms_are_shown_as_one_class():
   shown = Segmentation(np.zeros((2, 4, 3), np.uint8), names, "m", None)
   shown.__dict__["_best"] = label, np.ones((2, 4))
   assert repr(shown) == "Segmentation(4 x 2: sand | beach 75.0 %, water 25.0 %; m)"
+
+
+def test_the_type_is_the_fast_one_of_the_device_unless_it_is_given(monkeypatch, tmp_path):
+  tiny.save(tmp_path / "clip.safetensors")
+  load = lambda **given: Segmenter.load(tmp_path / "clip.safetensors", **given)
+  assert load().predictor.network.dtype == np.float32  # on a CPU
+  monkeypatch.setattr(segmenter.devices, "fast_type", lambda device: "bfloat16")
+  halves, exact = load(), load(dtype="float32")
+  assert halves.predictor.network.dtype == "bfloat16"
+  assert exact.predictor.network.dtype == np.float32
+  image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+  scores = [model(image, "sand, a red circle, grass").scores for model in (halves, exact)]
+  assert 0 < np.abs(scores[0] - scores[1]).max() < 0.05
+  # A run's own type is that of its training and its scores, not that of what reads it.
+  assert Segmenter.load("shapes").predictor.network.dtype == "bfloat16"
+  with pytest.raises(InputError, match=r"dtype='float16' is not known"):
+    load(dtype="float16")
