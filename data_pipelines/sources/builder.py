@@ -229,20 +229,21 @@ def _read_image(
   Returns:
     uint8 [H,W,3]; bytes; "upright", "stored", or "" for an image that no EXIF data turns; notes.
   """
-  if not path.exists():
-    raise InputError(f"{path}: expected an image, got no such file; {obtain}")
-  data = path.read_bytes()
+  try:
+    data = path.read_bytes()
+  except FileNotFoundError as error:
+    raise InputError(f"{path}: expected an image, got no such file; {obtain}") from error
+  except OSError as error:
+    raise InputError(f"{path}: expected a readable image, got {pictures.damage(error)}") from error
   read = functools.partial(pictures.load, profiles=own, name=path)
   picture = read(io.BytesIO(data))
   exif = "upright" if picture.orientation in range(2, 9) else ""
   if exif and picture.image.shape[:2] != label_size == picture.stored_size:
     exif, picture = "stored", read(io.BytesIO(data), upright=False)
-  as_stored = not picture.notes and not exif and (
-    (picture.format == "JPEG" and picture.mode in ("RGB", "L"))
-    or (picture.format == "PNG" and picture.mode == "RGB")
-  )  # fmt: skip
+  kind = (picture.format, picture.mode)
+  portable = kind in (("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB")) and not picture.notes
   # Some decoders turn by EXIF, others do not: no file with such data is stored.
-  encoded = data if as_stored else _png(picture.image, level=3)
+  encoded = data if portable and picture.orientation == 1 else _png(picture.image, level=3)
   return picture.image, encoded, exif, picture.notes
 
 

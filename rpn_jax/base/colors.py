@@ -110,7 +110,7 @@ def to_rgb(
     values, transparent = _stored_values(image, tags), image.info.get("transparency")
     if isinstance(transparent, int):
       full = np.iinfo(values.dtype).max
-      values = np.stack([values, np.where(values == transparent, 0, full)], -1, dtype=values.dtype)
+      values = np.stack([values, (full * (values != transparent)).astype(values.dtype)], -1)
     return values_to_rgb(values, name, matte=matte, profile=profile)
   return _on_matte(*_split(image), profile, matte)
 
@@ -152,7 +152,7 @@ def _on_matte(
     return np.array(rgb), notes
   rgb.putalpha(alpha)
   lying = Image.alpha_composite(Image.new("RGBA", rgb.size, matte), rgb)
-  told = f"transparent pixels lie on #{bytes(matte).hex()} (matte)"
+  told = f"transparent pixels lie on #{bytes(matte).hex()} (--matte chooses)"
   return np.array(lying.convert("RGB")), [*notes, ("matte", told)]
 
 

@@ -56,12 +56,14 @@ class Found:
     return stems
 
 
-def find(path: str, *, recursive: bool = False, results: str | os.PathLike | None = None) -> Found:
+def find(
+  path: str, *, recursive: bool | None = None, results: str | os.PathLike | None = None
+) -> Found:
   """The path itself if it is a file, or the image files in the folder.
 
   Args:
     path: as somebody typed it.
-    recursive: also in subfolders, but for hidden ones.
+    recursive: also in subfolders, but for hidden ones; None where nobody can ask for it.
     results: a folder that is left out, since it is written to.
 
   Raises:
@@ -77,7 +79,7 @@ def find(path: str, *, recursive: bool = False, results: str | os.PathLike | Non
   files, left_out = _sorted_out(_walk(root, results) if recursive else root.iterdir(), SUFFIXES)
   if not files:
     where = "in this folder or below" if recursive else "in this folder"
-    folders = not recursive and any(child.is_dir() for child in root.iterdir())
+    folders = recursive is False and any(child.is_dir() for child in root.iterdir())
     hint = "; --recursive looks into its subfolders" if folders else ""
     raise InputError(f"{path}: no image {where}{_summary(left_out)}{hint}")
   return Found(root, files, left_out)
@@ -146,7 +148,7 @@ def _sorted_out(
 
 
 def _walk(folder: pathlib.Path, without: str | os.PathLike | None = None) -> Iterator[pathlib.Path]:
-  """Files and folders at any depth; unlike `Path.rglob` it does not pass over unreadable ones."""
+  """Files at any depth; unlike `Path.rglob` it does not pass over unreadable ones."""
 
   def refuse(error: OSError) -> None:
     raise error
@@ -158,4 +160,4 @@ def _walk(folder: pathlib.Path, without: str | os.PathLike | None = None) -> Ite
       for name in folders
       if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) != left
     ]
-    yield from (pathlib.Path(parent, name) for name in (*folders, *files))
+    yield from (pathlib.Path(parent, name) for name in files)

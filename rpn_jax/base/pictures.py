@@ -30,7 +30,8 @@ MAX_ASPECT = 100
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 # What a HEIC file has at byte 8.
 _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
-# Values of the EXIF field "orientation" that change something -> stored pixels as a viewer shows them (EXIF 2.3, section 4.6.4).
+# Values of the EXIF field "orientation" that change something -> stored pixels as a viewer shows
+# them (EXIF 2.3, section 4.6.4).
 _UPRIGHT = {
   2: lambda x: x[:, ::-1],
   3: lambda x: x[::-1, ::-1],
@@ -69,16 +70,23 @@ class Picture:
 
 
 class Told:
-  """Prints what was decided about images, each kind of decision once."""
+  """Prints what was decided about images, each kind of decision once.
+
+  Attributes:
+    others: number of images about which something was decided, and nothing printed.
+  """
 
   def __init__(self) -> None:
     self._kinds: set[str] = set()
+    self.others = 0
 
   def __call__(self, name: object, notes: Sequence[Note]) -> None:
     texts = [text for kind, text in notes if kind not in self._kinds]
     self._kinds |= {kind for kind, _ in notes}
     if texts:
       print(f"{name}: {'; '.join(texts)}", flush=True)
+    elif notes:
+      self.others += 1
 
 
 def read(
@@ -304,7 +312,9 @@ def _turn_to(file: Image.Image, page: int | None, name: object) -> tuple[Note, .
 
 def _page_note(pages: int, page: int | None, shown: int, name: object) -> tuple[Note, ...]:
   if page is None:
-    return (("page", f"page {shown} of {pages} is taken (page)"),) if pages > 1 else ()
+    return (
+      (("page", f"page {shown} of {pages} is taken (--page takes another)"),) if pages > 1 else ()
+    )
   if not isinstance(page, int) or not 1 <= page <= pages:
     has = "one page" if pages == 1 else f"{pages} pages"
     raise InputError(f"{name}: expected page 1 to {pages}, got {page}; the file has {has}")

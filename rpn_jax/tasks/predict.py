@@ -92,6 +92,8 @@ def save_all(
   for result in segmenter.stream(images(), names, **options):
     result.file, stem = pending.popleft()
     written += result.save(directory / stem.parent, stem.name, palette=palette)
+  if told.others:
+    print(f"{told.others} more images like these: each JSON file says how its image was read")
   if written:
     print(f"{segmenter.method}\n{summary(written, directory)}")
   check_skipped(unreadable, len(found.files), directory, found.left_out)
