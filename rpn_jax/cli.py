@@ -76,7 +76,7 @@ def _segment(arguments: list[str]) -> int:
   add("image", help="an image file, or a folder of them; docs/pictures.md lists the formats")
   add("words", nargs="?", help='class names, e.g. "cat | kitten, grass": | joins synonyms')
   add(
-    "--words", dest="list",
+    "--words", dest="list", metavar="FILE_OR_LIST",
     help="in place of class names: a text file of them, or those of a data set: "
     + ", ".join(vocabularies.NAMES),
   )  # fmt: skip
@@ -109,7 +109,7 @@ def _segment(arguments: list[str]) -> int:
   add("--synonyms", help="how synonyms are joined: first, mean, max or joined")
   add("--palette", default="default", choices=tuple(PALETTES), help="(%(default)s)")
   add("--quiet", action="store_true", help="print nothing but errors")
-  args = parser.parse_args(arguments)
+  args = parser.parse_intermixed_args(arguments)  # words may stand behind an option
 
   from rpn_jax.tasks.segment import segment  # loads JAX
 

@@ -108,6 +108,12 @@ def rgb_profile(matrix: np.ndarray, gamma: float) -> bytes:
   return _profile(b"mntr", b"RGB ", b"XYZ ", tags | {b"%cTRC" % c: curve for c in b"rgb"})
 
 
+def gray_profile(gamma: float) -> bytes:
+  """An ICC profile of gray with a gamma."""
+  curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(256 * gamma))
+  return _profile(b"mntr", b"GRAY", b"XYZ ", {b"kTRC": curve})
+
+
 def as_srgb(color, matrix: np.ndarray, gamma: float) -> np.ndarray:
   """What a color of that profile is in sRGB, 0 … 255."""
   xyz = matrix @ (np.array(color) / 255) ** gamma

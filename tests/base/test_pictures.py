@@ -310,6 +310,17 @@ def test_profiles_of_rgb(kind, matrix, gamma):
   np.testing.assert_array_equal(load(content, profiles=False).image, COLORS)
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "P"])
+def test_a_profile_of_gray(mode):
+  levels = Image.fromarray(np.arange(0, 256, 5, dtype=np.uint8)[None]).convert(mode)
+  picture = load(stored(levels, "PNG", icc_profile=odd.gray_profile(1.8)))
+  if mode == "P":  # whose colors are RGB
+    assert picture.texts == ["its color profile cannot be used and is left out"]
+  else:
+    want = odd.encoded((np.arange(0, 256, 5) / 255) ** 1.8)
+    assert np.abs(picture.image[0] - want[:, None]).max() <= 2
+
+
 def test_a_profile_of_srgb_changes_no_value():
   profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
   picture = load(stored(Image.fromarray(UPPER), "PNG", icc_profile=profile))

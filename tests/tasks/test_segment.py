@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from rpn_jax.base import pictures
 from rpn_jax.base.errors import InputError
 from rpn_jax.inference.segmenter import BACKGROUNDS, Segmenter
 from rpn_jax.tasks import demo, segment
+from tests import ROOT
 from tests import odd_pictures as odd
 from tests.odd_pictures import stored
 
@@ -171,3 +173,24 @@ def test_images_that_were_read_before(model):
   (result,) = model.stream([pictures.load(DEEP)], NAMES)
   np.testing.assert_array_equal(result.labels, model(SCENE, NAMES).labels)
   assert result.notes == ("16 bits became 8",)
+
+
+def test_commands_of_the_page(folder, model, monkeypatch):
+  """docs/pictures.md: up to the network."""
+  monkeypatch.setattr(segment.Segmenter, "load", lambda *args, **kwargs: model)
+  calls = []
+  monkeypatch.setattr(segment, "save_all", lambda *args, **options: calls.append((args, options)))
+  root = folder.parent
+  (root / "names.txt").write_text("cat | kitten\ngrass\n")
+  for name in ("photo.jpg", "logo.png", "scan.tif"):
+    (root / name).write_bytes(b"")
+  text = (ROOT / "docs/pictures.md").read_text()
+  commands = [
+    shlex.split(line) for line in text.partition("```sh\n")[2].split("```")[0].splitlines()
+  ]
+  for words in commands:
+    assert words[:2] == ["rpn", "segment"] and cli.main(words[1:]) == 0
+  assert [len(args[2]) for args, _ in calls] == [2, 2, 2, 150, 2, 1]
+  assert [len(args[1].files) for args, _ in calls] == [1, 8, 1, 1, 1, 1]
+  assert [options["page"] for _, options in calls][4] == 2
+  assert [options["matte"] for _, options in calls][4:] == ["white", "#202020"]
