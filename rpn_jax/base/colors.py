@@ -7,7 +7,7 @@ by `to_8_bits`, color profiles are applied, and what is transparent lies on a pl
 import functools
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -61,28 +61,49 @@ def to_8_bits(values: np.ndarray, name: object) -> tuple[np.ndarray, list[Note]]
   Raises:
     InputError: no finite value.
   """
-  finite, notes = values, []
-  if values.dtype.kind == "f":
-    is_finite = np.isfinite(values)
-    finite = values if is_finite.all() else values[is_finite]
-    if not finite.size:
-      raise InputError(f"{name}: expected values, got only NaN and infinity; export it anew")
-    if finite is not values:
-      notes.append(("finite", f"{values.size - finite.size:,} values are NaN or infinite"))
-  low, high = finite.min(), finite.max()
+  lows, highs, count = [], [], 0
+  for part in _strips(values):
+    finite = part[np.isfinite(part)] if values.dtype.kind == "f" else part
+    count += finite.size
+    if finite.size:
+      lows.append(finite.min())
+      highs.append(finite.max())
+  if not count:
+    raise InputError(f"{name}: expected values, got only NaN and infinity; export it anew")
+  notes: list[Note] = []
+  if count < values.size:
+    notes.append(("finite", f"{values.size - count:,} values are NaN or infinite"))
+  black, white = float(min(lows)), float(max(highs))
   if values.dtype.kind == "u":
     bits = 8 * values.dtype.itemsize
-    if low == high or float(high) - float(low) >= _USED_FRACTION * 2.0**bits:
-      return (values >> np.array(bits - 8, values.dtype)).astype(np.uint8), [
-        *notes, ("depth", f"{bits} bits became 8"),
-      ]  # fmt: skip
-  black, white = float(low), float(high)
+    if black == white or white - black >= _USED_FRACTION * 2.0**bits:
+      upper = (values >> np.array(bits - 8, values.dtype)).astype(np.uint8)
+      return upper, [*notes, ("depth", f"{bits} bits became 8")]
   if values.dtype.kind == "f" and black >= 0 and white <= 1:
     black, white = 0.0, 1.0
-  span = white - black or 1.0
-  scaled = np.nan_to_num((values - black) / span, nan=0.0, posinf=1.0, neginf=0.0)
+  if values.dtype == np.uint16:  # ten times as fast by a table
+    scaled = _stretched(np.arange(65536), black, white)[values]
+  else:
+    scaled = np.empty(values.shape, np.uint8)
+    for part, target in zip(_strips(values), _strips(scaled)):
+      target[...] = _stretched(part, black, white)
   done = f"values {black:.6g} … {white:.6g} of {values.dtype} became 0 … 255"
-  return np.rint(255 * np.clip(scaled, 0, 1)).astype(np.uint8), [*notes, ("range", done)]
+  return scaled, [*notes, ("range", done)]
+
+
+def _stretched(values: np.ndarray, black: float, white: float) -> np.ndarray:
+  shares = values.astype(np.float64)
+  shares -= black
+  shares *= 255 / (white - black or 1.0)
+  if not np.isfinite(shares).all():
+    shares = np.nan_to_num(shares, nan=0.0, posinf=255.0, neginf=0.0)
+  return np.rint(np.clip(shares, 0, 255, out=shares), out=shares).astype(np.uint8)
+
+
+def _strips(values: np.ndarray, size: int = 1 << 22) -> Iterator[np.ndarray]:
+  """The rows of an image, some at a time: floats of a whole one would take gigabytes."""
+  rows = max(1, size // max(1, values[0].size))
+  return (values[i : i + rows] for i in range(0, len(values), rows))
 
 
 def to_rgb(
@@ -135,8 +156,8 @@ def values_to_rgb(
   notes: list[Note] = []
   if values.shape[2] in (2, 4):
     full = 1.0 if values.dtype.kind == "f" else float(np.iinfo(values.dtype).max)
-    opacity = np.clip(np.nan_to_num(values[..., -1] / full), 0, 1)
-    colors, alpha = values[..., :-1], Image.fromarray(np.rint(255 * opacity).astype(np.uint8))
+    opacity = np.clip(np.nan_to_num(values[..., -1] * np.float32(255 / full)), 0, 255)
+    colors, alpha = values[..., :-1], Image.fromarray(np.rint(opacity).astype(np.uint8))
   if values.dtype != np.uint8:
     colors, notes = to_8_bits(colors, name)
   image = Image.fromarray(colors[..., 0] if colors.shape[2] == 1 else colors)

@@ -70,10 +70,11 @@ class Tiff:
     """Whether a channel has more than 8 bits."""
     return max(self._bits) > 8
 
-  def check(self, name: object) -> None:
+  def check(self, name: object, max_pixels: int) -> None:
     """
     Raises:
-      InputError: an image that OpenCV reads not at all, or wrongly.
+      InputError: an image that OpenCV reads not at all, or wrongly, or one of more bytes than
+        `max_pixels` have in 16 bits with opacity.
     """
     kinds = " and ".join(sorted(_KINDS.get(kind, "other") for kind in self._kinds))
     bits = " and ".join(map(str, sorted(self._bits)))
@@ -88,6 +89,12 @@ class Tiff:
       wrong = f"values of {bits} bits ({kinds})"
     elif max(self._bits) not in ((32, 64) if 3 in self._kinds else (16, 32, 64)):
       wrong = f"{kinds} values of {bits} bits"
+    size = self._samples * max(self._bits) // 8
+    if not wrong and self.size[0] * self.size[1] * size > 8 * max_pixels:
+      raise InputError(
+        f"{name}: expected at most {8 * max_pixels // size:,} pixels of {size} bytes, got "
+        f"{self.size[0]} x {self.size[1]}; make the image smaller"
+      )
     if wrong:
       raise InputError(
         f"{name}: expected a TIFF of 8 bits, or of more in gray or RGB with its channels side by "
@@ -147,7 +154,7 @@ def _decoded(data: bytes, page: int) -> np.ndarray:
   if image is None:
     raise ValueError("a damaged file")
   if image.ndim == 3:
-    image = image[..., [2, 1, 0, 3][: image.shape[2]]]
+    image = image[..., ::-1] if image.shape[2] == 3 else image[..., [2, 1, 0, 3]]
   return image
 
 

@@ -274,6 +274,7 @@ def _open(
     if max(tags.get(258, (1,))) > 8 and not (file.mode == "CMYK" and tags.get(284, 1) == 1):
       return _deep_tiff(stream, name, file, file.tell() + 1, max_pixels, notes)
   if deep_images.is_deep_png(begin) and not file.mode.startswith("I") and not notes:
+    file.load()  # tells of damage, of which OpenCV prints a line
     stream.seek(0)
     values = deep_images.read_png(stream.read())
     if values.shape[:2] != file.size[::-1]:
@@ -297,7 +298,7 @@ def _deep_tiff(
   if notes is None:
     notes = _page_note(tiff.pages, page, 1, name)
   check_size(name, tiff.size, max_pixels)
-  tiff.check(name)
+  tiff.check(name, max_pixels)
   return Opened(name, file, tiff.read(), tiff.profile, "TIFF", notes)
 
 

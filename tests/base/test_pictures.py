@@ -10,7 +10,7 @@ import pillow_heif
 import pytest
 from PIL import Image, ImageCms
 
-from rpn_jax.base import pictures, pixels
+from rpn_jax.base import colors, pictures, pixels
 from rpn_jax.base.errors import InputError
 from tests import odd_pictures as odd
 from tests.data_pipelines.test_exif import SHOWN
@@ -58,11 +58,11 @@ def test_eight_bits_are_as_pillow_decodes_them(kind, mode):
 @pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "HEIF"])
 def test_kinds_with_loss(kind):
   pillow_heif.register_heif_opener()
-  colors = np.zeros((64, 64, 3), np.uint8)
-  colors[:, :32], colors[:, 32:] = (200, 30, 40), (20, 90, 220)
-  image = load(stored(Image.fromarray(colors), kind)).image
+  halves = np.zeros((64, 64, 3), np.uint8)
+  halves[:, :32], halves[:, 32:] = (200, 30, 40), (20, 90, 220)
+  image = load(stored(Image.fromarray(halves), kind)).image
   for x in (12, 52):
-    assert np.abs(image[30, x].astype(int) - colors[30, x]).max() <= 8
+    assert np.abs(image[30, x].astype(int) - halves[30, x]).max() <= 8
 
 
 def test_heic_names_its_package(monkeypatch):
@@ -162,10 +162,25 @@ def test_what_opencv_or_pillow_would_read_wrongly_is_refused(content, said):
   assert "\n" not in str(e.value)
 
 
-def test_a_deep_tiff_that_ends_early_prints_nothing(capfd):
+@pytest.mark.parametrize("kind", [".tiff", ".png"])
+def test_a_deep_image_that_ends_early_prints_nothing(kind, capfd):
   with pytest.raises(InputError, match="expected a readable image"):
-    load(encoded(RNG.integers(0, 65536, (64, 64, 3)).astype(np.uint16), ".tiff")[:9000])
+    load(encoded(RNG.integers(0, 65536, (64, 64, 3)).astype(np.uint16), kind)[:9000])
   assert capfd.readouterr() == ("", "")
+
+
+def test_bytes_are_limited_like_pixels():
+  content = odd.tiff(DEEP.astype(np.float64))  # 35 pixels of 24 bytes
+  with pytest.raises(InputError, match="at most 33 pixels of 24 bytes, got 7 x 5; make the image"):
+    load(content, max_pixels=100)
+  assert load(content, max_pixels=105).image.shape == DEEP.shape
+
+
+def test_strips_change_nothing(monkeypatch):
+  whole = load(odd.tiff(NARROW.astype(np.float32))).image
+  strips = colors._strips
+  monkeypatch.setattr(colors, "_strips", lambda values: strips(values, 40))
+  np.testing.assert_array_equal(load(odd.tiff(NARROW.astype(np.float32))).image, whole)
 
 
 # Pages

@@ -44,6 +44,7 @@ from rpn_jax.text.tokenizer import tokenize
 from rpn_jax.training.metric_log import read_history
 from rpn_jax.training.run import Run
 from rpn_jax.weights import architecture, clip_file, names, prompts_file, torch_archive
+from tests import odd_pictures as odd
 from tests import tiny
 from tests.data_pipelines.raw_pascal import packed
 from tests.weights.files import (
@@ -323,6 +324,15 @@ def image_files() -> list[bytes]:
     file = io.BytesIO()
     image.convert(mode).save(file, kind, **options)
     files.append(file.getvalue())
+  deep = rng.integers(0, 65536, (5, 7, 3)).astype(np.uint16)
+  files += [
+    odd.png16(deep), odd.tiff(deep, deep), odd.tiff(deep.astype(np.float32)),
+    odd.tiff(np.dstack([deep, deep[..., 0]]), extra=1),
+    odd.stored(image, "PNG", icc_profile=odd.rgb_profile(odd.ADOBE, 2.2)),
+    odd.stored(image.convert("CMYK"), "TIFF", icc_profile=odd.cmyk_profile()),
+    odd.stored(image, "GIF", save_all=True, append_images=[image.rotate(90)]),
+    odd.stored(image, "AVIF"), odd.stored(image, "JPEG2000"),
+  ]  # fmt: skip
   return files
 
 
