@@ -27,13 +27,25 @@ def stored(image: Image.Image, kind: str, **options) -> bytes:
   return file.getvalue()
 
 
-def png16(values: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
-  """A PNG of 16 bits: (H, W, C) with C of 1 to 4, and further chunks before the pixels."""
+def animated_png16(frames: list[np.ndarray]) -> bytes:
+  """An animated PNG of 16 bits and two frames."""
+  height, width, _ = frames[0].shape
+  control = lambda number: (
+    b"fcTL",
+    struct.pack(">IIIIIHHBB", number, width, height, 0, 0, 1, 10, 0, 0),
+  )
+  second = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in frames[1]))
+  after = [control(1), (b"fdAT", struct.pack(">I", 2) + second)]
+  return png16(frames[0], (b"acTL", struct.pack(">II", 2, 0)), control(0), after=after)
+
+
+def png16(values: np.ndarray, *chunks: tuple[bytes, bytes], after=()) -> bytes:
+  """A PNG of 16 bits: (H, W, C) with C of 1 to 4, and chunks before and after the pixels."""
   height, width, channels = values.shape
   kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
   rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
   header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
-  parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+  parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), *after, (b"IEND", b"")]
   return b"\x89PNG\r\n\x1a\n" + b"".join(
     struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     for name, data in parts

@@ -53,7 +53,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     title: the set's name in print.
     vocabulary: the registered set whose raw ids may occur in the labels; by default `name`.
     own_classes: the class names come with the raw files: `examples` sets `classes`, and every
-      folder of raw files is prepared under a name of its own.
+      folder of raw files is prepared under a name of its own. Color profiles of images count.
     values: the label value of every name, as given to `prepare`; None for positions. Of builders
       with `own_classes` only.
     counts: published number of examples per split.

@@ -7,6 +7,7 @@ stored one after another, or with opaque gray; so the tags are looked at first.
 import contextlib
 import io
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from rpn_jax.base.errors import InputError
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # By their numbers in a TIFF: uncompressed, LZW, deflate (two), PackBits.
 _COMPRESSIONS = (1, 5, 8, 32946, 32773)
+_one_at_a_time = threading.Lock()
 _KINDS = {1: "unsigned", 2: "signed", 3: "float"}
 
 
@@ -161,9 +163,10 @@ def _decoded(data: bytes, page: int) -> np.ndarray:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
   """OpenCV prints several lines about a damaged file, which is told in one."""
-  level = cv2.utils.logging.getLogLevel()
-  cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-  try:
-    yield
-  finally:
-    cv2.utils.logging.setLogLevel(level)
+  logs = cv2.utils.logging
+  with _one_at_a_time:  # else two threads would restore each other's level
+    level = logs.setLogLevel(logs.LOG_LEVEL_SILENT)
+    try:
+      yield
+    finally:
+      logs.setLogLevel(level)

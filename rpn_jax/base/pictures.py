@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import numbers
 import os
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
@@ -223,6 +224,8 @@ def opened(
         stream = _stream(image) if isinstance(image, (str, os.PathLike)) else image
         if stream is not image:
           stack.enter_context(stream)
+        elif not stream.seekable():  # as of a web server
+          stream = io.BytesIO(stream.read())
         yield _open(stream, name, page, max_pixels, stack)
     except FileNotFoundError:
       raise InputError(f"{name}: expected an image, no such file") from None
@@ -273,13 +276,14 @@ def _open(
     tags = getattr(file, "tag_v2", {})
     if max(tags.get(258, (1,))) > 8 and not (file.mode == "CMYK" and tags.get(284, 1) == 1):
       return _deep_tiff(stream, name, file, file.tell() + 1, max_pixels, notes)
-  if deep_images.is_deep_png(begin) and not file.mode.startswith("I") and not notes:
+  animated = getattr(file, "n_frames", 1) > 1  # of which OpenCV gives the first frame
+  if deep_images.is_deep_png(begin) and not file.mode.startswith("I") and not animated:
     file.load()  # tells of damage, of which OpenCV prints a line
     stream.seek(0)
     values = deep_images.read_png(stream.read())
     if values.shape[:2] != file.size[::-1]:
       raise ValueError(f"values of {values.shape}")
-    return Opened(name, file, values, file.info.get("icc_profile"), "PNG")
+    return Opened(name, file, values, file.info.get("icc_profile"), "PNG", notes)
   return Opened(name, file, format=file.format or "", notes=notes)
 
 
@@ -316,7 +320,7 @@ def _page_note(pages: int, page: int | None, shown: int, name: object) -> tuple[
     return (
       (("page", f"page {shown} of {pages} is taken (--page takes another)"),) if pages > 1 else ()
     )
-  if not isinstance(page, int) or not 1 <= page <= pages:
+  if not isinstance(page, numbers.Integral) or not 1 <= page <= pages:
     has = "one page" if pages == 1 else f"{pages} pages"
     raise InputError(f"{name}: expected page 1 to {pages}, got {page}; the file has {has}")
   return ()

@@ -209,6 +209,25 @@ def test_one_page_of_several(kind):
       load(content, page=wrong)
 
 
+def test_pages_of_16_bits_in_a_png():
+  frames = [257 * page.astype(np.uint16) for page in PAGES[:2]]
+  for number, want in enumerate(PAGES[:2], 1):
+    picture = load(odd.animated_png16(frames), page=np.int64(number))
+    np.testing.assert_array_equal(picture.image, want)
+
+
+def test_a_stream_that_cannot_go_back():
+  class Response(io.BytesIO):
+    def seekable(self):
+      return False
+
+    def seek(self, *_):
+      raise io.UnsupportedOperation
+
+  for content in (odd.png16(DEEP), odd.tiff(DEEP), stored(Image.fromarray(UPPER), "BMP")):
+    np.testing.assert_array_equal(pictures.load(Response(content)).image, UPPER)
+
+
 def test_a_file_with_one_page():
   assert load(odd.png16(DEEP), page=1).image.shape == DEEP.shape
   with pytest.raises(InputError, match="expected page 1 to 1, got 2; the file has one page"):
