@@ -124,7 +124,8 @@ def table(result: Segmentation) -> list[list]:
 
 def description(result: Segmentation) -> str:
   """The model, and what had to be decided when the image was read."""
-  return "  \n".join([f"Made by: {result.method}", *(f"Read: {note}" for note in result.notes)])
+  notes = [note.partition(" (--")[0] for note in result.notes]  # flags are for the command
+  return "  \n".join([f"Made by: {result.method}", *(f"Read: {note}" for note in notes)])
 
 
 CSS = """

@@ -161,12 +161,14 @@ def test_background_words_that_clip_takes_for_a_name_are_left_out(model, asked):
 
 
 def test_the_page_reads_the_same(model):
-  file = io.BytesIO(odd.png16(DEEP))
+  file = io.BytesIO(odd.png16(np.dstack([DEEP, 0 * DEEP[..., 0]])))
   file.name = "deep.png"
   offered = type("Offered", (), {"get": lambda self, name, method: model})()
   result = demo.segment(offered, file, WORDS, "", 0.0, "shapes", "default")
   assert result.names == tuple(NAMES)
-  assert demo.description(result) == f"Made by: {model.method}  \nRead: 16 bits became 8"
+  assert demo.description(result) == (
+    f"Made by: {model.method}  \nRead: 16 bits became 8  \nRead: transparent pixels lie on #ffffff"
+  )
 
 
 def test_images_that_were_read_before(model):
