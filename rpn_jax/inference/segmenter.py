@@ -28,7 +28,7 @@ from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adju
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.inference.views import round_up
 from rpn_jax.models import NETWORKS, training_free
-from rpn_jax.text.templates import check_distinct, embedding_keys
+from rpn_jax.text.templates import check_distinct, embedding_key
 from rpn_jax.training.run import Run, clip_of
 from rpn_jax.weights import arrays, checkpoints, clip_file, exported, hub, prompts_file
 
@@ -248,9 +248,9 @@ class Segmenter:
     names = parse_names(names)
     if isinstance(background, str) and background in BACKGROUNDS:
       mode = self.predictor.encoder.synonyms
-      named = {key for name in names for key in embedding_keys(name, mode)}
+      named = {embedding_key(name, mode) for name in names}
       words = tuple(
-        word for word in BACKGROUNDS[background] if not named & embedding_keys(word, mode)
+        word for word in BACKGROUNDS[background] if embedding_key(word, mode) not in named
       )
     else:
       words = parse_names(background) if background else ()

@@ -15,7 +15,7 @@ ZegCLIP and RPN were measured on sets without synonyms.
 import functools
 import importlib.resources
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import SEPARATOR, check_known, split_synonyms, without_articles
@@ -87,24 +87,22 @@ def check_distinct(names: Sequence[str], synonyms: str) -> None:
     synonyms: one of SYNONYMS.
 
   Raises:
-    InputError: two names with the same embedding, or, where every synonym competes by itself, with
-      a synonym in common.
+    InputError: two names with the same embedding; with "max", with the same synonyms.
   """
-  first: dict[Hashable, str] = {}
+  first: dict[frozenset, str] = {}
   for name in names:
-    for key in embedding_keys(name, synonyms):
-      other = first.setdefault(key, name)
-      if other != name:
-        raise InputError(
-          f"class names {other!r} and {name!r} are the same words to CLIP, which ignores "
-          "capitals, spaces and articles: leave one out"
-        )
+    other = first.setdefault(embedding_key(name, synonyms), name)
+    if other != name:
+      raise InputError(
+        f"class names {other!r} and {name!r} are the same words to CLIP, which ignores capitals, "
+        "spaces and articles: leave one out"
+      )
 
 
-def embedding_keys(name: str, synonyms: str) -> set[Hashable]:
-  """What the embeddings of a typed name depend on; names that share one cannot be told apart."""
+def embedding_key(name: str, synonyms: str) -> frozenset:
+  """What the embedding of a typed name depends on: the token ids of its synonyms."""
   rows, _ = expand([without_articles(name)], [0], synonyms)
-  return {frozenset(tuple(encode(part)) for part in phrases(row, synonyms)) for row in rows}
+  return frozenset(tuple(encode(part)) for row in rows for part in phrases(row, synonyms))
 
 
 def expand(
