@@ -21,8 +21,9 @@ from absl import app, flags, logging
 
 from data_pipelines import shapes
 from rpn_jax import Segmenter, devices
-from rpn_jax.base import console, pixels
+from rpn_jax.base import console, pictures
 from rpn_jax.base.console import progress, table
+from rpn_jax.base.picture_files import Found
 from rpn_jax.models.clip import CLIP, CLIPConfig
 from rpn_jax.tasks.predict import save_all
 from rpn_jax.weights import clip_file
@@ -81,14 +82,14 @@ def main(argv) -> None:
     if model == "random_b16":
       model = random_b16(pathlib.Path(temporary))
     segmenter, names = Segmenter.load(model, templates="single"), shapes.CLASSES[: FLAGS.words]
-    images = [pixels.read(file) for file in files[:DISTINCT]]
+    images = [pictures.read(file) for file in files[:DISTINCT]]
 
     def network(count: int) -> None:
       for result in segmenter.stream((images[i % len(images)] for i in range(count)), names):
         _ = result.labels
 
     def folder(part: list[pathlib.Path]) -> None:
-      save_all(segmenter, part, names, out)
+      save_all(segmenter, Found(part[0].parent, part, []), names, out)
 
     network(8)  # compiles
     console.silence()

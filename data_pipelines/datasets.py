@@ -18,7 +18,7 @@ from data_pipelines import (
   vocabularies,
 )
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.words import SEPARATOR, check_known
+from rpn_jax.base.words import check_known, split_synonyms
 
 SETTINGS = ("zero_shot", "transductive", "supervised", "annotation_free")
 # Those in which no label of an unseen class is seen in training.
@@ -301,7 +301,7 @@ def _vocabulary(c, data_set: registry.DataSet, naming: str) -> vocabularies.Voca
 
 def _tell_of_synonyms(vocabulary: vocabularies.Vocabulary, naming: str, synonyms: str) -> None:
   """Says it where scores are not computed as those of the code whose naming was chosen."""
-  count = sum(SEPARATOR in name for name in vocabulary.names)
+  count = sum(len(split_synonyms(name)) > 1 for name in vocabulary.names)
   if count and naming != "dataset" and synonyms != "max":
     print(
       f"{vocabulary.name}: naming={naming} has several names for {count} of "

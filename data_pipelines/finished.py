@@ -12,8 +12,14 @@ from rpn_jax.base.errors import InputError
 
 # Of how images and labels are read. Shards made by other rules are not continued. 2: images are
 # turned upright by their EXIF data unless the label has the stored size; images of 16 bits are not
-# clipped; labels that were saved with loss are refused.
-READING_RULES = 2
+# clipped; labels that were saved with loss are refused. 3: images are read as for prediction: what
+# is transparent lies on white, 16 bits are scaled where they use few of them, color profiles count
+# in folders of one's own.
+READING_RULES = 3
+_BEFORE = {
+  1: "did not turn all images as their EXIF data says and took masks that were saved with loss",
+  2: "used color profiles, transparency and few of 16 bits in another way than prediction does",
+}
 
 
 def report(
@@ -59,11 +65,11 @@ def report(
   if any(counts.get(split, 0) != count for split, count in cls.counts.items()):
     published = overview.count_text(cls.counts)
     notes.append(f"published: {published}; to take in more images, add --rebuild")
-  if summary and summary.get("reading_rules") != READING_RULES:
-    notes.append(
-      "by an earlier version, which did not turn all images as their EXIF data says and took masks "
-      "that were saved with loss; to read them anew, add --rebuild"
-    )
+  rules = summary.get("reading_rules", 1)
+  # Images of published sets are JPEGs, which the third rules do not change.
+  if summary and (rules == 1 or (rules != READING_RULES and cls.own_classes)):
+    did = _BEFORE[1 if rules == 1 else 2]
+    notes.append(f"by an earlier version, which {did}; to read them anew, add --rebuild")
   note = f" ({'; '.join(notes)})" if notes else ""
   print(f"already prepared: {overview.count_text(counts)} in {folder}{note}")
   return folder

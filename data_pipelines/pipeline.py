@@ -2,8 +2,8 @@
 
 A source is any object with `len(source)` and `source[i]` that yields
 `{'image': uint8 [H,W,3], 'label': uint8 or uint16 [H,W], 'id': str}`. Image and label may also be
-encoded files as bytes; they are then decoded here, upright as their EXIF data says, and a damaged
-file is named. Gray and CMYK images become RGB; an array of four channels is taken for CMYK.
+encoded files as bytes; they are then decoded here, as prediction does but without color profiles,
+and a damaged file is named. An array of one channel is gray, one of four is taken for CMYK.
 Example i of the stream depends on (seed, i) only, never on threads, workers or process count.
 """
 
@@ -18,8 +18,9 @@ from PIL import Image, ImageOps
 
 from data_pipelines.sources.files import check_label_format
 from data_pipelines.workers import read_in_processes
+from rpn_jax.base import pictures
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.pixels import check_size, to_rgb
+from rpn_jax.base.pictures import check_size
 
 Example = dict[str, Any]
 
@@ -69,12 +70,13 @@ def _decode(value, name: str, what: str) -> np.ndarray:
   if not isinstance(value, bytes):
     return np.asarray(value)
   try:
+    if what == "image":
+      return pictures.load(io.BytesIO(value), profiles=False, name=f"example {name}").image
     with Image.open(io.BytesIO(value)) as file:
       check_size(f"example {name}", file.size)
-      if what == "label":
-        check_label_format(f"example {name}", file)
+      check_label_format(f"example {name}", file)
       ImageOps.exif_transpose(file, in_place=True)
-      return to_rgb(file, f"example {name}") if what == "image" else np.array(file)
+      return np.array(file)
   except InputError:
     raise
   except Exception as error:  # Pillow raises a dozen kinds on damaged files

@@ -1,8 +1,9 @@
 """What data sets call their classes, and how their label files number them.
 
-The class names, splits and tables of raw ids of the published sets are JSON files in the folder of
-the same name; the table in `data_pipelines/__init__.py` says which set takes which. Splits into
-seen and unseen classes are those of RPN and ZegCLIP (VOC, COCO-Stuff) and MaskCLIP (Context).
+The class names of the published sets are in `rpn_jax.base.vocabularies`; their splits, other
+wordings and tables of raw ids are JSON files in the folder of the same name as this file. The table
+in `data_pipelines/__init__.py` says which set takes which. Splits into seen and unseen classes are
+those of RPN and ZegCLIP (VOC, COCO-Stuff) and MaskCLIP (Context).
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from data_pipelines import registry
+from rpn_jax.base import vocabularies as class_names
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import SEPARATOR, check_known
 
@@ -213,6 +215,8 @@ def _from_files(name: str, files: ClassFiles, naming: str) -> Vocabulary:
 
 @functools.cache
 def _read(file: str):
+  if file in class_names.NAMES:
+    return list(class_names.read(file))
   path = _FOLDER / f"{file}.json"
   try:
     return json.loads(path.read_text(encoding="utf-8"))

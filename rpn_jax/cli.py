@@ -10,7 +10,7 @@ import shlex
 import sys
 
 from rpn_jax import __version__
-from rpn_jax.base import console, interrupts
+from rpn_jax.base import console, interrupts, vocabularies
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
 from rpn_jax.drawing.palette import PALETTES
@@ -73,8 +73,16 @@ def _segment(arguments: list[str]) -> int:
     "index PNG and a JSON file per image.",
   )
   add = parser.add_argument
-  add("image", help="a jpg, png or webp file, or a folder of them; a film; a GeoTIFF raster")
-  add("words", help='class names, e.g. "cat | kitten, grass": | joins synonyms')
+  add("image", help="an image or a folder of them (docs/pictures.md); a film; a raster")
+  add("words", nargs="?", help='class names, e.g. "cat | kitten, grass": | joins synonyms')
+  add(
+    "--words", dest="list", metavar="FILE_OR_LIST",
+    help="in place of class names: a text file of them, or those of a data set: "
+    + ", ".join(vocabularies.NAMES),
+  )  # fmt: skip
+  add("--recursive", action="store_true", help="also the images in subfolders")
+  add("--page", type=int, help="of files with several pages or frames, from 1 (the one shown)")
+  add("--matte", default="white", help="color behind transparent pixels, or #rrggbb (%(default)s)")
   add(
     "--model", default="shapes",
     help="workdir of a training run, folder or file that it exported, file of CLIP weights, or a "
@@ -121,7 +129,7 @@ def _segment(arguments: list[str]) -> int:
   raster.add_argument("--range", help="values that become black and white, as 0,3000")
   raster.add_argument("--scale", type=float, help="segment it at this factor of its resolution (1)")
   add("--quiet", action="store_true", help="print nothing but errors")
-  args = parser.parse_args(arguments)
+  args = parser.parse_intermixed_args(arguments)  # words may stand behind an option
 
   from rpn_jax.tasks.segment import segment  # loads JAX
 

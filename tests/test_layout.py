@@ -67,7 +67,8 @@ STORAGE = {"gcsfs", "fsspec", "etils", "google_crc32c"}
 # `prepare` takes from a disk only, and of the package itself or the system. Elsewhere a person's
 # "gs://bucket/run" would become a local folder "gs:".
 LOCAL = (
-  "rpn_jax.base.paths", "rpn_jax.base.leases", "rpn_jax.base.pixels", "rpn_jax.weights.hub",
+  "rpn_jax.base.paths", "rpn_jax.base.leases", "rpn_jax.base.picture_files",
+  "rpn_jax.base.vocabularies", "rpn_jax.weights.hub",
   "rpn_jax.tasks.demo", "rpn_jax.training.bucket_checkpoints", "data_pipelines.sources.builder",
 )  # fmt: skip
 

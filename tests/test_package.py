@@ -148,7 +148,7 @@ def test_version_is_in_one_place_and_in_the_changelog(capsys):
   assert ended.value.code == 0 and capsys.readouterr().out == f"rpn-jax {version}\n"
 
 
-@pytest.mark.parametrize("name", ["gradio", "gcsfs", "rasterio"])
+@pytest.mark.parametrize("name", ["gradio", "gcsfs", "pillow-heif", "rasterio"])
 def test_the_pin_of_an_extra_is_one(name):
   pin = re.search(rf"{name}==[\d.]+", (ROOT / "pyproject.toml").read_text())[0]
   assert pin in (ROOT / "requirements-dev.txt").read_text().splitlines()

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
 from data_pipelines.sources.files import open_label, require
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.pixels import list_images
+from rpn_jax.base.picture_files import list_images
 
 _SPLITS = {"train": "training", "val": "validation"}
 _SHORT_SIDE = 512

@@ -16,15 +16,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from data_pipelines import vocabularies
 from data_pipelines.sources.files import Colors, read_index_image
-from rpn_jax.base import pixels
+from rpn_jax.base import pictures
+from rpn_jax.base.colors import Note
 from rpn_jax.base.errors import InputError
-
-# Values of the EXIF field "orientation" that turn or mirror an image; 1 leaves it as it is.
-_TURNING = range(2, 9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +53,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     title: the set's name in print.
     vocabulary: the registered set whose raw ids may occur in the labels; by default `name`.
     own_classes: the class names come with the raw files: `examples` sets `classes`, and every
-      folder of raw files is prepared under a name of its own.
+      folder of raw files is prepared under a name of its own. Color profiles of images count.
     values: the label value of every name, as given to `prepare`; None for positions. Of builders
       with `own_classes` only.
     counts: published number of examples per split.
@@ -133,7 +131,10 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
       InputError: an unreadable file, an image and a label of two sizes, a label out of range.
     """
     label_HxW = self._read_label(raw)
-    image_HxWx3, encoded, exif = _read_image(raw.image, label_HxW.shape, self.obtain)
+    image_HxWx3, encoded, exif, notes = _read_image(
+      raw.image, label_HxW.shape, self.obtain, self.own_classes
+    )
+    self._told(raw.image, notes)
     height, width = image_HxWx3.shape[:2]
     if (height, width) != label_HxW.shape:
       raise InputError(
@@ -160,7 +161,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
       raise
     except Exception as error:  # damage surfaces as a dozen kinds
       raise InputError(
-        f"{raw.label}: expected a readable label file, got {pixels.damage(error)}; replace it"
+        f"{raw.label}: expected a readable label file, got {pictures.damage(error)}; replace it"
       ) from error
     allowed = self._allowed_values
     if allowed is not None and not allowed[label_HxW].all():
@@ -172,6 +173,10 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         f"{self.wrong_values_remedy(values)}"
       )
     return label_HxW if self.wide else label_HxW.astype(np.uint8)
+
+  @functools.cached_property
+  def _told(self) -> pictures.Told:
+    return pictures.Told()
 
   @functools.cached_property
   def _colors(self) -> Colors:
@@ -212,38 +217,34 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
 
 def _read_image(
-  path: pathlib.Path, label_size: tuple[int, int], obtain: str
-) -> tuple[np.ndarray, bytes, str]:
-  """An image, a file of it that every decoder reads alike, and what was done about its EXIF data.
+  path: pathlib.Path, label_size: tuple[int, int], obtain: str, own: bool
+) -> tuple[np.ndarray, bytes, str, tuple[Note, ...]]:
+  """An image, a file of it that every decoder reads alike, and what was done about it.
 
   People who draw masks see the image upright, as its EXIF data says, and so do networks that
-  predict on it. A mask of the size that only the stored pixels have was made from those.
+  predict on it. A mask of the size that only the stored pixels have was made from those. ICC
+  profiles count in images of one's own, as in prediction, and not in published sets, whose scores
+  were measured on the stored values.
 
   Returns:
-    uint8 [H,W,3]; bytes; "upright", "stored", or "" for an image that no EXIF data turns.
+    uint8 [H,W,3]; bytes; "upright", "stored", or "" for an image that no EXIF data turns; notes.
   """
   try:
     data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as file:
-      pixels.check_size(path, file.size)
-      mode, kind = file.mode, file.format
-      orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
-      exif = "upright" if orientation in _TURNING else ""
-      image_HxWx3 = pixels.to_rgb(ImageOps.exif_transpose(file), path)
-      if exif and image_HxWx3.shape[:2] != label_size == (file.height, file.width):
-        exif = "stored"
-        image_HxWx3 = pixels.to_rgb(file, path)
   except FileNotFoundError as error:
     raise InputError(f"{path}: expected an image, got no such file; {obtain}") from error
-  except InputError:
-    raise
-  except Exception as error:  # damage surfaces as a dozen kinds
-    raise InputError(
-      f"{path}: expected a readable image, got {pixels.damage(error)}; replace the file"
-    ) from error
-  portable = (kind == "JPEG" and mode in ("RGB", "L")) or (kind == "PNG" and mode == "RGB")
+  except OSError as error:
+    raise InputError(f"{path}: expected a readable image, got {pictures.damage(error)}") from error
+  read = functools.partial(pictures.load, profiles=own, name=path)
+  picture = read(io.BytesIO(data))
+  exif = "upright" if picture.orientation in range(2, 9) else ""
+  if exif and picture.image.shape[:2] != label_size == picture.stored_size:
+    exif, picture = "stored", read(io.BytesIO(data), upright=False)
+  kind = (picture.format, picture.mode)
+  portable = kind in (("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB")) and not picture.notes
   # Some decoders turn by EXIF, others do not: no file with such data is stored.
-  return image_HxWx3, data if portable and orientation == 1 else _png(image_HxWx3, level=3), exif
+  encoded = data if portable and picture.orientation == 1 else _png(picture.image, level=3)
+  return picture.image, encoded, exif, picture.notes
 
 
 def _png(array: np.ndarray, level: int = 6) -> bytes:

@@ -9,7 +9,7 @@ from data_pipelines import vocabularies
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
 from data_pipelines.sources.files import read_index_image
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.pixels import list_images
+from rpn_jax.base.picture_files import list_images
 
 _SPLITS = ("train", "val")
 _IDS, _TRAIN_IDS = 34, 19  # of the files' two numberings

@@ -13,7 +13,7 @@ from data_pipelines.sources.coco_masks import count_empty, read_mask
 from data_pipelines.sources.files import read_index_image, require
 from data_pipelines.sources.pascal import read_names
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.pixels import check_size
+from rpn_jax.base.pictures import check_size
 
 # All that is read of trainval_merged.json; its parts, boundaries and occlusions are far larger.
 _KEPT = {"images", "image_id", "file_name", "phase", "height", "width"}

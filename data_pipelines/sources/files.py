@@ -9,9 +9,10 @@ from PIL import Image, ImageOps
 
 from data_pipelines.vocabularies import IGNORE
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.pixels import check_size, list_images
+from rpn_jax.base.picture_files import list_images
+from rpn_jax.base.pictures import check_size
+from rpn_jax.base.words import read_text
 
-MAX_TEXT_BYTES = 16 << 20
 # What label files may be, by Pillow's names. The others lose values, scale them or may do so: a
 # JPEG of a mask has classes along the edges of others that nobody drew.
 _LOSSLESS = ("PNG", "BMP", "GIF", "TIFF")
@@ -32,7 +33,7 @@ def require(path: pathlib.Path, what: str, obtain: str) -> pathlib.Path:
 def list_files(
   folder: pathlib.Path, suffixes: Sequence[str], what: str, obtain: str
 ) -> list[pathlib.Path]:
-  """The folder's image files with one of the suffixes; see `pixels.list_images`.
+  """The folder's image files with one of the suffixes; see `picture_files.list_images`.
 
   Raises:
     InputError: no such folder, or none of these files in it.
@@ -45,20 +46,12 @@ def list_files(
 
 
 def read_lines(path: pathlib.Path, what: str) -> list[str]:
-  """The lines of a text file without surrounding blanks; a mark of the byte order is dropped.
+  """The lines of a text file without surrounding blanks; see `words.read_text`.
 
   Raises:
     InputError: no text in UTF-8, or far too much of it.
   """
-  try:
-    if path.stat().st_size > MAX_TEXT_BYTES:
-      raise InputError(f"{path}: expected {what}, got more than {MAX_TEXT_BYTES >> 20} MiB of text")
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-  except (OSError, UnicodeDecodeError) as error:
-    got = error.strerror if isinstance(error, OSError) else "another encoding"
-    raise InputError(
-      f"{path}: expected {what} as text in UTF-8, got {got}; save it again"
-    ) from error
+  return [line.strip() for line in read_text(path, what).splitlines()]
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from data_pipelines import vocabularies
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
 from data_pipelines.sources.files import list_files, read_lines, require
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.pixels import SUFFIXES, list_images
+from rpn_jax.base.picture_files import SUFFIXES, list_images
 from rpn_jax.base.words import composed
 
 _SPLITS = ("train", "val")

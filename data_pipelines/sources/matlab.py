@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rpn_jax.base.pixels import MAX_PIXELS
+from rpn_jax.base.pictures import MAX_PIXELS
 
 # Decompressed size of a label file: 16 bits for each of the pixels that an image may have.
 MAX_MATRIX_BYTES = 2 * MAX_PIXELS

@@ -17,7 +17,7 @@ import numpy as np
 
 from rpn_jax import devices
 from rpn_jax.analysis.arguments import parse
-from rpn_jax.base import paths, pixels
+from rpn_jax.base import paths, picture_files, pictures, pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import parse_names
 from rpn_jax.drawing.images import save_png
@@ -42,9 +42,9 @@ def read_image(path, protocol, patch_size: int) -> tuple[np.ndarray, np.ndarray]
     patch_size: in pixels.
 
   Raises:
-    InputError: see `pixels.read`.
+    InputError: see `pictures.load`.
   """
-  image = pixels.read(path)
+  image = pictures.read(path)
   height, width = image.shape[:2]
   sides = pixels.short_side_size(height, width, protocol.short_side, protocol.long_side)
   height, width = (max(1, round(side / patch_size)) * patch_size for side in sides)
@@ -216,7 +216,7 @@ def run_drawing(command: Callable, description: str, arguments: list[str]) -> in
   )
   parser.add_argument("--out", help="folder to draw into (default: the workdir)")
   args, config = parse(parser, arguments, workdir=True)
-  names, files = parse_names(args.classes), pixels.find(args.image)
+  names, files = parse_names(args.classes), picture_files.find(args.image).files
   workdir = paths.expand(args.workdir)
   with devices.runtime(matmul_precision=config.get("matmul_precision", "default")):
     out = paths.expand(args.out or workdir)

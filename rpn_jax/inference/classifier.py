@@ -10,7 +10,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.process import check_process
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
-from rpn_jax.text.templates import expand
+from rpn_jax.text.templates import check_distinct, expand
 
 
 def class_probabilities(predictor: Predictor, names: Sequence[str]) -> Callable:
@@ -26,6 +26,7 @@ def class_probabilities(predictor: Predictor, names: Sequence[str]) -> Callable:
   """
   check_process()
   encoder, network = predictor.encoder, predictor.network
+  check_distinct(names, encoder.synonyms)
   prompted, class_of_row = expand(names, range(len(names)), encoder.synonyms)
   text, ids = encoder.embed(prompted), np.asarray(class_of_row)
   scale = np.exp(encoder.params["logit_scale"])

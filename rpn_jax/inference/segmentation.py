@@ -12,7 +12,7 @@ from PIL import Image
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
-from rpn_jax.base.words import SEPARATOR, composed
+from rpn_jax.base.words import composed, split_synonyms
 from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_prediction
 from rpn_jax.drawing.legend import share_text
 from rpn_jax.drawing.palette import class_colors
@@ -77,6 +77,7 @@ class Segmentation:
     file: path of the image, or "".
     other: threshold; pixels whose best score is lower belong to no class.
     emphasis: {name: -1 … 1}, raises or lowers the scores of a class.
+    notes: what had to be decided when the image was read, see `pictures.load`.
   """
 
   def __init__(
@@ -89,7 +90,9 @@ class Segmentation:
     file: str | pathlib.Path = "",
     other: float = 0.0,
     emphasis: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
   ):
+    self.notes = tuple(notes)
     self.image, self.names, self.method, self.file = image, names, method, file
     self.class_scores = class_scores
     self.other = float(other)
@@ -108,6 +111,7 @@ class Segmentation:
       file=self.file,
       other=self.other if other is None else other,
       emphasis=self.emphasis if emphasis is None else emphasis,
+      notes=self.notes,
     )
 
   @property
@@ -193,6 +197,7 @@ class Segmentation:
         "share": round(float((self.labels < 0).mean()), 6),
       },
       "emphasis": self.emphasis,
+      "read": list(self.notes),
     }
 
   @property
@@ -225,7 +230,7 @@ class Segmentation:
 
   def __repr__(self) -> str:
     height, width = self.labels.shape
-    shown = [(name.replace(SEPARATOR, " | "), share) for name, share in self.shares().items()]
+    shown = [(" | ".join(split_synonyms(name)), share) for name, share in self.shares().items()]
     if rest := float((self.labels < 0).mean()):
       shown.append(("other", rest))
     shares = ", ".join(f"{name} {share_text(share)}" for name, share in shown)

@@ -17,10 +17,11 @@ import ml_collections
 import numpy as np
 
 from rpn_jax import devices
-from rpn_jax.base import pixels
+from rpn_jax.base import pictures, pixels
+from rpn_jax.base.colors import Color
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
-from rpn_jax.base.pixels import ImageSource
+from rpn_jax.base.pictures import ImageSource, Picture, Told
 from rpn_jax.base.words import Names, check_known, check_names, parse_names, without_articles
 from rpn_jax.config.stored import read_config
 from rpn_jax.inference import strips
@@ -32,6 +33,7 @@ from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.inference.smoothing import Smoothing
 from rpn_jax.inference.views import round_up
 from rpn_jax.models import NETWORKS, training_free
+from rpn_jax.text.templates import check_distinct, embedding_key
 from rpn_jax.training.run import Run, clip_of
 from rpn_jax.weights import arrays, checkpoints, clip_file, exported, hub, prompts_file
 
@@ -80,7 +82,7 @@ class Segmenter:
 
   def __init__(self, predictor: Predictor, method: str, step: int = 0):
     self.predictor, self.method, self.step = predictor, method, step
-    self._text_rows = functools.lru_cache(64)(predictor.text_rows)
+    self._text_rows = functools.lru_cache(64)(self._distinct_rows)
 
   @classmethod
   def load(
@@ -215,23 +217,25 @@ class Segmenter:
   def __call__(
     self, images: ImageSource, names: Names, *, other: float = ..., background: Names = ...,
     emphasis: Mapping[str, float] | None = ..., refine: str | None = ...,
+    page: int | None = ..., matte: str | Color = ...,
   ) -> Segmentation: ...  # fmt: skip
 
   @overload
   def __call__(
     self, images: list | tuple, names: Names, *, other: float = ..., background: Names = ...,
     emphasis: Mapping[str, float] | None = ..., refine: str | None = ...,
+    page: int | None = ..., matte: str | Color = ...,
   ) -> list[Segmentation]: ...  # fmt: skip
 
   def __call__(
     self, images: ImageSource | list | tuple, names: Names, *, other: float = 0.0,
     background: Names = (), emphasis: Mapping[str, float] | None = None,
-    refine: str | None = None,
+    refine: str | None = None, page: int | None = None, matte: str | Color = "white",
   ) -> Segmentation | list[Segmentation]:  # fmt: skip
     """Segments one image, or a list of them.
 
     Args:
-      images: a path, a PIL image or an array (H, W, 3) uint8; or a list of these.
+      images: a path, a PIL image or an array, see `pictures.load`; or a list of these.
       names: any words, trained on or not; see `words.parse_names`.
       other: threshold (0 to 1); pixels whose best score is lower belong to no class.
       background: words that compete with the names; their pixels belong to no class. "stuff": the
@@ -239,50 +243,62 @@ class Segmenter:
       emphasis: {name: -1 … 1}, raises or lowers the scores of a class.
       refine: "pamr" follows the edges of the image (PAMR, at the size of the image), "none" does
         not; None is what the model's protocol does.
+      page: of files with several pages or frames, from 1; None takes the one that viewers show.
+      matte: the color that transparent pixels lie on.
 
     Returns:
       A Segmentation, or a list of them.
 
     Raises:
-      InputError: an invalid image or name.
+      InputError: an invalid image or name, or two names that CLIP cannot tell apart.
     """
     options: dict[str, Any] = {
       "other": other, "background": background, "emphasis": emphasis, "refine": refine,
+      "page": page, "matte": matte,
     }  # fmt: skip
     if isinstance(images, (list, tuple)):
       return list(self.stream(images, names, **options))
     return next(self.stream([images], names, **options))
 
   def stream(
-    self, images: Iterable[ImageSource], names: Names, *, other: float = 0.0,
+    self, images: Iterable[ImageSource | Picture], names: Names, *, other: float = 0.0,
     background: Names = (), emphasis: Mapping[str, float] | None = None,
-    refine: str | None = None, smooth: Smoothing | None = None,
+    refine: str | None = None, smooth: Smoothing | None = None, page: int | None = None,
+    matte: str | Color = "white",
   ) -> Iterator[Segmentation]:  # fmt: skip
     """Like a call with many images, but lazily; windows of several images share a batch.
 
-    `smooth`: the images are the frames of a film, whose scores are averaged over time.
+    An image may also be a `pictures.Picture`, which was read before. `smooth`: the images are the
+    frames of a film, whose scores are averaged over time.
     """
-    names, words = parse_names(names), _background_words(names, background)
+    names = parse_names(names)
+    words = self._background_words(names, background)
     check_adjustment(names, other, emphasis or {})  # before the network runs
     if refine is not None:
       check_known("refine=", refine, REFINEMENTS)
     window, class_of_row, fillers = self._window(names, words, refine)
-    pending: deque[tuple[np.ndarray, str | pathlib.Path, tuple[int, int]]] = deque()
+    pending: deque[tuple[Picture, str | pathlib.Path, tuple[int, int]]] = deque()
+    told = Told()
 
     def inputs_of_images() -> Iterator[np.ndarray]:
       for source in images:
-        image = pixels.read(source)
-        inputs = self.predictor.prepare(image)
         file = source if isinstance(source, (str, pathlib.Path)) else ""
-        pending.append((image, file, inputs.shape[:2]))
+        if not isinstance(source, Picture):
+          picture = pictures.load(source, page=page, matte=matte)
+          told(file or "the image", picture.notes)
+        else:
+          picture = source
+        inputs = self.predictor.prepare(picture.image)
+        pending.append((picture, file, inputs.shape[:2]))
         yield inputs
 
     for scored in window.scored(inputs_of_images(), smooth):
-      image, file, size = pending.popleft()
+      picture, file, size = pending.popleft()
       scores = ClassScores(self.predictor.network, scored, size, class_of_row, fillers)
       yield Segmentation(
-        image, names, self.method, scores, file=file, other=other, emphasis=emphasis
-      )
+        picture.image, names, self.method, scores, file=file, other=other, emphasis=emphasis,
+        notes=picture.texts,
+      )  # fmt: skip
 
   def blocks(
     self, size: tuple[int, int], read: Callable[[int, int], np.ndarray], names: Names, *,
@@ -303,7 +319,8 @@ class Segmenter:
     Raises:
       InputError: a protocol that needs the whole image, or an invalid name.
     """
-    names, words = parse_names(names), _background_words(names, background)
+    names = parse_names(names)
+    words = self._background_words(names, background)
     check_adjustment(names, other, {})
     window, class_of_row, fillers = self._window(names, words, refine)
     mean, std = self.predictor.protocol.mean, self.predictor.protocol.std
@@ -317,14 +334,20 @@ class Segmenter:
       label[probability < other] = -1
       yield LabeledBlock(block.top, block.left, label, probability)
 
+  def _background_words(self, names: tuple[str, ...], background: Names) -> tuple[str, ...]:
+    if not (isinstance(background, str) and background in BACKGROUNDS):
+      return parse_names(background) if background else ()
+    mode = self.predictor.encoder.synonyms
+    named = {embedding_key(name, mode) for name in names}
+    return tuple(word for word in BACKGROUNDS[background] if embedding_key(word, mode) not in named)
+
   def _window(
     self, names: tuple[str, ...], background: tuple[str, ...], refine: str | None
   ) -> tuple[SlidingWindow, np.ndarray, int]:
     """Sliding-window inference, the class id of each row, and the number of filler rows."""
     check_names([*names, *background])
-    words = [without_articles(name) for name in (*names, *background)]
     ids = [*range(len(names)), *[-1] * len(background)]
-    text, class_of_row = self._text_rows(tuple(words), tuple(ids))
+    text, class_of_row = self._text_rows((*names, *background), tuple(ids))
     count = len(class_of_row)
     fillers = 0
     if self.predictor.network.independent:
@@ -333,15 +356,12 @@ class Segmenter:
     text = np.concatenate([text, *[text[:1]] * fillers])
     return self.predictor.sliding_window(text, refine=refine), class_of_row, fillers
 
+  def _distinct_rows(self, typed: tuple[str, ...], ids: tuple[int, ...]) -> tuple:
+    check_distinct(typed, self.predictor.encoder.synonyms)
+    return self.predictor.text_rows([without_articles(name) for name in typed], ids)
+
   def __repr__(self) -> str:
     return f"Segmenter({self.method})"
-
-
-def _background_words(names: Names, background: Names) -> tuple[str, ...]:
-  if isinstance(background, str) and background in BACKGROUNDS:
-    own = parse_names(names)
-    return tuple(word for word in BACKGROUNDS[background] if word not in own)
-  return parse_names(background) if background else ()
 
 
 def _training_free(predictor: Predictor, clip: str) -> str:

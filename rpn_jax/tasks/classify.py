@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from rpn_jax.base import paths, pixels
+from rpn_jax.base import paths, picture_files, pixels
 from rpn_jax.base.console import progress, table
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_names, parse_names
@@ -43,9 +43,9 @@ def find_labeled(folder: str) -> tuple[tuple[str, ...], list[tuple[pathlib.Path,
       "one subfolder per class"
     )
   names = check_names([p.name.replace("_", " ") for p in subfolders])
-  files = pixels.list_images(*subfolders)
+  files = picture_files.list_images(*subfolders)
   if empty := sorted({*subfolders} - {file.parent for file in files}):
-    raise InputError(f"{empty[0]}: no {', '.join(pixels.SUFFIXES)} file in this folder")
+    raise InputError(f"{empty[0]}: no image in this folder")
   ids = {path: i for i, path in enumerate(subfolders)}
   return names, [(file, ids[file.parent]) for file in files]
 
@@ -73,7 +73,7 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
     raise InputError("--mode=classify needs --image=FILE_OR_FOLDER")
   if classes:
     names = parse_names(classes)
-    files, labels = pixels.find(image), None
+    files, labels = picture_files.find(image).files, None
   else:
     names, pairs = find_labeled(image)
     files, labels = [file for file, _ in pairs], [label for _, label in pairs]

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Sequence
 
 from rpn_jax import devices
-from rpn_jax.base import pixels
+from rpn_jax.base import pictures
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
 from rpn_jax.base.words import parse_names
@@ -86,19 +86,20 @@ def segment(
     InputError: what is missing or wrong, in one line for the page.
   """
   if picture is None:
-    raise InputError("Drop a picture first (jpg, png or webp).")
+    raise InputError("Drop a picture first.")
   if not (words or "").strip():
     raise InputError('Type the classes to look for, such as "cat | kitten, grass".')
   names = parse_names(words)
   if len(names) > MAX_WORDS:
     raise InputError(f"Expected at most {MAX_WORDS} words, got {len(names)}.")
   try:
-    image = pixels.read(picture, MAX_PIXELS)
+    image = pictures.load(picture, max_pixels=MAX_PIXELS)
   except InputError as error:  # without the server's folder
     name = pathlib.PurePath(str(picture)).name
     raise InputError(str(error).replace(str(picture), name)) from error
   segmenter = models.get(model, method)
-  result = segmenter(image, names, other=other, background=(background or "").strip())
+  background = (background or "").strip()
+  (result,) = segmenter.stream([image], names, other=other, background=background)
   result.file = pathlib.PurePath(str(picture)).name
   return result
 
@@ -119,6 +120,12 @@ def table(result: Segmentation) -> list[list]:
   ]
   rest = content["other"]["share"]
   return [*rows, ["other", share_text(rest), ""]] if rest else rows
+
+
+def description(result: Segmentation) -> str:
+  """The model, and what had to be decided when the image was read."""
+  notes = [note.partition(" (--")[0] for note in result.notes]  # flags are for the command
+  return "  \n".join([f"Made by: {result.method}", *(f"Read: {note}" for note in notes)])
 
 
 CSS = """
@@ -163,7 +170,7 @@ def build(models: Models, root: pathlib.Path):
     result = segment(models, picture, words, background, other, model, method)
     shares = result.shares()
     order = (*shares, *(name for name in result.names if name not in shares))
-    return [result, order, f"Made by: {result.method}", *shown(result, alpha, safe, request)]
+    return [result, order, description(result), *shown(result, alpha, safe, request)]
 
   @plainly
   def on_look(result, alpha, safe, request: gr.Request):
@@ -205,7 +212,8 @@ def build(models: Models, root: pathlib.Path):
         picture.preprocess = upload  # type: ignore[method-assign]
         words = gr.Textbox(
           opening[1], label="Words", placeholder="cat | kitten, grass", lines=2,
-          info="Classes to look for, with commas between them; | joins synonyms.",
+          info="Classes to look for, with commas between them; | joins synonyms. list:ade150 is "
+          "those of a data set.",
         )  # fmt: skip
         button = gr.Button("Segment", variant="primary")
         with gr.Row():
@@ -241,22 +249,22 @@ def build(models: Models, root: pathlib.Path):
               slider.release(
                 on_emphasis(name),
                 [result, slider, alpha, safe],
-                [result, *pictures],
+                [result, *outcome],
                 show_progress="hidden",
               )
 
     # Below both columns, which are one on a narrow screen: the result stands above it.
     gr.Examples([[str(SCENE), SCENE_WORDS]], [picture, words], label="The shapes data set")
-    pictures = [overlay, rows, mask, record]
+    outcome = [overlay, rows, mask, record]
     inputs = [picture, words, background, other, model, method, alpha, safe]
-    outputs = [result, names, made_by, *pictures]
+    outputs = [result, names, made_by, *outcome]
     gr.on([button.click, words.submit], on_segment, inputs, outputs)
     if opening[0]:
       page.load(on_segment, inputs, outputs)
     model.change(models.note, model, about)
-    other.release(on_adjust, [result, other, alpha, safe], [result, *pictures])
+    other.release(on_adjust, [result, other, alpha, safe], [result, *outcome])
     for event in (alpha.release, safe.change):
-      event(on_look, [result, alpha, safe], pictures, show_progress="hidden")
+      event(on_look, [result, alpha, safe], outcome, show_progress="hidden")
     page.unload(on_leave)
   return page.queue(max_size=64, default_concurrency_limit=2)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rpn_jax.base.console import table
-from rpn_jax.base.words import SEPARATOR
+from rpn_jax.base.words import split_synonyms
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.tasks.evaluate import COLUMNS, cells, columns_note, without_empty
 from rpn_jax.weights import checkpoints
@@ -169,7 +169,7 @@ def _front_matter(
 
 
 def _use(content: Prompts, trained: Sequence[str], image: str) -> list[str]:
-  words = [name.split(SEPARATOR)[0] for name in [*trained, *content.names]]
+  words = [split_synonyms(name)[0] for name in [*trained, *content.names]]
   words = list(dict.fromkeys(words))[:WORDS]
   typed = shlex.quote(", ".join(words))
   return [

@@ -5,9 +5,8 @@ import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from rpn_jax.base import overlap, pixels
+from rpn_jax.base import overlap, picture_files, pictures
+from rpn_jax.base.colors import Color
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_text
@@ -37,22 +36,24 @@ def predict(config, workdir, image: str | None, classes: str | None) -> list[pat
   """
   if not image:
     raise InputError("--mode=predict needs --image=FILE_OR_FOLDER")
-  given, files = None if classes is None else parse_names(classes), pixels.find(image)
+  given, found = None if classes is None else parse_names(classes), picture_files.find(image)
   predictor, run = open_run(config, workdir)
   if not (names := given or run.stored_classes().get("names")):
     raise InputError(
       f'--mode=predict needs --classes="a, b": {run.workdir} does not say which it was trained on'
     )
-  return save_all(Segmenter.from_run(predictor, run), files, names, run.workdir / "predictions")
+  return save_all(Segmenter.from_run(predictor, run), found, names, run.workdir / "predictions")
 
 
 def save_all(
   segmenter: Segmenter,
-  files: Sequence[pathlib.Path],
+  found: picture_files.Found,
   names,
   directory,
   *,
   palette: str = "default",
+  page: int | None = None,
+  matte: str | Color = "white",
   **options,
 ) -> list[pathlib.Path]:
   """Segments image files and saves the results, with a progress display.
@@ -61,10 +62,12 @@ def save_all(
 
   Args:
     segmenter: the model.
-    files: paths of the images.
+    found: the images; results of those in subfolders are in subfolders.
     names: see `parse_names`.
     directory: where to write.
     palette: color palette.
+    page: of files with several pages or frames, see `pictures.load`.
+    matte: the color that transparent pixels lie on.
     **options: other arguments of `Segmenter.__call__`.
 
   Returns:
@@ -73,51 +76,54 @@ def save_all(
   Raises:
     InputError: some images could not be read; raised after the others have been written.
   """
-  # Files that differ only in their suffix must not overwrite each other's results.
-  repeated = len({f.stem for f in files}) < len(files)
   written: list[pathlib.Path] = []
   unreadable: list[InputError] = []
-  pending: collections.deque[pathlib.Path] = collections.deque()
+  pending: collections.deque[tuple[pathlib.Path, pathlib.Path]] = collections.deque()
+  told, directory = pictures.Told(), expand(directory)
   largest = 0  # bytes of an image so far
 
   def expected_bytes(file: pathlib.Path) -> int:
     return largest
 
-  def read(file: pathlib.Path) -> np.ndarray | InputError:
+  def read(file: pathlib.Path) -> pictures.Picture | InputError:
     try:
-      return pixels.read(file)
+      return pictures.load(file, page=page, matte=matte)
     except InputError as error:
       return error
 
-  def images() -> Iterator[np.ndarray]:
+  def images() -> Iterator[pictures.Picture]:
     nonlocal largest
-    for file, image in zip(files, overlap.mapped(read, files, expected_bytes)):
-      if isinstance(image, InputError):
-        unreadable.append(image)
+    pairs = zip(found.files, found.stems())
+    for pair, picture in zip(pairs, overlap.mapped(read, found.files, expected_bytes)):
+      if isinstance(picture, InputError):
+        unreadable.append(picture)
         bar.update()
         continue
-      pending.append(file)
-      largest = max(largest, image.nbytes)
-      yield image
+      told(pair[0], picture.notes)
+      pending.append(pair)
+      largest = max(largest, picture.image.nbytes)
+      yield picture
 
-  def results() -> Iterator[tuple[Segmentation, str]]:
+  def results() -> Iterator[tuple[Segmentation, pathlib.Path]]:
     for result in segmenter.stream(images(), names, **options):
-      file = result.file = pending.popleft()
+      result.file, stem = pending.popleft()
       # Here, not by the threads: the scores of some classes and pixels take gigabytes for each.
       _ = result.labels
-      yield result, file.name.replace(".", "_") if repeated else file.stem
+      yield result, stem
 
-  def save(item: tuple[Segmentation, str]) -> list[pathlib.Path]:
+  def save(item: tuple[Segmentation, pathlib.Path]) -> list[pathlib.Path]:
     result, stem = item
-    return result.save(directory, stem, palette=palette)
+    return result.save(directory / stem.parent, stem.name, palette=palette)
 
-  with progress(len(files), f"segment on {devices_text()}", "image") as bar:
+  with progress(len(found.files), f"segment on {devices_text()}", "image") as bar:
     for paths in overlap.mapped(save, results(), lambda item: item[0].nbytes):
       written += paths
       bar.update()
+  if told.others:
+    print(f"{told.others} more images like these: each JSON file says how its image was read")
   if written:
-    print(f"{segmenter.method}\n{summary(written, expand(directory))}")
-  check_skipped(unreadable, len(files), directory)
+    print(f"{segmenter.method}\n{summary(written, directory)}")
+  check_skipped(unreadable, len(found.files), directory, found.left_out)
   return written
 
 
@@ -130,20 +136,35 @@ def summary(written: Sequence[pathlib.Path], directory: pathlib.Path) -> str:
   return f"{directory}: " + ", ".join(f"{count} x *{kind}" for kind, count in kinds.items())
 
 
-def check_skipped(unreadable: Sequence[InputError], total: int, directory) -> None:
+def check_skipped(
+  unreadable: Sequence[InputError],
+  total: int,
+  directory,
+  left_out: Sequence[tuple[pathlib.Path, str]] = (),
+) -> None:
   """Tells which of many images were skipped; SKIPPED in the folder has the reason of each.
 
+  Args:
+    unreadable: why files could not be read.
+    total: number of files that were tried.
+    directory: of the results.
+    left_out: files that look like images and were not tried, with the reason.
+
   Raises:
-    InputError: there are some.
+    InputError: some could not be read.
   """
   path = expand(directory) / SKIPPED
-  if total == 1 or not unreadable:
+  if not left_out and (total == 1 or not unreadable):
     path.unlink(missing_ok=True)  # of an earlier call
     if unreadable:
       raise unreadable[0]
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  write_text(path, "".join(f"{error}\n" for error in unreadable))
-  raise InputError(
-    f"{len(unreadable)} of {total} images were skipped, such as {unreadable[0]}; {path} lists all"
-  )
+  lines = [*map(str, unreadable), *(f"{file}: left out, {why}" for file, why in left_out)]
+  write_text(path, "".join(f"{line}\n" for line in lines))
+  if left_out:
+    print(f"left out of the images: {picture_files.summary(left_out)}; {path} lists them")
+  if unreadable:
+    raise InputError(
+      f"{len(unreadable)} of {total} images were skipped, such as {unreadable[0]}; {path} lists all"
+    )

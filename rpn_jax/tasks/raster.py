@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import TiffImagePlugin
 
-from rpn_jax.base import pixels
+from rpn_jax.base import pictures
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand_local, replacing, write_json, write_text
@@ -59,7 +59,7 @@ def is_raster(path: pathlib.Path, asked: bool | None = None) -> bool:
       tags.load(file)
       if any(tag in tags for tag in GEO_TAGS):
         return True
-      return int(tags[WIDTH_TAG]) * int(tags[HEIGHT_TAG]) > pixels.MAX_PIXELS
+      return int(tags[WIDTH_TAG]) * int(tags[HEIGHT_TAG]) > pictures.MAX_PIXELS
   except Exception:  # who reads it as an image says what is wrong with it
     return False
 

@@ -6,16 +6,17 @@ Images and folders of them, films and rasters have each a module: `predict`, `vi
 import argparse
 
 from rpn_jax import devices
-from rpn_jax.base import console, pixels
+from rpn_jax.base import colors, console, picture_files
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
-from rpn_jax.base.words import parse_names
+from rpn_jax.base.words import parse_names, read_names
 from rpn_jax.inference.segmenter import Segmenter
 from rpn_jax.tasks import raster, video
 from rpn_jax.tasks.predict import save_all
 
 # Flags of one kind of input, which are not passed over without a word with another.
 FLAGS = {
+  "images": ("page",),
   "a film": ("every", "smooth", "film"),
   "a raster": ("bands", "range", "scale"),
 }
@@ -27,9 +28,16 @@ def segment(args: argparse.Namespace) -> int:
 
   def run():
     with devices.runtime():
-      names, path = parse_names(args.words), expand(args.image)
+      if (args.words is None) == (args.list is None):
+        got = "neither" if args.words is None else "both"
+        raise InputError(
+          f'expected class names, as in "cat | kitten, grass", or --words=FILE_OR_LIST, got {got}'
+        )
+      names = parse_names(args.words) if args.list is None else read_names(args.list)
+      colors.parse_matte(args.matte)  # before the model is loaded
+      path, out = expand(args.image), expand(args.out)
       kind = _kind(args, path)
-      files = pixels.find(args.image)
+      found = picture_files.find(args.image, recursive=args.recursive, results=out)
       if kind == "a raster":
         source = raster.Raster(path, bands=args.bands, limits=args.range, scale=args.scale)
       segmenter = Segmenter.load(
@@ -47,7 +55,10 @@ def segment(args: argparse.Namespace) -> int:
       elif kind == "a raster":
         raster.segment_raster(segmenter, source, names, args.out, palette=args.palette, **options)
       else:
-        save_all(segmenter, files, names, expand(args.out), palette=args.palette, **options)
+        save_all(
+          segmenter, found, names, out, palette=args.palette, page=args.page, matte=args.matte,
+          **options,
+        )  # fmt: skip
 
   return console.run_command(run, interrupted="interrupted; the images done so far are kept")
 

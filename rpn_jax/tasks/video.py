@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from rpn_jax.base import overlap, pixels
+from rpn_jax.base import overlap, pictures
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand_local, locked, replacing, write_json, write_text
@@ -96,7 +96,7 @@ class Film:
         read, frame = capture.retrieve()
         if not read:
           return
-        pixels.check_size(self.path, frame.shape[1::-1])
+        pictures.check_size(self.path, frame.shape[1::-1])
         yield Frame(number, seconds, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
     finally:
       capture.release()

@@ -18,7 +18,8 @@ import json
 from collections.abc import Sequence
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.words import SEPARATOR, check_known
+from rpn_jax.base.words import SEPARATOR, check_known, split_synonyms, without_articles
+from rpn_jax.text.tokenizer import encode
 
 SYNONYMS = ("first", "mean", "max", "joined")
 
@@ -68,13 +69,40 @@ def phrases(name: str, synonyms: str) -> list[str]:
   Raises:
     InputError: a name with several synonyms where each of them competes by itself ("max").
   """
-  parts = [name.strip()] if synonyms == "joined" else _split(name)
+  parts = split_synonyms(name)
+  parts = [SEPARATOR.join(parts)] if synonyms == "joined" else parts
   if synonyms == "max" and len(parts) > 1:
     raise InputError(
       f"synonyms='max' has no single embedding of {name!r}, and training labels index names: "
       "train with 'first', 'mean' or 'joined'; for evaluation `expand` the names first"
     )
   return parts[:1] if synonyms == "first" else parts
+
+
+def check_distinct(names: Sequence[str], synonyms: str) -> None:
+  """Checks that CLIP can tell class names apart, which it reads without case and spaces.
+
+  Args:
+    names: as somebody typed them.
+    synonyms: one of SYNONYMS.
+
+  Raises:
+    InputError: two names with the same embedding; with "max", with the same synonyms.
+  """
+  first: dict[frozenset, str] = {}
+  for name in names:
+    other = first.setdefault(embedding_key(name, synonyms), name)
+    if other != name:
+      raise InputError(
+        f"class names {other!r} and {name!r} are the same words to CLIP, which ignores capitals, "
+        "spaces and articles: leave one out"
+      )
+
+
+def embedding_key(name: str, synonyms: str) -> frozenset:
+  """What the embedding of a typed name depends on: the token ids of its synonyms."""
+  rows, _ = expand([without_articles(name)], [0], synonyms)
+  return frozenset(tuple(encode(part)) for row in rows for part in phrases(row, synonyms))
 
 
 def expand(
@@ -97,11 +125,9 @@ def expand(
   if synonyms != "max":
     return tuple(names), tuple(scored_as)
   rows = [
-    (part, scored) for name, scored in zip(names, scored_as, strict=True) for part in _split(name)
+    (part, scored)
+    for name, scored in zip(names, scored_as, strict=True)
+    for part in split_synonyms(name)
   ]
   parts, classes = zip(*rows)
   return parts, classes
-
-
-def _split(name: str) -> list[str]:
-  return [part.strip() for part in name.split(SEPARATOR)]

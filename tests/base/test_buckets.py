@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rpn_jax.base import buckets, console, leases, paths, pixels
+from rpn_jax.base import buckets, console, leases, paths, picture_files, pictures
 from rpn_jax.base.errors import InputError
 
 
@@ -173,8 +173,8 @@ def test_images_are_read_from_a_bucket(bucket):
 
   with paths.replacing(bucket / "a.png") as temporary:
     Image.new("RGB", (3, 2)).save(temporary, "PNG")
-  (file,) = pixels.find(str(bucket))
-  assert pixels.read(file).shape == pixels.read(str(file)).shape == (2, 3, 3)
+  (file,) = picture_files.find(str(bucket)).files
+  assert pictures.read(file).shape == pictures.read(str(file)).shape == (2, 3, 3)
 
 
 def test_a_growing_object_sends_now_and_then(bucket, store):

@@ -176,3 +176,6 @@ def test_shards_of_other_rules_are_not_continued(raw, tmp_path, monkeypatch, cap
   (folder / "summary.json").write_text(json.dumps(summary))
   prepare.prepare("folder", raw, tmp_path)
   assert "by an earlier version, which did not turn all images" in capsys.readouterr().out
+  (folder / "summary.json").write_text(json.dumps({**summary, "reading_rules": 2}))
+  prepare.prepare("folder", raw, tmp_path)
+  assert "by an earlier version, which used color profiles, tr" in capsys.readouterr().out

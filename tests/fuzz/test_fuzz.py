@@ -34,7 +34,7 @@ from configs import shapes as shapes_config
 from data_pipelines import datasets, pipeline, raw_files
 from data_pipelines.sources import builder, coco_masks, context, files, folder, matlab, pascal
 from rpn_jax.analysis.runs import read_run
-from rpn_jax.base import pixels
+from rpn_jax.base import pictures
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_names
 from rpn_jax.inference import evaluation
@@ -44,6 +44,7 @@ from rpn_jax.text.tokenizer import tokenize
 from rpn_jax.training.metric_log import read_history
 from rpn_jax.training.run import Run
 from rpn_jax.weights import architecture, clip_file, names, prompts_file, torch_archive
+from tests import odd_pictures as odd
 from tests import tiny
 from tests.data_pipelines.raw_pascal import packed
 from tests.weights.files import (
@@ -309,7 +310,7 @@ def test_indices_of_shards(content):
 # Pictures and masks
 
 
-def pictures() -> list[bytes]:
+def image_files() -> list[bytes]:
   rng = np.random.default_rng(0)
   image = Image.fromarray(rng.integers(0, 256, (13, 17, 3), np.uint8))
   exif = image.getexif()
@@ -323,6 +324,15 @@ def pictures() -> list[bytes]:
     file = io.BytesIO()
     image.convert(mode).save(file, kind, **options)
     files.append(file.getvalue())
+  deep = rng.integers(0, 65536, (5, 7, 3)).astype(np.uint16)
+  files += [
+    odd.png16(deep), odd.tiff(deep, deep), odd.tiff(deep.astype(np.float32)),
+    odd.tiff(np.dstack([deep, deep[..., 0]]), extra=1),
+    odd.stored(image, "PNG", icc_profile=odd.rgb_profile(odd.ADOBE, 2.2)),
+    odd.stored(image.convert("CMYK"), "TIFF", icc_profile=odd.cmyk_profile()),
+    odd.stored(image, "GIF", save_all=True, append_images=[image.rotate(90)]),
+    odd.stored(image, "AVIF"), odd.stored(image, "JPEG2000"),
+  ]  # fmt: skip
   return files
 
 
@@ -337,13 +347,13 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @fuzzed
-@given(damaged(pictures()))
+@given(damaged(image_files()))
 @example(bomb(20_000, 20_000))
 @example(bomb(2**31 - 1, 2**31 - 1))
 @example(bomb(1, 65_000))
 def test_pictures(content):
   with file_of(content, "x.png") as path:
-    image = answered(pixels.read, path)
+    image = answered(pictures.read, path)
     if image is not None:
       assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
   answered(pipeline.check_example, {"image": content, "label": content, "id": "x"})
@@ -368,8 +378,8 @@ def folder_builder(tmp_path_factory):
 
 
 @fuzzed
-@given(image=damaged(pictures()) | st.just(pictures()[0]), mask=damaged(masks()))
-@example(image=pictures()[0], mask=bomb(20_000, 20_000))
+@given(image=damaged(image_files()) | st.just(image_files()[0]), mask=damaged(masks()))
+@example(image=image_files()[0], mask=bomb(20_000, 20_000))
 def test_masks(folder_builder, image, mask):
   with file_of(image, "x.png") as one, file_of(mask, "x.png") as two:
     record = answered(folder_builder.read, builder.RawExample("x", one, two))

@@ -106,7 +106,7 @@ def test_hidden_files_and_folders_are_no_images_and_no_classes(tmp_path, capsys)
   assert [(file.name, label) for file, label in files] == [("a.png", 0), ("c.png", 1)]
   assert "left out of the images: 1 hidden, such as " in capsys.readouterr().out
   (tmp_path / "sea/c.png").unlink()
-  with pytest.raises(InputError, match=r"sea: no .* file in this folder"):
+  with pytest.raises(InputError, match=r"sea: no image in this folder"):
     classify.find_labeled(str(tmp_path))
 
 
@@ -116,7 +116,7 @@ def test_bad_input(folder, tmp_path):
     (None, "a, b", "needs --image"),
     (file, None, "needs --classes"),
     (folder / "plain_red", None, "one subfolder per class"),
-    (folder, "a, b", "no .jpg, .jpeg, .png, .webp file in this folder"),
+    (folder, "a, b", "no image in this folder$"),
     (file, "a,,b", "class name 2 of 3 is empty"),
     (folder / "none", "a, b", "no such file"),
   ]:

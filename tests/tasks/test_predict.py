@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_pipelines import shapes
 from rpn_jax import Segmenter
-from rpn_jax.base import interrupts, pixels
+from rpn_jax.base import interrupts, picture_files, pictures
 from rpn_jax.base.errors import InputError
 from rpn_jax.inference.segmentation import Segmentation
 from rpn_jax.tasks import predict
@@ -29,7 +29,7 @@ def files(tmp_path_factory):
   for i in range(COUNT):
     image, _ = shapes.draw_scene(np.random.default_rng(i), 40 + 8 * (i % 3), 64, (2, 3))
     Image.fromarray(image).save(folder / f"{i:02}.png")
-  return pixels.find(str(folder))
+  return picture_files.find(str(folder))
 
 
 def saved(folder):
@@ -50,18 +50,20 @@ def test_results_are_those_of_one_image_after_another(model, files, tmp_path, ca
   assert [file.name for file in written] == [f"{i:02}{k}" for i in range(COUNT) for k in kinds]
   assert f"{COUNT} x *_labels.png" in capsys.readouterr().out
   labels = saved(tmp_path)
-  for i, file in enumerate(files):
+  for i, file in enumerate(files.files):
     np.testing.assert_array_equal(labels[i], model(file, NAMES).labels)
 
 
 def test_what_cannot_be_read_is_told_in_order_after_the_rest(model, files, tmp_path):
-  broken = []
-  for i in (3, 7):
-    broken.append(tmp_path / f"x{i}.png")
-    broken[-1].write_bytes(b"no image")
-  given = [*files[:3], broken[0], *files[3:7], broken[1], *files[7:]]
+  (tmp_path / "in").mkdir()
+  for file in files.files:
+    (tmp_path / "in" / file.name).symlink_to(file)
+  broken = [tmp_path / "in" / name for name in ("02x3.png", "06x7.png")]  # between the others
+  for file in broken:
+    file.write_bytes(b"no image")
+  found = picture_files.find(str(tmp_path / "in"))
   with pytest.raises(InputError, match=r"2 of 14 images were skipped, such as .*x3\.png"):
-    predict.save_all(model, given, NAMES, tmp_path / "out")
+    predict.save_all(model, found, NAMES, tmp_path / "out")
   assert len(saved(tmp_path / "out")) == COUNT
   told = (tmp_path / "out/skipped.txt").read_text().splitlines()
   assert [str(path) in line for path, line in zip(broken, told, strict=True)] == [True, True]
@@ -110,13 +112,13 @@ def test_ctrl_c_leaves_whole_files(model, files, tmp_path, monkeypatch):
 def test_large_images_are_not_read_far_ahead(model, files, tmp_path, monkeypatch):
   monkeypatch.setattr(predict.overlap, "MAX_BYTES", 1)  # each is larger
   under_way, most = 0, 0
-  read, save = pixels.read, Segmentation.save
+  load, save = pictures.load, Segmentation.save
 
-  def counted_read(image):
+  def counted_load(image, **options):
     nonlocal under_way, most
-    under_way += not isinstance(image, np.ndarray)
+    under_way += 1
     most = max(most, under_way)
-    return read(image)
+    return load(image, **options)
 
   def counted_save(self, *given, **options):
     nonlocal under_way
@@ -124,7 +126,7 @@ def test_large_images_are_not_read_far_ahead(model, files, tmp_path, monkeypatch
     under_way -= 1
     return written
 
-  monkeypatch.setattr(pixels, "read", counted_read)
+  monkeypatch.setattr(pictures, "load", counted_load)
   monkeypatch.setattr(Segmentation, "save", counted_save)
   predict.save_all(model, files, NAMES, tmp_path)
   # Those whose windows share a call of the network, and one before and after it.

@@ -345,7 +345,8 @@ def test_predict_with_the_words_of_the_run(finished, tmp_path):
   assert json.loads(record.read_text())["names"] == list(shapes.CLASSES)
   with pytest.raises(InputError, match=r'--classes="a, b": .*none does not say which it was tr'):
     predict.predict(config.copy_and_resolve_references(), tmp_path / "none", str(tmp_path), None)
-  with pytest.raises(InputError, match="is empty"):  # as from a variable of a shell that is unset
+  # As from a variable of a shell that is unset.
+  with pytest.raises(InputError, match="no class names"):
     predict.predict(config, workdir, str(tmp_path), "")
 
 
@@ -489,7 +490,11 @@ def test_a_run_without_its_whole_config_is_refused(finished, tmp_path):
 
 @pytest.mark.parametrize(
   "classes, message",
-  [("cat, dog, cat", "duplicate class name"), ("cat,,dog", "2 of 3 is empty"), (" ", "is empty")],
+  [
+    ("cat, dog, cat", "duplicate class name"),
+    ("cat,,dog", "2 of 3 is empty"),
+    (" ", "no class names"),
+  ],
 )
 def test_bad_class_lists(home, finished, tmp_path, classes, message):
   config, workdir, _ = finished

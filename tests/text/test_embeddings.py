@@ -13,11 +13,11 @@ import pytest
 from data_pipelines import vocabularies
 from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.words import check_names
+from rpn_jax.base.words import check_names, without_articles
 from rpn_jax.models.clip import CLIP, CLIPConfig
 from rpn_jax.text import embeddings, templates
 from rpn_jax.text.embeddings import TextEncoder, class_embeddings
-from rpn_jax.text.templates import expand, template_sentences
+from rpn_jax.text.templates import check_distinct, expand, template_sentences
 from rpn_jax.text.tokenizer import tokenize
 
 TINY = CLIPConfig(
@@ -389,3 +389,36 @@ def test_a_disk_without_room_costs_nothing_else(params, cache, counted):
   for _ in range(2):
     assert class_embeddings(TINY, params, ["sea"], fingerprint="f").shape == (1, 8)
   assert len(counted) == 2
+
+
+@pytest.mark.parametrize(
+  "pair",
+  [
+    ("Cat", "cat"), ("a cat", "cat"), ("The Cat", "an  cat"), ("traffic  light", "traffic light"),
+    ("ｃａｔ", "cat"), ("cats &amp; dogs", "cats & dogs"), ("t-shirt", "t - shirt"),
+    ("cat, kitten", "kitten, Cat"), ("“cat”s", '"cat"s'),
+  ],
+)  # fmt: skip
+def test_names_that_clip_cannot_tell_apart(pair):
+  def phrase(name):
+    return tokenize([f"a photo of a {without_articles(name)}."])
+
+  if ", " not in pair[0]:  # by the ids that CLIP is given
+    np.testing.assert_array_equal(phrase(pair[0]), phrase(pair[1]))
+  with pytest.raises(InputError, match="are the same words to CLIP, which ignores capitals") as e:
+    check_distinct(["grass", *pair], "mean")
+  assert all(repr(name) in str(e.value) for name in pair) and "\n" not in str(e.value)
+
+
+def test_names_that_clip_can_tell_apart():
+  check_distinct(
+    ["cat", "cats", "cat, kitten", "kitten", "tomcat", "c a t", "crt (lcd, tv)"], "mean"
+  )
+  for name in vocabularies.vocabulary_names():
+    for mode in ("mean", "max", "joined"):
+      check_distinct(vocabularies.load(name).names, mode)
+  check_distinct(["sea, ocean", "ocean, water"], "first")
+  with pytest.raises(InputError, match="'sea, ocean' and 'Ocean, a sea' are the same"):
+    check_distinct(["sea, ocean", "Ocean, a sea"], "max")
+  with pytest.raises(InputError, match="same words"):
+    check_distinct(["sea, ocean", "sea, water"], "first")

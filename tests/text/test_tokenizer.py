@@ -9,7 +9,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.text import tokenizer
 from tests import FIXTURES, ROOT
 
-VOCABULARIES = ROOT / "data_pipelines" / "vocabularies"
+VOCABULARIES = (ROOT / "data_pipelines/vocabularies", ROOT / "rpn_jax/assets/vocabularies")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,9 @@ def test_every_recorded_string(recorded):
 
 
 def test_the_recording_covers_the_vocabularies(recorded):
-  for file in VOCABULARIES.glob("*.json"):
+  files = [file for folder in VOCABULARIES for file in folder.glob("*.json")]
+  assert len(files) == 19
+  for file in files:
     names = json.loads(file.read_text())
     if isinstance(names, list):
       missing = [name for name in names if name not in recorded]

@@ -1,0 +1,163 @@
+"""Which files of a folder are images, and where the results of each belong."""
+
+import collections
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from rpn_jax.base import buckets, paths
+from rpn_jax.base.errors import InputError
+
+SUFFIXES = (
+  ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif",
+  ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif", ".ppm", ".pgm", ".pbm",
+  ".pnm", ".tga", ".ico",
+)  # fmt: skip
+# Of images that are not read, and are said to be left out: raw photographs, drawings, documents,
+# high dynamic range, medical images, JPEG XL.
+_OTHER_SUFFIXES = (
+  ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2", ".svg", ".eps", ".ai", ".pdf",
+  ".psd", ".xcf", ".exr", ".hdr", ".dcm", ".nii", ".jxl", ".czi", ".lif", ".nd2", ".svs",
+)  # fmt: skip
+LeftOut = Sequence[tuple[pathlib.Path, str]]
+
+
+class Found:
+  """The image files that somebody named.
+
+  Attributes:
+    root: the folder, or that of the file.
+    files: by path.
+    left_out: what looks like an image and is not among them, with the reason.
+  """
+
+  def __init__(self, root: pathlib.Path, files: Sequence[pathlib.Path], left_out: LeftOut):
+    self.root, self.files, self.left_out = root, list(files), list(left_out)
+
+  def stems(self) -> list[pathlib.Path]:
+    """For each file where its results belong below a folder for all of them, without a suffix.
+
+    Subfolders stay, and names that differ in their suffix or in the case of letters only are told
+    apart: `a/x` for a/x.jpg, `x_jpg` and `x_png` for x.jpg and x.png.
+    """
+    relative = [file.relative_to(self.root) for file in self.files]
+    plain = [path.with_suffix("") for path in relative]
+    count = collections.Counter(str(path).casefold() for path in plain)
+    stems, used = [], {key for key, times in count.items() if times == 1}
+    for path, stem in zip(relative, plain):
+      if count[str(stem).casefold()] > 1:
+        longer = path.with_name(path.name.replace(".", "_"))
+        stem, number = longer, 1
+        while str(stem).casefold() in used:
+          number += 1
+          stem = longer.with_name(f"{longer.name}_{number}")
+        used.add(str(stem).casefold())
+      stems.append(stem)
+    return stems
+
+
+def find(
+  path: str, *, recursive: bool | None = None, results: str | os.PathLike | None = None
+) -> Found:
+  """The path itself if it is a file, or the image files in the folder.
+
+  Args:
+    path: as somebody typed it.
+    recursive: also in subfolders, but for hidden ones; None where nobody can ask for it.
+    results: a folder that is left out, since it is written to.
+
+  Raises:
+    InputError: there are none.
+  """
+  root = paths.expand(path)
+  if recursive and buckets.is_bucket(root):
+    raise InputError(f"{path}: expected a local folder for --recursive; copy it, or name a file")
+  if not root.exists():
+    raise InputError(f"{path}: expected an image or a folder of images, no such file or folder")
+  if root.is_file():
+    return Found(root.parent, [root], [])
+  files, left_out = _sorted_out(_walk(root, results) if recursive else root.iterdir(), SUFFIXES)
+  if not files:
+    where = "in this folder or below" if recursive else "in this folder"
+    folders = recursive is False and any(child.is_dir() for child in root.iterdir())
+    hint = "; --recursive looks into its subfolders" if folders else ""
+    raise InputError(f"{path}: no image {where}{_summary(left_out)}{hint}")
+  return Found(root, files, left_out)
+
+
+def list_images(
+  *folders: pathlib.Path, suffixes: Sequence[str] = SUFFIXES, recursive: bool = False
+) -> list[pathlib.Path]:
+  """The image files in some folders, by the order of the folders and by path.
+
+  A line is printed about what looks like an image and is left out: hidden files, as macOS puts
+  beside the images on other disks and in archives (`._a.jpg`), folders named like images, and
+  images of other formats.
+
+  Args:
+    folders: existing folders.
+    suffixes: of the files, in lower case; files may have them in upper case.
+    recursive: also take the files in subfolders, but for hidden ones.
+
+  Raises:
+    OSError: a folder that cannot be read.
+  """
+  files: list[pathlib.Path] = []
+  left_out: list[tuple[pathlib.Path, str]] = []
+  for folder in folders:
+    found, others = _sorted_out(_walk(folder) if recursive else folder.iterdir(), suffixes)
+    files += found
+    left_out += others
+  if left_out:
+    first = {why: path for path, why in left_out[::-1]}
+    told = [f"{count} {why}, such as {first[why]}" for why, count in _counts(left_out).items()]
+    print(f"left out of the images: {'; '.join(told)}", flush=True)
+  return files
+
+
+def summary(left_out: LeftOut) -> str:
+  """How many files are left out for each reason."""
+  return ", ".join(f"{count} {why}" for why, count in _counts(left_out).items())
+
+
+def _summary(left_out: LeftOut) -> str:
+  return f" ({summary(left_out)})" if left_out else ""
+
+
+def _counts(left_out: LeftOut) -> dict[str, int]:
+  return dict(collections.Counter(why for _, why in left_out))
+
+
+def _sorted_out(
+  children: Iterator[pathlib.Path], suffixes: Sequence[str]
+) -> tuple[list[pathlib.Path], list[tuple[pathlib.Path, str]]]:
+  """The images among files, and the others that look like some, with the reason."""
+  files, left_out = [], []
+  for path in sorted(children):
+    suffix, hidden = path.suffix.lower(), path.name.startswith(".")
+    if suffix not in suffixes:
+      if suffix in (*SUFFIXES, *_OTHER_SUFFIXES) and not hidden:
+        left_out.append((path, "of another format"))
+    elif hidden:
+      left_out.append((path, "hidden"))
+    elif path.exists() and not path.is_file():  # who reads a broken link names it
+      left_out.append((path, "not a file"))
+    else:
+      files.append(path)
+  return files, left_out
+
+
+def _walk(folder: pathlib.Path, without: str | os.PathLike | None = None) -> Iterator[pathlib.Path]:
+  """Files at any depth; unlike `Path.rglob` it does not pass over unreadable ones."""
+
+  def refuse(error: OSError) -> None:
+    raise error
+
+  left = os.path.realpath(without) if without is not None else ""
+  for parent, folders, files in os.walk(folder, onerror=refuse):
+    folders[:] = [
+      name
+      for name in folders
+      if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) != left
+    ]
+    yield from (pathlib.Path(parent, name) for name in files)
