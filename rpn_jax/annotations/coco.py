@@ -44,11 +44,13 @@ def run_lengths(instance: Instance, size: tuple[int, int]) -> dict:
 
   height, width = size
   region = instance.union()
-  # Columns one after another; whole ones, so that what is beside them is one run.
-  columns = np.zeros((region.mask.shape[1], height), bool)
-  columns[:, region.top : region.top + region.mask.shape[0]] = region.mask.T
-  flat = np.pad(columns.ravel(), 1)
-  changes = np.flatnonzero(flat[1:] != flat[:-1]) + region.left * height
+  # Runs go down the columns: where a pixel and the one above it differ.
+  columns = np.pad(region.mask.T, ((0, 0), (1, 1)))
+  column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
+  changes = (region.left + column) * height + region.top + row
+  # A run that ends at the bottom may continue at the top of the next column.
+  through = np.flatnonzero(changes[1:] == changes[:-1])
+  changes = np.delete(changes, np.concatenate([through, through + 1]))
   ends = np.append(changes[changes < height * width], height * width)
   counts = np.diff(ends, prepend=0).tolist()
   packed = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
