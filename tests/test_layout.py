@@ -33,7 +33,8 @@ ROOMS = {
     "annotations", "drawing", "devices", "config", "base",
   ],
   "tasks": [
-    "inference", "annotations", "training", "drawing", "weights", "text", "devices", "config", "base",
+    "inference", "training", "annotations", "drawing", "weights", "text", "devices", "config",
+    "base",
   ],
   "analysis": [
     "inference", "training", "drawing", "weights", "text", "models", "chips", "devices", "config",

@@ -37,50 +37,48 @@ def score_grid(
 
   peaks = scores_hxwxC.reshape(-1, len(names)).max(0)
   order = np.argsort(-peaks, kind="stable")[:MAX_CLASSES]
-  count = len(order) + 1
+  count, left_out = len(order) + 1, len(names) - len(order)
   columns = min(count, 3 if count <= 9 else 4 if count <= 16 else 6)
-  width, height = fitted_size(image_HxWx3.shape[:2], {3: 380, 4: 320, 6: 250}.get(columns, 420))
-  path, texts = font_for([f"{names[i]}: {peaks[i]:.2f}" for i in order])
-  font, line = load_font(_LETTERS, path=path), round(1.35 * _LETTERS)
-  column = max(width, 160)
-  titles = [["image"]]
-  for i, text in zip(order, texts):
-    suffix = f": {peaks[i]:.2f}"
-    titles.append(wrap(text.removesuffix(suffix), font, column, 2, suffix))
-  head = max(len(lines) for lines in titles) * line + 4
-  left_out = len(names) - len(order)
   rows = -(-count // columns)
-  pitch = (column + _GAP, head + height + _GAP)
-  bar_left = 2 * _MARGIN + columns * pitch[0] - _GAP
-  page_size = (
-    bar_left + _BAR + 4 * _LETTERS,
-    2 * _MARGIN + rows * pitch[1] + (line if left_out else 0),
-  )
-  page = Image.new("RGB", page_size, "white")
+  width, height = fitted_size(image_HxWx3.shape[:2], {4: 320, 6: 250}.get(columns, 380))
+  column = max(width, 160)
+
+  suffixes = [f": {peaks[i]:.2f}" for i in order]
+  path, texts = font_for([names[i] + suffix for i, suffix in zip(order, suffixes)])
+  font, line = load_font(_LETTERS, path=path), round(1.35 * _LETTERS)
+  titles = [
+    wrap(text.removesuffix(suffix), font, column, 2, suffix)
+    for text, suffix in zip(texts, suffixes)
+  ]
+  head = max(map(len, titles)) * line + 4
+  pitch = column + _GAP, head + height + _GAP
+  bar_left, bar_top = _MARGIN + columns * pitch[0] + _GAP, _MARGIN + head
+  bar_height = max(height, 120)
+  bottom = max(_MARGIN + rows * pitch[1], bar_top + bar_height + _GAP) + (line if left_out else 0)
+  page = Image.new("RGB", (bar_left + _BAR + 4 * _LETTERS, bottom + _MARGIN - _GAP), "white")
   draw = ImageDraw.Draw(page)
+
   table = _colors()
-  photo = Image.fromarray(image_HxWx3).resize((width, height), Image.Resampling.BOX)
-  for k, lines in enumerate(titles):
-    x = _MARGIN + k % columns * pitch[0]
-    y = _MARGIN + k // columns * pitch[1]
-    for n, text in enumerate(lines):
-      draw.text((x, y + n * line), text, INK, font)
-    if k:
-      heat = table[np.round(255 * scores_hxwxC[..., order[k - 1]]).astype(np.uint8)]
-      panel = Image.fromarray(heat).resize((width, height), Image.Resampling.BILINEAR)
-    else:
-      panel = photo
+  resized = Image.fromarray(image_HxWx3).resize((width, height), Image.Resampling.BOX)
+  panels = [(["image"], resized)]
+  for i, title in zip(order, titles):
+    heat = table[np.round(255 * scores_hxwxC[..., i]).astype(np.uint8)]
+    panels.append((title, Image.fromarray(heat).resize(resized.size, Image.Resampling.BILINEAR)))
+  for k, (title, panel) in enumerate(panels):
+    x, y = _MARGIN + k % columns * pitch[0], _MARGIN + k // columns * pitch[1]
     page.paste(panel, (x, y + head))
+    for n, text in enumerate(title):
+      draw.text((x, y + n * line), text, INK, font)
   if left_out:
     text = f"and {left_out} more, whose highest scores are lower"
     draw.text((_MARGIN, page.height - _MARGIN), text, QUIET, font, anchor="lb")
-  top, bottom = _MARGIN + head, _MARGIN + head + max(height, 120)
-  bar = Image.fromarray(np.repeat(table[::-1, None], _BAR, 1)).resize((_BAR, bottom - top))
-  page.paste(bar, (bar_left, top))
+
+  bar = Image.fromarray(np.repeat(table[::-1, None], _BAR, 1)).resize((_BAR, bar_height))
+  page.paste(bar, (bar_left, bar_top))
   for value in (0, 0.5, 1):
-    y = round(bottom - 1 - value * (bottom - 1 - top))
+    y = round(bar_top + (1 - value) * (bar_height - 1))
     draw.text((bar_left + _BAR + 6, y), f"{value:g}", INK, load_font(_LETTERS), anchor="lm")
-  draw.text((bar_left, top - 8), "score", INK, load_font(_LETTERS), anchor="lb")
+  draw.text((bar_left, bar_top - _LETTERS // 2), "score", INK, load_font(_LETTERS), anchor="lb")
   return page
 
 

@@ -1,4 +1,4 @@
-"""Reads annotations with the programs that they are made for: PYTHON read_annotations.py FOLDER OUT.
+"""Reads annotations with the programs they are made for: PYTHON read_annotations.py FOLDER OUT.
 
 It runs in the environment of `make test-consumers`, which has none of this project's packages.
 FOLDER has the images, and what a `Collection` wrote. OUT becomes an archive with, for each form and
