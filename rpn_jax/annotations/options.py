@@ -1,7 +1,7 @@
 """Which files are written of a segmentation, and how its masks become annotations."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
@@ -74,6 +74,8 @@ class Options:
       value = getattr(self, field.name)
       if value != field.default and not users[field.name] & set(forms):
         needed = " or ".join(form for form in ANNOTATIONS if form in users[field.name])
+        if field.name == "simplify":
+          needed = "polygons, as with yolo or coco=polygons"
         raise InputError(
           f"{field.name}={value} has no effect on {', '.join(forms)}: save {needed}, too, or leave "
           f"{field.name} out"
@@ -94,9 +96,18 @@ def parse_forms(words: str | Sequence[str]) -> tuple[str, ...]:
     InputError: an unknown form, or none.
   """
   listed = words.split(",") if isinstance(words, str) else words
-  forms = tuple(dict.fromkeys(word.strip() for word in listed))
+  forms = tuple(dict.fromkeys(word.strip() for word in listed if word.strip()))
   for form in forms:
     check_known("save=", form, FORMS)
   if not forms:
     raise InputError(f"save: expected at least one of {', '.join(FORMS)}")
   return forms
+
+
+def check(words: str | Sequence[str], options: Mapping) -> None:
+  """Checks forms and options before what takes long.
+
+  Raises:
+    InputError: see `parse_forms` and `Options`.
+  """
+  Options(**options).check_used(parse_forms(words))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from rpn_jax.annotations.collection import Collection
-from rpn_jax.annotations.options import DEFAULT_FORMS, parse_forms
+from rpn_jax.annotations.options import DEFAULT_FORMS, check, parse_forms
 from rpn_jax.base import pixels
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
@@ -44,6 +44,7 @@ def predict(
   """
   if not image:
     raise InputError("--mode=predict needs --image=FILE_OR_FOLDER")
+  check(save, annotations or {})
   given, files = None if classes is None else parse_names(classes), pixels.find(image)
   predictor, run = open_run(config, workdir)
   if not (names := given or run.stored_classes().get("names")):

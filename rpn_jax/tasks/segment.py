@@ -3,7 +3,7 @@
 import argparse
 
 from rpn_jax import devices
-from rpn_jax.annotations.options import FLAGS
+from rpn_jax.annotations import options
 from rpn_jax.base import console, pixels
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import parse_names
@@ -15,7 +15,10 @@ def segment(args: argparse.Namespace) -> int:
   """Segments the images of the parsed arguments (see `rpn_jax.cli`); returns the exit status."""
   console.set_verbosity(args.quiet)
 
+  annotations = {name: getattr(args, name) for name in options.FLAGS}
+
   def run():
+    options.check(args.save, annotations)
     with devices.runtime():
       names, files = parse_names(args.words), pixels.find(args.image)
       segmenter = Segmenter.load(
@@ -25,7 +28,7 @@ def segment(args: argparse.Namespace) -> int:
       save_all(
         segmenter, files, names, expand(args.out), other=args.other, background=args.background,
         refine=args.refine, palette=args.palette, save=args.save,
-        annotations={name: getattr(args, name) for name in FLAGS},
+        annotations=annotations,
       )  # fmt: skip
 
   return console.run_command(run, interrupted="interrupted; the images done so far are kept")

@@ -14,7 +14,7 @@ def test_forms():
       "overlay,cocco",
       r"^save='cocco' is not known; did you mean 'coco'\? Known: overlay, labels, ",
     ),
-    ("", "save='' is not known"),
+    (",", "save: expected at least one of overlay, labels"),
     ([], "expected at least one of overlay"),
   ]:
     with pytest.raises(InputError, match=message):
@@ -33,7 +33,7 @@ def test_forms():
       ["overlay", "voc"],
       "min_area=9 has no effect on overlay, voc: save coco or ",
     ),
-    ({"simplify": 0}, ["coco"], "simplify=0 has no effect on coco: save labelme or yolo, too"),
+    ({"simplify": 0}, ["coco"], "simplify=0 has no effect on coco: save polygons, as with yolo or"),
     ({"coco": "polygons"}, ["yolo"], "coco=polygons has no effect on yolo: save coco, too"),
     ({"instances": "classes"}, ["yolo"], "instances=classes has no effect on yolo"),
   ],
