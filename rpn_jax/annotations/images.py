@@ -65,7 +65,7 @@ class Labeled:
     path = folder / f"{stem}{source.suffix.lower()}"
     if path.exists() and os.path.samefile(path, source):
       return path
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
       shutil.copyfile(source, temporary)
     return path

@@ -240,7 +240,7 @@ class Segmentation:
       written.append(save_png(directory / f"{stem}_labels.png", self.mask(palette)))
     if "json" in forms:
       written.append(directory / f"{stem}.json")
-      directory.mkdir(parents=True, exist_ok=True)
+      written[-1].parent.mkdir(parents=True, exist_ok=True)
       write_json(written[-1], self.summary())
     if "scores" in forms:
       written += score_files.save(directory, stem, self.image, self.scores, self.names)
