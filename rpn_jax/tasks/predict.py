@@ -3,8 +3,10 @@
 import collections
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from rpn_jax.annotations.collection import Collection
+from rpn_jax.annotations.options import DEFAULT_FORMS, check, parse_forms
 from rpn_jax.base import overlap, picture_files, pictures
 from rpn_jax.base.colors import Color
 from rpn_jax.base.console import progress
@@ -22,27 +24,39 @@ LISTED_FILES = 12
 SKIPPED = "skipped.txt"
 
 
-def predict(config, workdir, image: str | None, classes: str | None) -> list[pathlib.Path]:
-  """Writes overlay, labels and JSON of every image to `workdir/predictions`.
+def predict(
+  config,
+  workdir,
+  image: str | None,
+  classes: str | None,
+  save: str | Sequence[str] = DEFAULT_FORMS,
+  annotations: Mapping | None = None,
+) -> list[pathlib.Path]:
+  """Segments images and writes the results to `workdir/predictions`.
 
   Args:
     config: config of the run.
     workdir: directory of the run; its newest checkpoint is used.
     image: a file or a folder.
     classes: names separated by commas, seen in training or not; None: those of the run.
+    save, annotations: see `save_all`.
 
   Returns:
     The files written.
   """
   if not image:
     raise InputError("--mode=predict needs --image=FILE_OR_FOLDER")
+  check(save, annotations or {})
   given, found = None if classes is None else parse_names(classes), picture_files.find(image)
   predictor, run = open_run(config, workdir)
   if not (names := given or run.stored_classes().get("names")):
     raise InputError(
       f'--mode=predict needs --classes="a, b": {run.workdir} does not say which it was trained on'
     )
-  return save_all(Segmenter.from_run(predictor, run), found, names, run.workdir / "predictions")
+  return save_all(
+    Segmenter.from_run(predictor, run), found, names, run.workdir / "predictions", save=save,
+    annotations=annotations,
+  )  # fmt: skip
 
 
 def save_all(
@@ -51,6 +65,8 @@ def save_all(
   names,
   directory,
   *,
+  save: str | Sequence[str] = DEFAULT_FORMS,
+  annotations: Mapping | None = None,
   palette: str = "default",
   page: int | None = None,
   matte: str | Color = "white",
@@ -65,6 +81,8 @@ def save_all(
     found: the images; results of those in subfolders are in subfolders.
     names: see `parse_names`.
     directory: where to write.
+    save: forms, see `Segmentation.save`.
+    annotations: arguments of `annotations.options.Options`.
     palette: color palette.
     page: of files with several pages or frames, see `pictures.load`.
     matte: the color that transparent pixels lie on.
@@ -76,10 +94,12 @@ def save_all(
   Raises:
     InputError: some images could not be read; raised after the others have been written.
   """
+  forms, names, directory = parse_forms(save), parse_names(names), expand(directory)
+  collection = Collection(directory, names, forms, **(annotations or {}))
   written: list[pathlib.Path] = []
   unreadable: list[InputError] = []
   pending: collections.deque[tuple[pathlib.Path, pathlib.Path]] = collections.deque()
-  told, directory = pictures.Told(), expand(directory)
+  told = pictures.Told()
   largest = 0  # bytes of an image so far
 
   def expected_bytes(file: pathlib.Path) -> int:
@@ -111,14 +131,19 @@ def save_all(
       _ = result.labels
       yield result, stem
 
-  def save(item: tuple[Segmentation, pathlib.Path]) -> list[pathlib.Path]:
+  def save_one(item: tuple[Segmentation, pathlib.Path]) -> list[pathlib.Path]:
     result, stem = item
-    return result.save(directory / stem.parent, stem.name, palette=palette)
+    return result.save(
+      directory, stem.as_posix(), save=forms, palette=palette, collection=collection
+    )
 
-  with progress(len(found.files), f"segment on {devices_text()}", "image") as bar:
-    for paths in overlap.mapped(save, results(), lambda item: item[0].nbytes):
-      written += paths
-      bar.update()
+  try:
+    with progress(len(found.files), f"segment on {devices_text()}", "image") as bar:
+      for paths in overlap.mapped(save_one, results(), lambda item: item[0].nbytes):
+        written += paths
+        bar.update()
+  finally:  # after Ctrl-C, too: of the images done so far
+    written += collection.finish()
   if told.others:
     print(f"{told.others} more images like these: each JSON file says how its image was read")
   if written:
@@ -131,9 +156,13 @@ def summary(written: Sequence[pathlib.Path], directory: pathlib.Path) -> str:
   """The files, or of many images how many of each kind are where."""
   if len(written) <= LISTED_FILES:
     return "\n".join(map(str, written))
-  ends = (re.search(r"(_overlay|_labels)?\.\w+$", file.name) for file in written)
-  kinds = collections.Counter(end[0] for end in ends if end)
-  return f"{directory}: " + ", ".join(f"{count} x *{kind}" for kind, count in kinds.items())
+  kinds: collections.Counter[str] = collections.Counter()
+  for file in written:
+    folder = file.parent.relative_to(directory).as_posix()
+    end = re.search(r"(_overlay|_labels|_scores)?\.\w+$", file.name)
+    if end:
+      kinds[("" if folder == "." else f"{folder}/") + f"*{end[0]}"] += 1
+  return f"{directory}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def check_skipped(

@@ -6,6 +6,8 @@ Images and folders of them, films and rasters have each a module: `predict`, `vi
 import argparse
 
 from rpn_jax import devices
+from rpn_jax.annotations.options import DEFAULT_FORMS, check, parse_forms
+from rpn_jax.annotations.options import FLAGS as ANNOTATION_FLAGS
 from rpn_jax.base import colors, console, picture_files
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
@@ -25,8 +27,10 @@ FLAGS = {
 def segment(args: argparse.Namespace) -> int:
   """Segments the input of the parsed arguments (see `rpn_jax.cli`); returns the exit status."""
   console.set_verbosity(args.quiet)
+  annotations = {name: getattr(args, name) for name in ANNOTATION_FLAGS}
 
   def run():
+    check(args.save, annotations)
     with devices.runtime():
       if (args.words is None) == (args.list is None):
         got = "neither" if args.words is None else "both"
@@ -57,7 +61,7 @@ def segment(args: argparse.Namespace) -> int:
       else:
         save_all(
           segmenter, found, names, out, palette=args.palette, page=args.page, matte=args.matte,
-          **options,
+          save=args.save, annotations=annotations, **options,
         )  # fmt: skip
 
   return console.run_command(run, interrupted="interrupted; the images done so far are kept")
@@ -81,4 +85,9 @@ def _kind(args: argparse.Namespace, path) -> str:
       raise InputError(
         f"--{given[0]} is for {owner}, {args.image} is taken for {kind}: leave it out{remedy}"
       )
+  if kind != "images" and parse_forms(args.save) != DEFAULT_FORMS:
+    raise InputError(
+      f"--save={args.save} is for images, {args.image} is taken for {kind}, whose files are always "
+      "the same: leave it out"
+    )
   return kind
