@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import InconclusiveDimensionOperation
 
 from rpn_jax import devices
 from rpn_jax.base.errors import InputError
@@ -174,7 +173,7 @@ def _traced(trace: Callable) -> Any:
     raise
   except ValueError as error:  # what a network says about its input
     raise InputError(f"{error}: use another --size") from error
-  except (TypeError, jax.errors.JAXTypeError, InconclusiveDimensionOperation) as error:
+  except (TypeError, jax.errors.JAXTypeError, jax.errors.InconclusiveDimensionOperation) as error:
     raise InputError(
       "expected a network that takes any size or number, this one does not: give --size and "
       f"--batch as numbers, and --words without --text-input ({type(error).__name__})"

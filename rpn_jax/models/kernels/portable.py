@@ -1,4 +1,4 @@
-"""The kernels of several platforms in one program, which is stored and compiled for one of them later.
+"""The kernels of several platforms in one program, which is stored and compiled for one later.
 
 An operation of our own whose lowering differs by platform: `jax.lax.platform_dependent` would
 lower a TPU's kernel for CPUs as well, which is refused. It has no derivative.
