@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpn_jax import __version__
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import SEPARATOR, check_names, without_articles
 from rpn_jax.inference.segmenter import Segmenter
@@ -159,7 +158,6 @@ def _metadata(
   trained = known.get(network.scores)
   return {
     "model": segmenter.method,
-    "rpn_jax": __version__,
     "names": [name.replace(SEPARATOR, " | ") for name in names],
     "height": shape[1] if isinstance(shape[1], int) else OPEN,
     "width": shape[2] if isinstance(shape[2], int) else OPEN,
