@@ -107,7 +107,8 @@ def test_the_wheel_asks_for_what_the_package_imports():
       elif isinstance(node, ast.ImportFrom):
         imported.add(node.module.split(".")[0])
   imported -= {*sys.stdlib_module_names, "rpn_jax"}
-  imported -= {"gradio", "fsspec", "gcsfs"}  # of the extras `demo` and `gs`
+  # Of the extras `demo`, `gs` and `export`.
+  imported -= {"gradio", "fsspec", "gcsfs", "onnx", "onnxruntime"}
   imported -= {"data_pipelines"}  # of a clone, for `reproduce`, which wants one
   distributions = importlib.metadata.packages_distributions()
   names = {canonicalize_name(requirement.name) for requirement in declared()}
