@@ -163,6 +163,11 @@ class Operations(Graph):
     names = [self.name(part) for part in parts]
     return self.node("Concat", names, axis=int(equation.params["dimension"]))
 
+  def on_unstack(self, equation: Any, x: Any) -> list[Tensor]:
+    """Of JAX 0.12; before that slices that are squeezed."""
+    axis = int(equation.params["axis"])
+    return [self.row(x, i, axis) for i in range(len(equation.outvars))]
+
   def on_slice(self, equation: Any, x: Any) -> str:
     first, last = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or [1] * len(first)
@@ -323,11 +328,12 @@ class Operations(Graph):
       stacked.append(Tensor(self.node("Concat", names, axis=0), shape))
     return [*state, *stacked]
 
-  def row(self, value: Any, index: int) -> Any:
+  def row(self, value: Any, index: int, axis: int = 0) -> Any:
+    """One of the parts of a value along an axis, which is gone."""
     if not isinstance(value, Tensor):
-      return value[index]
-    at = self.constant(index, np.int64)
-    return Tensor(self.node("Gather", [self.name(value), at], axis=0), value.shape[1:])
+      return value.take(index, axis)
+    part = self.node("Gather", [self.name(value), self.constant(index, np.int64)], axis=axis)
+    return Tensor(part, [*value.shape[:axis], *value.shape[axis + 1 :]])
 
 
 def model(

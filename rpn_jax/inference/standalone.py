@@ -121,7 +121,7 @@ def standalone(
     like = text
     if like is None:
       like = jax.eval_shape(encode, predictor.text_rows(["a"])[0])
-    scope = image.shape[0].scope if not isinstance(image.shape[0], int) else None
+    scope = next((side.scope for side in image.shape if not isinstance(side, int)), None)
     (classes,) = jax.export.symbolic_shape(CLASSES, scope=scope)
     inputs["text"] = jax.ShapeDtypeStruct((classes, *like.shape[1:]), np.float32)
   metadata = _metadata(segmenter, names, image.shape, dtype)
