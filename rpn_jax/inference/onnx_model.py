@@ -307,7 +307,12 @@ class Operations(Graph):
   def on_scan(self, equation: Any, *inputs: Any) -> list[Any]:
     """A loop, written out turn by turn."""
     params = equation.params
-    consts, carried = params["num_consts"], params["num_carry"]
+    called = params["jaxpr"]
+    body, kept = (called.jaxpr, called.consts) if isinstance(called, ClosedJaxpr) else (called, ())
+    # Versions of JAX count them under different names; what is stacked has an axis more outside.
+    stacked = lambda outer, inner: len(outer.aval.shape) > len(inner.aval.shape)
+    carried = sum(not stacked(*pair) for pair in zip(equation.outvars, body.outvars))
+    consts = len(inputs) - carried - sum(map(stacked, equation.invars, body.invars))
     state, rows = [*inputs[consts : consts + carried]], inputs[consts + carried :]
     turns: list[list[Any]] = []
     if not isinstance(params["length"], int):
@@ -315,18 +320,17 @@ class Operations(Graph):
     order = range(params["length"])
     for turn in reversed(order) if params["reverse"] else order:
       taken = [self.row(value, turn) for value in rows]
-      body = params["jaxpr"]
-      out = self.run(body.jaxpr, body.consts, [*inputs[:consts], *state, *taken])
+      out = self.run(body, kept, [*inputs[:consts], *state, *taken])
       state = out[:carried]
       turns.append(out[carried:])
     if params["reverse"]:
       turns.reverse()
-    stacked = []
+    results = []
     for out, parts in zip(equation.outvars[carried:], zip(*turns)):
       shape = out.aval.shape
       names = [self.reshape(self.name(part), (1, *shape[1:])) for part in parts]
-      stacked.append(Tensor(self.node("Concat", names, axis=0), shape))
-    return [*state, *stacked]
+      results.append(Tensor(self.node("Concat", names, axis=0), shape))
+    return [*state, *results]
 
   def row(self, value: Any, index: int, axis: int = 0) -> Any:
     """One of the parts of a value along an axis, which is gone."""
