@@ -20,6 +20,7 @@ from rpn_jax.drawing.palette import PALETTES
 COMMANDS = {
   "segment": ("rpn_jax.tasks.segment", "images into the classes you name"),
   "demo": ("rpn_jax.tasks.demo", "a page in the browser: an image, words, the segmentation"),
+  "export": ("rpn_jax.tasks.export_model", "a model as ONNX, StableHLO or safetensors"),
   "share": ("rpn_jax.tasks.share", "an exported model to the Hugging Face hub"),
   "weights": ("rpn_jax.tasks.weights", "public CLIP weights by name: list, get, remove"),
   "convert": ("rpn_jax.tasks.convert", "CLIP's weights into the form that this package reads"),
@@ -54,17 +55,33 @@ def _run(arguments: list[str]) -> int:
   if command.startswith("-"):
     _parser().parse_args([command])
   check_known("command ", command, COMMANDS)
-  root = pathlib.Path(__file__).parent.parent
   if command in IN_CLONE:
-    if not (root / "main.py").exists():
-      raise InputError(
-        "preparing data sets and training need a clone of the project; in its folder run `make`, "
-        f"then: .venv/bin/python -m rpn_jax {shlex.join(arguments)}"
-      )
-    sys.path.append(str(root))  # an installed clone finds rpn_jax, but not what stands beside it
+    _find_clone(arguments)
   if command == "segment":
     return _segment(rest)
-  return importlib.import_module(COMMANDS[command][0]).main(rest)
+  module = importlib.import_module(COMMANDS[command][0])
+  if command == "export":
+    return module.main(rest, lambda config: _training_data(config, arguments))
+  return module.main(rest)
+
+
+def _find_clone(arguments: list[str]) -> None:
+  """Lets what stands beside rpn_jax in a clone be imported."""
+  root = pathlib.Path(__file__).parent.parent
+  if not (root / "main.py").exists():
+    raise InputError(
+      "preparing data sets and training need a clone of the project; in its folder run `make`, "
+      f"then: .venv/bin/python -m rpn_jax {shlex.join(arguments)}"
+    )
+  sys.path.append(str(root))  # an installed clone finds rpn_jax, but not what stands beside it
+
+
+def _training_data(config, arguments: list[str]) -> tuple:
+  """The training set of a run, without its records, and its license; as in main.py."""
+  _find_clone(arguments)
+  from data_pipelines import datasets, registry
+
+  return datasets.load(config, names_only=True), registry.license_of(config.data.name)
 
 
 def _segment(arguments: list[str]) -> int:

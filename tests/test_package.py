@@ -107,7 +107,8 @@ def test_the_wheel_asks_for_what_the_package_imports():
       elif isinstance(node, ast.ImportFrom):
         imported.add(node.module.split(".")[0])
   imported -= {*sys.stdlib_module_names, "rpn_jax"}
-  imported -= {"gradio", "fsspec", "gcsfs", "rasterio"}  # of the extras `demo`, `gs` and `geo`
+  # Of the extras `demo`, `gs`, `geo` and `export`.
+  imported -= {"gradio", "fsspec", "gcsfs", "rasterio", "onnx", "onnxruntime"}
   imported -= {"data_pipelines"}  # of a clone, for `reproduce`, which wants one
   distributions = importlib.metadata.packages_distributions()
   names = {canonicalize_name(requirement.name) for requirement in declared()}

@@ -266,7 +266,7 @@ class CATSeg(Defaults, nn.Module):
   ) -> jax.Array:
     """Class logits (B, 4 h, 4 w, C) from what `dense_features` and `encode_text` give."""
     c = self.config
-    text = jnp.broadcast_to(text_CxPxE, (len(features_BxhxwxE), *text_CxPxE.shape))
+    text = jnp.broadcast_to(text_CxPxE, (features_BxhxwxE.shape[0], *text_CxPxE.shape))
     cost = cost_volume(features_BxhxwxE, text)
     batch, classes = cost.shape[:2]
     kept = None
@@ -333,7 +333,7 @@ class CATSeg(Defaults, nn.Module):
 
 def squash(image_BxHxWx3: jax.Array, side: int) -> jax.Array:
   """Bilinear resize to a square, without antialias."""
-  size = (len(image_BxHxWx3), side, side, 3)
+  size = (image_BxHxWx3.shape[0], side, side, 3)
   if image_BxHxWx3.shape == size:
     return image_BxHxWx3
   exact = jax.lax.Precision.HIGHEST

@@ -29,7 +29,7 @@ SCORES = {
 
 def text_branch(cls_BxE: jax.Array, text_CxE: jax.Array, letter: str) -> tuple[jax.Array, ...]:
   """What a head compares the patches with, each (B, C, E): t, t * g, or both (Tables 6 and 7)."""
-  t = jnp.broadcast_to(text_CxE, (len(cls_BxE), *text_CxE.shape))
+  t = jnp.broadcast_to(text_CxE, (cls_BxE.shape[0], *text_CxE.shape))
   tg = text_CxE * cls_BxE[:, None]
   return {"a": (t,), "b": (tg,), "c": (tg, t)}[letter]
 

@@ -36,8 +36,8 @@ def apg(map_BxNxC: jax.Array, h_NxD: jax.Array) -> jax.Array:
 def top_k_gates(scores_BxJ: jax.Array, k: int) -> jax.Array:
   """Softmax over the k largest scores, zero for the others: (B, J), rows sum to one."""
   kept, index = jax.lax.top_k(scores_BxJ, k)
-  rows = jnp.arange(scores_BxJ.shape[0])[:, None]
-  return jnp.zeros_like(scores_BxJ).at[rows, index].set(jax.nn.softmax(kept))
+  places_BxKxJ = jax.nn.one_hot(index, scores_BxJ.shape[-1])
+  return (jax.nn.softmax(kept)[..., None] * places_BxKxJ).sum(1)
 
 
 class M2oE(nn.Module):
@@ -78,7 +78,7 @@ class M2oE(nn.Module):
       gates_BxJ = self.gates(x.mean((0, 1)), train, example_offset)
     mixed = jnp.float32(0)
     for j in range(self.experts):
-      small = resize_grid(x, max(1, h >> j), max(1, w >> j))
+      small = resize_grid(x, jax.core.max_dim(1, h // 2**j), jax.core.max_dim(1, w // 2**j))
       bound = initializers.uniform(1 / 3)  # PyTorch's for a depthwise 3x3 kernel: 1/sqrt(9)
       convolve = prompts.Conv(
         self.reduced,

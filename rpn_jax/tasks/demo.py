@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from rpn_jax import devices
 from rpn_jax.annotations.options import ANNOTATIONS
@@ -247,7 +248,7 @@ def build(models: Models, root: pathlib.Path):
           method = gr.Dropdown([OWN_METHOD, *METHODS], value=OWN_METHOD, label="Method")
         about = gr.Markdown(models.note(models.names[0]))
         background = gr.Textbox(
-          label="Background words", info="They compete too, but their pixels get no class."
+          "", label="Background words", info="They compete too, but their pixels get no class."
         )
         other = gr.Slider(
           0, 1, 0, step=0.01, label="Other below", info="Less certain pixels get no class."
@@ -289,14 +290,16 @@ def build(models: Models, root: pathlib.Path):
     outcome = [overlay, rows, mask, record, archived]
     inputs = [picture, words, background, other, model, method, alpha, safe, form]
     outputs = [result, names, made_by, *outcome]
-    gr.on([button.click, words.submit], on_segment, inputs, outputs)
+    # What programs call (docs/deploy.md); the rest is of a visit to the page.
+    gr.on([button.click, words.submit], on_segment, inputs, outputs, api_name="segment")
+    private: dict[str, Any] = {"api_visibility": "private"}
     if opening[0]:
-      page.load(on_segment, inputs, outputs)
-    model.change(models.note, model, about)
-    other.release(on_adjust, [result, other, alpha, safe, form], [result, *outcome])
+      page.load(on_segment, inputs, outputs, **private)
+    model.change(models.note, model, about, **private)
+    other.release(on_adjust, [result, other, alpha, safe, form], [result, *outcome], **private)
     for event in (alpha.release, safe.change):
-      event(on_look, [result, alpha, safe, form], outcome, show_progress="hidden")
-    form.change(on_form, [result, form], archived)
+      event(on_look, [result, alpha, safe, form], outcome, show_progress="hidden", **private)
+    form.change(on_form, [result, form], archived, **private)
     page.unload(on_leave)
   return page.queue(max_size=64, default_concurrency_limit=2)
 

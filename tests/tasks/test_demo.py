@@ -1,9 +1,13 @@
 """The page in the browser: what its buttons do, and the page itself in a headless Chromium."""
 
+import importlib.metadata
 import io
 import json
 import pathlib
+import re
+import runpy
 import shutil
+import subprocess
 import tempfile
 import threading
 import urllib.request
@@ -19,6 +23,7 @@ from rpn_jax.drawing.palette import class_colors
 from rpn_jax.inference import segmenter, views
 from rpn_jax.inference.predictor import forward
 from rpn_jax.tasks import demo
+from tests import ROOT
 
 CHROMIUM = next(
   filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -159,6 +164,83 @@ def address(models, tmp_path_factory):
 def test_uploads_have_a_folder_of_their_own(address, tmp_path_factory):
   assert address.startswith("http://127.0.0.1:")
   assert list(tmp_path_factory.getbasetemp().glob("tmp*/rpn_demo/gradio/*/scene.png"))
+
+
+def example(marker, language):
+  page = (ROOT / "docs/deploy.md").read_text()
+  return re.search(rf"<!-- {marker} -->\n\n```{language}\n(.*?)^```", page, re.M | re.S)[1]
+
+
+# Sockets of the client's, which are closed when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_program_calls_the_page(address, models, tmp_path, monkeypatch):
+  """The lines of docs/deploy.md, with the address of this page."""
+  shutil.copy(demo.SCENE, tmp_path / "photo.jpg")
+  monkeypatch.chdir(tmp_path)
+  names = {}
+  exec(example("client", "python").replace("http://127.0.0.1:7860/", address), names)
+  wanted = segment(models, words="sand, water")
+  with Image.open(names["mask"]) as mask:
+    np.testing.assert_array_equal(np.asarray(mask), wanted.labels)
+  assert names["made_by"] == f"Made by: {wanted.method}"
+  assert json.loads(pathlib.Path(names["record"]).read_text())["names"] == ["sand", "water"]
+  with Image.open(names["overlay"]) as overlay:
+    assert overlay.format == "PNG"
+  assert [row[0] for row in names["rows"]["data"]] == list(wanted.shares())
+  client = names["client"]
+  assert list(client.view_api(print_info=False, return_format="dict")["named_endpoints"]) == [
+    "/segment"
+  ]
+  with pytest.raises(Exception, match="duplicate class name 'sand'"):
+    picture = names["handle_file"]("photo.jpg")
+    client.predict(picture=picture, words="sand, sand", api_name="/segment")
+
+
+def test_the_page_by_curl(address, tmp_path):
+  shutil.copy(demo.SCENE, tmp_path / "photo.jpg")
+  lines = example("curl", "sh").replace("http://127.0.0.1:7860/", address)
+  lines = lines.replace('"shapes"', '"shapes_clip"')
+  done = subprocess.run(["bash", "-c", lines], cwd=tmp_path, capture_output=True, text=True)
+  event, data = done.stdout.split("data: ", 1)
+  assert "event: complete" in event
+  *_, overlay, _, mask, _, _ = json.loads(data.splitlines()[0])
+  with urllib.request.urlopen(mask["url"]) as answer, Image.open(io.BytesIO(answer.read())) as got:
+    assert got.size == (256, 192) and set(np.unique(got)) <= {0, 1}
+  assert overlay["url"].endswith(".png")
+
+
+def test_the_space_serves_the_page(monkeypatch, tmp_path):
+  """Its app.py as it stands, on a free port."""
+  monkeypatch.setenv("MODELS", "shapes_clip")
+  launched = []
+  monkeypatch.setattr(demo, "launch", lambda models, root, **options: launched.append(options))
+  runpy.run_path(str(ROOT / "docs/deploy/space/app.py"), run_name="__main__")
+  assert launched == [{"host": "0.0.0.0", "port": 7860}]
+  front = (ROOT / "docs/deploy/space/README.md").read_text().split("---")[1]
+  assert (
+    f"sdk_version: {importlib.metadata.version('gradio')}" in front and "app_file: app.py" in front
+  )
+
+
+def test_the_containers_lines():
+  """Not built, for want of Docker: its instructions are known, its files are there."""
+  text = (ROOT / "docs/deploy/Dockerfile").read_text().replace("\\\n", " ")
+  lines = [line.split(maxsplit=1) for line in text.splitlines() if line[:1] not in ("#", "")]
+  assert {word for word, _ in lines} <= {
+    "FROM", "WORKDIR", "COPY", "RUN", "USER", "ENV", "EXPOSE", "CMD",
+  }  # fmt: skip
+  for source in (word for kind, rest in lines if kind == "COPY" for word in rest.split()[:-1]):
+    assert (ROOT / source).exists()
+  ((_, command),) = (line for line in lines if line[0] == "CMD")
+  name, *arguments = json.loads(command)
+  assert (name, arguments[0]) == ("rpn", "demo")
+  with pytest.raises(SystemExit, match="0"):
+    demo.main([*arguments[1:], "--help"])
+  pins = subprocess.run(
+    ["bash", "-c", text.split("RUN ")[1].split(" > pins.txt")[0]], cwd=ROOT, capture_output=True,
+    text=True, check=True,
+  ).stdout  # fmt: skip
+  assert "jax==" in pins and "grain" not in pins and "pycocotools" not in pins
 
 
 @pytest.fixture(scope="module")

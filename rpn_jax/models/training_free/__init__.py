@@ -285,7 +285,7 @@ class DenseCLIP(Defaults, nn.Module):
       padding = ((0, 0), (0, -height % size), (0, -width % size), (0, 0))
       padded = jnp.pad(image_BxHxWx3, padding)
       return padded, padded
-    if min(height, width) < size:
+    if height < size or width < size:
       raise ValueError(
         f"image of {height}x{width} pixels: expected one patch of {size}x{size} or more"
       )

@@ -29,7 +29,7 @@ def rotated_scores(q_BxNxd: jax.Array, k_BxNxd: jax.Array, alpha: float) -> jax.
   is a mean weighted by the length of the queries, without the class token.
   """
   q, k = q_BxNxd.astype(jnp.float32), k_BxNxd.astype(jnp.float32)
-  weight_BxN = jnp.linalg.norm(q, axis=-1).at[:, 0].set(0)
+  weight_BxN = jnp.linalg.norm(q, axis=-1) * (jnp.arange(q.shape[1]) > 0)
   weight_BxN /= weight_BxN.sum(-1, keepdims=True)
   center = lambda x: x - EXACT("bn,bnd->bd", weight_BxN, x)[:, None]
   centered = center(k)
