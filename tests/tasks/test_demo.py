@@ -100,7 +100,7 @@ def test_bad_pictures_are_refused_without_the_servers_paths(models, tmp_path, mo
 
 
 def test_users_share_one_model_and_its_programs(models, monkeypatch):
-  segment(models)
+  segment(models).shares()
   programs = lambda: tuple(cached.cache_info().misses for cached in (forward, views.tile_program))
   before, results = programs(), {}
   monkeypatch.setattr(segmenter.Segmenter, "load", None)
