@@ -23,6 +23,8 @@ from data_pipelines.sources.files import Colors, read_index_image
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 
+# What `prepare` can be told of raw files besides where they are.
+OPTIONS = ("values", "background")
 # Values of the EXIF field "orientation" that turn or mirror an image; 1 leaves it as it is.
 _TURNING = range(2, 9)
 
@@ -37,12 +39,14 @@ class RawExample:
     label: the file that holds the label; errors name it.
     read_label: () -> uint8 or uint16 [H,W] in the raw numbering; None reads `label` as an image
       file of ids (gray or palette).
+    read_image: () -> bytes of an image file; None reads `image`.
   """
 
   id: str
   image: pathlib.Path
   label: pathlib.Path
   read_label: Callable[[], np.ndarray] | None = None
+  read_image: Callable[[], bytes] | None = None
 
 
 class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -56,8 +60,11 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     vocabulary: the registered set whose raw ids may occur in the labels; by default `name`.
     own_classes: the class names come with the raw files: `examples` sets `classes`, and every
       folder of raw files is prepared under a name of its own.
-    values: the label value of every name, as given to `prepare`; None for positions. Of builders
-      with `own_classes` only.
+    names_from: where the names of such classes stand, for messages.
+    options: those of `OPTIONS` that the builder takes.
+    values: the mask value of every name, as given to `prepare`; None for positions.
+    background: the class of pixels without annotation, as given to `prepare`; None for no class.
+    allow_partial: whether annotations without an image are left out, as given to `prepare`.
     counts: published number of examples per split.
     obtain: where people get the raw files, by name of the page.
     license: one line.
@@ -71,7 +78,11 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
   title: str
   vocabulary: str = ""
   own_classes: bool = False
+  names_from: str = "names.txt"
+  options: tuple[str, ...] = ()
   values: tuple[int, ...] | None = None
+  background: str | None = None
+  allow_partial: bool = False
   counts: dict[str, int]
   obtain: str
   license: str
@@ -133,7 +144,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
       InputError: an unreadable file, an image and a label of two sizes, a label out of range.
     """
     label_HxW = self._read_label(raw)
-    image_HxWx3, encoded, exif = _read_image(raw.image, label_HxW.shape, self.obtain)
+    image_HxWx3, encoded, exif = _read_image(raw, label_HxW.shape, self.obtain)
     height, width = image_HxWx3.shape[:2]
     if (height, width) != label_HxW.shape:
       raise InputError(
@@ -212,7 +223,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
 
 def _read_image(
-  path: pathlib.Path, label_size: tuple[int, int], obtain: str
+  raw: RawExample, label_size: tuple[int, int], obtain: str
 ) -> tuple[np.ndarray, bytes, str]:
   """An image, a file of it that every decoder reads alike, and what was done about its EXIF data.
 
@@ -222,8 +233,9 @@ def _read_image(
   Returns:
     uint8 [H,W,3]; bytes; "upright", "stored", or "" for an image that no EXIF data turns.
   """
+  path = raw.image
   try:
-    data = path.read_bytes()
+    data = path.read_bytes() if raw.read_image is None else raw.read_image()
     with Image.open(io.BytesIO(data)) as file:
       pixels.check_size(path, file.size)
       mode, kind = file.mode, file.format

@@ -361,9 +361,9 @@ def masks() -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def folder_builder(tmp_path_factory):
-  made = raw_files.make_builder(folder.Folder, tmp_path_factory.mktemp("data"), "x")
+  made = raw_files.make_builder(folder.Folder, tmp_path_factory.mktemp("data"), "x", {})
   with file_of(b"a\nb\nc\nd\n", "names.txt") as path:
-    made.classes = folder.read_classes(path.parent, "")
+    made.classes, _ = folder.read_classes(path.parent, "")
   return made
 
 
