@@ -3,6 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from data_pipelines.sources.own_data import (
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.pixels import check_size
 
+_IDS = (int, float, str)
 _LISTS = ("images", "annotations", "categories")
 _FOLDERS = (".", "annotations", "train", "val", "valid", "test")
 
@@ -51,8 +53,9 @@ unseen.txt (may be missing: the names that are never trained on)"""
     for path, data in contents.items():
       split = split_of(path.relative_to(manual_dir).with_suffix(""))
       ids = {number: labels[name] for number, name in categories[path].items()}
-      annotations = _by_image(path, data, ids)
-      for number, image in sorted(_images(path, data).items(), key=lambda item: item[1]["name"]):
+      listed = _images(path, data)
+      annotations = _by_image(path, data, ids, listed)
+      for number, image in sorted(listed.items(), key=lambda item: item[1]["name"]):
         file = images.find(image["name"], split)
         if file is None:
           got = "one in a folder of another split" if images.find(image["name"]) else "no such file"
@@ -179,11 +182,11 @@ def _unique(path: pathlib.Path, kind: str, entries: list[dict]) -> dict:
   found: dict = {}
   for entry in entries:
     number = entry["id"]
-    if not isinstance(number, (int, str)) or number in found:
+    if not isinstance(number, _IDS):
+      raise InputError(f"{path}: expected numbers as ids of {kind}, got {number!r}; correct it")
+    if number in found:
       raise InputError(
         f"{path}: expected {kind} of different ids, got {number!r} twice; give one a new id"
-        if isinstance(number, (int, str))
-        else f"{path}: expected the id of {kind} as a number, got {number!r}; correct it"
       )
     found[number] = entry
   return found
@@ -212,12 +215,12 @@ def _images(path: pathlib.Path, data: dict) -> dict:
   return images
 
 
-def _by_image(path: pathlib.Path, data: dict, labels: dict) -> dict:
+def _by_image(path: pathlib.Path, data: dict, labels: dict, images: dict) -> dict:
   """Image id -> its annotations with their labels."""
-  found: dict = {entry["id"]: [] for entry in _entries(path, data, "images", "id")}
+  found: dict = {number: [] for number in images}
   for annotation in _entries(path, data, "annotations", "image_id", "category_id"):
     for key, known in (("image_id", found), ("category_id", labels)):
-      if not isinstance(annotation[key], (int, str)) or annotation[key] not in known:
+      if not isinstance(annotation[key], _IDS) or annotation[key] not in known:
         raise InputError(
           f"{path}: expected the {key} of annotation {annotation.get('id')!r} among the ids that "
           f"the file lists, got {annotation[key]!r}; correct it or remove the annotation"
@@ -228,11 +231,16 @@ def _by_image(path: pathlib.Path, data: dict, labels: dict) -> dict:
 
 def _is_box(annotation: dict) -> bool:
   """Whether only a box tells where the object is."""
-  return not _has_area(annotation.get("segmentation")) and len(annotation.get("bbox") or ()) == 4
+  box = annotation.get("bbox")
+  is_box = isinstance(box, list) and len(box) == 4
+  return is_box and not _has_area(annotation.get("segmentation"))
 
 
-def _has_area(segmentation: object) -> bool:
-  return bool(segmentation) and count_empty(segmentation) < len(segmentation)
+def _has_area(segmentation: Any) -> bool:
+  """Whether there are run lengths, or polygons of at least three points; what is neither counts."""
+  if isinstance(segmentation, list):
+    return count_empty(segmentation) < len(segmentation)
+  return bool(segmentation)
 
 
 def _is_outside(segmentation: object, size: tuple[int, int]) -> bool:

@@ -5,17 +5,22 @@ import dataclasses
 import functools
 import io
 import math
+import os
 import pathlib
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data_pipelines.sources import class_file
 from data_pipelines.sources.builder import RawExample
 from data_pipelines.sources.coco_masks import read_mask
 from data_pipelines.sources.files import check_label_format
 from data_pipelines.sources.own_data import (
+  BACKGROUND_NAMES,
+  IGNORED_NAMES,
   Annotations,
   Canvas,
   ImageFiles,
@@ -28,6 +33,7 @@ from data_pipelines.sources.own_data import (
 )
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.pixels import SUFFIXES, check_size
+from rpn_jax.base.words import suggestion
 
 # Points of each kind of shape, at least and at most. Files of version 3 have no kind: polygons.
 _POINTS = {
@@ -42,6 +48,7 @@ _POINTS = {
   "mask": (1, 2),
 }
 _WITHOUT_AREA = ("line", "linestrip", "point")
+_LABELS_FILE = "labels.txt"
 _LINE_WIDTH = 10  # pixels, as labelme draws what has no area
 
 
@@ -69,6 +76,7 @@ class Labelme(Annotations):
   layout = """**/*.json, as labelme writes them; a folder train or val in the path tells the split
   (without: one image in ten is for val)
 the images, in the files (imageData), where imagePath says, or anywhere below
+labels.txt (may be missing: the class names in order, as for labelme --labels; else those found)
 unseen.txt (may be missing: the names that are never trained on)"""
 
   def examples(self, manual_dir):
@@ -77,9 +85,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
       raise InputError(
         f"{manual_dir}: expected labelme's JSON files (with shapes), got none; put them there"
       )
-    labels = self.set_classes(
-      manual_dir, sorted({label for file in files for label in file.labels})
-    )
+    labels = self.set_classes(manual_dir, _names(manual_dir, files))
     if count := sum(file.without_area for file in files):
       print(
         f"{manual_dir}: {count:,} lines and points, which have no area, are drawn {_LINE_WIDTH} "
@@ -137,6 +143,22 @@ unseen.txt (may be missing: the names that are never trained on)"""
     return canvas.label
 
 
+def _names(manual_dir: pathlib.Path, files: Sequence[_File]) -> list[str]:
+  """The lines of labels.txt, which all labels must be among, or the labels by the alphabet."""
+  found = {label: file.path for file in files for label in file.labels}
+  path = manual_dir / _LABELS_FILE
+  if not path.exists():
+    return sorted(found)
+  names = [clean(name) for name in class_file.read(path).names]
+  for label in found:
+    if label not in names and label not in (*IGNORED_NAMES, BACKGROUND_NAMES[0]):
+      raise InputError(
+        f"{found[label]}: expected labels of {path.name}, got {label!r}; did you mean "
+        f"{suggestion(label, names)!r}? Correct it, or write it into {path.name}"
+      )
+  return names
+
+
 def _json_files(manual_dir: pathlib.Path) -> list[pathlib.Path]:
   return ImageFiles(manual_dir).with_suffixes((".json",))
 
@@ -156,7 +178,8 @@ def _summarize(path: pathlib.Path) -> _File | None:
   for position, shape in enumerate(shapes):
     item = shape if isinstance(shape, dict) else {}
     label, kind = item.get("label"), item.get("shape_type")
-    if not isinstance(label, str) or not label.strip() or kind not in _POINTS:
+    named = isinstance(label, str) and label.strip()
+    if not named or not isinstance(kind, (str, NoneType)) or kind not in _POINTS:
       raise InputError(
         f"{path}: expected shapes with a label, of the kinds {', '.join(filter(None, _POINTS))}, "
         f"got the label {label!r} and the kind {kind!r} in entry {position}; correct or remove it"
@@ -178,8 +201,8 @@ def _find_image(file: _File, images: ImageFiles, split: str | None) -> pathlib.P
   """Where imagePath says, from the JSON file, or the file below the folder that it may mean."""
   for suffix in ("", *SUFFIXES):  # a file without imagePath means the image of its own name
     beside = file.path.parent / (file.image.replace("\\", "/") + suffix)
-    if beside.is_file():
-      return pathlib.Path(beside.parent.resolve(), beside.name)
+    if os.path.isfile(beside):
+      return beside.parent.resolve() / beside.name
   return images.find(file.image, split)
 
 

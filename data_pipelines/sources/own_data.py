@@ -148,10 +148,10 @@ class ImageFiles:
     self._by_name: dict[str, list[pathlib.Path]] = {}
     for parent, folders, files in os.walk(folder):
       folders[:] = sorted(name for name in folders if not name.startswith("."))
+      here = folder / os.path.relpath(parent, folder)
       for name in sorted(files):
         if not name.startswith("."):
-          path = pathlib.Path(parent, name)
-          self._by_name.setdefault(composed(name), []).append(path)
+          self._by_name.setdefault(composed(name), []).append(here / name)
 
   def find(self, name: str, split: str | None = None) -> pathlib.Path | None:
     """The file whose path ends in a name with "/" or "\\\\"; None if there is none.

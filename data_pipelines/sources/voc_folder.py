@@ -1,6 +1,7 @@
 """Your own data: folders in the manner of PASCAL VOC, as CVAT, labelme and others export masks."""
 
 import functools
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -73,7 +74,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
         mask = masks / f"{name}.png"
         if image is None:
           missing.append(f"{folder / name}.*: expected the image of {name}, got no such file")
-        elif not mask.exists():
+        elif not os.path.isfile(mask):
           missing.append(f"{mask}: expected the mask of {image}, got no such file")
         else:
           raw = RawExample(name, image, mask, functools.partial(read, mask))

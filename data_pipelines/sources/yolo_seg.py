@@ -1,6 +1,7 @@
 """Your own data: YOLO's text files of polygons with a data.yaml, as ultralytics trains on them."""
 
 import functools
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -113,7 +114,7 @@ def _read_yaml(path: pathlib.Path) -> dict:
   text = read_text(path, "names, train and val")
   try:
     data = yaml.safe_load(text)
-  except (yaml.YAMLError, RecursionError, ValueError) as error:
+  except Exception as error:  # damage surfaces as a dozen kinds
     raise InputError(
       f"{path}: expected YAML with names, train and val, got {type(error).__name__} "
       f"({' '.join(str(error).split())[:200]}); correct it"
@@ -157,7 +158,7 @@ class _Images:
     self._files: ImageFiles | None = None
     root = str(data.get("path") or ".").replace("\\", "/")
     self._root = path.parent / root  # an absolute one stays as it is
-    if not self._root.is_dir():
+    if not os.path.isdir(self._root):
       # ultralytics would look in its own folder of data sets, or on another machine.
       self._root = path.parent
       if root not in (".", path.parent.name):
@@ -179,7 +180,7 @@ class _Images:
     places = [self._root / text, self._yaml.parent / text]
     if text.startswith("../"):  # as Roboflow writes what is beside the file
       places += [self._root / text[3:], self._yaml.parent / text[3:]]
-    place = next((place for place in places if place.exists()), None)
+    place = next((place for place in places if os.path.exists(place)), None)
     if place is None:
       raise InputError(
         f"{self._yaml}: expected a folder or a list of images at {key}: {entry}, got nothing at "
@@ -197,7 +198,7 @@ class _Images:
     """The image of a line of a list."""
     name = line.replace("\\", "/")
     for folder in (place.parent, self._root):
-      if (folder / name).is_file():
+      if os.path.isfile(folder / name):
         return (folder / name).resolve()
     self._files = self._files or ImageFiles(self._manual_dir)
     found = self._files.find(line)
@@ -208,11 +209,10 @@ class _Images:
 
 def _label_file(image: pathlib.Path) -> pathlib.Path:
   """labels/….txt of images/….jpg, by the last folder of that name; without one, beside it."""
-  parts = list(image.parts)
-  folders = [i for i, part in enumerate(parts[:-1]) if part == "images"]
-  if folders:
-    parts[folders[-1]] = "labels"
-  return pathlib.Path(*parts).with_suffix(".txt")
+  for folder in image.parents:
+    if folder.name == "images":
+      return (folder.with_name("labels") / image.relative_to(folder)).with_suffix(".txt")
+  return image.with_suffix(".txt")
 
 
 def _polygons(

@@ -177,6 +177,22 @@ def test_what_is_refused(made, message, tmp_path):
   assert "\n" not in str(caught.value)
 
 
+def test_a_list_of_labels(tmp_path):
+  """labelme's own file has the two special names first, in its converters' order."""
+  raw = tmp_path / "raw"
+  for name in "ab":
+    picture(raw / f"{name}.jpg")
+    labelme(raw / f"{name}.json", [shape("cat", "polygon", points(*BIG))], f"{name}.jpg")
+  (raw / "labels.txt").write_text("__ignore__\n_background_\ndog\ncat\n")
+  builder = built(tmp_path)
+  (label, _) = (x for split in labels_of(builder, raw).values() for x in split.values())
+  assert builder.classes.names == ("dog", "cat")
+  np.testing.assert_array_equal(label, painted((box(*BIG), 1)))
+  labelme(raw / "a.json", [shape("cta", "polygon", points(*BIG))])
+  with pytest.raises(InputError, match=r"a\.json: .* labels\.txt, got 'cta'; did you mean 'cat'\?"):
+    builder.examples(raw)
+
+
 def test_missing_images_and_files(tmp_path):
   raw = tmp_path / "raw"
   labelme(raw / "a.json", [shape("cat", "polygon", points(*BIG))])

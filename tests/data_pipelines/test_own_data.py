@@ -2,16 +2,20 @@
 
 import json
 import pathlib
+import re
+import shlex
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import folder as folder_config
-from data_pipelines import datasets, prepare, records
+from data_pipelines import datasets, prepare, records, registry
 from data_pipelines.sources.own_data import split_of
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
+from rpn_jax.tasks import model_card
+from tests import ROOT
 from tests.data_pipelines import raw_annotations as raws
 from tests.data_pipelines.raw_annotations import box, corners, labelme, points, shape
 
@@ -52,6 +56,11 @@ def opened(name, data_dir, setting="supervised"):
   return datasets.load(config)
 
 
+def test_model_cards_call_them_by_the_name_they_were_prepared_under():
+  own = [name for name, row in registry.DATA_SETS.items() if row.classes is None]
+  assert tuple(own) == model_card.OWN_DATA == ("folder", *MAKE)
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_from_the_command_to_batches(name, tmp_path, capsys):
   raw = tmp_path / "raw"
@@ -71,6 +80,19 @@ def test_from_the_command_to_batches(name, tmp_path, capsys):
   summary = json.loads((records.prepared_folder(name, tmp_path, "x") / "summary.json").read_text())
   assert summary["classes_missing"] == ["bird"] * (name == "coco_json")
   assert summary["background"] is None
+
+
+def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
+  """docs/data.md: one for each form, as written."""
+  page = (ROOT / "docs/data.md").read_text()
+  found = re.findall(rf"^python -m data_pipelines\.prepare ((?:{'|'.join(MAKE)}) .*)$", page, re.M)
+  assert len(found) == len(MAKE)
+  monkeypatch.chdir(tmp_path)
+  for words in map(shlex.split, found):
+    MAKE[words[0]](tmp_path / words[1].removeprefix("--manual_dir="))
+    assert prepare.main(words) == 0
+    assert (tmp_path / "data" / words[0] / "mine/1.0.0/dataset_info.json").exists()
+  assert "pixels without annotation are of the class 'background'" in capsys.readouterr().out
 
 
 def test_a_background_is_kept(tmp_path, capsys):
