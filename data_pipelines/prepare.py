@@ -342,7 +342,7 @@ def _report(cls: type[SegmentationBuilder], summary: dict, folder: pathlib.Path)
     rest = f" and {more} more (all in summary.json)" if more > 0 else ""
     lines.append(f"not found: {'; '.join(missing[:_NAMES_IN_REPORT])}{rest}")
   if blank := summary["images_without_a_class"]:
-    lines.append(f"{blank:,} images have no pixel of a class, and teach nothing")
+    lines.append(f"images without a pixel of any class, which teach nothing: {blank:,}")
   if "background" in cls.options:
     lines.append(_background_line(summary))
   upright, stored = (summary["exif"][how] for how in ("upright", "stored"))

@@ -128,8 +128,8 @@ class _Told:
       "without area": self.empty,
       "outside of their image": self.outside,
     }
-    if lines := [f"{count:,} {what}" for what, count in parts.items() if count]:
-      print(f"{where}: of {self.total:,} annotations {'; '.join(lines)}", flush=True)
+    if lines := [f"{what}: {count:,}" for what, count in parts.items() if count]:
+      print(f"{where}: of {self.total:,} annotations: {'; '.join(lines)}", flush=True)
 
 
 def _json_files(manual_dir: pathlib.Path) -> list[pathlib.Path]:
@@ -199,7 +199,7 @@ def _categories(path: pathlib.Path, data: dict) -> dict:
   names = {number: clean(found[number]["name"]) for number in order}
   double = len(names) - len({*names.values()})
   if double:
-    print(f"{path.name}: {double} categories have the name of another, and are one class with it")
+    print(f"{path.name}: categories that have the name of another, and are its class: {double}")
   return names
 
 

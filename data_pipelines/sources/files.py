@@ -243,9 +243,10 @@ class ColorTable:
     unlisted, counts = np.unique(codes[label_HxW == _UNLISTED], return_counts=True)
     if len(unlisted):
       raise InputError(
-        f"{path}: expected colors of {self._where.name}, got {len(unlisted):,} others, such as "
-        f"{_rgb(unlisted[counts.argmax()])}, on {counts.sum():,} of {codes.size:,} pixels; write "
-        "their classes there, or, if they are along edges, export the masks without smoothing"
+        f"{path}: expected colors of {self._where.name}, got others, such as "
+        f"{_rgb(unlisted[counts.argmax()])}, {len(unlisted):,} in all, on {counts.sum():,} of "
+        f"{codes.size:,} pixels; write their classes there, or, if they are along edges, export the "
+        "masks without smoothing"
       )
     return label_HxW
 

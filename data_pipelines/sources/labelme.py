@@ -80,16 +80,23 @@ labels.txt (may be missing: the class names in order, as for labelme --labels; e
 unseen.txt (may be missing: the names that are never trained on)"""
 
   def examples(self, manual_dir):
-    files = [file for file in map(_summarize, _json_files(manual_dir)) if file]
+    summaries = {path: _summarize(path) for path in _json_files(manual_dir)}
+    files = [file for file in summaries.values() if file]
     if not files:
       raise InputError(
         f"{manual_dir}: expected labelme's JSON files (with shapes), got none; put them there"
       )
+    if others := [path for path, file in summaries.items() if file is None]:
+      print(
+        f"{manual_dir}: left out, as JSON files without shapes: {len(others):,}, such as "
+        f"{others[0]}",
+        flush=True,
+      )
     labels = self.set_classes(manual_dir, _names(manual_dir, files))
     if count := sum(file.without_area for file in files):
       print(
-        f"{manual_dir}: {count:,} lines and points, which have no area, are drawn {_LINE_WIDTH} "
-        "pixels wide, as labelme does",
+        f"{manual_dir}: lines and points, which have no area, are drawn {_LINE_WIDTH} pixels wide, "
+        f"as labelme does: {count:,}",
         flush=True,
       )
     images, missing, used = ImageFiles(manual_dir), [], set()
@@ -111,7 +118,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
     self.leave_out(missing)
     if idle := [path for path in images.with_suffixes(SUFFIXES) if path not in used]:
       print(
-        f"{manual_dir}: left out {len(idle):,} images without a JSON file, such as {idle[0]}",
+        f"{manual_dir}: left out, as images without a JSON file: {len(idle):,}, such as {idle[0]}",
         flush=True,
       )
     return into_splits(found, manual_dir)
@@ -169,11 +176,10 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _summarize(path: pathlib.Path) -> _File | None:
-  """The labels and the image of a file; None, with a line, for JSON files of another kind."""
+  """The labels and the image of a file; None for JSON files of another kind."""
   data = _read(path)
   shapes = data.get("shapes")
   if not isinstance(shapes, list):
-    print(f"left out, since it has no shapes: {path}", flush=True)
     return None
   for position, shape in enumerate(shapes):
     item = shape if isinstance(shape, dict) else {}

@@ -219,7 +219,8 @@ def into_splits(
   found = {split: examples for split, examples in found.items() if examples}
   test = found.pop("test", None)
   if test:
-    print(f"{where}: left out {len(test):,} images for tests, such as {test[0].image}", flush=True)
+    first = test[0].image
+    print(f"{where}: left out, as images for tests: {len(test):,}, such as {first}", flush=True)
   if None in found and len(found) > 1:
     raise InputError(
       f"{where}: expected all images in train and val or none, got also {found[None][0].label}, "
@@ -228,8 +229,8 @@ def into_splits(
   train, val = ({raw.image for raw in found.get(split, ())} for split in ("train", "val"))
   if both := train & val:
     print(
-      f"{where}: {len(both):,} images are in train and in val, such as {min(both)}: scores will be "
-      "of images that were trained on",
+      f"{where}: images in train and in val: {len(both):,}, such as {min(both)}; scores will be of "
+      "images that were trained on",
       flush=True,
     )
   if {*found} <= {None, "train"}:

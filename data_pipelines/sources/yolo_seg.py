@@ -80,8 +80,8 @@ unseen.txt (may be missing: the names that are never trained on)"""
       )
     if without:
       print(
-        f"{path.parent}: {len(without):,} of {len(raws):,} images have no label file, and so no "
-        f"objects, such as {without[0].image}",
+        f"{path.parent}: images without a label file, and so without objects: {len(without):,} of "
+        f"{len(raws):,}, such as {without[0].image}",
         flush=True,
       )
 

@@ -54,8 +54,10 @@ def test_every_kind_of_segmentation(raw, tmp_path, capsys):
   assert builder.classes.names == ("cat", "dog", "bird") and builder.classes.ignore == NO
   told = capsys.readouterr().out
   assert "left out: captions_val2017.json" in told
-  assert "of 9 annotations 1 boxes only, so that their pixels have no class; 1 without" in told
-  assert "1 outside of their image" in told
+  assert (
+    "of 9 annotations: boxes only, so that their pixels have no class: 1; without area: 1" in told
+  )
+  assert "; outside of their image: 1\n" in told
 
 
 def test_a_background(raw, tmp_path):
@@ -109,7 +111,7 @@ def test_roboflow_writes_the_split_as_a_folder(raw, tmp_path, capsys):
   assert {s: [e.image.parent.name for e in es] for s, es in splits.items()} == {
     "train": ["train"], "val": ["valid"],
   }  # fmt: skip
-  assert "left out 1 images for tests" in capsys.readouterr().out
+  assert "left out, as images for tests: 1, such as" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -244,4 +246,4 @@ def test_categories_of_one_name_are_one_class(raw, tmp_path, capsys):
   builder = built(tmp_path)
   builder.examples(raw)
   assert builder.classes.names == ("cat", "dog")
-  assert "1 categories have the name of another" in capsys.readouterr().out
+  assert "categories that have the name of another, and are its class: 1" in capsys.readouterr().out

@@ -80,7 +80,10 @@ def test_lines_and_points_are_drawn_wide(tmp_path, capsys):
   label = label_of(tmp_path, shapes)
   assert np.sum(label[:, 10] == 0) == 10 and label[5, 2] == NO
   np.testing.assert_array_equal(label == 1, disk(15, 15, 5) & (label != 0))
-  assert "3 lines and points, which have no area, are drawn 10" in capsys.readouterr().out
+  assert (
+    "lines and points, which have no area, are drawn 10 pixels wide, as labelme does: 3"
+    in capsys.readouterr().out
+  )
 
 
 def test_older_versions(tmp_path):
@@ -149,8 +152,8 @@ def test_images_elsewhere(tmp_path, capsys):
     "val": ["json/val/d"],
   }
   told = capsys.readouterr().out
-  assert "left out, since it has no shapes:" in told and "other.json" in told
-  assert "left out 1 images without a JSON file, such as" in told and "idle.jpg" in told
+  assert "left out, as JSON files without shapes: 1, such as" in told and "other.json" in told
+  assert "left out, as images without a JSON file: 1, such as" in told and "idle.jpg" in told
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_lists(tmp_path, capsys):
     "train": ["a", "sub/b"],
     "val": ["c"],
   }
-  assert "left out 1 images for tests" in capsys.readouterr().out
+  assert "left out, as images for tests: 1, such as" in capsys.readouterr().out
   for path in lists.iterdir():
     path.unlink()
   text(lists / "default.txt", "a", "sub/b", "c")  # CVAT's, of a task without subsets
@@ -163,6 +163,10 @@ def test_masks_that_are_refused(tmp_path):
   gray_png(mask, np.where(INDEX == 2, 3, INDEX))
   refused(r"expected indices 0…2 of class_names\.txt, or 255, got 3; write the missing names")
   rgb_png(mask, {**VOC_COLORS, 2: (1, 2, 3)})
-  refused(r"expected colors of class_names\.txt, got 1 others, such as 1,2,3, on 25 of 600 pixels")
+  refused(
+    r"expected colors of class_names\.txt, got others, such as 1,2,3, 1 in all, on 25 of 600 pixels"
+  )
   Image.fromarray(np.arange(1800).reshape(20, 30, 3).astype(np.uint8)).save(mask)
-  refused(r"got 256 others, such as 0,1,2, on 600 of 600 pixels; .* export the masks without smoo")
+  refused(
+    r"got others, such as 0,1,2, 256 in all, on 600 of 600 pixels; .* export the masks without smoo"
+  )

@@ -88,7 +88,10 @@ def test_images_without_label_files_have_no_objects(tmp_path, capsys):
   (raw / "labels/train/b.txt").unlink()
   found = labels_of(built(tmp_path), raw)
   np.testing.assert_array_equal(found["train"]["images/train/b.jpg"], painted())
-  assert "1 of 4 images have no label file, and so no objects, such as" in capsys.readouterr().out
+  assert (
+    "images without a label file, and so without objects: 1 of 4, such as"
+    in capsys.readouterr().out
+  )
   for path in (raw / "labels").rglob("*.txt"):
     path.unlink()
   with pytest.raises(InputError, match=r"labels/train/a\.txt: expected the labels of .* any of 4"):
@@ -112,7 +115,7 @@ def test_images_in_both_splits_are_told(tmp_path, capsys):
   raw = tmp_path / "raw"
   yolo_tree(raw, f"train: images/train\nval: images/train\n{NAMES}")
   built(tmp_path).examples(raw)
-  assert "2 images are in train and in val, such as" in capsys.readouterr().out
+  assert "images in train and in val: 2, such as" in capsys.readouterr().out
 
 
 def test_an_image_on_its_side(tmp_path):
