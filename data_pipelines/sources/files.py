@@ -245,8 +245,8 @@ class ColorTable:
       raise InputError(
         f"{path}: expected colors of {self._where.name}, got others, such as "
         f"{_rgb(unlisted[counts.argmax()])}, {len(unlisted):,} in all, on {counts.sum():,} of "
-        f"{codes.size:,} pixels; write their classes there, or, if they are along edges, export the "
-        "masks without smoothing"
+        f"{codes.size:,} pixels; write their classes there, or, if they are along edges, export "
+        "the masks without smoothing"
       )
     return label_HxW
 

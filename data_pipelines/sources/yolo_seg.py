@@ -17,6 +17,7 @@ from data_pipelines.sources.own_data import (
   clean,
   into_splits,
   size_of,
+  split_of,
 )
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.pixels import list_images
@@ -50,10 +51,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
     by_name = self.set_classes(manual_dir, names)
     labels = [by_name[clean(name)] for name in names]
     found: dict[str | None, list[RawExample]] = {}
-    images = _Images(path, data, manual_dir)
-    for split, keys in _SPLITS.items():
-      key = next((key for key in keys if data.get(key)), None)
-      files = images.of(key) if key else []
+    for split, files in _splits(path, data, manual_dir).items():
       for file in files:
         inside = file.is_relative_to(manual_dir)
         name = file.relative_to(manual_dir).as_posix() if inside else str(file)
@@ -70,7 +68,8 @@ unseen.txt (may be missing: the names that are never trained on)"""
     raws = [raw for split, examples in found.items() for raw in examples if split != "test"]
     if not raws:
       raise InputError(
-        f"{path}: expected train and val, folders or lists of images, got none; write them there"
+        f"{path}: expected train and val, folders or lists of images, or images below, got none; "
+        "write them there"
       )
     without = [raw for raw in raws if raw.label == raw.image]
     if len(without) == len(raws):
@@ -148,6 +147,21 @@ def _names(path: pathlib.Path, data: dict) -> list[str]:
       "correct one of them"
     )
   return names
+
+
+def _splits(
+  path: pathlib.Path, data: dict, manual_dir: pathlib.Path
+) -> dict[str | None, list[pathlib.Path]]:
+  """The images of every split; of a file that names none all that are below its folder."""
+  keys = {split: next((k for k in keys if data.get(k)), "") for split, keys in _SPLITS.items()}
+  found: dict[str | None, list[pathlib.Path]] = {}
+  if any(keys.values()):
+    images = _Images(path, data, manual_dir)
+    return {split: images.of(key) for split, key in keys.items() if key}
+  print(f"{path}: names no train or val, so that all images below are read", flush=True)
+  for file in list_images(path.parent, suffixes=_SUFFIXES, recursive=True):
+    found.setdefault(split_of(file.relative_to(manual_dir).parent), []).append(file)
+  return found
 
 
 class _Images:

@@ -42,6 +42,7 @@ def same(found, expected):
     ("train: ../train/images\nval: ../val/images\nnc: 2\nnames: ['cat', 'dog']", "{split}/images"),
     ("path: ../datasets/mine\ntrain: [train/images]\nvalidation: val/images\nnames: [cat, dog]",
      "{split}/images"),
+    ("nc: 2\nnames: [cat, dog]", "images/{split}"),  # supervision's
     (f"path: C:\\data\ntrain: images\\train\nval: images/val/\n{NAMES}", "images/{split}"),
   ],
 )  # fmt: skip
@@ -170,7 +171,7 @@ def test_lines_that_are_refused(line, message, tmp_path):
     ("names: [a, [b]]\ntrain: images/train", "expected names as a list or as a table of indices"),
     ("names: [a, a]\ntrain: images/train", "expected different names, got 'a' twice"),
     ("names: [a]\nnc: 2\ntrain: images/train", "as many names as nc says, got nc 2 and 1 names"),
-    ("names: [a, b]", "expected train and val, folders or lists of images, got none"),
+    ("names: [a, b]\ntest: images", "expected train and val, folders or lists of images, or im"),
     ("names: [a, b]\ntrain: images/no", "list of images at train: images/no, got nothing at"),
     ("names: [a, b]\ntrain: labels/train", "expected the train images, got none"),
   ],
