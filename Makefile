@@ -2,13 +2,15 @@
 # make test        install, lint, run the tests (about twelve minutes on two cores)
 # make test-slow   the tests that `make test` leaves out
 # make test-tpu    what the TPU's own compiler makes of the programs; no TPU is needed
+# make test-consumers  annotations read by the programs that they are made for
 # make docs        the pages of docs/ as a site
 PYTHON ?= python3
 VENV := .venv
 VENV_TPU := .venv-tpu
+VENV_CONSUMERS := .venv-consumers
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-tpu lint docs ablations bench bench-data shapes-clip clean
+.PHONY: demo test test-slow test-tpu test-consumers lint docs ablations bench bench-data shapes-clip clean
 
 demo: $(VENV)/.run
 	$(RUN) main.py --config=configs/shapes.py --workdir=runs/shapes
@@ -22,6 +24,10 @@ test-slow: $(VENV)/.dev
 # In an environment of its own, since libtpu is a few hundred MB. K=… picks some, M=slow those of full size.
 test-tpu: $(VENV_TPU)/.dev
 	$(VENV_TPU)/bin/python -m pytest tests/tpu $(if $(K),-k "$(K)") $(if $(M),-m "$(M)")
+
+# supervision and labelme are in an environment of their own, since Qt and others make it 0.8 GB.
+test-consumers: $(VENV)/.dev $(VENV_CONSUMERS)/.dev
+	$(RUN) -m pytest tests/annotations/test_consumers.py -s
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -64,6 +70,11 @@ $(VENV)/.run: requirements.txt | $(VENV)/bin/python
 $(VENV_TPU)/.dev: requirements.txt
 	$(PYTHON) -m venv $(VENV_TPU)
 	$(VENV_TPU)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest "jax[tpu]"
+	@touch $@
+
+$(VENV_CONSUMERS)/.dev: requirements-consumers.txt
+	$(PYTHON) -m venv $(VENV_CONSUMERS)
+	$(VENV_CONSUMERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-consumers.txt
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run

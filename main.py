@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 from absl import app, flags
 
+from rpn_jax.annotations import options
 from rpn_jax.base import console, paths
 from rpn_jax.base.errors import InputError
 from rpn_jax.config import check, expand_paths
@@ -19,6 +20,10 @@ flags.DEFINE_enum("mode", "train", MODES, "What to do")
 flags.DEFINE_string("image", None, "predict, classify: an image file or a folder")
 flags.DEFINE_list("distributed", [], "HOST:PORT,PROCESSES,PROCESS; none; pods, Slurm are found")
 flags.DEFINE_string("classes", None, 'predict (default: of the run), classify: "red circle, sand"')
+flags.DEFINE_list("save", list(options.DEFAULT_FORMS), f"predict: of {', '.join(options.FORMS)}")
+for name, (default, text) in options.FLAGS.items():
+  define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+  define[type(default)](name, default, f"predict: {text}")
 flags.DEFINE_string("topology", None, "compile: TPUs such as v5e:16x16; none need be there")
 flags.DEFINE_bool("find_batch", False, "compile: also the largest batch a chip, for each remat")
 flags.DEFINE_string("json", None, "compile: a file that gets the numbers, too")
@@ -40,8 +45,12 @@ def run(config, workdir) -> None:
     if config.task == "pretrain":
       pretrain.pretrain(config, workdir, **datasets.captions(config))
     elif FLAGS.mode in ("predict", "classify"):
-      action = {"predict": predict.predict, "classify": classify.classify}[FLAGS.mode]
-      action(config, workdir, FLAGS.image and str(paths.expand(FLAGS.image)), FLAGS.classes)
+      given = (config, workdir, FLAGS.image and str(paths.expand(FLAGS.image)), FLAGS.classes)
+      if FLAGS.mode == "classify":
+        classify.classify(*given)
+      else:
+        annotations = {name: FLAGS[name].value for name in options.FLAGS}
+        predict.predict(*given, FLAGS.save, annotations)
     else:
       config = with_normalization(config)
       if FLAGS.mode == "train":

@@ -10,6 +10,7 @@ import shlex
 import sys
 
 from rpn_jax import __version__
+from rpn_jax.annotations import options
 from rpn_jax.base import console, interrupts
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
@@ -70,7 +71,7 @@ def _segment(arguments: list[str]) -> int:
   parser = argparse.ArgumentParser(
     prog="rpn segment",
     description="Segments images into the classes you name; writes an overlay with a legend, an "
-    "index PNG and a JSON file per image.",
+    "index PNG and a JSON file per image, or what --save names.",
   )
   add = parser.add_argument
   add("image", help="a jpg, png or webp file, or a folder of them")
@@ -100,6 +101,13 @@ def _segment(arguments: list[str]) -> int:
   add("--templates", help="sentences around a name, e.g. single or imagenet80")
   add("--synonyms", help="how synonyms are joined: first, mean, max or joined")
   add("--palette", default="default", choices=tuple(PALETTES), help="(%(default)s)")
+  add(
+    "--save",
+    default=",".join(options.DEFAULT_FORMS),
+    help=f"forms of the results, of {', '.join(options.FORMS)} (%(default)s; docs/masks.md)",
+  )
+  for name, (default, text) in options.FLAGS.items():
+    add(f"--{name}", type=type(default), default=default, help=f"{text} (%(default)s)")
   add("--quiet", action="store_true", help="print nothing but errors")
   args = parser.parse_args(arguments)
 

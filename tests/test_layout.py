@@ -27,11 +27,15 @@ ROOMS = {
   "weights": ["models", "devices", "config", "base"],
   "training": ["models", "weights", "devices", "config", "base"],
   "drawing": ["base"],
+  "annotations": ["drawing", "base"],
   "inference": [
     "training.checkpoint", "training.identity", "training.run", "text", "weights", "models",
-    "drawing", "devices", "config", "base",
+    "annotations", "drawing", "devices", "config", "base",
   ],
-  "tasks": ["inference", "training", "drawing", "weights", "text", "devices", "config", "base"],
+  "tasks": [
+    "inference", "training", "annotations", "drawing", "weights", "text", "devices", "config",
+    "base",
+  ],
   "analysis": [
     "inference", "training", "drawing", "weights", "text", "models", "chips", "devices", "config",
     "base",
@@ -51,11 +55,12 @@ HEAVY = {"jax", "flax", "optax", "orbax"}
 FOREIGN = {
   "base": HEAVY,
   "config": HEAVY,
+  "annotations": HEAVY,
   "configs": HEAVY | {"numpy"},
   "data_pipelines": HEAVY,
 }
 # The data's packages stay out of rpn_jax; other frameworks are nowhere but in the benchmarks.
-DATA_PACKAGES = {"grain", "tensorflow_datasets", "array_record", "pycocotools"}
+DATA_PACKAGES = {"grain", "tensorflow_datasets", "array_record"}
 OTHER_FRAMEWORKS = {"torch", "tensorflow"}
 # What computes needs nothing but arrays.
 ARRAYS = {"jax", "flax", "einops", "numpy"}

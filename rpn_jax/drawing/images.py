@@ -1,4 +1,4 @@
-"""Label maps in color: overlays, grids of predictions, and the files of one segmented image.
+"""Label maps in color: overlays, grids of predictions, index images.
 
 A label map holds class ids 0..C-1; any other value (255 by convention) is ignored and is drawn as
 a dark hatch.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -99,9 +99,9 @@ def overlay_with_legend(
   long_side = max(label.shape)
   size = label.shape[::-1]
   if long_side > MAX_OVERLAY_SIDE:
-    size = _fitted_size(label.shape, MAX_OVERLAY_SIDE)
+    size = fitted_size(label.shape, MAX_OVERLAY_SIDE)
   elif long_side < 512:
-    size = _fitted_size(label.shape, 512)
+    size = fitted_size(label.shape, 512)
   # In proportion to the image, which a page or a viewer reduces to what fits.
   letters = max(16, max(size) // 40)
   margin = letters
@@ -170,7 +170,7 @@ def prediction_grid(
   count = len(images)
   long_side = 480 if count <= 2 else 384 if count <= 4 else 288
   letters, gap, margin = 17, 14, 22
-  sizes = [_fitted_size(label.shape, long_side) for label in labels]
+  sizes = [fitted_size(label.shape, long_side) for label in labels]
   column = max(max(w for w, _ in sizes), 200)
   width = 3 * column + 2 * gap
 
@@ -237,42 +237,6 @@ def index_image(
   return index
 
 
-def save_prediction(
-  directory: str | os.PathLike,
-  stem: str,
-  image_HxWx3: np.ndarray,
-  label_HxW: np.ndarray,
-  names: Sequence[str],
-  **options: Any,
-) -> list[pathlib.Path]:
-  """Writes one segmented image as `<stem>_overlay.png` and `<stem>_labels.png`.
-
-  Args:
-    directory: made if it is missing.
-    stem: beginning of both file names.
-    image_HxWx3: uint8 RGB.
-    label_HxW: class ids of the same height and width, and `no_class_id`.
-    names: C class names.
-    **options: of `overlay_with_legend`.
-
-  Returns:
-    Both paths, of an `overlay_with_legend` and of an `index_image`.
-
-  Raises:
-    ValueError: a wrong shape or dtype, or an id that the file cannot hold.
-  """
-  image, label = _checked_image(image_HxWx3), _checked_label(label_HxW)
-  if image.shape[:2] != label.shape or not label.size:
-    raise ValueError(f"expected image and label of one size, got {image.shape} and {label.shape}")
-  index = index_image(label, names, options.get("palette", "default"))
-  overlaid = overlay_with_legend(image, label, names, **options)
-  directory = expand(directory)
-  return [
-    save_png(directory / f"{stem}_overlay.png", overlaid),
-    save_png(directory / f"{stem}_labels.png", index),
-  ]
-
-
 def save_png(path: str | os.PathLike, image: Image.Image | Figure) -> pathlib.Path:
   """Writes an image or a figure, see `replacing`, and makes its folder.
 
@@ -305,7 +269,7 @@ def _checked_label(label: np.ndarray) -> np.ndarray:
   return label.astype(np.int64) if label.dtype.itemsize > 4 else label.astype(np.int32)
 
 
-def _fitted_size(shape: tuple[int, int], long_side: int) -> tuple[int, int]:
+def fitted_size(shape: tuple[int, int], long_side: int) -> tuple[int, int]:
   """(width, height) in pixels at which an (H, W) image fills a square of `long_side`."""
   scale = long_side / max(shape)
   # Whole factors keep every pixel of a small image the same size.

@@ -4,16 +4,20 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from rpn_jax.annotations import scores as score_files
+from rpn_jax.annotations.collection import Collection
+from rpn_jax.annotations.images import Labeled
+from rpn_jax.annotations.options import ANNOTATIONS, DEFAULT_FORMS, parse_forms
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
 from rpn_jax.base.words import SEPARATOR, composed
-from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_prediction
+from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_png
 from rpn_jax.drawing.legend import share_text
 from rpn_jax.drawing.palette import class_colors
 from rpn_jax.inference.decision import best_row
@@ -188,33 +192,61 @@ class Segmentation:
       "emphasis": self.emphasis,
     }
 
-  @property
-  def _index(self) -> np.ndarray:
-    """The labels as stored in files: `no_class_id` for pixels without a class."""
-    return np.where(self.labels < 0, no_class_id(len(self.names)), self.labels)
-
   def mask(self, palette: str = "default") -> Image.Image:
     """A PIL image of the class ids; `no_class_id` for pixels without a class."""
-    return index_image(self._index, self.names, palette)
+    index = np.where(self.labels < 0, no_class_id(len(self.names)), self.labels)
+    return index_image(index, self.names, palette)
 
   def save(
-    self, directory: str | os.PathLike, stem: str | None = None, **options: Any
+    self,
+    directory: str | os.PathLike,
+    stem: str | None = None,
+    *,
+    save: str | Sequence[str] = DEFAULT_FORMS,
+    alpha: float = 0.55,
+    palette: str = "default",
+    collection: Collection | None = None,
+    **options: Any,
   ) -> list[pathlib.Path]:
-    """Writes `<stem>_overlay.png`, `<stem>_labels.png` and `<stem>.json`.
+    """Writes the forms that are asked for, docs/masks.md.
+
+    These are "overlay" (`<stem>_overlay.png`), "labels" (`<stem>_labels.png`), "json"
+    (`<stem>.json`), "scores" (`<stem>_scores.npz` and `.png`), and in folders of their names
+    "coco" (`coco/<stem>.json`), "labelme", "yolo" and "voc", see `annotations.Collection`.
 
     Args:
       directory: created if missing.
       stem: start of the file names; None uses that of the image's file.
-      **options: arguments of `overlay`.
+      save: forms, as a list or as "overlay,coco".
+      alpha, palette: of `overlay`.
+      collection: of many images, which gets the annotations in place of one for this image alone;
+        its `finish` writes what is about all of them.
+      **options: of `annotations.options.Options`.
 
     Returns:
-      The paths, in this order.
+      The paths.
+
+    Raises:
+      InputError: an unknown form, or see `Collection`.
     """
+    forms, directory = parse_forms(save), expand(directory)
     stem = stem or pathlib.PurePath(self.file).stem or "picture"
-    written = save_prediction(directory, stem, self.image, self._index, self.names, **options)
-    path = expand(directory) / f"{stem}.json"
-    write_json(path, self.summary())
-    return [*written, path]
+    own = collection or Collection(directory, self.names, forms, coco_name=stem, **options)
+    written = []
+    if "overlay" in forms:
+      overlay = self.overlay(alpha, palette)
+      written.append(save_png(directory / f"{stem}_overlay.png", overlay))
+    if "labels" in forms:
+      written.append(save_png(directory / f"{stem}_labels.png", self.mask(palette)))
+    if "json" in forms:
+      written.append(directory / f"{stem}.json")
+      directory.mkdir(parents=True, exist_ok=True)
+      write_json(written[-1], self.summary())
+    if "scores" in forms:
+      written += score_files.save(directory, stem, self.image, self.scores, self.names)
+    if {*forms} & {*ANNOTATIONS}:
+      written += own.add(Labeled(self.image, self.labels, self.file), stem)
+    return written if collection else written + own.finish()
 
   def __repr__(self) -> str:
     height, width = self.labels.shape
@@ -230,6 +262,55 @@ class Segmentation:
     file = io.BytesIO()
     self.overlay().save(file, format="PNG")
     return file.getvalue()
+
+
+def save_results(
+  results: Iterable[Segmentation],
+  directory: str | os.PathLike,
+  *,
+  save: str | Sequence[str] = DEFAULT_FORMS,
+  alpha: float = 0.55,
+  palette: str = "default",
+  **options: Any,
+) -> list[pathlib.Path]:
+  """Saves many results of one list of names, with one COCO file for all of them.
+
+  Args:
+    results: one at a time is needed, as `Segmenter.stream` gives them.
+    directory, save, alpha, palette, **options: see `Segmentation.save`.
+
+  Returns:
+    The paths.
+
+  Raises:
+    InputError: two results whose files would have the same name, or other names than those of the
+      first one; see also `Segmentation.save`.
+  """
+  collection: Collection | None = None
+  stems: set[str] = set()
+  written: list[pathlib.Path] = []
+  try:
+    for result in results:
+      if collection is None:
+        names = result.names
+        collection = Collection(directory, names, parse_forms(save), **options)
+      stem = pathlib.PurePath(result.file).stem or f"picture_{len(stems)}"
+      if result.names != names:
+        raise InputError(
+          f"{stem}: expected a result with the names of the first one, {', '.join(names)}, got "
+          f"{', '.join(result.names)}; save it to another folder"
+        )
+      if stem in stems:
+        raise InputError(
+          f"{result.file}: expected images with different names, got {stem} twice; rename one"
+        )
+      stems.add(stem)
+      written += result.save(
+        directory, stem, save=save, alpha=alpha, palette=palette, collection=collection
+      )
+  finally:
+    written += collection.finish() if collection else []
+  return written
 
 
 def check_adjustment(names: Sequence[str], other: float, emphasis: Mapping) -> None:

@@ -7,6 +7,7 @@ The page is Gradio's (`pip install ".[demo]"`), what its buttons do are plain fu
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -18,6 +19,7 @@ import threading
 from collections.abc import Sequence
 
 from rpn_jax import devices
+from rpn_jax.annotations.options import ANNOTATIONS
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
@@ -32,6 +34,9 @@ from rpn_jax.inference.segmenter import METHODS, SHIPPED, SHIPPED_PROMPTS, Segme
 MAX_MEGABYTES = 20
 MAX_PIXELS = 40_000_000
 MAX_WORDS = 100
+# What can be downloaded besides mask and numbers.
+NO_FORM = "none"
+OTHER_FORMS = ("scores", *ANNOTATIONS)
 SLIDERS = 24  # classes with a slider, the largest first
 OWN_METHOD = "default"
 SCENE = pathlib.Path(__file__).parent.parent / "assets" / "scene.png"
@@ -111,6 +116,18 @@ def files(result: Segmentation, folder: pathlib.Path) -> list[str]:
   return [str(mask), str(folder / f"{stem}.json")]
 
 
+def archive(result: Segmentation, form: str, folder: pathlib.Path) -> str | None:
+  """Path of a zip archive with the files of one of OTHER_FORMS; None for NO_FORM."""
+  if form == NO_FORM:
+    return None
+  stem = pathlib.PurePath(result.file).stem
+  with tempfile.TemporaryDirectory(dir=folder) as files:
+    named = copy.copy(result)
+    named.file = pathlib.Path(files, result.file)  # where no file is: the pixels are written
+    named.save(files, stem, save=form)
+    return shutil.make_archive(str(folder / f"{stem}_{form}"), "zip", files)
+
+
 def table(result: Segmentation) -> list[list]:
   """Rows of class, share and mean score, as the page lists them."""
   content = result.summary()
@@ -152,35 +169,44 @@ def build(models: Models, root: pathlib.Path):
     # Hashed: the browser chooses this text, and folders are deleted by it.
     return root / hashlib.sha256(str(request.session_hash).encode()).hexdigest()[:16]
 
-  def shown(result, alpha, safe, request):
-    palette = "colorblind" if safe else "default"
-    return [result.overlay(alpha, palette), table(result), *files(result, folder(request))]
+  def shown(result, alpha, safe, form, request):
+    palette, own = "colorblind" if safe else "default", folder(request)
+    downloads = [*files(result, own), packed(result, form, own)]
+    return [result.overlay(alpha, palette), table(result), *downloads]
+
+  def packed(result, form, own):
+    path = archive(result, form, own)
+    return gr.update(value=path, interactive=path is not None)
 
   @plainly
   def on_segment(
-    picture, words, background, other, model, method, alpha, safe, request: gr.Request
+    picture, words, background, other, model, method, alpha, safe, form, request: gr.Request
   ):
     result = segment(models, picture, words, background, other, model, method)
     shares = result.shares()
     order = (*shares, *(name for name in result.names if name not in shares))
-    return [result, order, f"Made by: {result.method}", *shown(result, alpha, safe, request)]
+    return [result, order, f"Made by: {result.method}", *shown(result, alpha, safe, form, request)]
 
   @plainly
-  def on_look(result, alpha, safe, request: gr.Request):
-    return [gr.skip()] * 4 if result is None else shown(result, alpha, safe, request)
+  def on_look(result, alpha, safe, form, request: gr.Request):
+    return [gr.skip()] * 5 if result is None else shown(result, alpha, safe, form, request)
 
   @plainly
-  def on_adjust(result, other, alpha, safe, request: gr.Request):
+  def on_form(result, form, request: gr.Request):
+    return gr.skip() if result is None else packed(result, form, folder(request))
+
+  @plainly
+  def on_adjust(result, other, alpha, safe, form, request: gr.Request):
     if result is None:
-      return [gr.skip()] * 5
+      return [gr.skip()] * 6
     result = result.adjusted(other=other)
-    return [result, *shown(result, alpha, safe, request)]
+    return [result, *shown(result, alpha, safe, form, request)]
 
   def on_emphasis(name):
     @plainly
-    def changed(result, value, alpha, safe, request: gr.Request):
+    def changed(result, value, alpha, safe, form, request: gr.Request):
       result = result.adjusted(emphasis={**result.emphasis, name: value})
-      return [result, *shown(result, alpha, safe, request)]
+      return [result, *shown(result, alpha, safe, form, request)]
 
     return changed
 
@@ -229,6 +255,11 @@ def build(models: Models, root: pathlib.Path):
         with gr.Row():
           mask = gr.DownloadButton("Mask (PNG)")
           record = gr.DownloadButton("Numbers (JSON)")
+        form = gr.Dropdown(
+          [NO_FORM, *OTHER_FORMS], value=NO_FORM, label="Other forms",
+          info="Scores, or annotations for other programs.",
+        )  # fmt: skip
+        archived = gr.DownloadButton("Archive (ZIP)", interactive=False)
         rows = gr.Dataframe(
           headers=["class", "share", "score"], interactive=False, label="Classes by area"
         )
@@ -240,23 +271,24 @@ def build(models: Models, root: pathlib.Path):
               slider = gr.Slider(-1, 1, 0, step=0.05, label=name)
               slider.release(
                 on_emphasis(name),
-                [result, slider, alpha, safe],
+                [result, slider, alpha, safe, form],
                 [result, *pictures],
                 show_progress="hidden",
               )
 
     # Below both columns, which are one on a narrow screen: the result stands above it.
     gr.Examples([[str(SCENE), SCENE_WORDS]], [picture, words], label="The shapes data set")
-    pictures = [overlay, rows, mask, record]
-    inputs = [picture, words, background, other, model, method, alpha, safe]
+    pictures = [overlay, rows, mask, record, archived]
+    inputs = [picture, words, background, other, model, method, alpha, safe, form]
     outputs = [result, names, made_by, *pictures]
     gr.on([button.click, words.submit], on_segment, inputs, outputs)
     if opening[0]:
       page.load(on_segment, inputs, outputs)
     model.change(models.note, model, about)
-    other.release(on_adjust, [result, other, alpha, safe], [result, *pictures])
+    other.release(on_adjust, [result, other, alpha, safe, form], [result, *pictures])
     for event in (alpha.release, safe.change):
-      event(on_look, [result, alpha, safe], pictures, show_progress="hidden")
+      event(on_look, [result, alpha, safe, form], pictures, show_progress="hidden")
+    form.change(on_form, [result, form], archived)
     page.unload(on_leave)
   return page.queue(max_size=64, default_concurrency_limit=2)
 

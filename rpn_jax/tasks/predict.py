@@ -3,8 +3,10 @@
 import collections
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from rpn_jax.annotations.collection import Collection
+from rpn_jax.annotations.options import DEFAULT_FORMS, parse_forms
 from rpn_jax.base import pixels
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
@@ -20,14 +22,22 @@ LISTED_FILES = 12
 SKIPPED = "skipped.txt"
 
 
-def predict(config, workdir, image: str | None, classes: str | None) -> list[pathlib.Path]:
-  """Writes overlay, labels and JSON of every image to `workdir/predictions`.
+def predict(
+  config,
+  workdir,
+  image: str | None,
+  classes: str | None,
+  save: str | Sequence[str] = DEFAULT_FORMS,
+  annotations: Mapping | None = None,
+) -> list[pathlib.Path]:
+  """Segments images and writes the results to `workdir/predictions`.
 
   Args:
     config: config of the run.
     workdir: directory of the run; its newest checkpoint is used.
     image: a file or a folder.
     classes: names separated by commas, seen in training or not; None: those of the run.
+    save, annotations: see `save_all`.
 
   Returns:
     The files written.
@@ -40,7 +50,10 @@ def predict(config, workdir, image: str | None, classes: str | None) -> list[pat
     raise InputError(
       f'--mode=predict needs --classes="a, b": {run.workdir} does not say which it was trained on'
     )
-  return save_all(Segmenter.from_run(predictor, run), files, names, run.workdir / "predictions")
+  return save_all(
+    Segmenter.from_run(predictor, run), files, names, run.workdir / "predictions", save=save,
+    annotations=annotations,
+  )  # fmt: skip
 
 
 def save_all(
@@ -49,6 +62,8 @@ def save_all(
   names,
   directory,
   *,
+  save: str | Sequence[str] = DEFAULT_FORMS,
+  annotations: Mapping | None = None,
   palette: str = "default",
   **options,
 ) -> list[pathlib.Path]:
@@ -59,6 +74,8 @@ def save_all(
     files: paths of the images.
     names: see `parse_names`.
     directory: where to write.
+    save: forms, see `Segmentation.save`.
+    annotations: arguments of `annotations.options.Options`.
     palette: color palette.
     **options: other arguments of `Segmenter.__call__`.
 
@@ -68,6 +85,8 @@ def save_all(
   Raises:
     InputError: some images could not be read; raised after the others have been written.
   """
+  forms, names = parse_forms(save), parse_names(names)
+  collection = Collection(directory, names, forms, **(annotations or {}))
   # Files that differ only in their suffix must not overwrite each other's results.
   repeated = len({f.stem for f in files}) < len(files)
   written, unreadable = [], []
@@ -83,10 +102,13 @@ def save_all(
       pending.append(file)
       yield image
 
-  for result in segmenter.stream(images(), names, **options):
-    file = result.file = pending.popleft()
-    stem = file.name.replace(".", "_") if repeated else file.stem
-    written += result.save(directory, stem, palette=palette)
+  try:
+    for result in segmenter.stream(images(), names, **options):
+      file = result.file = pending.popleft()
+      stem = file.name.replace(".", "_") if repeated else file.stem
+      written += result.save(directory, stem, save=forms, palette=palette, collection=collection)
+  finally:  # after Ctrl-C, too: of the images done so far
+    written += collection.finish()
   if written:
     print(f"{segmenter.method}\n{summary(written, expand(directory))}")
   check_skipped(unreadable, len(files), directory)
@@ -97,9 +119,13 @@ def summary(written: Sequence[pathlib.Path], directory: pathlib.Path) -> str:
   """The files, or of many images how many of each kind are where."""
   if len(written) <= LISTED_FILES:
     return "\n".join(map(str, written))
-  ends = (re.search(r"(_overlay|_labels)?\.\w+$", file.name) for file in written)
-  kinds = collections.Counter(end[0] for end in ends if end)
-  return f"{directory}: " + ", ".join(f"{count} x *{kind}" for kind, count in kinds.items())
+  kinds: collections.Counter[str] = collections.Counter()
+  for file in written:
+    folder = file.parent.relative_to(directory).as_posix()
+    end = re.search(r"(_overlay|_labels|_scores)?\.\w+$", file.name)
+    if end:
+      kinds[("" if folder == "." else f"{folder}/") + f"*{end[0]}"] += 1
+  return f"{directory}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def check_skipped(unreadable: Sequence[InputError], total: int, directory) -> None:

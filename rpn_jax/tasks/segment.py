@@ -3,6 +3,7 @@
 import argparse
 
 from rpn_jax import devices
+from rpn_jax.annotations.options import FLAGS
 from rpn_jax.base import console, pixels
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import parse_names
@@ -23,7 +24,8 @@ def segment(args: argparse.Namespace) -> int:
       )  # fmt: skip
       save_all(
         segmenter, files, names, expand(args.out), other=args.other, background=args.background,
-        refine=args.refine, palette=args.palette,
+        refine=args.refine, palette=args.palette, save=args.save,
+        annotations={name: getattr(args, name) for name in FLAGS},
       )  # fmt: skip
 
   return console.run_command(run, interrupted="interrupted; the images done so far are kept")

@@ -8,11 +8,11 @@ from rpn_jax.drawing.images import (
   MAX_OVERLAY_SIDE,
   _resized,
   colorize,
+  index_image,
   overlay,
   overlay_with_legend,
   prediction_grid,
   save_png,
-  save_prediction,
 )
 from rpn_jax.drawing.palette import HATCH, class_colors
 
@@ -107,33 +107,29 @@ def test_saved_labels_are_the_ids(tmp_path, size):
   label = np.random.default_rng(0).integers(0, 3, size)
   label[0, 0] = 255
   image = np.zeros((*size, 3), np.uint8)
-  shown, index = save_prediction(tmp_path / "new", "photo", image, label, SHAPES)
-  assert [p.name for p in (shown, index)] == ["photo_overlay.png", "photo_labels.png"]
-  assert sorted(p.name for p in shown.parent.iterdir()) == ["photo_labels.png", "photo_overlay.png"]
-  saved = Image.open(index)
+  path = save_png(tmp_path / "new" / "photo.png", index_image(label, SHAPES))
+  assert [*path.parent.iterdir()] == [path]
+  saved = Image.open(path)
   assert saved.mode == "P"
   np.testing.assert_array_equal(np.asarray(saved), label)
   palette = np.array(saved.getpalette()).reshape(-1, 3)
   np.testing.assert_array_equal(palette[:3], class_colors(SHAPES))
-  with Image.open(shown) as overlay:
-    assert 300 < overlay.width <= MAX_OVERLAY_SIDE + 100
+  overlay = overlay_with_legend(image, label, SHAPES)
+  assert 300 < overlay.width <= MAX_OVERLAY_SIDE + 100
 
 
 def test_saved_labels_of_many_classes_have_16_bits(tmp_path):
   names = [f"class {i}" for i in range(847)]
   label = np.arange(847)[None].repeat(3, 0)
-  _, index = save_prediction(tmp_path, "a", np.zeros((3, 847, 3), np.uint8), label, names)
-  saved = Image.open(index)
+  saved = Image.open(save_png(tmp_path / "a.png", index_image(label, names)))
   assert saved.mode == "I;16"
   np.testing.assert_array_equal(np.asarray(saved), label)
 
 
-def test_saving_refuses_ids_that_do_not_fit(tmp_path):
-  image = np.zeros((2, 2, 3), np.uint8)
+def test_saving_refuses_ids_that_do_not_fit():
   for wrong in (-1, 256):
     with pytest.raises(ValueError, match=r"expected class ids 0\.\.255"):
-      save_prediction(tmp_path, "a", image, np.full((2, 2), wrong), SHAPES)
-  assert not list(tmp_path.iterdir())
+      index_image(np.full((2, 2), wrong), SHAPES)
 
 
 def test_pixels_of_no_class_stay_as_they_are(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 import urllib.request
+import zipfile
 
 import numpy as np
 import pytest
@@ -39,6 +40,12 @@ def segment(models, picture=demo.SCENE, words=WORDS, background="", other=0.0, *
   return demo.segment(models, picture, words, background, other, **choices)
 
 
+def unpacked(path):
+  """{name: content} of a zip archive."""
+  with zipfile.ZipFile(path) as archive:
+    return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+
+
 def test_a_picture_and_words(models, tmp_path):
   result = segment(models)
   assert result.labels.shape == (192, 256) and result.file == "scene.png"
@@ -48,6 +55,11 @@ def test_a_picture_and_words(models, tmp_path):
   with Image.open(mask) as picture:
     np.testing.assert_array_equal(np.asarray(picture), result.labels)
   assert json.loads(pathlib.Path(record).read_text())["names"] == WORDS.split(", ")
+  assert demo.archive(result, demo.NO_FORM, tmp_path) is None
+  made = {form: unpacked(demo.archive(result, form, tmp_path)) for form in demo.OTHER_FORMS}
+  assert {*made["scores"]} == {"scene_scores.npz", "scene_scores.png"}
+  assert json.loads(made["labelme"]["labelme/scene.json"])["imageData"]  # no image is beside it
+  assert "yolo/images/scene.png" in made["yolo"] and "voc/class_names.txt" in made["voc"]
   left_out = segment(models, words="sand", background="water, grass", other=0.1)
   assert demo.table(left_out)[-1][0] == "other"
 
@@ -216,6 +228,13 @@ def after(page, change):
   )
 
 
+def area_of_sand(page):
+  """Pixels, in the archive of COCO's annotations."""
+  content = json.loads(unpacked(downloaded(page, "Archive (ZIP)"))["coco/scene.json"])
+  sand = WORDS.split(", ").index("sand") + 1
+  return sum(each["area"] for each in content["annotations"] if each["category_id"] == sand)
+
+
 @browser_only
 def test_upload_type_and_see_the_colored_result(page, address):
   press(page, demo.SCENE)
@@ -227,14 +246,19 @@ def test_upload_type_and_see_the_colored_result(page, address):
     assert mask.size == (256, 192) and set(np.unique(mask)) <= {0, 1, 2}
   before = json.loads(downloaded(page, "Numbers (JSON)").read_text())
   assert before["names"] == WORDS.split(", ") and before["emphasis"] == {}
+  share = lambda content: {row["name"]: row["share"] for row in content["classes"]}["sand"]
+
+  page.get_by_label("Other forms").first.click()
+  page.get_by_role("option", name="coco").click()
+  assert area_of_sand(page) == round(192 * 256 * share(before))
 
   page.get_by_text("More or less of a class").click()
   slider = page.get_by_label("number input for sand")
   slider.fill("1")
   after(page, slider.blur)
   now = json.loads(downloaded(page, "Numbers (JSON)").read_text())
-  share = lambda content: {row["name"]: row["share"] for row in content["classes"]}["sand"]
   assert now["emphasis"] == {"sand": 1} and share(now) > share(before)
+  assert area_of_sand(page) == round(192 * 256 * share(now))  # the archive follows
 
   opacity = page.get_by_label("number input for Opacity")
   opacity.fill("0")

@@ -1,0 +1,124 @@
+"""What `save` writes for one image and for many; labels and scores are given, no network runs."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rpn_jax.base.errors import InputError
+from rpn_jax.inference.segmentation import Segmentation, save_results
+from rpn_jax.tasks import predict
+from tests.annotations import scenes
+from tests.annotations.scenes import NAMES
+
+
+def result(file="", label=None, names=NAMES) -> Segmentation:
+  label = scenes.nested() if label is None else label
+  made = Segmentation(scenes.image(label), names, "by hand", None, file=file)
+  scores = np.random.default_rng(0).random((10, 12, len(names)), np.float32)
+  made.__dict__ |= {"_best": (label, np.full(label.shape, 0.5, np.float32)), "scores": scores}
+  return made
+
+
+def test_the_forms_of_one_image(tmp_path):
+  written = result("photos/a.jpg").save(tmp_path, save="scores,coco", min_area=5)
+  assert [path.relative_to(tmp_path).as_posix() for path in written] == [
+    "a_scores.npz", "a_scores.png", "coco/a.json",
+  ]  # fmt: skip
+  areas = [each["area"] for each in json.loads(written[2].read_text())["annotations"]]
+  assert min(areas) >= 5 and len(areas) == sum(a >= 5 for a in areas)
+  assert sorted(tmp_path.rglob("*")) == sorted([*written, tmp_path / "coco"])
+  assert [p.name for p in result().save(tmp_path, "x")] == [
+    "x_overlay.png", "x_labels.png", "x.json",
+  ]  # fmt: skip
+  for options, message in [
+    ({"save": "overlay,yoloo"}, "save='yoloo' is not known; did you mean 'yolo'"),
+    ({"min_area": 5}, "min_area=5 has no effect on overlay, labels, json"),
+  ]:
+    with pytest.raises(InputError, match=message):
+      result().save(tmp_path / "refused", **options)
+  assert not (tmp_path / "refused").exists()
+
+
+def test_scores_come_back(tmp_path):
+  segmented = result()
+  path, picture = segmented.save(tmp_path, "a", save=["scores"])
+  with np.load(path) as archive:  # without pickled objects
+    assert archive["scores"].dtype == np.float16
+    np.testing.assert_allclose(archive["scores"], segmented.scores, atol=0.00025)
+    assert archive["names"].tolist() == list(NAMES) and archive["size"].tolist() == [40, 50]
+  with Image.open(picture) as grid:
+    assert grid.width > 1000
+
+
+def test_many_results_share_a_file(tmp_path):
+  files = [tmp_path / f"{name}.png" for name in "ba"]
+  for file in files:
+    Image.fromarray(scenes.image(scenes.nested())).save(file)
+  written = save_results(map(result, files), tmp_path / "out", save=["labels", "coco", "yolo"])
+  assert [path.name for path in written if path.suffix == ".json"] == ["annotations.json"]
+  images = json.loads((tmp_path / "out/coco/annotations.json").read_text())["images"]
+  assert [image["file_name"] for image in images] == ["a.png", "b.png"]
+  arrays = save_results([result(), result()], tmp_path / "arrays")
+  assert [path.name for path in arrays if path.suffix == ".json"] == [
+    "picture_0.json", "picture_1.json",
+  ]  # fmt: skip
+  for others, message in [
+    ([result("a.png"), result("x/a.png")], "x/a.png: expected images with different names, got a "),
+    ([result("a"), result("b", names=NAMES[::-1])], "b: expected a result with the names of the"),
+  ]:
+    with pytest.raises(InputError, match=message):
+      save_results(others, tmp_path / "twice", save="coco")
+    # What was done before is kept.
+    kept = json.loads((tmp_path / "twice/coco/annotations.json").read_text())
+    assert len(kept["images"]) == 1
+
+
+class _Segmenter:
+  """Stands in for a network; interrupted after so many images."""
+
+  method = "by hand"
+
+  def __init__(self, images=99):
+    self.images = images
+
+  def stream(self, images, names, **options):
+    for i, image in enumerate(images):
+      if i == self.images:
+        raise KeyboardInterrupt
+      yield result(label=scenes.noise(*image.shape[:2], i), names=names)
+
+
+def test_a_folder_with_an_unreadable_image_and_an_interruption(tmp_path, capsys):
+  files = [tmp_path / f"{i}.png" for i in range(5)]
+  for file in files:
+    Image.new("RGB", (9, 8)).save(file)
+  files[1].write_text("no image")
+  out = tmp_path / "out"
+  images = lambda: json.loads((out / "coco/annotations.json").read_text())["images"]
+  names = "cat | kitten, dog, grass"
+  with pytest.raises(InputError, match="1 of 5 images were skipped"):
+    predict.save_all(
+      _Segmenter(), files, names, out, save="overlay,coco,yolo,voc", annotations={"min_area": 2}
+    )
+  assert [image["file_name"] for image in images()] == ["0.png", "2.png", "3.png", "4.png"]
+  said = capsys.readouterr().out
+  for kind in ("4 x *_overlay.png", "1 x coco/*.json", "4 x yolo/labels/*.txt", "1 x yolo/*.yaml"):
+    assert kind in said
+  with pytest.raises(KeyboardInterrupt):
+    predict.save_all(_Segmenter(2), files, names, out, save="coco")
+  assert [image["file_name"] for image in images()] == ["0.png", "2.png"]
+
+
+def test_what_is_wrong_is_said_before_the_network_runs(tmp_path):
+  nothing = _Segmenter(0)
+  many = [f"class {i}" for i in range(300)]
+  for arguments, message in [
+    ({"save": "coko"}, "save='coko' is not known; did you mean 'coco'"),
+    ({"save": "voc", "names": many}, "save=voc: expected at most 254 classes"),
+    ({"annotations": {"simplify": 2.0}}, "simplify=2.0 has no effect on overlay, labels, json"),
+  ]:
+    given = {"files": [tmp_path / "a.png"], "names": "cat", "directory": tmp_path, **arguments}
+    with pytest.raises(InputError, match=message):
+      predict.save_all(nothing, **given)
