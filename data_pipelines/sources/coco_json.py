@@ -1,4 +1,4 @@
-"""Your own data: COCO's JSON files of polygons and run lengths, which most tools write."""
+"""Your own data: COCO's JSON files of polygons and run lengths, and its panoptic form."""
 
 import functools
 import pathlib
@@ -9,6 +9,7 @@ import numpy as np
 
 from data_pipelines.sources.builder import RawExample
 from data_pipelines.sources.coco_masks import count_empty, read_mask
+from data_pipelines.sources.files import read_colors
 from data_pipelines.sources.own_data import (
   Annotations,
   ImageFiles,
@@ -30,7 +31,8 @@ class CocoJson(Annotations):
   """COCO's instances: a pixel has the class of the smallest annotation that covers it.
 
   Crowds (`iscrowd`) are annotations like others. An annotation of a box alone tells of no pixel
-  which class it has: what nothing else covers in it has no class.
+  which class it has: what nothing else covers in it has no class. In the panoptic form every image
+  has a PNG in the folder named like the JSON file, whose colors are the numbers of segments.
   """
 
   name = "coco_json"
@@ -39,6 +41,7 @@ class CocoJson(Annotations):
   layout = """*.json, annotations/*.json or {train,val,valid}/*.json, with images, annotations and
   categories; train or val in a name tells the split (without: one image in ten is for val)
 the images, anywhere below; file_name is the end of their paths
+{JSON file without suffix}/*.png of the panoptic form
 unseen.txt (may be missing: the names that are never trained on)"""
 
   def examples(self, manual_dir):
@@ -48,13 +51,17 @@ unseen.txt (may be missing: the names that are never trained on)"""
     labels = self.set_classes(
       manual_dir, (name for names in categories.values() for name in names.values())
     )
-    images, missing, told = ImageFiles(manual_dir), [], _Told()
+    masks = [path.with_suffix("") for path, data in contents.items() if _is_panoptic(data)]
+    images = ImageFiles(manual_dir, masks)
+    missing, told = [], _Told()
     found: dict[str | None, list[RawExample]] = {}
     for path, data in contents.items():
       split = split_of(path.relative_to(manual_dir).with_suffix(""))
       ids = {number: labels[name] for number, name in categories[path].items()}
       listed = _images(path, data)
-      annotations = _by_image(path, data, ids, listed)
+      panoptic = _is_panoptic(data)
+      segments = _segments(path, data, ids, listed) if panoptic else {}
+      annotations = {} if panoptic else _by_image(path, data, ids, listed)
       for number, image in sorted(listed.items(), key=lambda item: item[1]["name"]):
         file = images.find(image["name"], split)
         if file is None:
@@ -63,9 +70,14 @@ unseen.txt (may be missing: the names that are never trained on)"""
             f"{image['name']}: expected this image of {path.name} below {manual_dir}, got {got}"
           )
           continue
-        told.count(annotations[number], image["size"])
-        read = functools.partial(self._paint, path, file, image["size"], annotations[number])
-        found.setdefault(split, []).append(RawExample(image["name"], file, path, read))
+        if number in segments:
+          mask, own = segments[number]
+          read = functools.partial(_read_segments, mask, own, self.unannotated)
+        else:
+          mask, own = path, annotations.get(number, [])
+          told.count(own, image["size"])
+          read = functools.partial(self._paint, path, file, image["size"], own)
+        found.setdefault(split, []).append(RawExample(image["name"], file, mask, read))
     self.leave_out(missing)
     told.say(files)
     return into_splits(found, manual_dir)
@@ -157,11 +169,6 @@ def _read(path: pathlib.Path) -> dict:
       f"{path}: expected COCO's annotations with the lists {', '.join(_LISTS)}, got {got}; move "
       "files of other kinds elsewhere"
     )
-  if any(isinstance(item, dict) and "segments_info" in item for item in data["annotations"][:1]):
-    raise InputError(
-      f"{path}: expected COCO's instances, got the panoptic form (segments_info); convert it with "
-      "panopticapi's panoptic2detection_coco_format.py"
-    )
   return data
 
 
@@ -219,14 +226,65 @@ def _by_image(path: pathlib.Path, data: dict, labels: dict, images: dict) -> dic
   """Image id -> its annotations with their labels."""
   found: dict = {number: [] for number in images}
   for annotation in _entries(path, data, "annotations", "image_id", "category_id"):
-    for key, known in (("image_id", found), ("category_id", labels)):
-      if not isinstance(annotation[key], _IDS) or annotation[key] not in known:
-        raise InputError(
-          f"{path}: expected the {key} of annotation {annotation.get('id')!r} among the ids that "
-          f"the file lists, got {annotation[key]!r}; correct it or remove the annotation"
-        )
+    _check_listed(path, annotation, "image_id", found)
+    _check_listed(path, annotation, "category_id", labels)
     found[annotation["image_id"]].append((labels[annotation["category_id"]], annotation))
   return found
+
+
+def _check_listed(path: pathlib.Path, annotation: dict, key: str, known: dict) -> None:
+  number = annotation.get(key)
+  if not isinstance(number, _IDS) or number not in known:
+    raise InputError(
+      f"{path}: expected the {key} of annotation {annotation.get('id')!r} among the ids that "
+      f"the file lists, got {number!r}; correct it or remove the annotation"
+    )
+
+
+def _is_panoptic(data: dict) -> bool:
+  return any(isinstance(item, dict) and "segments_info" in item for item in data["annotations"][:1])
+
+
+def _segments(path: pathlib.Path, data: dict, labels: dict, images: dict) -> dict:
+  """Image id -> its PNG file, and the labels of the segments in it by their numbers."""
+  found: dict = {}
+  for entry in _entries(path, data, "annotations", "image_id", "file_name", "segments_info"):
+    _check_listed(path, entry, "image_id", images)
+    own, listed = {}, entry["segments_info"]
+    for segment in listed if isinstance(listed, list) else [None]:
+      if not isinstance(segment, dict) or not isinstance(segment.get("id"), int):
+        raise InputError(
+          f"{path}: expected segments with numbers as ids in segments_info of "
+          f"{str(entry['file_name'])!r}, got {segment!r:.60}; export the file again"
+        )
+      _check_listed(path, segment, "category_id", labels)
+      own[segment["id"]] = labels[segment["category_id"]]
+    name = pathlib.PurePath(str(entry["file_name"]).replace("\\", "/")).name
+    found[entry["image_id"]] = path.with_suffix("") / name, own
+  return found
+
+
+def _read_segments(mask: pathlib.Path, labels: dict[int, int], unannotated: int) -> np.ndarray:
+  """The label map of a panoptic PNG; the number 0 is no segment.
+
+  Raises:
+    InputError: a segment that the JSON file does not list.
+    FileNotFoundError: no such file.
+  """
+  codes = read_colors(mask)
+  numbers, places = np.unique(
+    codes & 0xFF00 | codes >> 16 | (codes & 0xFF) << 16, return_inverse=True
+  )
+  unlisted = [number for number in numbers.tolist() if number and number not in labels]
+  if unlisted:
+    raise InputError(
+      f"{mask}: expected the segments in {mask.parent.name}.json, got {unlisted[0]} too, which is "
+      "not in segments_info of this file; export both again"
+    )
+  table = [
+    labels.get(number, unannotated) if number else unannotated for number in numbers.tolist()
+  ]
+  return np.array(table, np.uint16)[places].reshape(codes.shape)
 
 
 def _is_box(annotation: dict) -> bool:

@@ -207,6 +207,16 @@ def _opaque(path: pathlib.Path, file: Image.Image) -> np.ndarray:
   return np.array(file.convert("RGB"))
 
 
+def read_colors(path: pathlib.Path) -> np.ndarray:
+  """The colors of a label image, red · 2¹⁶ + green · 2⁸ + blue, int32 [H,W].
+
+  Raises:
+    InputError: a format that loses values, or transparent pixels.
+  """
+  with open_label(path) as file:
+    return _codes(_opaque(path, file))
+
+
 def _codes(rgb_HxWx3: np.ndarray) -> np.ndarray:
   """A number for every color, int32 [H,W]."""
   red, green, blue = np.moveaxis(rgb_HxWx3.astype(np.int32), -1, 0)
@@ -237,8 +247,7 @@ class ColorTable:
     Raises:
       InputError: colors that are not in the table, or transparent pixels.
     """
-    with open_label(path) as file:
-      codes = _codes(_opaque(path, file))
+    codes = read_colors(path)
     label_HxW = self._labels[codes]
     unlisted, counts = np.unique(codes[label_HxW == _UNLISTED], return_counts=True)
     if len(unlisted):

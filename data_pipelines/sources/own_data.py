@@ -141,14 +141,15 @@ class Canvas:
 
 
 class ImageFiles:
-  """The files below a folder, by the ends of their paths."""
+  """The files below a folder, but for those in some others, by the ends of their paths."""
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, without: Sequence[pathlib.Path] = ()):
     self.folder = folder
     self._by_name: dict[str, list[pathlib.Path]] = {}
     for parent, folders, files in os.walk(folder):
       folders[:] = sorted(name for name in folders if not name.startswith("."))
       here = folder / os.path.relpath(parent, folder)
+      folders[:] = [name for name in folders if here / name not in without]
       for name in sorted(files):
         if not name.startswith("."):
           self._by_name.setdefault(composed(name), []).append(here / name)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 
 from data_pipelines.sources.coco_json import CocoJson
@@ -114,6 +115,49 @@ def test_roboflow_writes_the_split_as_a_folder(raw, tmp_path, capsys):
   assert "left out, as images for tests: 1, such as" in capsys.readouterr().out
 
 
+def panoptic(raw, numbers, segments):
+  """Two images, of which the first has a mask; the masks are named like the images."""
+  for name in "ab":
+    picture(raw / f"{name}.png")
+  annotation = {"image_id": 1, "file_name": "a.png"}
+  annotation["segments_info"] = [{"id": n, "category_id": c} for n, c in segments.items()]
+  content = coco({1: "a.png", 2: "b.png"}, []) | {"annotations": [annotation]}
+  write_json(raw / "annotations/panoptic.json", content)
+  rgb = np.stack([numbers % 256, numbers // 256 % 256, numbers // 65536], -1).astype(np.uint8)
+  (raw / "annotations/panoptic").mkdir(exist_ok=True)
+  Image.fromarray(rgb).save(raw / "annotations/panoptic/a.png")
+
+
+def test_the_panoptic_form(raw, tmp_path):
+  """By the page "COCO - Data format": id = R + G * 256 + B * 256^2, 0 is not labeled."""
+  numbers = np.zeros(SHAPE, int)
+  numbers[box(2, 2, 22, 18)] = 3 + 5 * 256 + 7 * 65536
+  numbers[box(5, 5, 10, 10)] = 9
+  numbers[box(15, 5, 18, 9)] = 256
+  panoptic(raw, numbers, {3 + 5 * 256 + 7 * 65536: 1, 9: 7, 256: 7})
+  found = {k: v for split in labels_of(built(tmp_path), raw).values() for k, v in split.items()}
+  layers = [(box(2, 2, 22, 18), 0), (box(5, 5, 10, 10), 1), (box(15, 5, 18, 9), 1)]
+  np.testing.assert_array_equal(found["a.png"], painted(*layers))
+  np.testing.assert_array_equal(found["b.png"], painted())
+  panoptic(raw, numbers, {3 + 5 * 256 + 7 * 65536: 1, 9: 7})
+  with pytest.raises(InputError, match=r"a\.png: expected the segments in panoptic\.json, got 256"):
+    labels_of(built(tmp_path), raw)
+  panoptic(raw, numbers, {"x": 1})
+  with pytest.raises(InputError, match=r"numbers as ids in segments_info of 'a\.png', got {'id':"):
+    built(tmp_path).examples(raw)
+  panoptic(raw, numbers, {9: 2})
+  with pytest.raises(
+    InputError, match="the category_id of annotation 9 among the ids that the file"
+  ):
+    built(tmp_path).examples(raw)
+  panoptic(raw, numbers, {9: 7})
+  (raw / "annotations/panoptic/a.png").unlink()
+  with pytest.raises(
+    InputError, match=r"panoptic/a\.png: expected the label of .*, got no such file"
+  ):
+    labels_of(built(tmp_path), raw)
+
+
 @pytest.mark.parametrize(
   "name", ["sub\\b.jpg", "./sub/b.jpg", "../x/sub/b.jpg", "C:\\data\\sub\\b.jpg", "/x/y/b.jpg"]
 )
@@ -154,7 +198,7 @@ def changed(change):
     (lambda c: c["categories"][0].update(name=" "), "name for every class, got an empty one"),
     (lambda c: c["annotations"][0].update(category_id=2), "the category_id of annotation 0 among"),
     (lambda c: c["annotations"][0].update(image_id="1"), "file lists, got '1'; correct it or"),
-    (lambda c: c["annotations"][0].update(segments_info=[]), "got the panoptic form"),
+    (lambda c: c["annotations"][0].update(segments_info=[]), "expected file_name in every entry"),
     (lambda c: c["annotations"][0].update(segmentation=[], bbox=[0, 0, 3, 3]),
      "got 1 annotations that are boxes only; export the masks"),
     (lambda c: c["images"][1].update(file_name="c.jpg"), "c.jpg: expected this image of x.json"),
