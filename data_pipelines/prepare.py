@@ -36,6 +36,7 @@ from data_pipelines import (
   records,
   registry,
   shapes,
+  summary,
   vocabularies,
 )
 from data_pipelines.bad_files import BadFiles
@@ -47,7 +48,6 @@ from rpn_jax.base.errors import InputError
 SHARD_EXAMPLES = 500
 _THREADS = min(8, os.cpu_count() or 1)
 _PREVIEWED_EXAMPLES = 8
-_NAMES_IN_REPORT = 10
 # Why a set does not take an option.
 _OF_ITS_OWN = {
   "values": "has label values of its own",
@@ -177,7 +177,7 @@ def _write(
   for shard in shards:
     tally.update(shard.tally())
   _check_values(builder, tally, folder, manual_dir)
-  summary = {
+  content = {
     "name": builder.name,
     "config": _config_of(builder),
     "version": str(builder.VERSION),
@@ -191,11 +191,11 @@ def _write(
     "exif": {how: tally.notes[how] for how in ("upright", "stored")},
     "images_without_a_class": tally.notes["blank"],
     "background": builder.background,
-    **_class_summary(tally, builder.classes),
+    **summary.of_classes(tally, builder.classes),
   }
   with records.storing(partial):
     records.write_metadata(builder, shards, partial)
-    records.write_json(partial / "summary.json", summary)
+    records.write_json(partial / "summary.json", content)
     if builder.own_classes:
       records.write_names(builder.classes, partial)
     if not builder.counts:
@@ -211,7 +211,7 @@ def _write(
     os.rename(partial, folder)
     for leftover in (folder / "progress", replaced):
       shutil.rmtree(leftover, ignore_errors=True)
-  print(_report(type(builder), summary, folder))
+  print(summary.report(type(builder), content, folder))
 
 
 def _plan(
@@ -290,14 +290,13 @@ def _check_values(
     return
   if not {builder.classes.ids.get(value) for value in tally.pixels} & {*range(len(names))}:
     raise InputError(
-      f"{manual_dir}: expected pixels of {', '.join(names[:_NAMES_IN_REPORT])}, got none in any "
-      f"image; check that the annotations are complete, and their values (got "
+      f"{manual_dir}: expected pixels of {', '.join(names[: summary.NAMES_SHOWN])}, got none in "
+      f"any image; check that the annotations are complete, and their values (got "
       f"{', '.join(map(str, sorted(tally.pixels)[:5]))}, of which {builder.classes.ignore} is no "
       "class)"
     )
-  if "values" not in builder.options or builder.values is not None or len(names) != 2:
-    return
-  if set(tally.pixels) == {0, vocabularies.IGNORE}:
+  read_as_ids = "values" in builder.options and builder.values is None and not builder.by_color
+  if read_as_ids and len(names) == 2 and set(tally.pixels) == {0, vocabularies.IGNORE}:
     data_dir = folder.parents[2]
     command = (
       f"python -m data_pipelines.prepare {builder.name} --manual_dir={shlex.quote(str(manual_dir))}"
@@ -308,67 +307,6 @@ def _check_values(
       f"which is no class unless --values says otherwise; if it is {names[1]}, run: {command} (if "
       "it is no class, the same with --values=0,1)"
     )
-
-
-def _class_summary(tally: records.Tally, classes: vocabularies.Vocabulary) -> dict:
-  """Which classes occur, and the share of pixels without one."""
-  found, unlabeled = set(), 0
-  for value, count in tally.pixels.items():
-    class_id = classes.ids.get(value, classes.ignore)
-    if class_id == classes.ignore:
-      unlabeled += count
-    else:
-      found.add(class_id)
-  return {
-    "classes": classes.num_classes,
-    "classes_found": len(found),
-    "classes_missing": [n for n, i in zip(classes.names, classes.scored_as) if i not in found],
-    "unlabelled_pixels": round(unlabeled / tally.pixels.total(), 6),
-  }
-
-
-def _report(cls: type[SegmentationBuilder], summary: dict, folder: pathlib.Path) -> str:
-  lines = [
-    f"{split:<6} {count:>9,} images {summary['shards'][split]:>5} shards"
-    for split, count in summary["images"].items()
-  ]
-  lines.append(
-    f"{summary['bytes'] / 1e6:,.1f} MB in {summary['seconds']:.0f} s; "
-    f"{summary['classes_found']} of {summary['classes']} classes found; "
-    f"{summary['unlabelled_pixels']:.1%} of the pixels without a class"
-  )
-  if missing := summary["classes_missing"]:
-    more = len(missing) - _NAMES_IN_REPORT
-    rest = f" and {more} more (all in summary.json)" if more > 0 else ""
-    lines.append(f"not found: {'; '.join(missing[:_NAMES_IN_REPORT])}{rest}")
-  if blank := summary["images_without_a_class"]:
-    lines.append(f"images without a pixel of any class, which teach nothing: {blank:,}")
-  if "background" in cls.options:
-    lines.append(_background_line(summary))
-  upright, stored = (summary["exif"][how] for how in ("upright", "stored"))
-  if upright or stored:
-    images = "image" if upright == 1 else "images"
-    lines.append(
-      f"{upright:,} {images} turned upright as their EXIF data says, {stored:,} used as stored "
-      "because their masks have the stored size"
-    )
-  lines.append(f"prepared in {folder}; look at preview.png there")
-  if cls.own_classes:
-    name = "" if summary["name"] == "folder" else f" --config.data.name={summary['name']}"
-    lines.append(
-      f"to train on it: --config=configs/folder.py{name} --config.data.variant={summary['config']}"
-    )
-  return "\n".join(lines)
-
-
-def _background_line(summary: dict) -> str:
-  """What became of the pixels without annotation."""
-  if summary["background"]:
-    return f"pixels without annotation are of the class {summary['background']!r}"
-  line = "pixels without annotation have no class; --background=NAME gives them one"
-  if summary["classes"] == 1 and summary["unlabelled_pixels"]:
-    line += ", without which a network learns to see the only class everywhere"
-  return line
 
 
 # The command

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from PIL import ExifTags, Image, ImageOps
 
 from data_pipelines import vocabularies
-from data_pipelines.sources.files import Colors, read_index_image
+from data_pipelines.sources.files import COLORS_REMEDY, Colors, read_index_image
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 
@@ -71,6 +71,8 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     raw_size: disk space of the raw files, as text.
     layout: the files expected below the manual directory, one per line.
     wide: labels need more than eight bits.
+    by_color: masks are read by their colors, not by values; after `examples`.
+    colors_remedy: what to do about a label image of colors, for the message.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -89,6 +91,8 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
   raw_size: str
   layout: str
   wide: bool = False
+  by_color: bool = False
+  colors_remedy: str = COLORS_REMEDY
 
   def __init_subclass__(cls, **kwargs):
     # TFDS's own table of data sets is not used, and would refuse a class that is defined twice.
@@ -160,7 +164,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
   def _read_label(self, raw: RawExample) -> np.ndarray:
     try:
       if raw.read_label is None:
-        label_HxW = read_index_image(raw.label, self._colors)
+        label_HxW = read_index_image(raw.label, self._colors, self.colors_remedy)
       else:
         label_HxW = raw.read_label()
     except FileNotFoundError as error:

@@ -15,6 +15,7 @@ MAX_TEXT_BYTES = 16 << 20
 # What label files may be, by Pillow's names. The others lose values, scale them or may do so: a
 # JPEG of a mask has classes along the edges of others that nobody drew.
 _LOSSLESS = ("PNG", "BMP", "GIF", "TIFF")
+COLORS_REMEDY = "store class ids, not colors"
 # A mask of more colors shows no classes.
 MAX_COLORS = 256
 _SHOWN_COLORS = 6
@@ -113,12 +114,15 @@ def check_label_format(where: object, file: Image.Image) -> None:
       )
 
 
-def read_index_image(path: pathlib.Path, colors: "Colors | None" = None) -> np.ndarray:
+def read_index_image(
+  path: pathlib.Path, colors: "Colors | None" = None, remedy: str = COLORS_REMEDY
+) -> np.ndarray:
   """An image whose pixels are ids, uint8 or uint16 [H,W]; of a palette image its indices.
 
   Args:
     path: of the file.
     colors: of the set's palettes, to compare this one's with.
+    remedy: what to do about a color image.
 
   Raises:
     InputError: a color image, with the colors in it, transparent pixels, ids that are no integers
@@ -126,7 +130,7 @@ def read_index_image(path: pathlib.Path, colors: "Colors | None" = None) -> np.n
   """
   with open_label(path) as file:
     if file.mode not in ("L", "P", "1", "I;16", "I;16B", "I", "F"):
-      return _grays(path, file)
+      return _grays(path, file, remedy)
     label_HxW = np.array(file)
     if file.mode == "P":
       palette_Cx3 = np.reshape(file.getpalette() or [], (-1, 3))
@@ -159,7 +163,7 @@ def _check_gray_palette(path: pathlib.Path, palette_Cx3: np.ndarray, used: np.nd
     )
 
 
-def _grays(path: pathlib.Path, file: Image.Image) -> np.ndarray:
+def _grays(path: pathlib.Path, file: Image.Image, remedy: str) -> np.ndarray:
   """uint8 [H,W] of an image of several channels that all have the same values."""
   rgb_HxWx3 = _opaque(path, file)
   if (rgb_HxWx3 == rgb_HxWx3[..., :1]).all():
@@ -175,9 +179,7 @@ def _grays(path: pathlib.Path, file: Image.Image) -> np.ndarray:
   shares = [f"{_rgb(codes[i])} ({counts[i] / counts.sum():.1%})" for i in order]
   more = ", …" * (len(codes) > _SHOWN_COLORS)
   raise InputError(
-    f"{path}: expected class ids, got {len(codes)} colors: {', '.join(shares)}{more}; store class "
-    "ids, not colors, or write the color of every class behind its name in names.txt, as in "
-    f"road:{_rgb(codes[order[0]])}"
+    f"{path}: expected class ids, got {len(codes)} colors: {', '.join(shares)}{more}; {remedy}"
   )
 
 

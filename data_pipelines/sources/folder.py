@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from data_pipelines import vocabularies
 from data_pipelines.sources import class_file
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
-from data_pipelines.sources.files import ColorTable, list_files, require
+from data_pipelines.sources.files import COLORS_REMEDY, ColorTable, list_files, require
 from data_pipelines.sources.own_data import one_in_ten, read_unseen
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.pixels import SUFFIXES, list_images
@@ -39,9 +39,14 @@ names.txt (one class name per line; the first is class 0, or the first of --valu
   colors a line is NAME:RED,GREEN,BLUE; or CVAT's labelmap.txt
 unseen.txt (may be missing: the names that are never trained on)"""
   wide = True
+  colors_remedy = (
+    f"{COLORS_REMEDY}, or write the color of every class behind its name in names.txt, as in "
+    "road:128,64,128"
+  )
 
   def examples(self, manual_dir):
     self.classes, colors = read_classes(manual_dir, self.obtain, self.values)
+    self.by_color = colors is not None
     images, labels = manual_dir / "images", manual_dir / "labels"
     splits = [s for s in _SPLITS if (images / s).is_dir()]
     if not splits:

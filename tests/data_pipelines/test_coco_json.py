@@ -273,6 +273,15 @@ def test_one_of_two_files_says_its_split(raw, tmp_path):
     built(tmp_path).examples(raw)
 
 
+def test_images_in_folders_named_like_the_files(raw, tmp_path):
+  for split in ("train", "val"):
+    picture(raw / split / "a.jpg")
+    content = coco({1: "a.jpg"}, [of_image(1, 1, [corners(0, 0, 9, 9)])])
+    write_json(raw / f"{split}.json", content)
+  splits = built(tmp_path).examples(raw)
+  assert [raws[0].image.parent.name for raws in splits.values()] == ["train", "val"]
+
+
 def test_two_images_that_may_be_meant(raw, tmp_path):
   for folder in "xy":
     picture(raw / folder / "a.jpg")

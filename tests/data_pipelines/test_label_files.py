@@ -147,8 +147,7 @@ def test_colors_are_shown(tmp_path):
     files.read_index_image(path)
   assert str(caught.value) == (
     f"{path}: expected class ids, got 5 colors: 0,0,0 (20.8%), 0,0,200 (20.8%), 0,200,0 (20.8%), "
-    "200,0,0 (20.8%), 9,9,9 (16.7%); store class ids, not colors, or write the color of every "
-    "class behind its name in names.txt, as in road:0,0,0"
+    "200,0,0 (20.8%), 9,9,9 (16.7%); store class ids, not colors"
   )
   smoothed = Image.fromarray(table[LABEL].repeat(9, 0)).resize((160, 120), Image.Resampling.BICUBIC)
   path = save(tmp_path / "mask.png", "PNG", smoothed)

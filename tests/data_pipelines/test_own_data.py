@@ -100,7 +100,9 @@ def test_a_background_is_kept(tmp_path, capsys):
   raws.yolo_tree(raw, YAML)
   assert run("yolo_seg", raw, tmp_path, "--background=floor") == 0
   out = capsys.readouterr().out
-  assert "pixels without annotation are of the class 'floor'" in out and "teach nothing" not in out
+  assert (
+    "pixels without annotation are of the class 'floor'" in out and "to learn nothing" not in out
+  )
   assert opened("yolo_seg", tmp_path).names == ("floor", "cat", "dog")
   assert run("yolo_seg", raw, tmp_path, "--background=floor") == 0
   capsys.readouterr()
@@ -119,8 +121,8 @@ def test_the_report_tells_of_empty_images_and_of_a_single_class(tmp_path, capsys
     raws.text(raw / f"labels/{split}/a.txt", raws.yolo_line(0, *corners(0, 0, 9, 9)))
   assert run("yolo_seg", raw, tmp_path) == 0
   out = capsys.readouterr().out
-  assert "images without a pixel of any class, which teach nothing: 2" in out
-  assert "without which a network learns to see the only class everywhere" in out
+  assert "images without a pixel of any class, to learn nothing from: 2" in out
+  assert "there is a single class, which a network learns to see everywhere: give" in out
 
 
 def test_edited_annotations_are_told(tmp_path, capsys):
@@ -177,6 +179,7 @@ def test_masks_of_colors_in_a_folder(tmp_path, capsys):
   assert run("folder", raw, tmp_path) == 2
   error = capsys.readouterr().err
   assert "got 4 colors: 128,0,0 (49.2%), 0,0,0 (43.3%), 0,128,0 (4.2%), 9,9,9 (3.3%);" in error
+  assert "behind its name in names.txt, as in road:128,64,128" in error
   named = [f"{n}:{','.join(map(str, c))}" for n, c in zip(("floor", "cat", "dog"), colors.values())]
   raws.text(raw / "names.txt", *named)
   assert run("folder", raw, tmp_path) == 2
@@ -195,6 +198,21 @@ def test_masks_of_colors_in_a_folder(tmp_path, capsys):
   (raw / "names.txt").unlink()
   raws.text(raw / "labelmap.txt", "# CVAT", *(f"{line}::" for line in [*named, "ignored:9,9,9"]))
   assert run("folder", raw, tmp_path, "--rebuild") == 0
+
+
+def test_a_color_that_does_not_occur_and_a_single_class(tmp_path, capsys):
+  """Two names, and masks of the first one and of no class: no binary masks."""
+  raw, colors = tmp_path / "raw", {0: (0, 0, 0), 1: (0, 0, 0), 2: (0, 0, 0), 255: (9, 9, 9)}
+  for split in ("train", "val"):
+    raws.picture(raw / "images" / split / "a.jpg")
+    raws.rgb_png(raw / "labels" / split / "a.png", colors)
+  raws.text(raw / "names.txt", "floor:0,0,0", "road:1,0,0", "ignored:9,9,9")
+  assert run("folder", raw, tmp_path) == 0
+  out = capsys.readouterr().out
+  assert "\nnot found: road\n" in out and "single class" not in out
+  raws.text(raw / "names.txt", "floor:0,0,0", "ignored:9,9,9")
+  assert run("folder", raw, tmp_path, "--rebuild") == 0
+  assert "there is a single class, which a network learns to see ev" in capsys.readouterr().out
 
 
 def test_smoothed_and_lossy_masks_in_a_folder(tmp_path, capsys):
