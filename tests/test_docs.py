@@ -20,7 +20,7 @@ from PIL import Image
 
 import main
 from data_pipelines import datasets, prepare, shapes
-from rpn_jax import cli, config
+from rpn_jax import Segmenter, cli, config
 from rpn_jax.base import fields
 from rpn_jax.weights.clip_file import with_normalization
 from tests import ROOT, tiny
@@ -29,6 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "colab/README.md", ROOT / "rpn_jax/assets/README.md"]
 README = (ROOT / "README.md").read_text()
 DATA = (ROOT / "docs/data.md").read_text()
+MASKS = (ROOT / "docs/masks.md").read_text()
 # The command of `make demo`.
 DEMO = ".venv/bin/python main.py --config=configs/shapes.py --workdir=runs/shapes"
 TORCHSCRIPT = ROOT / "tests/fixtures/torchscript_clip.pt"
@@ -360,6 +361,25 @@ def test_masks_of_two_values_as_the_page_says(place):
   with contextlib.chdir(place):
     assert prepare.main([word for word in words if "--values" not in word]) == 2
     assert prepare.main(words) == 0
+
+
+def test_commands_about_masks_run(place, monkeypatch):
+  """docs/masks.md, in its order and in one folder, but with a single image."""
+  listed = commands(MASKS)
+  assert len(listed) == 5
+  monkeypatch.setattr(Segmenter, "load", functools.cache(Segmenter.load))
+  for command in listed:
+    run(place, command.replace("PHOTO_OR_FOLDER", "PICTURES/images/0.png"))
+  monkeypatch.chdir(place)
+  known = {}
+  for code in blocks(MASKS, "python"):
+    exec(compile(code, "docs/masks.md", "exec"), known)
+  assert known["scores"].shape[2] == len(known["names"]) == 2 and len(known["masks"])
+  for file in (
+    "predictions/scene_overlay.png", "predictions/scene/yolo/data.yaml",
+    "predictions/labelme/0.json", "voc_masks/voc/class_names.txt",
+  ):  # fmt: skip
+    assert (place / file).exists(), file
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from rpn_jax.drawing.images import save_png
 
 # Files that every reader of annotations opens, and in the same way.
 PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# EXIF orientations in which width and height are exchanged.
-_EXIF_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
+_EXIF_ORIENTATION, _UPRIGHT = 0x0112, 1
+_TURNED = (5, 6, 7, 8)  # orientations in which width and height are exchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,12 @@ class Labeled:
     height, width = self.labels.shape
     return height, width
 
-  def plain_file(self) -> pathlib.Path | None:
-    """The image's file, if it is local and other programs see in it what was segmented."""
+  def plain_file(self, *, upright: bool = False) -> pathlib.Path | None:
+    """The image's file, if it is local and other programs see in it what was segmented.
+
+    Args:
+      upright: not one that is turned by EXIF, which some programs do not read.
+    """
     if not str(self.file) or buckets.is_bucket(self.file):
       return None
     path = expand(self.file)
@@ -47,15 +51,15 @@ class Labeled:
       return None
     try:
       with Image.open(path) as file:
-        turned = file.getexif().get(_EXIF_ORIENTATION) in _TURNED
-        size = file.size if turned else file.size[::-1]
+        orientation = file.getexif().get(_EXIF_ORIENTATION, _UPRIGHT)
+        size = file.size if orientation in _TURNED else file.size[::-1]
     except (OSError, UnidentifiedImageError):  # changed since
       return None
-    return path if size == self.size else None
+    return path if size == self.size and (orientation == _UPRIGHT or not upright) else None
 
   def copy_to(self, folder: pathlib.Path, stem: str) -> pathlib.Path:
     """Copies the image's file, or writes a PNG of what was segmented; returns the path."""
-    source = self.plain_file()
+    source = self.plain_file(upright=True)
     if source is None:
       return save_png(folder / f"{stem}.png", Image.fromarray(self.image))
     path = folder / f"{stem}{source.suffix.lower()}"
