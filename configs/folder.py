@@ -6,7 +6,9 @@
 Hardware: one accelerator; two CPU cores with backbone=shapes. Not run with OpenAI's weights, which
 could not be downloaded.
 
-docs/data.md says what the folder has to look like. Arguments behind the colon:
+docs/data.md says what the folder has to look like. Annotations as COCO, labelme, YOLO or VOC have
+them are prepared as coco_json, labelme, yolo_seg or voc_folder, and named to this config beside the
+variant: --config.data.name=coco_json. Arguments behind the colon:
 
     backbone=b16|l14|shapes    OpenAI's ViT-B/16 or ViT-L/14, fetched by their names, or the tiny
                                CLIP that is shipped, which knows drawn shapes and no photographs;

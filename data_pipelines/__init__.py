@@ -73,7 +73,12 @@ register(
   "data_pipelines.sources.cityscapes:Cityscapes",
   ClassFiles("cityscapes", 19, ids="cityscapes_id_to_train"),
 )
+# Your own data: each folder is prepared under a name, config.data.variant.
 register("folder", "data_pipelines.sources.folder:Folder")
+register("coco_json", "data_pipelines.sources.coco_json:CocoJson")
+register("labelme", "data_pipelines.sources.labelme:Labelme")
+register("yolo_seg", "data_pipelines.sources.yolo_seg:YoloSeg")
+register("voc_folder", "data_pipelines.sources.voc_folder:VocFolder")
 # Drawn when first used.
 register(
   "shapes",

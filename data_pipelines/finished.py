@@ -3,7 +3,8 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from data_pipelines import overview, raw_files, records
 from data_pipelines.sources.builder import SegmentationBuilder
@@ -26,7 +27,7 @@ def report(
   cls: type[SegmentationBuilder],
   folder: pathlib.Path,
   manual_dir: str | os.PathLike | None,
-  values: Sequence[int] | None,
+  options: Mapping[str, Any],
 ) -> pathlib.Path:
   """Prints what a finished set holds, and returns its folder.
 
@@ -40,7 +41,7 @@ def report(
   except (OSError, ValueError, TypeError):  # the file is for people; sets are usable without it
     summary = {}
   asked = None if manual_dir is None else str(paths.expand(manual_dir).resolve())
-  if cls.own_classes and (asked or values is not None):
+  if cls.own_classes and (asked or any(value is not None for value in options.values())):
     made_from = summary.get("manual_dir", asked)
     if asked not in (None, made_from):
       raise InputError(
@@ -48,18 +49,21 @@ def report(
         "name with --config=NAME, or replace the old one with --rebuild"
       )
     classes = records.stored_vocabulary(cls.name, folder.parents[2], folder.parent.name)
-    made_of = tuple(classes.ids)
-    wanted = tuple(range(len(made_of))) if values is None else tuple(values)
-    if wanted != made_of:
-      raise InputError(
-        f"{folder} was prepared with --values={_comma(made_of)}, got {_comma(wanted)}; use the "
-        "same, prepare it under another name with --config=NAME, or replace it with --rebuild"
-      )
+    positions = tuple(range(len(classes.ids)))
+    made_with = {"values": tuple(classes.ids), "background": summary.get("background")}
+    asked_for = {"values": options["values"] or positions, "background": options["background"]}
+    for option in cls.options:
+      if made_with[option] != asked_for[option]:
+        made, got = (_as_typed(choice[option]) for choice in (made_with, asked_for))
+        raise InputError(
+          f"{folder} was prepared with --{option}={made}, got {got}; use the same, prepare it "
+          "under another name with --config=NAME, or replace it with --rebuild"
+        )
   notes = []
   if not cls.counts:  # published files are not edited, and are often deleted once they are prepared
     made_from = summary.get("manual_dir", asked)
     if made_from and os.path.isdir(made_from):
-      _check_unchanged(cls, folder, paths.expand(made_from), values)
+      _check_unchanged(cls, folder, paths.expand(made_from), options)
     else:
       notes.append("not compared with its raw files, which are no longer there")
   if any(counts.get(split, 0) != count for split, count in cls.counts.items()):
@@ -79,7 +83,7 @@ def _check_unchanged(
   cls: type[SegmentationBuilder],
   folder: pathlib.Path,
   manual_dir: pathlib.Path,
-  values: Sequence[int] | None,
+  options: Mapping[str, Any],
 ) -> None:
   """Compares the raw files with those that a finished set was prepared from.
 
@@ -87,13 +91,12 @@ def _check_unchanged(
     InputError: they, or the class names beside them, have changed; says which.
   """
   data_dir, config = folder.parents[2], folder.parent.name
-  builder = raw_files.make_builder(cls, data_dir, config)
-  builder.values = None if values is None else tuple(values)
+  builder = raw_files.make_builder(cls, data_dir, config, options)
   splits = raw_files.list_examples(builder, manual_dir, allow_partial=True)
   changes, then = [], raw_files.read(folder)
   if cls.own_classes:
     stored = records.stored_vocabulary(cls.name, data_dir, config)
-    changes += raw_files.changed_classes(stored, builder.classes)
+    changes += raw_files.changed_classes(stored, builder.classes, cls.names_from)
   if then is None:
     found = {split: len(raws) for split, raws in splits.items()}
     changes += raw_files.changed_counts(records.count_examples(folder), found)
@@ -106,5 +109,5 @@ def _check_unchanged(
     )
 
 
-def _comma(values: Iterable[int]) -> str:
-  return ",".join(map(str, values))
+def _as_typed(option: tuple[int, ...] | str | None) -> str:
+  return ",".join(map(str, option)) if isinstance(option, tuple) else option or "none"

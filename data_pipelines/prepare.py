@@ -36,10 +36,11 @@ from data_pipelines import (
   records,
   registry,
   shapes,
+  summary,
   vocabularies,
 )
 from data_pipelines.bad_files import BadFiles
-from data_pipelines.sources.builder import RawExample, SegmentationBuilder
+from data_pipelines.sources.builder import OPTIONS, RawExample, SegmentationBuilder
 from rpn_jax.base import buckets, paths
 from rpn_jax.base.console import progress, run_command
 from rpn_jax.base.errors import InputError
@@ -47,7 +48,11 @@ from rpn_jax.base.errors import InputError
 SHARD_EXAMPLES = 500
 _THREADS = min(8, os.cpu_count() or 1)
 _PREVIEWED_EXAMPLES = 8
-_NAMES_IN_REPORT = 10
+# Why a set does not take an option.
+_OF_ITS_OWN = {
+  "values": "has label values of its own",
+  "background": "says itself which pixels are background",
+}
 
 
 def prepare(
@@ -57,6 +62,7 @@ def prepare(
   *,
   config: str | None = None,
   values: Sequence[int] | None = None,
+  background: str | None = None,
   allow_partial: bool = False,
   rebuild: bool = False,
   local_dir: str = "",
@@ -72,10 +78,11 @@ def prepare(
     name: of a set that `--list` shows.
     manual_dir: the folder of the raw files; see `--list` for what belongs there.
     data_dir: the root of all prepared sets; made if missing.
-    config: a TFDS config of the set; for "folder" the name to prepare it under, by default the
-      folder's own.
+    config: a TFDS config of the set; for data of one's own the name to prepare them under, by
+      default the folder's.
     values: for "folder" the mask value of every name in names.txt; by default their positions.
-    allow_partial: accept fewer images than the published number.
+    background: for annotations the class of pixels without one; by default they have no class.
+    allow_partial: accept fewer images than the published number, or than are annotated.
     rebuild: prepare a finished set anew; it is replaced when the new one is complete.
     local_dir: for a data_dir in a bucket the folder to prepare in; by default in the cache folder.
     download: fetch what is missing of the raw files first; manual_dir is by default `downloads` in
@@ -98,8 +105,9 @@ def prepare(
   if buckets.is_bucket(data_dir):
     root = local_copy.local_root(data_dir, local_dir)
     folder = prepare(
-      name, manual_dir, root, config=config, values=values, allow_partial=allow_partial,
-      rebuild=rebuild, download=download, mirror=mirror, remove_archives=remove_archives,
+      name, manual_dir, root, config=config, values=values, background=background,
+      allow_partial=allow_partial, rebuild=rebuild, download=download, mirror=mirror,
+      remove_archives=remove_archives,
     )  # fmt: skip
     below = folder.relative_to(root).as_posix()
     # Drawn sets are copied whole, see `local_copy.localized`.
@@ -113,14 +121,16 @@ def prepare(
     print(f"prepared in {folder}")
     return folder
   cls = registry.builder_class(name)
-  if values is not None and not cls.own_classes:
-    raise InputError(f"{name} has label values of its own; leave --values out")
+  given = {"values": None if values is None else tuple(values), "background": background}
+  for option in OPTIONS:
+    if given[option] is not None and option not in cls.options:
+      raise InputError(f"{name} {_OF_ITS_OWN[option]}; leave --{option} out")
   if cls.own_classes and not config:
     config = raw_files.folder_of(cls, manual_dir).name
   config = records.config_name(cls, config)
   folder = records.folder_of(cls, data_dir, config)
   if folder.exists() and not rebuild:
-    return finished.report(cls, folder, manual_dir, values)
+    return finished.report(cls, folder, manual_dir, given)
   if download:
     manual_dir = manual_dir or paths.expand(data_dir) / "downloads"
     downloads.fetch(name, manual_dir, mirror=mirror, remove_archives=remove_archives)
@@ -132,12 +142,11 @@ def prepare(
       stack.enter_context(paths.locked(lock, str(folder)))
       paths.check_renames(folder.parent)
     if rebuild or not folder.exists():  # the process that held the lock may have finished it
-      builder = raw_files.make_builder(cls, data_dir, config)
-      builder.values = None if values is None else tuple(values)
+      builder = raw_files.make_builder(cls, data_dir, config, given)
       splits = raw_files.list_examples(builder, manual_dir, allow_partial)
       _write(builder, splits, folder, manual_dir)
       return folder
-  return finished.report(cls, folder, manual_dir, values)
+  return finished.report(cls, folder, manual_dir, given)
 
 
 # The work
@@ -168,7 +177,7 @@ def _write(
   for shard in shards:
     tally.update(shard.tally())
   _check_values(builder, tally, folder, manual_dir)
-  summary = {
+  content = {
     "name": builder.name,
     "config": _config_of(builder),
     "version": str(builder.VERSION),
@@ -179,12 +188,14 @@ def _write(
     "bytes": sum(shard.path.stat().st_size for shard in shards),
     "seconds": round(time.time() - started, 1),
     "images_of_earlier_runs": kept,
-    "exif": {how: tally.exif[how] for how in ("upright", "stored")},
-    **_class_summary(tally, builder.classes),
+    "exif": {how: tally.notes[how] for how in ("upright", "stored")},
+    "images_without_a_class": tally.notes["blank"],
+    "background": builder.background,
+    **summary.of_classes(tally, builder.classes),
   }
   with records.storing(partial):
     records.write_metadata(builder, shards, partial)
-    records.write_json(partial / "summary.json", summary)
+    records.write_json(partial / "summary.json", content)
     if builder.own_classes:
       records.write_names(builder.classes, partial)
     if not builder.counts:
@@ -200,7 +211,7 @@ def _write(
     os.rename(partial, folder)
     for leftover in (folder / "progress", replaced):
       shutil.rmtree(leftover, ignore_errors=True)
-  print(_report(summary, folder))
+  print(summary.report(type(builder), content, folder))
 
 
 def _plan(
@@ -223,6 +234,7 @@ def _plan(
     "shard_examples": SHARD_EXAMPLES,
     "reading_rules": finished.READING_RULES,
     "values": list(builder.classes.ids) if builder.own_classes else None,
+    "background": builder.background,
     "examples": hashes,
   }
   return json.dumps(plan, indent=1)
@@ -243,9 +255,11 @@ def _read(
   counts = np.bincount(record["label"].ravel())
   values = np.flatnonzero(counts)
   pixels = collections.Counter(dict(zip(values.tolist(), counts[values].tolist())))
-  exif = collections.Counter([record["exif"]] if record["exif"] else [])
+  notes = collections.Counter([record["exif"]] if record["exif"] else [])
+  ids, ignore = builder.classes.ids, builder.classes.ignore
+  notes["blank"] += all(ids.get(value, ignore) == ignore for value in pixels)
   encoded = builder.info.features.serialize_example(builder.encode(record))
-  return encoded, records.Tally(pixels, exif)
+  return encoded, records.Tally(pixels, notes)
 
 
 def _in_order(pool: concurrent.futures.Executor, function: Callable, items: Iterable) -> Iterator:
@@ -265,15 +279,24 @@ def _check_values(
   folder: pathlib.Path,
   manual_dir: pathlib.Path,
 ) -> None:
-  """Refuses binary masks of 0 and 255 whose second class would be read as "no class".
+  """Refuses sets of one's own without any class, and binary masks whose second is "no class".
 
   Raises:
-    InputError: two names, values not given, and no other values in any mask.
+    InputError: no pixel of a class; or two names, values not given, and no other values than 0 and
+      255 in any mask.
   """
   names = builder.classes.names
-  if not builder.own_classes or builder.values is not None or len(names) != 2:
+  if not builder.own_classes:
     return
-  if set(tally.pixels) == {0, vocabularies.IGNORE}:
+  if not {builder.classes.ids.get(value) for value in tally.pixels} & {*range(len(names))}:
+    raise InputError(
+      f"{manual_dir}: expected pixels of {', '.join(names[: summary.NAMES_SHOWN])}, got none in "
+      f"any image; check that the annotations are complete, and their values (got "
+      f"{', '.join(map(str, sorted(tally.pixels)[:5]))}, of which {builder.classes.ignore} is no "
+      "class)"
+    )
+  read_as_ids = "values" in builder.options and builder.values is None and not builder.by_color
+  if read_as_ids and len(names) == 2 and set(tally.pixels) == {0, vocabularies.IGNORE}:
     data_dir = folder.parents[2]
     command = (
       f"python -m data_pipelines.prepare {builder.name} --manual_dir={shlex.quote(str(manual_dir))}"
@@ -284,52 +307,6 @@ def _check_values(
       f"which is no class unless --values says otherwise; if it is {names[1]}, run: {command} (if "
       "it is no class, the same with --values=0,1)"
     )
-
-
-def _class_summary(tally: records.Tally, classes: vocabularies.Vocabulary) -> dict:
-  """Which classes occur, and the share of pixels without one."""
-  found, unlabeled = set(), 0
-  for value, count in tally.pixels.items():
-    class_id = classes.ids.get(value, classes.ignore)
-    if class_id == classes.ignore:
-      unlabeled += count
-    else:
-      found.add(class_id)
-  return {
-    "classes": classes.num_classes,
-    "classes_found": len(found),
-    "classes_missing": [n for n, i in zip(classes.names, classes.scored_as) if i not in found],
-    "unlabelled_pixels": round(unlabeled / tally.pixels.total(), 6),
-  }
-
-
-def _report(summary: dict, folder: pathlib.Path) -> str:
-  lines = [
-    f"{split:<6} {count:>9,} images {summary['shards'][split]:>5} shards"
-    for split, count in summary["images"].items()
-  ]
-  lines.append(
-    f"{summary['bytes'] / 1e6:,.1f} MB in {summary['seconds']:.0f} s; "
-    f"{summary['classes_found']} of {summary['classes']} classes found; "
-    f"{summary['unlabelled_pixels']:.1%} of the pixels without a class"
-  )
-  if missing := summary["classes_missing"]:
-    more = len(missing) - _NAMES_IN_REPORT
-    rest = f" and {more} more (all in summary.json)" if more > 0 else ""
-    lines.append(f"not found: {'; '.join(missing[:_NAMES_IN_REPORT])}{rest}")
-  upright, stored = (summary["exif"][how] for how in ("upright", "stored"))
-  if upright or stored:
-    images = "image" if upright == 1 else "images"
-    lines.append(
-      f"{upright:,} {images} turned upright as their EXIF data says, {stored:,} used as stored "
-      "because their masks have the stored size"
-    )
-  lines.append(f"prepared in {folder}; look at preview.png there")
-  if summary["name"] == "folder":
-    lines.append(
-      f"to train on it: --config=configs/folder.py --config.data.variant={summary['config']}"
-    )
-  return "\n".join(lines)
 
 
 # The command
@@ -360,14 +337,22 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument(
     "--local_dir", default="", help="where to prepare what goes to a bucket (default: a cache)"
   )
-  parser.add_argument("--config", help="a version of the set; for folder, the name to give it")
+  parser.add_argument(
+    "--config", help="a version of the set; for your own data, the name to give it"
+  )
   parser.add_argument(
     "--values",
     type=integers,
     help="for folder, the mask value of every name in names.txt if not 0,1,2,…: for example 0,255",
   )
   parser.add_argument(
-    "--allow_partial", action="store_true", help="accept fewer images than published"
+    "--background",
+    help="for annotations, the class of pixels that have none (default: no class)",
+  )
+  parser.add_argument(
+    "--allow_partial",
+    action="store_true",
+    help="accept fewer images than are published or annotated",
   )
   parser.add_argument(
     "--rebuild", action="store_true", help="prepare a finished set anew, from files that changed"
@@ -387,6 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.data_dir,
         config=args.config,
         values=args.values,
+        background=args.background,
         allow_partial=args.allow_partial,
         rebuild=args.rebuild,
         local_dir=args.local_dir,

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -38,17 +39,31 @@ def folder_of(cls: type[SegmentationBuilder], manual_dir: str | os.PathLike | No
   return folder.resolve()
 
 
-def make_builder(cls: type, data_dir: str | os.PathLike, config: str) -> SegmentationBuilder:
-  """The builder of a set; `config` is "" for sets without configs."""
+def make_builder(
+  cls: type, data_dir: str | os.PathLike, config: str, options: Mapping[str, Any]
+) -> SegmentationBuilder:
+  """The builder of a set; `config` is "" for sets without configs.
+
+  Args:
+    cls: the builder.
+    data_dir: the root of all prepared sets.
+    config: "" for sets without configs.
+    options: values of the builder's attributes `OPTIONS`.
+  """
   builder_config = cls.builder_configs.get(config)
   if config and builder_config is None:  # a folder's name
     builder_config = tfds.core.BuilderConfig(name=config)
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)  # TFDS warns of configs that the class does not list
   try:
-    return cls(data_dir=paths.expand(data_dir), config=builder_config, file_format="array_record")
+    builder = cls(
+      data_dir=paths.expand(data_dir), config=builder_config, file_format="array_record"
+    )
   finally:
     logging.set_verbosity(verbosity)
+  for name, value in options.items():
+    setattr(builder, name, value)
+  return builder
 
 
 def list_examples(
@@ -59,6 +74,7 @@ def list_examples(
   Raises:
     InputError: none, two of one name, or another number than the published one.
   """
+  builder.allow_partial = allow_partial
   splits = builder.examples(manual_dir)
   for split, raws in splits.items():
     repeated = [n for n, count in collections.Counter(r.id for r in raws).items() if count > 1]
@@ -146,14 +162,14 @@ def changed_counts(then: Mapping[str, int], now: Mapping[str, int]) -> list[str]
   ]
 
 
-def changed_classes(then: Vocabulary, now: Vocabulary) -> list[str]:
+def changed_classes(then: Vocabulary, now: Vocabulary, names_from: str) -> list[str]:
   """What is different in the class names and in which of them are unseen, in words."""
   found = []
   if len(then.names) != len(now.names):
-    found.append(f"names.txt has {len(now.names)} names, had {len(then.names)}")
+    found.append(f"{names_from} has {len(now.names)} names, had {len(then.names)}")
   for line, (old, new) in enumerate(zip(then.names, now.names), 1):
     if old != new:
-      found.append(f"line {line} of names.txt is {new!r}, was {old!r}")
+      found.append(f"line {line} of {names_from} is {new!r}, was {old!r}")
       break
   old, new = ([c.names[i] for i in c.unseen] for c in (then, now))
   if not found and old != new:

@@ -198,11 +198,12 @@ class Tally:
 
   Attributes:
     pixels: raw label value -> number of pixels.
-    exif: "upright" or "stored" -> number of images that EXIF data turns and that were read so.
+    notes: "upright" or "stored" -> number of images that EXIF data turns and that were read so;
+      "blank" -> number of images without a pixel of any class.
   """
 
   pixels: collections.Counter
-  exif: collections.Counter
+  notes: collections.Counter
 
   @classmethod
   def empty(cls) -> "Tally":
@@ -211,7 +212,7 @@ class Tally:
   def update(self, other: "Tally") -> None:
     """Adds what was counted in further examples."""
     self.pixels.update(other.pixels)
-    self.exif.update(other.exif)
+    self.notes.update(other.notes)
 
 
 @dataclasses.dataclass
@@ -234,7 +235,7 @@ class Shard:
   def tally(self) -> Tally:
     stored = json.loads(self.tally_path.read_text(encoding="utf-8"))
     pixels = {int(value): count for value, count in stored["pixels"].items()}
-    return Tally(collections.Counter(pixels), collections.Counter(stored["exif"]))
+    return Tally(collections.Counter(pixels), collections.Counter(stored["notes"]))
 
   def write(self, results: Iterator[tuple[bytes, Tally]], progress) -> None:
     """Writes records; the file gets its name when it is complete."""
@@ -253,7 +254,7 @@ class Shard:
         with storing(self.path):
           writer.close()
       with storing(self.path):
-        write_json(self.tally_path, {"pixels": tally.pixels, "exif": tally.exif})
+        write_json(self.tally_path, {"pixels": tally.pixels, "notes": tally.notes})
         stack.close()  # renames
 
 

@@ -1,1 +1,1 @@
-"""The published data sets, one file each, and a folder of your own; what they share beside them."""
+"""The published data sets and the forms of your own data, one file each; what they share."""

@@ -19,10 +19,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from data_pipelines import vocabularies
-from data_pipelines.sources.files import Colors, read_index_image
+from data_pipelines.sources.files import COLORS_REMEDY, Colors, read_index_image
 from rpn_jax.base import pictures
 from rpn_jax.base.colors import Note
 from rpn_jax.base.errors import InputError
+
+# What `prepare` can be told of raw files besides where they are.
+OPTIONS = ("values", "background")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +38,14 @@ class RawExample:
     label: the file that holds the label; errors name it.
     read_label: () -> uint8 or uint16 [H,W] in the raw numbering; None reads `label` as an image
       file of ids (gray or palette).
+    read_image: () -> bytes of an image file; None reads `image`.
   """
 
   id: str
   image: pathlib.Path
   label: pathlib.Path
   read_label: Callable[[], np.ndarray] | None = None
+  read_image: Callable[[], bytes] | None = None
 
 
 class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -54,14 +59,19 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     vocabulary: the registered set whose raw ids may occur in the labels; by default `name`.
     own_classes: the class names come with the raw files: `examples` sets `classes`, and every
       folder of raw files is prepared under a name of its own. Color profiles of images count.
-    values: the label value of every name, as given to `prepare`; None for positions. Of builders
-      with `own_classes` only.
+    names_from: where the names of such classes stand, for messages.
+    options: those of `OPTIONS` that the builder takes.
+    values: the mask value of every name, as given to `prepare`; None for positions.
+    background: the class of pixels without annotation, as given to `prepare`; None for no class.
+    allow_partial: whether annotations without an image are left out, as given to `prepare`.
     counts: published number of examples per split.
     obtain: where people get the raw files, by name of the page.
     license: one line.
     raw_size: disk space of the raw files, as text.
     layout: the files expected below the manual directory, one per line.
     wide: labels need more than eight bits.
+    by_color: masks are read by their colors, not by values; after `examples`.
+    colors_remedy: what to do about a label image of colors, for the message.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -69,13 +79,19 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
   title: str
   vocabulary: str = ""
   own_classes: bool = False
+  names_from: str = "names.txt"
+  options: tuple[str, ...] = ()
   values: tuple[int, ...] | None = None
+  background: str | None = None
+  allow_partial: bool = False
   counts: dict[str, int]
   obtain: str
   license: str
   raw_size: str
   layout: str
   wide: bool = False
+  by_color: bool = False
+  colors_remedy: str = COLORS_REMEDY
 
   def __init_subclass__(cls, **kwargs):
     # TFDS's own table of data sets is not used, and would refuse a class that is defined twice.
@@ -132,7 +148,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     """
     label_HxW = self._read_label(raw)
     image_HxWx3, encoded, exif, notes = _read_image(
-      raw.image, label_HxW.shape, self.obtain, self.own_classes
+      raw, label_HxW.shape, self.obtain, self.own_classes
     )
     self._told(raw.image, notes)
     height, width = image_HxWx3.shape[:2]
@@ -150,7 +166,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
   def _read_label(self, raw: RawExample) -> np.ndarray:
     try:
       if raw.read_label is None:
-        label_HxW = read_index_image(raw.label, self._colors)
+        label_HxW = read_index_image(raw.label, self._colors, self.colors_remedy)
       else:
         label_HxW = raw.read_label()
     except FileNotFoundError as error:
@@ -217,7 +233,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
 
 def _read_image(
-  path: pathlib.Path, label_size: tuple[int, int], obtain: str, own: bool
+  raw: RawExample, label_size: tuple[int, int], obtain: str, own: bool
 ) -> tuple[np.ndarray, bytes, str, tuple[Note, ...]]:
   """An image, a file of it that every decoder reads alike, and what was done about it.
 
@@ -229,8 +245,9 @@ def _read_image(
   Returns:
     uint8 [H,W,3]; bytes; "upright", "stored", or "" for an image that no EXIF data turns; notes.
   """
+  path = raw.image
   try:
-    data = path.read_bytes()
+    data = path.read_bytes() if raw.read_image is None else raw.read_image()
   except FileNotFoundError as error:
     raise InputError(f"{path}: expected an image, got no such file; {obtain}") from error
   except OSError as error:

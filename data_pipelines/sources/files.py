@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +16,12 @@ from rpn_jax.base.words import read_text
 # What label files may be, by Pillow's names. The others lose values, scale them or may do so: a
 # JPEG of a mask has classes along the edges of others that nobody drew.
 _LOSSLESS = ("PNG", "BMP", "GIF", "TIFF")
+COLORS_REMEDY = "store class ids, not colors"
+# A mask of more colors shows no classes.
+MAX_COLORS = 256
+_SHOWN_COLORS = 6
+_RARE = 1e-3  # share of the pixels; most colors of smoothed edges have less
+_UNLISTED = 65534  # no label of a table of colors
 _LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
@@ -96,22 +102,23 @@ def check_label_format(where: object, file: Image.Image) -> None:
       )
 
 
-def read_index_image(path: pathlib.Path, colors: "Colors | None" = None) -> np.ndarray:
+def read_index_image(
+  path: pathlib.Path, colors: "Colors | None" = None, remedy: str = COLORS_REMEDY
+) -> np.ndarray:
   """An image whose pixels are ids, uint8 or uint16 [H,W]; of a palette image its indices.
 
   Args:
     path: of the file.
     colors: of the set's palettes, to compare this one's with.
+    remedy: what to do about a color image.
 
   Raises:
-    InputError: a color image, ids beyond 16 bits, or a palette of grays that are other ids.
+    InputError: a color image, with the colors in it, transparent pixels, ids that are no integers
+      of 16 bits, or a palette of grays that are other ids.
   """
   with open_label(path) as file:
-    if file.mode not in ("L", "P", "1", "I;16", "I;16B", "I"):
-      raise InputError(
-        f"{path}: expected a label image of one channel (gray or palette), got mode "
-        f"{file.mode}; store class ids, not colors"
-      )
+    if file.mode not in ("L", "P", "1", "I;16", "I;16B", "I", "F"):
+      return _grays(path, file, remedy)
     label_HxW = np.array(file)
     if file.mode == "P":
       palette_Cx3 = np.reshape(file.getpalette() or [], (-1, 3))
@@ -119,10 +126,15 @@ def read_index_image(path: pathlib.Path, colors: "Colors | None" = None) -> np.n
       _check_gray_palette(path, palette_Cx3, used)
       if colors is not None:
         colors.compare(path, {i: tuple(palette_Cx3[i].tolist()) for i in used.tolist()})
-  if label_HxW.dtype == np.int32:
+  if label_HxW.dtype in (np.int32, np.float32):
     low, high = label_HxW.min(initial=0), label_HxW.max(initial=0)
-    if low < 0 or high > 65535:
-      raise InputError(f"{path}: expected ids 0…65535, got {low}…{high}")
+    if not (low >= 0 and high <= 65535):  # not a number is neither
+      raise InputError(f"{path}: expected ids 0…65535, got {low}…{high}; save class ids")
+    if broken := np.flatnonzero(label_HxW % 1).size:
+      raise InputError(
+        f"{path}: expected class ids, got numbers that are no integers on {broken:,} pixels, "
+        f"{low:g}…{high:g}; save class ids, not scores or scaled values"
+      )
   return label_HxW.astype(np.uint8 if label_HxW.dtype in (np.uint8, bool) else np.uint16)
 
 
@@ -137,6 +149,105 @@ def _check_gray_palette(path: pathlib.Path, palette_Cx3: np.ndarray, used: np.nd
       f"{path}: expected class ids, got a palette of grays whose index {other[0]} is gray "
       f"{palette_Cx3[other[0], 0]}, and either may be the id; save the mask as a gray PNG of ids"
     )
+
+
+def _grays(path: pathlib.Path, file: Image.Image, remedy: str) -> np.ndarray:
+  """uint8 [H,W] of an image of several channels that all have the same values."""
+  rgb_HxWx3 = _opaque(path, file)
+  if (rgb_HxWx3 == rgb_HxWx3[..., :1]).all():
+    return rgb_HxWx3[..., 0].copy()
+  codes, counts = np.unique(_codes(rgb_HxWx3), return_counts=True)
+  rare = int((counts < _RARE * counts.sum()).sum())
+  if len(codes) > MAX_COLORS or rare > 4 * (len(codes) - rare):
+    raise InputError(
+      f"{path}: expected class ids, got {len(codes):,} colors: a mask with smoothed edges, one "
+      "that was once a JPEG, or a photograph; export the masks anew as PNG, without smoothing"
+    )
+  order = np.argsort(-counts, kind="stable")[:_SHOWN_COLORS]
+  shares = [f"{_rgb(codes[i])} ({counts[i] / counts.sum():.1%})" for i in order]
+  more = ", …" * (len(codes) > _SHOWN_COLORS)
+  raise InputError(
+    f"{path}: expected class ids, got {len(codes)} colors: {', '.join(shares)}{more}; {remedy}"
+  )
+
+
+def is_colored(path: pathlib.Path) -> bool:
+  """Whether the pixels of a label file are colors that are not all gray, and no indices."""
+  with open_label(path) as file:
+    if "RGB" not in file.mode:
+      return False
+    rgb_HxWx3 = _opaque(path, file)
+  return not (rgb_HxWx3 == rgb_HxWx3[..., :1]).all()
+
+
+def _opaque(path: pathlib.Path, file: Image.Image) -> np.ndarray:
+  """uint8 [H,W,3] of an image of any mode whose alpha channel, if there is one, hides nothing."""
+  if file.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
+    hidden = int((np.array(file.getchannel(len(file.getbands()) - 1)) < 255).sum())
+    if hidden:
+      raise InputError(
+        f"{path}: expected a mask without transparency, got {hidden:,} transparent pixels, whose "
+        "values may mean anything; save the mask without an alpha channel, with all of its values"
+      )
+  elif file.mode not in ("1", "L", "P", "RGB"):
+    raise InputError(
+      f"{path}: expected a label image of one channel (gray or palette) or of RGB colors, got mode "
+      f"{file.mode}; save it as PNG"
+    )
+  return np.array(file.convert("RGB"))
+
+
+def read_colors(path: pathlib.Path) -> np.ndarray:
+  """The colors of a label image, red · 2¹⁶ + green · 2⁸ + blue, int32 [H,W].
+
+  Raises:
+    InputError: a format that loses values, or transparent pixels.
+  """
+  with open_label(path) as file:
+    return _codes(_opaque(path, file))
+
+
+def _codes(rgb_HxWx3: np.ndarray) -> np.ndarray:
+  """A number for every color, int32 [H,W]."""
+  red, green, blue = np.moveaxis(rgb_HxWx3.astype(np.int32), -1, 0)
+  return red << 16 | green << 8 | blue
+
+
+def _rgb(code: int) -> str:
+  return f"{code >> 16},{code >> 8 & 255},{code & 255}"
+
+
+class ColorTable:
+  """Masks whose pixels have the colors of their classes.
+
+  Args:
+    labels: color (red, green, blue) -> label.
+    where: the file that has the colors, for messages.
+  """
+
+  def __init__(self, labels: Mapping[tuple[int, int, int], int], where: pathlib.Path):
+    self._where = where
+    self._labels = np.full(1 << 24, _UNLISTED, np.uint16)
+    for (red, green, blue), label in labels.items():
+      self._labels[red << 16 | green << 8 | blue] = label
+
+  def read(self, path: pathlib.Path) -> np.ndarray:
+    """The labels of an image of colors, gray or palette, uint16 [H,W].
+
+    Raises:
+      InputError: colors that are not in the table, or transparent pixels.
+    """
+    codes = read_colors(path)
+    label_HxW = self._labels[codes]
+    unlisted, counts = np.unique(codes[label_HxW == _UNLISTED], return_counts=True)
+    if len(unlisted):
+      raise InputError(
+        f"{path}: expected colors of {self._where.name}, got others, such as "
+        f"{_rgb(unlisted[counts.argmax()])}, {len(unlisted):,} in all, on {counts.sum():,} of "
+        f"{codes.size:,} pixels; write their classes there, or, if they are along edges, export "
+        "the masks without smoothing"
+      )
+    return label_HxW
 
 
 class Colors:

@@ -1,17 +1,21 @@
 """Your own data: a folder of images, a folder of masks and a list of class names."""
 
-import hashlib
+import functools
 import pathlib
 from collections.abc import Sequence
 
 from data_pipelines import vocabularies
+from data_pipelines.sources import class_file
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
-from data_pipelines.sources.files import list_files, read_lines, require
+from data_pipelines.sources.files import COLORS_REMEDY, ColorTable, list_files, require
+from data_pipelines.sources.own_data import one_in_ten, read_unseen
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.picture_files import SUFFIXES, list_images
 from rpn_jax.base.words import composed
 
 _SPLITS = ("train", "val")
+_MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
+_LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
 
 
 class Folder(SegmentationBuilder):
@@ -23,6 +27,7 @@ class Folder(SegmentationBuilder):
   name = "folder"
   title = "your own data, as in names.txt"
   own_classes = True
+  options = ("values",)
   counts = {}  # noqa: RUF012
   obtain = "put the file there or remove its partner"
   license = "yours"
@@ -30,26 +35,38 @@ class Folder(SegmentationBuilder):
   layout = """images/{train,val}/*.{jpg,png,webp} (or all in images/: one in ten is for val)
 labels/{train,val}/*.png (or all in labels/), named as the images; gray or palette, 8 or 16 bit
   whose values are class ids, 255 for no class (65535 where there are more than 255 classes)
-names.txt (one class name per line; the first is class 0, or the first of --values)
+names.txt (one class name per line; the first is class 0, or the first of --values); for masks of
+  colors a line is NAME:RED,GREEN,BLUE; or CVAT's labelmap.txt
 unseen.txt (may be missing: the names that are never trained on)"""
   wide = True
+  colors_remedy = (
+    f"{COLORS_REMEDY}, or write the color of every class behind its name in names.txt, as in "
+    "road:128,64,128"
+  )
 
   def examples(self, manual_dir):
-    self.classes = read_classes(manual_dir, self.obtain, self.values)
+    self.classes, colors = read_classes(manual_dir, self.obtain, self.values)
+    self.by_color = colors is not None
     images, labels = manual_dir / "images", manual_dir / "labels"
     splits = [s for s in _SPLITS if (images / s).is_dir()]
     if not splits:
-      return _split(_pairs(images, labels, self.obtain), images)
+      return one_in_ten(_pairs(images, labels, self.obtain, colors), images)
     if stray := list_images(images):
       raise InputError(
         f"{stray[0]}: expected images in images/train and images/val or all in images, got both; "
         "move this one into one of the two"
       )
-    return {s: _pairs(images / s, labels / s, self.obtain) for s in splits}
+    return {s: _pairs(images / s, labels / s, self.obtain, colors) for s in splits}
 
   def wrong_values_remedy(self, values):
+    count = len(self.classes.names)
+    if len(values) > 2 * count + 2:
+      return (
+        f"{len(values)} values of {count} classes are those of smoothed edges, of a mask that was "
+        "once a JPEG, or of scores: export the masks anew as PNG, without smoothing"
+      )
     # A mask with as many values as there are names probably shows every class once.
-    shown = values if len(values) == len(self.classes.names) else ["VALUE", "VALUE", "…"]
+    shown = values if len(values) == count else ["VALUE", "VALUE", "…"]
     return (
       f"if they stand for classes, add --values={','.join(map(str, shown))}: the mask value of "
       "every name in names.txt, in order"
@@ -58,60 +75,55 @@ unseen.txt (may be missing: the names that are never trained on)"""
 
 def read_classes(
   manual_dir: pathlib.Path, obtain: str, values: Sequence[int] | None = None
-) -> vocabularies.Vocabulary:
-  """The classes in names.txt and unseen.txt.
+) -> tuple[vocabularies.Vocabulary, ColorTable | None]:
+  """The classes in names.txt, or CVAT's labelmap.txt, and unseen.txt, and the colors of the masks.
 
   Args:
     manual_dir: the folder with the two files.
     obtain: what to do about a missing file.
     values: the mask value of every name; None for its position.
 
+  Returns:
+    The vocabulary, and what reads masks of colors if the file has colors.
+
   Raises:
     InputError: no such file, damaged files, or values that do not fit the names.
   """
-  path = require(manual_dir / "names.txt", "the class names, one per line", obtain)
-  names, unseen = _read_names(path), []
-  if len(names) > vocabularies.IGNORE_WIDE:
+  path = manual_dir / class_file.LABELMAP
+  if not path.exists():
+    path = require(manual_dir / "names.txt", "the class names, one per line", obtain)
+  listed = class_file.read(path)
+  names = listed.classes
+  if not 0 < len(names) <= vocabularies.IGNORE_WIDE:
     raise InputError(
       f"{path}: expected at most {vocabularies.IGNORE_WIDE} names, got {len(names)}; "
       "masks have 16 bits"
     )
-  if (manual_dir / "unseen.txt").exists():
-    unseen = _read_names(manual_dir / "unseen.txt")
-    unknown = [name for name in unseen if name not in names]
-    if unknown or len(unseen) == len(names):
-      got = f"{unknown[0]!r}, which is not one" if unknown else "all of them"
-      raise InputError(
-        f"{manual_dir / 'unseen.txt'}: expected some of the names in names.txt, got {got}; "
-        "write them as there"
-      )
+  unseen = read_unseen(manual_dir, names, path.name)
   if values is not None:
+    if listed.colors:
+      raise InputError(
+        f"{path}: expected colors or --values, got both; leave --values out, or the colors"
+      )
     distinct = len(set(values)) == len(values) == len(names)
     if not distinct or not all(0 <= value <= 65535 for value in values):
       raise InputError(
         f"--values={','.join(map(str, values))}: expected a different number in 0…65535 for each "
         f"of the {len(names)} names in {path}"
       )
-  return vocabularies.of_names("folder", names, unseen, values)
+  classes = vocabularies.of_names("folder", names, unseen, values)
+  if not listed.colors:
+    return classes, None
+  labels = {name: i for i, name in enumerate(names)}
+  return classes, listed.table({name: labels.get(name, classes.ignore) for name in listed.names})
 
 
-def _read_names(path: pathlib.Path) -> list[str]:
-  """Names of a text file, none blank and none twice, since the line number is the id."""
-  names = [composed(line) for line in read_lines(path, "class names, one per line,")]
-  if not names:
-    raise InputError(f"{path}: expected one name per line, got an empty file; write the names")
-  first = {}
-  for number, name in enumerate(names, 1):
-    if not name or first.setdefault(name, number) != number:
-      got = f"{name!r} in lines {first[name]} and {number}" if name else f"none in line {number}"
-      raise InputError(f"{path}: expected a different name in every line, got {got}; correct it")
-  return names
-
-
-def _pairs(images: pathlib.Path, labels: pathlib.Path, obtain: str) -> list[RawExample]:
+def _pairs(
+  images: pathlib.Path, labels: pathlib.Path, obtain: str, colors: ColorTable | None
+) -> list[RawExample]:
   """Images with their masks, sorted by name."""
   by_name = _by_name(list_files(images, SUFFIXES, "images", obtain), "image")
-  masks = _by_name(list_files(labels, (".png",), "masks", obtain), "mask")
+  masks = _by_name(_list_masks(labels, obtain), "mask")
   no_mask, no_image = sorted({*by_name} - {*masks}), sorted({*masks} - {*by_name})
   alone = [
     *(f"{labels / n}.png: expected the mask of {by_name[n]}, got no such file" for n in no_mask),
@@ -121,7 +133,20 @@ def _pairs(images: pathlib.Path, labels: pathlib.Path, obtain: str) -> list[RawE
     more = f"; the same for {len(alone) - 1} more: " if len(alone) > 1 else ""
     others = ", ".join(line.partition(": ")[0] for line in alone[1:])
     raise InputError(f"{alone[0]}; {obtain}{more}{others}")
-  return [RawExample(name, by_name[name], masks[name]) for name in sorted(by_name)]
+  return [
+    RawExample(
+      name, by_name[name], masks[name], colors and functools.partial(colors.read, masks[name])
+    )
+    for name in sorted(by_name)
+  ]
+
+
+def _list_masks(labels: pathlib.Path, obtain: str) -> list[pathlib.Path]:
+  """The masks; where there are no others, files of formats that reading will refuse."""
+  for suffixes in (_MASK_SUFFIXES, _LOSSY_SUFFIXES):
+    if labels.is_dir() and any(path.suffix.lower() in suffixes for path in labels.iterdir()):
+      return list_files(labels, suffixes, "masks", obtain)
+  return list_files(labels, _MASK_SUFFIXES[:1], "masks", obtain)
 
 
 def _by_name(files: list[pathlib.Path], what: str) -> dict[str, pathlib.Path]:
@@ -136,17 +161,3 @@ def _by_name(files: list[pathlib.Path], what: str) -> dict[str, pathlib.Path]:
       )
     found[name] = file
   return found
-
-
-def _split(examples: list[RawExample], images: pathlib.Path) -> dict[str, list[RawExample]]:
-  """A tenth for val, at least one: those whose names hash lowest."""
-  if len(examples) < 2:
-    raise InputError(
-      f"{images}: expected at least two images, one to train on and one to test on, got one"
-    )
-  order = sorted(examples, key=lambda raw: hashlib.sha256(raw.id.encode()).digest())
-  chosen = {raw.id for raw in order[: max(1, round(len(examples) / 10))]}
-  return {
-    "train": [raw for raw in examples if raw.id not in chosen],
-    "val": [raw for raw in examples if raw.id in chosen],
-  }

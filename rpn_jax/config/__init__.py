@@ -80,7 +80,7 @@ class Data:
 
   name: str = field("voc20", "training set; docs/data.md lists them")
   variant: str = field(
-    "", "for folder the name it was prepared under, for ade847 short512 or native"
+    "", "for your own data the name they were prepared under, for ade847 short512 or native"
   )
   naming: str = field(
     "dataset",

@@ -19,6 +19,8 @@ from rpn_jax.weights.prompts_file import Prompts
 
 # Files with scores in a workdir: of training, of --mode=eval.
 SCORES = ("metrics.json", "eval.json")
+# Data sets that are prepared under a name that the user gives.
+OWN_DATA = ("folder", "coco_json", "labelme", "yolo_seg", "voc_folder")
 # Words in the examples of the card.
 WORDS = 3
 
@@ -80,9 +82,9 @@ def network_name(config: Mapping[str, Any]) -> str:
 
 
 def data_name(config: Mapping[str, Any]) -> str:
-  """What the training set is called; a folder by the name that it was prepared under."""
+  """What the training set is called; one's own data by the name that they were prepared under."""
   d = config["data"]
-  return d["variant"] if d["name"] == "folder" else d["name"]
+  return d["variant"] if d["name"] in OWN_DATA else d["name"]
 
 
 def read_scores(workdir: pathlib.Path, step: int) -> list[Row]:

@@ -194,7 +194,9 @@ def test_color_masks_are_refused(raw, tmp_path):
   first = builder.examples(raw)["train"][0]
   jpeg(first.label.with_suffix(".jpg"), 9, 21)
   Image.open(first.label.with_suffix(".jpg")).save(first.label)
-  with pytest.raises(InputError, match=r"one channel .* got mode RGB"):
+  with pytest.raises(
+    InputError, match=r"expected class ids, got 189 colors: .*; store class ids, not colors"
+  ):
     builder.read(first)
 
 

@@ -108,11 +108,56 @@ def test_gray_of_few_bits(tmp_path):
   assert files.read_index_image(path).tolist() == [[0, 0, 0, 1, 1, 0, 1, 1]]
 
 
-@pytest.mark.parametrize("mode", ["LA", "RGBA", "PA", "F"])
-def test_other_channels_are_refused(mode, tmp_path):
-  image = MASK.convert("P").convert(mode) if mode == "PA" else MASK.convert(mode)
-  path = save(tmp_path / "mask", "PNG" if mode in ("LA", "RGBA") else "TIFF", image)
-  with pytest.raises(InputError, match=rf"one channel \(gray or palette\), got mode {mode}"):
+@pytest.mark.parametrize("mode", ["LA", "RGB", "RGBA", "F", "I"])
+def test_grays_in_other_channels(mode, tmp_path):
+  path = save(tmp_path / "mask", "TIFF" if mode in "FI" else "PNG", MASK.convert(mode))
+  np.testing.assert_array_equal(files.read_index_image(path), LABEL)
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    (0.5, r"no integers on 1 pixels, 0…4; save class ids, not scores"),
+    (np.nan, r"expected ids 0…65535, got nan…nan"),
+    (-1, r"expected ids 0…65535, got -1"),
+    (7e4, r"expected ids 0…65535, got .*70000"),
+  ],
+)
+def test_numbers_that_are_no_ids(value, message, tmp_path):
+  label = LABEL.astype(np.float32)
+  label[0, 0] = value
+  path = save(tmp_path / "mask.tif", "TIFF", Image.fromarray(label))
+  with pytest.raises(InputError, match=message):
+    files.read_index_image(path)
+
+
+def test_transparent_masks(tmp_path):
+  for mode in ("LA", "RGBA"):
+    image = MASK.convert(mode)
+    image.putalpha(Image.fromarray(np.where(LABEL == 2, 0, 255).astype(np.uint8)))
+    path = save(tmp_path / "mask.png", "PNG", image)
+    with pytest.raises(InputError, match="without transparency, got 40 transparent pixels"):
+      files.read_index_image(path)
+
+
+def test_colors_are_shown(tmp_path):
+  table = np.array([[0, 0, 0], [200, 0, 0], [0, 200, 0], [0, 0, 200], [9, 9, 9]], np.uint8)
+  path = save(tmp_path / "mask.png", "PNG", Image.fromarray(table[LABEL]))
+  with pytest.raises(InputError) as caught:
+    files.read_index_image(path)
+  assert str(caught.value) == (
+    f"{path}: expected class ids, got 5 colors: 0,0,0 (20.8%), 0,0,200 (20.8%), 0,200,0 (20.8%), "
+    "200,0,0 (20.8%), 9,9,9 (16.7%); store class ids, not colors"
+  )
+  smoothed = Image.fromarray(table[LABEL].repeat(9, 0)).resize((160, 120), Image.Resampling.BICUBIC)
+  path = save(tmp_path / "mask.png", "PNG", smoothed)
+  with pytest.raises(InputError, match=r"got 1.. colors: a mask with smoothed edges, one that was"):
+    files.read_index_image(path)
+
+
+def test_other_modes_are_refused(tmp_path):
+  path = save(tmp_path / "mask.tif", "TIFF", MASK.convert("CMYK"))
+  with pytest.raises(InputError, match=r"of RGB colors, got mode CMYK; save it as PNG"):
     files.read_index_image(path)
 
 

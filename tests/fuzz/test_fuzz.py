@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import shapes as shapes_config
-from data_pipelines import datasets, pipeline, raw_files
+from data_pipelines import datasets, pipeline, raw_files, registry
 from data_pipelines.sources import builder, coco_masks, context, files, folder, matlab, pascal
 from rpn_jax.analysis.runs import read_run
 from rpn_jax.base import pictures
@@ -46,6 +46,7 @@ from rpn_jax.training.run import Run
 from rpn_jax.weights import architecture, clip_file, names, prompts_file, torch_archive
 from tests import odd_pictures as odd
 from tests import tiny
+from tests.data_pipelines import raw_annotations
 from tests.data_pipelines.raw_pascal import packed
 from tests.weights.files import (
   HEADS,
@@ -371,9 +372,9 @@ def masks() -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def folder_builder(tmp_path_factory):
-  made = raw_files.make_builder(folder.Folder, tmp_path_factory.mktemp("data"), "x")
+  made = raw_files.make_builder(folder.Folder, tmp_path_factory.mktemp("data"), "x", {})
   with file_of(b"a\nb\nc\nd\n", "names.txt") as path:
-    made.classes = folder.read_classes(path.parent, "")
+    made.classes, _ = folder.read_classes(path.parent, "")
   return made
 
 
@@ -479,6 +480,73 @@ def test_annotations(content):
     for raw in [raw for raws in (splits or {}).values() for raw in raws]:
       assert raw.image.parent == path.parent
       answered(raw.read_label)
+
+
+COCO = raw_annotations.coco(
+  {1: "a.jpg", 2: "b.jpg"},
+  [
+    raw_annotations.of_image(1, 1, [raw_annotations.corners(2, 2, 9, 9)], bbox=[2, 2, 7, 7]),
+    raw_annotations.of_image(2, 7, {"size": [20, 30], "counts": [100, 20, 480]}),
+    raw_annotations.of_image(2, 7, [], bbox=[2, 2, 7, 7]),
+  ],
+)
+LABELME = {
+  "version": "5.5.0", "imagePath": "a.jpg", "imageHeight": 20, "imageWidth": 30,
+  "imageData": raw_annotations.png_text(np.zeros((20, 30, 3), np.uint8)),
+  "shapes": [
+    raw_annotations.shape("cat", "polygon", raw_annotations.points(2, 2, 9, 9)),
+    raw_annotations.shape("dog", "circle", [[5, 5], [9, 9]]),
+    raw_annotations.shape("dog", "linestrip", [[5, 5], [9, 9], [9, 2]]),
+    raw_annotations.shape(
+      "cat", "mask", [[3, 3], [5, 5]], mask=raw_annotations.png_text(np.ones((3, 3), np.uint8))
+    ),
+  ],
+}  # fmt: skip
+YOLO_TEXT = b"0 0.1 0.1 0.5 0.1 0.5 0.5 0.1 0.5\n1 0.5 0.5 0.9 0.5 0.9 0.9\n"
+YAML = b"path: .\ntrain: images\nval: [images]\nnc: 2\nnames: {0: cat, 1: dog}\n"
+# Form -> file -> what it may hold.
+OWN_DATA = {
+  "coco_json": {"x.json": damaged_json(COCO)},
+  "labelme": {"a.json": damaged_json(LABELME)},
+  "yolo_seg": {"labels/a.txt": damaged([YOLO_TEXT]), "data.yaml": damaged([YAML])},
+  "voc_folder": {"labelmap.txt": damaged([b"# x\nbackground:0,0,0::\ncat:128,0,0::\n"])},
+}
+
+
+@pytest.fixture(scope="module")
+def annotated(tmp_path_factory):
+  """Form -> folder of two images with good annotations."""
+  root = tmp_path_factory.mktemp("annotated")
+  for name in ("coco_json", "labelme", "yolo_seg/images", "voc_folder/JPEGImages"):
+    for image in ("a.jpg", "b.jpg"):
+      raw_annotations.picture(root / name / image)
+  raw_annotations.write_json(root / "labelme/b.json", LABELME)
+  raw_annotations.text(root / "yolo_seg/labels/b.txt", "0 0 0 1 0 1 1")
+  for name in "ab":
+    colors = {1: (128, 0, 0), 255: (224, 224, 192)}
+    raw_annotations.rgb_png(root / f"voc_folder/SegmentationClass/{name}.png", colors)
+  (root / "yolo_seg/data.yaml").write_bytes(YAML)
+  return root
+
+
+@fuzzed
+@given(st.data())
+def test_annotations_of_ones_own(annotated, data):
+  form = data.draw(st.sampled_from(sorted(OWN_DATA)))
+  file = data.draw(st.sampled_from(sorted(OWN_DATA[form])))
+  path = annotated / form / file
+  good = path.read_bytes() if path.exists() else b""
+  path.write_bytes(data.draw(OWN_DATA[form][file]))
+  try:
+    made = raw_files.make_builder(registry.builder_class(form), annotated, "x", {})
+    for raws in (answered(made.examples, annotated / form) or {}).values():
+      for raw in raws:
+        record = answered(made.read, raw)
+        if record is not None:
+          classes = {*range(len(made.classes.names)), made.classes.ignore}
+          assert set(np.unique(record["label"]).tolist()) <= classes
+  finally:
+    path.write_bytes(good)
 
 
 def matrices() -> list[bytes]:
