@@ -123,6 +123,7 @@ def test_a_reader_that_is_gone(tmp_path):
   assert (gone.returncode, gone.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_quiet_prints_nothing_and_every_file_is_described(tmp_path):
   tiny.save(tmp_path / "clip.safetensors")
   small = (*GOOD, *SMALL, "--config.steps=2", "--config.model.tuner=lpm")

@@ -62,6 +62,7 @@ def test_a_small_network(run, tmp_path):
   assert (result["classes"], result["batch"], result["side"]) == (5, 2, 32)
 
 
+@pytest.mark.slow
 def test_a_tower_that_is_trained_is_counted_once():
   config = shapes_config.get_config("tuner=full").unlock()
   config.data.crop = config.eval.crop = 32

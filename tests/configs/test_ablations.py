@@ -137,15 +137,14 @@ def check_step(tree, after, loss):
   assert not [path for path in still if "expert" not in path]
 
 
-@pytest.mark.parametrize(
-  "changes", [TOGETHER[0], *(pytest.param(c, marks=pytest.mark.slow) for c in TOGETHER[1:])]
-)
+@pytest.mark.parametrize("changes", [*(pytest.param(c, marks=pytest.mark.slow) for c in TOGETHER)])
 def test_words_of_several_rows_run_for_a_step(changes):
   step_of_all = one_step(BASE, tuple(changes.items()))
   check_step(*step_of_all)
   assert step_of_all[2] != pytest.approx(one_step(BASE, update=False), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_row_without_training_runs():
   _, params, image, text = tower()
   dense = DenseCLIP(tower()[0], **config_of("table4_none").dense)

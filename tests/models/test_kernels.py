@@ -99,7 +99,9 @@ def test_the_kernel_of_tpus_is_the_textbooks(tokens, more, heads, causal, monkey
       np.testing.assert_allclose(np.float32(a), exact, atol=tolerance * abs(exact).max())
 
 
-@pytest.mark.parametrize("tokens, more, causal", [(5, 4, False), (9, 0, True)])
+@pytest.mark.parametrize(
+  "tokens, more, causal", [(5, 4, False), pytest.param(9, 0, True, marks=pytest.mark.slow)]
+)
 def test_attention_by_cudnn_is_the_textbooks(tokens, more, causal, monkeypatch):
   """By JAX's own attention in its place, with its rule for gradients."""
   differentiated, theirs = [], jax.nn.dot_product_attention

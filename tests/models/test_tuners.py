@@ -110,7 +110,9 @@ def count(tower, tuner):
   return prompts.count(shapes["prompts"]) + visual
 
 
-@pytest.mark.parametrize("tuner", [*SINGLE, "lst", "full", SITES])
+@pytest.mark.parametrize(
+  "tuner", [*SINGLE, pytest.param("lst", marks=pytest.mark.slow), "full", SITES]
+)
 def test_it_starts_as_the_frozen_tower_to_the_bit(tuner):
   bare, params, head, image, text = tiny("lpm")
   model, _, tree, _, _ = tiny(tuner)

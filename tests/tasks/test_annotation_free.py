@@ -54,6 +54,7 @@ class Shuffled:
     return {**self.source[i], "label": np.where(classes == 27, 255, classes).astype(label.dtype)}
 
 
+@pytest.mark.slow
 def test_it_resumes_exactly_and_reads_no_ground_truth(home, taught, monkeypatch):
   """Before the network takes over; and after it, from parameters that it had before the save."""
   config, workdir = taught

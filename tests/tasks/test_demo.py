@@ -126,6 +126,7 @@ def test_both_checkpoints_of_a_run_are_on_offer(tmp_path, monkeypatch):
   assert [choices["checkpoint"] for choices in loaded] == ["last", "best"]
 
 
+@pytest.mark.slow
 def test_what_a_model_knows_is_said_before_the_button_is_pressed(models, address):
   note = "shapes_clip: its CLIP, shapes_clip, knows drawn shapes and no photographs"
   assert models.note("shapes_clip") == note and models.note("unknown") == ""

@@ -162,7 +162,10 @@ def made_up(config, names=("a", "b")):
   return prompts_file.Prompts(prompts, fingerprint, stored, names, 4), predictor
 
 
-CASES = [("rpn", "full"), ("rpn", "lora+ssf"), ("cat_seg", "")]
+CASES = [("rpn", "lora+ssf")]
+CASES += [
+  pytest.param(*case, marks=pytest.mark.slow) for case in (("rpn", "full"), ("cat_seg", ""))
+]
 CASES += [
   pytest.param("rpn", tuner, marks=pytest.mark.slow)
   for tuner in published.TUNERS

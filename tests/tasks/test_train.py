@@ -159,6 +159,7 @@ def test_too_many_in_a_row_end_the_run(home):
   assert train.train(config, workdir, data)["last"]["step"] == 8
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_end_a_run(home, monkeypatch, capsys):
   """All saves but the last one fail, and the curves are kept back."""
   config = small_config(home, save_every=1, log_every=1)

@@ -162,6 +162,7 @@ with devices.runtime(sys.argv[2].split(",")), run.held_workdir(workdir):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_save_one_checkpoint_to_a_bucket(bucket, store):
   """The second one neither writes nor goes on before the mark is there; a failure is of both."""
 
