@@ -14,7 +14,8 @@ Prepare the data first: python -m data_pipelines.prepare coco_stuff --download -
 Arguments:
 
     backbone=b16|l14           ViT-B/16, or ViT-L/14 at 336 pixels
-    data=coco_stuff171|voc20|context60|folder|shapes    what it is trained on; shapes takes minutes
+    data=coco_stuff171|voc20|context60|shapes    what it is trained on (shapes takes minutes), or
+                               folder, coco_json, labelme, yolo_seg, voc_folder: data of yours
                                on two CPU cores
     setting=supervised|zero_shot|transductive|annotation_free   which classes are labeled in
                                training; the paper has the first, and its scores need no penalty of
@@ -29,7 +30,7 @@ from rpn_jax import config
 
 # Weights, side of what the tower sees, and the blocks whose output guides the decoder.
 BACKBONES = {"b16": ("ViT-B/16", 384, (3, 7)), "l14": ("ViT-L/14@336px", 336, (7, 15))}
-DATA = ("coco_stuff171", "voc20", "context60", "folder", "shapes")
+DATA = ("coco_stuff171", "voc20", "context60", *common.OWN_DATA, "shapes")
 SETTINGS = ("supervised", "zero_shot", "transductive", "annotation_free")
 
 

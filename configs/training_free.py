@@ -20,8 +20,8 @@ Arguments behind the colon:
     protocol=PROTOCOL          whose sizes, thresholds and names: by default those of the method's
                                own code (rpn_jax/config/protocols.py)
     set=shapes|crowds|all|voc20|voc20b|voc21|context59|context60|context459|coco_stuff171|
-        coco_object|cityscapes|ade150|ade847|folder
-                               (folder: with --config.data.variant=NAME)
+        coco_object|cityscapes|ade150|ade847|folder|coco_json|labelme|yolo_seg|
+        voc_folder             (the last five with --config.data.variant=NAME)
     backbone=b16|l14           for all sets but the synthetic ones, shapes and crowds
     denoise, smooth            MaskCLIP's prompt denoising at 0.5, and its key smoothing
     pamr                       refine the scores by the edges of the image
@@ -39,7 +39,7 @@ from rpn_jax.config import protocols
 
 SYNTHETIC = ("shapes", "crowds")
 DATA = (
-  *SYNTHETIC, "all", *protocols.SETS, "voc20b", "context459", "ade847", "folder",
+  *SYNTHETIC, "all", *protocols.SETS, "voc20b", "context459", "ade847", *common.OWN_DATA,
 )  # fmt: skip
 # Method -> the protocol of its own code, or of the code that reran it.
 METHODS = {
