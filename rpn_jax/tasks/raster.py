@@ -35,8 +35,9 @@ GEO_TAGS = (33550, 33922, 34264, 34735)
 WIDTH_TAG, HEIGHT_TAG = 256, 257
 # Values of an overview that become black and white, where there are more than 8 bits.
 PERCENTILES = (2, 98)
-# Of what GDAL keeps of files, megabytes; rows of windows overlap, and are read again.
-CACHE_MB = 256
+# What GDAL may keep of decoded tiles: a row of them, since rows of windows overlap and are read
+# again. rasterio counts bytes here, where GDAL's own pages count megabytes.
+CACHE_BYTES = 256 << 20
 # Side of the tiles of written files, pixels; it divides the sides of blocks.
 TILE = 256
 MAX_SCALE = 4
@@ -168,7 +169,7 @@ class Raster:
   @contextlib.contextmanager
   def _one_line(self) -> Iterator[None]:
     try:
-      with self._package.Env(GDAL_CACHEMAX=CACHE_MB):
+      with self._package.Env(GDAL_CACHEMAX=CACHE_BYTES):
         yield
     except self._package.errors.RasterioError as error:
       told = " ".join(str(error.__cause__ or error).split())

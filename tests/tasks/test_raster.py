@@ -144,6 +144,15 @@ def test_bands_and_a_range_for_the_whole_raster(scene, tmp_path):
   )
 
 
+def test_decoded_tiles_are_kept(scene, tmp_path):
+  """GDAL's cache holds a row of tiles of a wide raster: it was 256 bytes once, not megabytes."""
+  path = write(tmp_path / "a.tif", scene)
+  source = raster.Raster(path)
+  with source._one_line():
+    kept = source._package._env.get_gdal_config("GDAL_CACHEMAX")
+  assert int(kept) == raster.CACHE_BYTES > 20_000 * 256 * 4 * 2  # columns, rows, bands, bytes
+
+
 def test_pixels_without_data_have_no_class(model, scene, tmp_path):
   values = scene.astype(np.float32) + 1
   values[:50, :70], values[100, 100] = -9, np.nan
