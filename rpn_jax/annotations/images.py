@@ -8,12 +8,13 @@ import shutil
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rpn_jax.base import buckets
+from rpn_jax.base import buckets, deep_images
 from rpn_jax.base.paths import expand, replacing
 from rpn_jax.drawing.images import save_png
 
-# Files that every reader of annotations opens, and in the same way.
+# Files that every reader of annotations opens, and in the same way: of these formats and modes.
 PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_PLAIN_MODES = ("1", "L", "P", "RGB")
 _EXIF_ORIENTATION, _UPRIGHT = 0x0112, 1
 _TURNED = (5, 6, 7, 8)  # orientations in which width and height are exchanged
 
@@ -53,7 +54,12 @@ class Labeled:
       with Image.open(path) as file:
         orientation = file.getexif().get(_EXIF_ORIENTATION, _UPRIGHT)
         size = file.size if orientation in _TURNED else file.size[::-1]
+        plain = _is_plain(file)
+      with path.open("rb") as stream:
+        plain = plain and not deep_images.is_deep_png(stream.read(32))
     except (OSError, UnidentifiedImageError):  # changed since
+      return None
+    if not plain:
       return None
     return path if size == self.size and (orientation == _UPRIGHT or not upright) else None
 
@@ -61,11 +67,34 @@ class Labeled:
     """Copies the image's file, or writes a PNG of what was segmented; returns the path."""
     source = self.plain_file(upright=True)
     if source is None:
-      return save_png(folder / f"{stem}.png", Image.fromarray(self.image))
+      return self._only(save_png(folder / f"{stem}.png", Image.fromarray(self.image)))
     path = folder / f"{stem}{source.suffix.lower()}"
-    if path.exists() and os.path.samefile(path, source):
-      return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-      shutil.copyfile(source, temporary)
-    return path
+    if not path.exists() or not os.path.samefile(path, source):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
+    return self._only(path)
+
+  def _only(self, copy: pathlib.Path) -> pathlib.Path:
+    """Removes copies of other formats that an earlier call has made under the same stem.
+
+    Both would belong to one file of labels, which is that of the newer one.
+    """
+    if not buckets.is_bucket(copy):
+      for suffix in {*PLAIN_SUFFIXES} - {copy.suffix}:
+        other = copy.with_suffix(suffix)
+        if not str(self.file) or other.resolve() != expand(self.file).resolve():
+          other.unlink(missing_ok=True)
+    return copy
+
+
+def _is_plain(file: Image.Image) -> bool:
+  """Whether a file has one opaque image, of 8 bits and of colors that all readers take alike.
+
+  They drop transparency where it was laid on a matte, take the first page, and clip 16 bits.
+  """
+  if getattr(file, "n_frames", 1) > 1:
+    return False
+  if file.has_transparency_data:
+    return file.convert("RGBA").getchannel("A").getextrema() == (255, 255)
+  return file.mode in _PLAIN_MODES

@@ -1,6 +1,7 @@
 """Ultralytics' text files for segmentation: a row for each region, and `data.yaml`."""
 
 import json
+import re
 from collections.abc import Sequence
 
 from rpn_jax.annotations import polygons
@@ -9,6 +10,8 @@ from rpn_jax.annotations.regions import Instance
 
 # Of coordinates, as shares of the image: a thousandth of a pixel of the largest image.
 DECIMALS = 8
+# What YAML refuses or takes for line ends, and JSON leaves as it is.
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 def rows(instances: Sequence[Instance], size: tuple[int, int], options: Options) -> str:
@@ -35,9 +38,9 @@ def data_yaml(names: Sequence[str]) -> str:
     names: C class names, also those without pixels.
   """
   # JSON's strings are YAML's: quoted, a name may have commas, colons and any letters.
-  listed = "".join(
-    f"  {i}: {json.dumps(name, ensure_ascii=False)}\n" for i, name in enumerate(names)
-  )
+  quoted = (json.dumps(name, ensure_ascii=False) for name in names)
+  escaped = (_ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", name) for name in quoted)
+  listed = "".join(f"  {i}: {name}\n" for i, name in enumerate(escaped))
   return (
     "train: images\n"
     "val: images  # the same ones: put some into a folder of their own before training\n"

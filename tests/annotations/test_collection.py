@@ -18,6 +18,7 @@ from rpn_jax.annotations.collection import Collection
 from rpn_jax.annotations.images import Labeled
 from rpn_jax.annotations.options import ANNOTATIONS
 from rpn_jax.base.errors import InputError
+from tests import odd_pictures as odd
 from tests.annotations import scenes
 from tests.annotations.scenes import NAMES
 
@@ -264,6 +265,56 @@ def test_images_are_copied_once_and_only_if_they_show_what_was_segmented(tmp_pat
     np.testing.assert_array_equal(np.array(image), other.image)
 
 
+def test_files_that_others_see_in_another_way_are_written_anew(tmp_path, photos):
+  photo = photos[0]
+  height, width = photo.size
+  rgb, files = Image.fromarray(photo.image), {}
+  cut = rgb.copy()
+  cut.putalpha(Image.fromarray(np.full((height, width), 9, np.uint8)))
+  opaque = rgb.convert("RGBA")
+  values = photo.image.astype(np.uint16)  # black for who keeps the upper bits
+  for name, content in {
+    "cut.png": odd.stored(cut, "PNG"),
+    "pages.webp": odd.stored(cut, "WEBP", save_all=True, append_images=[opaque]),
+    "ink.jpg": odd.stored(rgb.convert("CMYK"), "JPEG"),
+    "deep.png": odd.png16(values),
+    "gray.png": odd.png16(values[..., :1]),
+    "opaque.png": odd.stored(opaque, "PNG"),
+    "palette.png": odd.stored(rgb.convert("P"), "PNG"),
+  }.items():
+    files[name] = tmp_path / name
+    files[name].write_bytes(content)
+  plain = [name for name in files if Labeled(photo.image, photo.labels, files[name]).plain_file()]
+  assert plain == ["opaque.png", "palette.png"]
+
+
+def test_a_copy_of_another_format_does_not_stay(tmp_path, photos):
+  photo, out = photos[0], tmp_path / "out"
+  Image.fromarray(photo.image).save(tmp_path / "a.bmp")
+  first = Labeled(photo.image, photo.labels, tmp_path / "a.bmp").copy_to(out, "a.1")
+  assert [*out.iterdir()] == [first]
+  second = Labeled(photo.image, photo.labels).copy_to(out, "a.1")
+  assert [*out.iterdir()] == [second] and second.name == "a.1.png"
+  exif = Image.Exif()
+  exif[0x0112] = 3
+  Image.fromarray(photo.image[::-1, ::-1]).save(out / "own.jpg", exif=exif)  # is not a copy
+  Labeled(photo.image, photo.labels, out / "own.jpg").copy_to(out, "own")
+  assert {path.name for path in out.iterdir()} == {"a.1.png", "own.jpg", "own.png"}
+
+
 def test_names_of_yaml():
-  names = ["a: b", "- c", "no", "1", "#", "'", "{", "\t", "ü", *NAMES]
+  names = [
+    "\x7f\x85\u2028\ufeff",
+    "\U0001f600",
+    "a: b",
+    "- c",
+    "no",
+    "1",
+    "#",
+    "'",
+    "{",
+    "\t",
+    "ü",
+    *NAMES,
+  ]
   assert [*yaml.safe_load(yolo.data_yaml(names))["names"].values()] == names
