@@ -100,7 +100,7 @@ def _segment(arguments: list[str]) -> int:
   )  # fmt: skip
   add("--recursive", action="store_true", help="also the images in subfolders")
   add("--page", type=int, help="of files with several pages or frames, from 1 (the one shown)")
-  add("--matte", default="white", help="color behind transparent pixels, or #rrggbb (%(default)s)")
+  add("--matte", help="color behind transparent pixels, by name or as #rrggbb (white)")
   add(
     "--model", default="shapes",
     help="workdir of a training run, folder or file that it exported, file of CLIP weights, or a "

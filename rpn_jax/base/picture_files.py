@@ -19,6 +19,9 @@ _OTHER_SUFFIXES = (
   ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2", ".svg", ".eps", ".ai", ".pdf",
   ".psd", ".xcf", ".exr", ".hdr", ".dcm", ".nii", ".jxl", ".czi", ".lif", ".nd2", ".svs",
 )  # fmt: skip
+FILM_SUFFIXES = (
+  ".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".3gp",
+)  # fmt: skip
 LeftOut = Sequence[tuple[pathlib.Path, str]]
 
 
@@ -67,7 +70,7 @@ def find(
     results: a folder that is left out, since it is written to.
 
   Raises:
-    InputError: there are none.
+    InputError: there are none, or the results would be images of the folder the next time.
   """
   root = paths.expand(path)
   if recursive and buckets.is_bucket(root):
@@ -76,6 +79,11 @@ def find(
     raise InputError(f"{path}: expected an image or a folder of images, no such file or folder")
   if root.is_file():
     return Found(root.parent, [root], [])
+  if results is not None and os.path.realpath(results) == os.path.realpath(root):
+    raise InputError(
+      f"--out={results}: expected another folder than that of the images, which the next call "
+      f"would look for among these results; a folder in it will do: --out={root / 'predictions'}"
+    )
   files, left_out = _sorted_out(_walk(root, results) if recursive else root.iterdir(), SUFFIXES)
   if not files:
     where = "in this folder or below" if recursive else "in this folder"
@@ -135,7 +143,9 @@ def _sorted_out(
   files, left_out = [], []
   for path in sorted(children):
     suffix, hidden = path.suffix.lower(), path.name.startswith(".")
-    if suffix not in suffixes:
+    if suffix in FILM_SUFFIXES and not hidden:
+      left_out.append((path, "of a film"))
+    elif suffix not in suffixes:
       if suffix in (*SUFFIXES, *_OTHER_SUFFIXES) and not hidden:
         left_out.append((path, "of another format"))
     elif hidden:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from rpn_jax.annotations.collection import Collection
-from rpn_jax.annotations.options import DEFAULT_FORMS, check, parse_forms
+from rpn_jax.annotations.options import ANNOTATIONS, DEFAULT_FORMS, check, parse_forms
 from rpn_jax.base import overlap, picture_files, pictures
 from rpn_jax.base.colors import Color
 from rpn_jax.base.console import progress
@@ -92,9 +92,17 @@ def save_all(
     The files written.
 
   Raises:
-    InputError: some images could not be read; raised after the others have been written.
+    InputError: some images could not be read; raised after the others have been written. A
+      subfolder has the name of a form, whose folder its results would be mixed with.
   """
   forms, names, directory = parse_forms(save), parse_names(names), expand(directory)
+  stems = found.stems()
+  subfolders = {stem.parts[0] for stem in stems if len(stem.parts) > 1}
+  if mixed := sorted(subfolders & {*ANNOTATIONS} & {*forms}):
+    raise InputError(
+      f"{found.root / mixed[0]}: expected a subfolder of another name, since --save={mixed[0]} "
+      f"writes to {directory / mixed[0]}: rename it, or name it itself as the folder of images"
+    )
   collection = Collection(directory, names, forms, **(annotations or {}))
   written: list[pathlib.Path] = []
   unreadable: list[InputError] = []
@@ -107,13 +115,15 @@ def save_all(
 
   def read(file: pathlib.Path) -> pictures.Picture | InputError:
     try:
+      if (shown := _readable(file)) != str(file):
+        raise InputError(f"{shown}: expected a file name in UTF-8, which results have: rename it")
       return pictures.load(file, page=page, matte=matte)
     except InputError as error:
       return error
 
   def images() -> Iterator[pictures.Picture]:
     nonlocal largest
-    pairs = zip(found.files, found.stems())
+    pairs = zip(found.files, stems)
     for pair, picture in zip(pairs, overlap.mapped(read, found.files, expected_bytes)):
       if isinstance(picture, InputError):
         unreadable.append(picture)
@@ -150,6 +160,11 @@ def save_all(
     print(f"{segmenter.method}\n{summary(written, directory)}")
   check_skipped(unreadable, len(found.files), directory, found.left_out)
   return written
+
+
+def _readable(path: pathlib.Path) -> str:
+  """A path as text; what is not UTF-8 in its name becomes a code."""
+  return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def summary(written: Sequence[pathlib.Path], directory: pathlib.Path) -> str:
@@ -189,7 +204,10 @@ def check_skipped(
       raise unreadable[0]
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  lines = [*map(str, unreadable), *(f"{file}: left out, {why}" for file, why in left_out)]
+  lines = [
+    *map(str, unreadable),
+    *(f"{_readable(file)}: left out, {why}" for file, why in left_out),
+  ]
   write_text(path, "".join(f"{line}\n" for line in lines))
   if left_out:
     print(f"left out of the images: {picture_files.summary(left_out)}; {path} lists them")

@@ -4,11 +4,13 @@ Images and folders of them, films and rasters have each a module: `predict`, `vi
 """
 
 import argparse
+import pathlib
+from collections.abc import Sequence
 
 from rpn_jax import devices
 from rpn_jax.annotations.options import DEFAULT_FORMS, check, parse_forms
 from rpn_jax.annotations.options import FLAGS as ANNOTATION_FLAGS
-from rpn_jax.base import colors, console, picture_files
+from rpn_jax.base import buckets, colors, console, picture_files
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import parse_names, read_names
@@ -16,9 +18,10 @@ from rpn_jax.inference.segmenter import Segmenter
 from rpn_jax.tasks import raster, video
 from rpn_jax.tasks.predict import save_all
 
+MATTE = "white"
 # Flags of one kind of input, which are not passed over without a word with another.
 FLAGS = {
-  "images": ("page",),
+  "images": ("page", "matte"),
   "a film": ("every", "smooth", "film"),
   "a raster": ("bands", "range", "scale"),
 }
@@ -38,12 +41,15 @@ def segment(args: argparse.Namespace) -> int:
           f'expected class names, as in "cat | kitten, grass", or --words=FILE_OR_LIST, got {got}'
         )
       names = parse_names(args.words) if args.list is None else read_names(args.list)
-      colors.parse_matte(args.matte)  # before the model is loaded
+      matte = MATTE if args.matte is None else args.matte
+      colors.parse_matte(matte)  # before the model is loaded
       path, out = expand(args.image), expand(args.out)
       kind = _kind(args, path)
       found = picture_files.find(args.image, recursive=args.recursive, results=out)
       if kind == "a raster":
         source = raster.Raster(path, bands=args.bands, limits=args.range, scale=args.scale)
+      elif path.is_dir() and args.raster is None:
+        _tell_of_rasters(found.files)
       segmenter = Segmenter.load(
         args.model, method=args.method, templates=args.templates, synonyms=args.synonyms,
         checkpoint=args.checkpoint, clip=args.clip, dtype=args.dtype,
@@ -60,21 +66,34 @@ def segment(args: argparse.Namespace) -> int:
         raster.segment_raster(segmenter, source, names, args.out, palette=args.palette, **options)
       else:
         save_all(
-          segmenter, found, names, out, palette=args.palette, page=args.page, matte=args.matte,
+          segmenter, found, names, out, palette=args.palette, page=args.page, matte=matte,
           save=args.save, annotations=annotations, **options,
         )  # fmt: skip
 
   return console.run_command(run, interrupted="interrupted; the images done so far are kept")
 
 
-def _kind(args: argparse.Namespace, path) -> str:
+def _tell_of_rasters(files: Sequence[pathlib.Path]) -> None:
+  """Says what is lost where files that would be rasters by themselves are images of a folder."""
+  if found := [file for file in files if not buckets.is_bucket(file) and raster.is_raster(file)]:
+    print(
+      f"{len(found)} of {len(files)} images are rasters, such as {found[0]}: they are taken for "
+      "ordinary images, without their place on earth; name one by itself for a map of it "
+      "(--no-raster drops this line)",
+      flush=True,
+    )
+
+
+def _kind(args: argparse.Namespace, path: pathlib.Path) -> str:
   """What the input is.
 
   Raises:
     InputError: a flag is given that is for another kind.
   """
   kind = "images"
-  if path.suffix.lower() in video.SUFFIXES and not path.is_dir():
+  if args.raster and path.is_dir():
+    raise InputError(f"--raster is for one file, got the folder {args.image}: name a file in it")
+  if path.suffix.lower() in picture_files.FILM_SUFFIXES and not path.is_dir():
     kind = "a film"
   elif path.is_file() and raster.is_raster(path, args.raster):
     kind = "a raster"

@@ -31,7 +31,6 @@ from rpn_jax.inference.segmentation import Segmentation
 from rpn_jax.inference.segmenter import Segmenter
 from rpn_jax.inference.smoothing import Smoothing, mean_of
 
-SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".3gp")
 # A frame that is shown for longer, as by a wrong time in the file, is cut short.
 MAX_HOLD_SECONDS = 10.0
 # Of files that do not tell theirs.

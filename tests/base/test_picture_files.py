@@ -15,7 +15,7 @@ from rpn_jax.base.picture_files import Found
 @pytest.fixture
 def folder(tmp_path):
   """Three images, and all that looks like one."""
-  for name in ("b.JPG", "a.png", "d.heic", "._a.png", ".hidden.jpg", "c.NEF", "readme.md"):
+  for name in ("b.JPG", "a.png", "d.heic", "._a.png", ".hidden.jpg", "c.NEF", "e.MP4", "f.md"):
     (tmp_path / name).write_bytes(b"")
   (tmp_path / "thumbnails.jpg").mkdir()
   (tmp_path / "thumbnails.jpg/small.jpg").write_bytes(b"")
@@ -30,9 +30,12 @@ def test_images_of_a_folder(folder, capsys):
   assert [path.name for path in found.files] == ["a.png", "b.JPG", "d.heic"]
   assert [(path.name, why) for path, why in found.left_out] == [
     ("._a.png", "hidden"), (".hidden.jpg", "hidden"), ("c.NEF", "of another format"),
+    ("e.MP4", "of a film"),
     ("pipe.png", "not a file"), ("thumbnails.jpg", "not a file"),
   ]  # fmt: skip
-  assert picture_files.summary(found.left_out) == "2 hidden, 1 of another format, 2 not a file"
+  assert picture_files.summary(found.left_out) == (
+    "2 hidden, 1 of another format, 1 of a film, 2 not a file"
+  )
   assert capsys.readouterr().out == ""  # said where they are listed
 
 
@@ -40,7 +43,8 @@ def test_a_line_about_what_a_data_set_leaves_out(folder, capsys):
   picture_files.list_images(folder, suffixes=(".jpg",))
   assert capsys.readouterr().out == (
     f"left out of the images: 1 hidden, such as {folder}/.hidden.jpg; "
-    f"4 of another format, such as {folder}/a.png; 1 not a file, such as {folder}/thumbnails.jpg\n"
+    f"4 of another format, such as {folder}/a.png; 1 of a film, such as {folder}/e.MP4; "
+    f"1 not a file, such as {folder}/thumbnails.jpg\n"
   )
 
 
@@ -53,6 +57,15 @@ def test_images_of_subfolders_but_not_those_of_the_results(folder):
   assert folder / "out/deep/x_overlay.png" in with_results.files
   without = picture_files.find(str(folder), recursive=True, results=folder / "out")
   assert folder / "out/deep/x_overlay.png" not in without.files and len(without.files) == 4
+
+
+def test_results_among_the_images_would_be_images_the_next_time(folder):
+  (folder / "link").symlink_to(folder)
+  with pytest.raises(
+    InputError, match=r"--out=.*/link: expected another folder than .*predictions"
+  ):
+    picture_files.find(str(folder), results=folder / "link")
+  picture_files.find(str(folder / "a.png"), results=folder)  # one image is no folder of them
 
 
 def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path):

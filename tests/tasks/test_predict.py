@@ -69,6 +69,22 @@ def test_what_cannot_be_read_is_told_in_order_after_the_rest(model, files, tmp_p
   assert [str(path) in line for path, line in zip(broken, told, strict=True)] == [True, True]
 
 
+def test_names_that_results_cannot_have(model, files, tmp_path):
+  found = picture_files.Found(
+    tmp_path, [tmp_path / "\udcff.png"], [(tmp_path / "\udcfe", "hidden")]
+  )
+  with pytest.raises(InputError, match=r"1 of 1 images .*dcff.png: expected a file name in UTF-8"):
+    predict.save_all(model, found, NAMES, tmp_path / "out")
+  told = (tmp_path / "out/skipped.txt").read_text(encoding="utf-8").splitlines()
+  assert len(told) == 2 and told[1].endswith("dcfe: left out, hidden")
+  root = files.root.parent
+  inside = picture_files.Found(root, [root / "labelme" / "x.png"], [])
+  with pytest.raises(
+    InputError, match=r"labelme: expected a subfolder of another name, since --save"
+  ):
+    predict.save_all(model, inside, NAMES, tmp_path, save="json,labelme")
+
+
 def fail_at(monkeypatch, stem, action):
   save = Segmentation.save
 

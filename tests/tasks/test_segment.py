@@ -110,6 +110,12 @@ def test_pages_and_transparency(folder, model):
     (["photos/pages.gif", "sand", "--page=9"], "expected page 1 to 2, got 9"),
     (["photos/sub", "Sand, a sand"], "'Sand' and 'a sand' are the same words to CLIP"),
     (["photos/raw.nef", "sand"], "photos/raw.nef: expected a readable image"),
+    (["photos", "sand", "--out=photos"], "--out=photos: expected another folder than that of"),
+    (["photos", "sand", "--raster"], "--raster is for one file, got the folder photos"),
+    (
+      ["photos/plain.png", "sand", "--raster", "--matte=red"],
+      "--matte is for images, photos/plain",
+    ),
   ],
 )
 def test_what_is_wrong_is_told_in_a_line(folder, arguments, said, capsys):
