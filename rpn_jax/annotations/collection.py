@@ -33,8 +33,8 @@ class Collection:
     **options: of `Options`.
 
   Raises:
-    InputError: an option of another form or with a wrong value; more classes than VOC's files hold;
-      annotations with other classes are in the folder.
+    InputError: an option of another form or with a wrong value; more classes than VOC's files hold,
+      or a name of several lines; annotations with other classes are in the folder.
   """
 
   def __init__(

@@ -56,6 +56,13 @@ def palette() -> np.ndarray:
 
 
 def class_names(names: Sequence[str], table_C: np.ndarray) -> str:
-  """The text of the file of names: line n, counted from 0, is index n."""
+  """The text of the file of names: line n, counted from 0, is index n.
+
+  Raises:
+    InputError: a name of several lines, after which all others would be of another index.
+  """
+  for name in names:
+    if len(name.splitlines()) > 1:
+      raise InputError(f"save=voc: expected class names of one line, got {name!r}: rename it")
   lines = {0: BACKGROUND} | {int(index): name for index, name in zip(table_C, names)}
   return "".join(f"{lines[i]}\n" for i in sorted(lines))

@@ -298,6 +298,7 @@ def save_results(
     InputError: two results whose files would have the same name, or other names than those of the
       first one; see also `Segmentation.save`.
   """
+  forms = parse_forms(save)
   collection: Collection | None = None
   stems: set[str] = set()
   written: list[pathlib.Path] = []
@@ -305,7 +306,7 @@ def save_results(
     for result in results:
       if collection is None:
         names = result.names
-        collection = Collection(directory, names, parse_forms(save), **options)
+        collection = Collection(directory, names, forms, **options)
       stem = pathlib.PurePath(result.file).stem or f"picture_{len(stems)}"
       if result.names != names:
         raise InputError(
@@ -318,7 +319,7 @@ def save_results(
         )
       stems.add(stem)
       written += result.save(
-        directory, stem, save=save, alpha=alpha, palette=palette, collection=collection
+        directory, stem, save=forms, alpha=alpha, palette=palette, collection=collection
       )
   finally:
     written += collection.finish() if collection else []

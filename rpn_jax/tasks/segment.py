@@ -44,6 +44,8 @@ def segment(args: argparse.Namespace) -> int:
       matte = MATTE if args.matte is None else args.matte
       colors.parse_matte(matte)  # before the model is loaded
       path, out = expand(args.image), expand(args.out)
+      if out.is_file():
+        raise InputError(f"--out={args.out}: expected a folder to write to, got a file")
       kind = _kind(args, path)
       found = picture_files.find(args.image, recursive=args.recursive, results=out)
       if kind == "a raster":

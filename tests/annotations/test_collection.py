@@ -215,6 +215,12 @@ def test_classes_that_voc_cannot_count(tmp_path):
   check_by_the_rules_of_ultralytics(tmp_path / "yolo/data.yaml")
 
 
+def test_a_name_of_several_lines_does_not_shift_the_others(tmp_path):
+  for end in "\n\r\v\x85\u2028":
+    with pytest.raises(InputError, match=r"save=voc: expected class names of one line, got 'a\\"):
+      Collection(tmp_path, ["sky", f"a{end}b", "sea"], ["voc"])
+
+
 def test_label_files_of_other_classes_are_not_mixed(tmp_path, photos):
   collected(tmp_path, photos)
   Collection(tmp_path, NAMES)  # again, or more images

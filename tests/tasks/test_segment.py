@@ -111,6 +111,7 @@ def test_pages_and_transparency(folder, model):
     (["photos/sub", "Sand, a sand"], "'Sand' and 'a sand' are the same words to CLIP"),
     (["photos/raw.nef", "sand"], "photos/raw.nef: expected a readable image"),
     (["photos", "sand", "--out=photos"], "--out=photos: expected another folder than that of"),
+    (["photos", "sand", "--out=photos/raw.nef"], "expected a folder to write to, got a file"),
     (["photos", "sand", "--raster"], "--raster is for one file, got the folder photos"),
     (
       ["photos/plain.png", "sand", "--raster", "--matte=red"],
