@@ -40,7 +40,8 @@ from rpn_jax.inference import published
 
 LOG = "log.txt"
 # What --tune-lr sets.
-TUNED = r"--config\.(optimizer\.(base_lr|groups)|data\.held_out)\b"
+TUNED = ("optimizer.base_lr", "optimizer.groups", "data.held_out")
+HELD_OUT = 0.2  # share of the training images
 SHOWN_LOG_LINES = 3  # of a failed run
 
 
@@ -80,6 +81,19 @@ def claim(root: pathlib.Path, words: str, flags: Sequence[str]) -> None:
     raise InputError(f"runs in {root} are of {there}, asked for: {settings}; give another --root")
   root.mkdir(parents=True, exist_ok=True)
   write_json(path, settings)
+
+
+def check_passed_on(flags: Sequence[str], rows: Sequence[Mapping], tuned: bool) -> None:
+  """Refuses flags for all runs that set what differs between rows, by their changes, or seeds: the
+  last flag counts, so that these would silently be the same run.
+  """
+  for flag in flags:
+    field = re.split(r"[=\[]", flag.removeprefix("--config."))[0]
+    if tuned and field in TUNED:
+      raise InputError(f"--tune-lr chooses what {flag} sets: leave out one of both")
+    if field == "seed" or any(field in changes for changes in rows):
+      by = "--seeds" if field == "seed" else "a row of the table"
+      raise InputError(f"{flag}: is for all runs, and {by} sets that field: leave the flag out")
 
 
 def run(command: Sequence[str], workdir: pathlib.Path, running: set[subprocess.Popen]) -> str:
@@ -351,8 +365,8 @@ def main(arguments: list[str]) -> int:
   parser.add_argument("--root", default="runs/sweep", help="where the runs go")
   parser.add_argument("--tune-lr", action="store_true", help="choose a learning rate for every row")
   parser.add_argument(
-    "--held-out", type=float, default=0.2,
-    help="share of the training images that rates are chosen on (%(default)s)",
+    "--held-out", type=float,
+    help=f"share of the training images that --tune-lr chooses rates on ({HELD_OUT})",
   )  # fmt: skip
   args, passed_on = parser.parse_known_args(arguments)
   path, _, words = args.config.partition(":")
@@ -370,16 +384,21 @@ def main(arguments: list[str]) -> int:
   unknown = [table for table in tables if table not in known]
   if unknown:
     raise InputError(f"no table {unknown[0]!r} in {path}; it has {', '.join(known)}")
-  own = [flag for flag in passed_on if re.match(TUNED, flag)]
-  if args.tune_lr and own:
-    raise InputError(f"--tune-lr chooses what {own[0]} sets: leave out one of both")
+  if args.held_out is not None and not args.tune_lr:
+    raise InputError("--held-out is for --tune-lr: give both or none")
+  held_out = HELD_OUT if args.held_out is None else args.held_out
+  if not 0 < held_out <= 0.9:
+    raise InputError(f"--held-out={held_out:g}: expected a share above 0 and at most 0.9")
   plan = Plan(path, words, content, root, passed_on, args.tune_lr)
+  check_passed_on(passed_on, [changes for _, changes in plan.rows(tables)], args.tune_lr)
   trials = plan.trials(tables) if args.tune_lr else {}
   claim(root, words, passed_on)
+  if trials:  # of scores on other images none is to be taken for one of these
+    claim(root / "rates", words, [*passed_on, f"--held-out={held_out:g}"])
 
   before = signal.signal(signal.SIGTERM, interrupt)
   try:
-    failures = _run_all(plan, tables, trials, args)
+    failures = _run_all(plan, tables, plan.trial_runs(trials, held_out), trials, args)
   except KeyboardInterrupt:
     raise KeyboardInterrupt("interrupted: the same command continues the sweep") from None
   finally:
@@ -407,10 +426,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _run_all(
-  plan: Plan, tables: Sequence[str], trials: Mapping[str, Sequence[rates.Trial]], args
+  plan: Plan, tables: Sequence[str], first: Mapping, trials: Mapping, args: argparse.Namespace
 ) -> list[str]:
-  """Runs the trials and then the rows, under one progress display; returns what failed."""
-  first = plan.trial_runs(trials, args.held_out)
+  """Runs the trials and the rows, under one progress display; returns what failed."""
   trained = {_key(changes) for _, changes in plan.rows(tables) if not is_free(changes)}
   free = {_key(changes) for _, changes in plan.rows(tables) if is_free(changes)}
   total = len(first) + len(trained) * args.seeds + len(free)

@@ -248,13 +248,20 @@ def summary(predictor: Predictor, config, results: dict) -> tuple[list[list[str]
     setting = "training_free"
   protocol = config.eval.get("protocol")
   by = f", protocol of {protocol}" if protocol else ""
+  held_out = 0 if config.eval.sets else config.data.get("held_out", 0)
   rows, notes = [], []
   for name, result in results.items():
     for which, scores in result.items():
       mark = "*" if which == "best" else ""
       rows.append([name, f"{own}, {which}{mark}, step {scores['step']}{by}", *cells(scores)])
-    for method, values in published.rows(setting, name, predictor.clip).items():
+    others = {} if held_out else published.rows(setting, name, predictor.clip)
+    for method, values in others.items():
       rows.append([name, method, *published_cells(values)])
+  if held_out:
+    notes.append(
+      f"held_out={held_out:g}: scored on that share of the training images of {config.data.name}, "
+      "which were not trained on, and on trained classes alone; not on its evaluation set."
+    )
   if any("best" in result for result in results.values()):
     notes.append(f"* selected on {SELECTION_CLASSES} of {config.data.name}: report the last.")
   if any(row[1].endswith("published") for row in rows):

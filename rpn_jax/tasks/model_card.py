@@ -128,7 +128,10 @@ def protocol_text(config: Mapping[str, Any], data_set: str) -> str:
     parts.append("every class prompted")
   else:
     parts.append(d["setting"].replace("_", "-"))
-    if d["setting"] == "zero_shot" and e.get("seen_penalty"):
+    if held_out := d.get("held_out"):
+      parts.append(f"on the {held_out:.0%} of the training images that were held out")
+      parts.append("of trained classes alone")
+    elif d["setting"] == "zero_shot" and e.get("seen_penalty"):
       parts.append(f"scores of seen classes lowered by {e['seen_penalty']:g}")
   layout = e.get("layout", "windows")
   windows = f"windows of {e['crop']} every {e['stride']}" if layout == "windows" else layout
@@ -138,7 +141,7 @@ def protocol_text(config: Mapping[str, Any], data_set: str) -> str:
   parts += ["flipped too"] * bool(e.get("flip"))
   if e.get("refine", "none") != "none":
     parts.append(e["refine"])
-  if d.get("eval_images"):
+  if d.get("eval_images") and not d.get("held_out"):
     parts.append(f"first {d['eval_images']} images")
   return ", ".join(parts)
 

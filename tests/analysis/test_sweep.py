@@ -158,6 +158,14 @@ def test_every_row_gets_the_rate_that_is_best_on_held_out_images(here, capsys):
   assert calls() == made  # nothing twice, not even what diverged
 
 
+def test_rates_chosen_on_other_images_need_another_folder(here, capsys):
+  assert call("table1", "--tune-lr") == 0
+  made = calls()
+  assert call("table1", "--tune-lr", "--held-out=0.5") == 2
+  assert "--held-out=0.5" in capsys.readouterr().err and calls() == made
+  assert call("table1", "--tune-lr", "--held-out=0.2") == 0
+
+
 def test_without_all_its_trials_a_row_gets_no_rate(here, capsys):
   (here / "broken").mkdir()
   (here / "broken/h=0.1,base_lr=0.001_seed0").touch()
@@ -241,6 +249,10 @@ def test_runs_at_a_time_share_the_cores(here):
       "--tune-lr chooses what --config.opt",
     ),
     (("table1", "--config=missing.py"), "missing.py: no such file"),
+    (("table1", "--config.seed=5"), "--config.seed=5: is for all runs, and --seeds sets"),
+    (("all", "--config.model.tuner=vpt"), "and a row of the table sets that field"),
+    (("table1", "--tune-lr", "--held-out=0"), "--held-out=0: expected a share above 0"),
+    (("table1", "--held-out=0.3"), "--held-out is for --tune-lr"),
   ],
 )
 def test_wrong_arguments(here, capsys, arguments, message):

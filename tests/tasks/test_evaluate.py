@@ -22,7 +22,7 @@ from rpn_jax.drawing.plots import plot_confusion
 from rpn_jax.inference import evaluation, metrics, published
 from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.models.clip import CLIPConfig
-from rpn_jax.tasks import evaluate
+from rpn_jax.tasks import evaluate, model_card
 from rpn_jax.training import checkpoint, optim
 from rpn_jax.training.step import TrainState
 from tests import ROOT, tiny
@@ -215,6 +215,24 @@ def test_several_sets(trained, capsys):
   shown = capsys.readouterr().out
   for row in ("ade150  rpn, last, step 8", "voc20   rpn, best*, step 4", "report the last"):
     assert row in shown
+
+
+def test_scores_of_held_out_images_are_called_so():
+  config = shapes_config.get_config("runlocal").unlock()
+  config.data.name, config.data.held_out = "voc20", 0.25
+  predictor = types.SimpleNamespace(
+    network=types.SimpleNamespace(title="rpn", trainable=True), clip=CLIPConfig()
+  )
+  scores = {"voc20": {"last": {"step": 8, **dict.fromkeys(evaluate.COLUMNS, 0.5)}}}
+  rows, notes = evaluate.summary(predictor, config, scores)
+  assert len(rows) == 1  # without published ones, of other images
+  assert any("held_out=0.25: scored on that share of the training images" in n for n in notes)
+  protocol = model_card.protocol_text(config.to_dict(), "voc20")
+  assert "on the 25% of the training images that were held out, of trained classes" in protocol
+  assert "lowered" not in protocol and "first 24" not in protocol
+  config.data.held_out = 0.0
+  assert len(evaluate.summary(predictor, config, scores)[0]) > 1
+  assert "lowered" in model_card.protocol_text(config.to_dict(), "voc20")
 
 
 def test_published_rows():
