@@ -44,7 +44,8 @@ def tree(module: nn.Module, name: str, init: Callable) -> dict:
   """
   value = module.variable(COLLECTION, name, lambda: init(module.make_rng(COLLECTION))).value
   shapes = lambda x: jax.tree.map(lambda leaf: tuple(leaf.shape), x)
-  got, want = shapes(value), shapes(jax.eval_shape(init, jax.random.key(0)))
+  # The key is made inside, since one made here would be a part of every traced forward pass.
+  got, want = shapes(value), shapes(jax.eval_shape(lambda: init(jax.random.key(0))))
   if got != want:
     raise flax.errors.ScopeParamShapeError(name, f"/{'/'.join(module.path)}", got, want)
   return value

@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from configs import cat_seg
+from configs import cat_seg, shapes
 from rpn_jax import Segmenter, cli
 from rpn_jax.base.errors import InputError
 from rpn_jax.inference import onnx_model
@@ -178,6 +178,20 @@ def test_training_free_methods(method):
   image = images(2, 64)
   got, wanted = run(content, image=image), expected(segmenter, WORDS, image)
   np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_tuners_that_are_not_merged(tmp_path):
+  tiny.save(tmp_path / "clip.safetensors")
+  config = shapes.get_config("runlocal").unlock()
+  config.model.tuner, config.clip = "adapter+text_ssf", str(tmp_path / "clip.safetensors")
+  predictor = Predictor.from_config(config.lock())
+  text = predictor.training_text(WORDS)
+  predictor = predictor.with_prompts(predictor.init_prompts(text, jax.random.key(0), 32))
+  segmenter = Segmenter(predictor, "adapter")
+  content, _ = export_model.to_onnx(standalone(segmenter, WORDS, size=(32, 32)))
+  image = images(1, 32)
+  wanted = expected(segmenter, WORDS, image)
+  np.testing.assert_allclose(run(content, image=image), wanted, atol=1e-4)
 
 
 @pytest.mark.slow
