@@ -12,7 +12,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from rpn_jax.analysis.runs import FinishedRun, flatten
+from rpn_jax.analysis.runs import FinishedRun, flatten, numbers
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_text
 
@@ -22,7 +22,17 @@ DIGITS = 6
 
 
 def keep(path: str | os.PathLike, runs: Sequence[FinishedRun]) -> pathlib.Path:
-  """Writes the file, a run on each line; returns its path."""
+  """Writes the file, a run on each line; returns its path.
+
+  Raises:
+    InputError: another file is there.
+  """
+  path = expand(path)
+  if path.exists():
+    try:
+      read(path)
+    except InputError:
+      raise InputError(f"--keep={path}: another file is there; choose a new name") from None
   configs = [flatten(run.config) for run in runs]
   shared = {
     field: value
@@ -47,7 +57,6 @@ def keep(path: str | os.PathLike, runs: Sequence[FinishedRun]) -> pathlib.Path:
         "trained_parameters": run.trained_parameters,
       }
     )
-  path = expand(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   rows = ",\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
   head = json.dumps({"format": FORMAT, "config": shared}, ensure_ascii=False)
@@ -66,23 +75,27 @@ def read(path: str | os.PathLike) -> list[FinishedRun]:
     content = json.loads(path.read_text(encoding="utf-8"))
     if content["format"] != FORMAT:
       raise ValueError
-    return [
+    runs = [
       FinishedRun(
         path.parent / run["directory"],
         _nested({**content["config"], **run["config"]}),
-        run["last"],
-        run["best"],
+        numbers(run["last"]),
+        numbers(run["best"]),
         {
-          name: [(step, value) for step, value in points] for name, points in run["history"].items()
+          name: [(int(step), float(value)) for step, value in points]
+          for name, points in run["history"].items()
         },
-        run["evaluations"],
+        {name: numbers(scores) for name, scores in run["evaluations"].items()},
         run["trained_parameters"],
       )
       for run in content["runs"]
     ]
+    if not runs or not all(run.data_set for run in runs):
+      raise ValueError
+    return runs
   except OSError as error:
     raise InputError(f"{path}: expected runs that `report --keep` wrote, got {error}") from None
-  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+  except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
     raise InputError(
       f"{path}: expected runs that `report --keep` wrote ({FORMAT}), got another or a damaged "
       "file; write it again"

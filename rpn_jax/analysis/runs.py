@@ -143,7 +143,7 @@ def _read_scores(path: pathlib.Path) -> tuple[dict, dict, dict, int | None]:
     if not config["data"]["name"]:
       raise ValueError
     trained = content.get("trained_parameters")
-    return config, _numbers(content["last"]), _numbers(content["best"]), trained
+    return config, numbers(content["last"]), numbers(content["best"]), trained
 
 
 def _read_evaluations(path: pathlib.Path, trained_on: str) -> dict[str, dict]:
@@ -151,10 +151,11 @@ def _read_evaluations(path: pathlib.Path, trained_on: str) -> dict[str, dict]:
   with _complaint(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     sets = content.get("sets") or {trained_on: content}
-    return {name: _numbers(result["last"]) for name, result in sets.items()}
+    return {name: numbers(result["last"]) for name, result in sets.items()}
 
 
-def _numbers(scores: Mapping) -> dict:
+def numbers(scores: Mapping) -> dict:
+  """The step and METRICS of stored scores; a ValueError or TypeError if they are none."""
   scores = {m: scores.get(m) for m in ("step", *METRICS)}
   if not isinstance(scores["step"], int):
     raise ValueError

@@ -3,6 +3,8 @@
 import copy
 import csv
 import json
+import math
+import pathlib
 import re
 import shutil
 import statistics
@@ -12,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from rpn_jax import cli
-from rpn_jax.analysis import report
+from rpn_jax.analysis import kept, report
 from rpn_jax.analysis.runs import group_runs, read_run
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json
@@ -387,6 +389,36 @@ def test_tables_are_made_from_a_file_of_scores(make, tmp_path, monkeypatch, caps
   # What all runs share is in it once, and a run on each line.
   text = file.read_text()
   assert text.count("deep_tokens") == 1 and text.count("\n") == 8 and text.count('"lora"') == 3
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda content: content.update(runs=[]),
+    lambda content: content["config"].pop("data.name"),
+    lambda content: content["runs"][0].update(last=None),
+    lambda content: content["runs"][0]["best"].update(hiou="high"),
+    lambda content: content["runs"][0]["last"].update(hiou=math.nan),
+    lambda content: content["runs"][0].update(evaluations=3),
+    lambda content: content["runs"][0]["history"].update({"eval/hiou": [[[], 0.1]]}),
+  ],
+)
+def test_damaged_scores_in_a_file(make, tmp_path, change):
+  path = kept.keep(tmp_path / "study.json", [read_run(make("rpn", 0.4))])
+  content = json.loads(path.read_text())
+  change(content)
+  path.write_text(json.dumps(content))
+  with pytest.raises(InputError, match="got another or a damaged file"):
+    kept.read(path)
+
+
+def test_scores_are_kept_in_place_of_no_other_file(make, tmp_path):
+  directory = make("rpn", 0.4)
+  run, other = read_run(directory), pathlib.Path(directory) / "metrics.json"
+  with pytest.raises(InputError, match="another file is there"):
+    kept.keep(other, [run])
+  assert read_run(directory) == run
+  assert kept.keep(kept.keep(tmp_path / "study.json", [run]), [run]).exists()  # of its own kind
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": "other"}', '{"format": "rpn_jax runs 1"}'])
