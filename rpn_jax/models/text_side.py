@@ -14,6 +14,9 @@ import numpy as np
 from rpn_jax.models import cost_aggregation
 from rpn_jax.models.clip import CLIPConfig, l2_normalize
 
+# Beside them names that begin alike, or one alone, do not pass for a part of the sentence.
+OTHER_NAMES = ("a", "b")
+
 
 def tokens(encoder: Any, names: Sequence[str], shared: int) -> np.ndarray:
   """Token ids (C, S, K, T); rows of zeros fill up names with fewer synonyms.
@@ -28,9 +31,9 @@ def tokens(encoder: Any, names: Sequence[str], shared: int) -> np.ndarray:
   """
   ids_CxKxT = encoder.tokens(names)
   length = ids_CxKxT.shape[-1]
-  rows = ids_CxKxT.reshape(-1, length)
-  starts = rows[rows.any(-1), 1 : 1 + shared]
-  if len(starts) and (starts != starts[0]).any():
+  every = [ids_CxKxT, encoder.tokens(OTHER_NAMES)] if shared else []
+  rows = [row for ids in every for row in ids.reshape(-1, ids.shape[-1]) if row.any()]
+  if len({tuple(row[1 : 1 + shared]) for row in rows}) > 1:
     raise ValueError(
       f"context_tokens={shared}: expected sentences of config.templates that all begin with the "
       f"same {shared} tokens before the name, as 4 in 'a photo of a {{}}'; got others"

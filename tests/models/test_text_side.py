@@ -183,6 +183,14 @@ def test_sentences_that_begin_differently_have_no_context_in_common():
     text_side.tokens(encoder, ["a", "b"], 2)
 
 
+def test_a_name_is_no_part_of_the_context():
+  ids = {"red dog": 7, "a": 8, "b": 9}
+  rows = lambda names: np.array([[[48, ids[name], 49]] for name in names])
+  encoder = types.SimpleNamespace(tokens=rows, sentences=1)
+  with pytest.raises(ValueError, match="context_tokens=1: expected sentences of"):
+    text_side.tokens(encoder, ["red dog"], 1)  # alone, or beside others that begin so
+
+
 @pytest.mark.parametrize("words", ["coop+maple", "lora+dora", "oft+rpn+lora", "text_oft+text_lora"])
 def test_words_that_exclude_each_other(words):
   with pytest.raises(ValueError, match=r"expected one of .* at the most"):
