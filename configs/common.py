@@ -42,7 +42,10 @@ def parse_arg(arg: str, **choices) -> config_dict.ConfigDict:
 SETTINGS = ("zero_shot", "transductive", "supervised", "annotation_free")
 # What can adapt the tower in a word of a config's argument; any others are joined by "+" in
 # --config.model.tuner.
-TUNERS = ("rpn", "vpt", "rpn+vpt", "lpm", "bitfit", "adapter", "ssf", "lora", "lst", "full")
+TUNERS = (
+  "rpn", "vpt", "rpn+vpt", "lpm", "bitfit", "adapter", "ssf", "lora", "dora", "oft", "lst", "full",
+  "coop", "maple", "text_lora",
+)  # fmt: skip
 
 
 # What `prepare` makes of one's own images and annotations.

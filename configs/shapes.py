@@ -13,7 +13,8 @@ Arguments behind a colon pick a variant, e.g. `configs/shapes.py:preset=released
     setting=zero_shot|transductive|supervised|annotation_free   which classes are labeled in
                                training: the last reads no labels but trains on what CLIP predicts
     tuner=…                    what adapts the tower: rpn, vpt, rpn+vpt, lpm (only the head),
-                               bitfit, adapter, ssf, lora, lst, full; or training_free
+                               bitfit, adapter, ssf, lora, dora, oft, lst, full; of the text
+                               tower coop, maple, text_lora; or training_free
     open_vocab                 all classes are labeled in training (none with annotation_free);
                                --mode=eval then evaluates on this data set and on a second one with
                                other scenes and names
