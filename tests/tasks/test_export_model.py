@@ -156,6 +156,7 @@ def test_a_file_for_any_size_and_number():
   np.testing.assert_allclose(call([image]), expected(segmenter, WORDS, image), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_text_as_an_input_takes_any_number_of_classes():
   segmenter = Segmenter.load()
   model = standalone(segmenter, (), batch="any", text_input=True)
@@ -212,6 +213,7 @@ def test_cat_seg():
     export_model.to_onnx(model)
 
 
+@pytest.mark.slow
 def test_half_precision_halves_the_file():
   segmenter = Segmenter.load()
   whole, _ = export_model.to_onnx(standalone(segmenter, WORDS))
@@ -255,7 +257,9 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch, capsys):
     ("--to=onnx --words=a|b,c --synonyms=max", "a file has one row a class"),
     ("--to=onnx --words=a,a", "duplicate class name 'a'"),
     ("--to=onnx --words=a,b --out=nowhere/m.onnx", "in a folder that exists"),
-    ("--to=onnx --words=a,b --dtype=bfloat16", "use another --dtype"),
+    pytest.param(
+      "--to=onnx --words=a,b --dtype=bfloat16", "use another --dtype", marks=pytest.mark.slow
+    ),
     ("--to=onnx --words=a,b --method=res_clip", "use --to=stablehlo"),
     ("--to=safetensors --words=a,b", "writes the prompts of a run to its workdir, leave it out"),
     ("--to=safetensors", "expected the workdir of a run"),
