@@ -12,6 +12,7 @@ of them in RPN; most have one, "".
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,8 +52,12 @@ class Trial:
   def title(self) -> str:
     return ", ".join(filter(None, [f"{self.rate:g}", self.variant]))
 
+  @functools.cached_property
   def score(self) -> float | None:
-    """On the held-out images, 0 where the training diverged; None before it has ended."""
+    """On the held-out images, 0 where the training diverged; None if it has not ended.
+
+    Read once, when first asked for, which is after the runs.
+    """
     try:
       return read_run(self.workdir).last[METRIC]
     except (InputError, OSError):
@@ -80,12 +85,12 @@ def trials(
 
 def choose(of_row: Sequence[Trial]) -> Trial | None:
   """The best one, of several the one with the lowest rate; None unless all have ended."""
-  scores = [trial.score() for trial in of_row]
+  scores = [trial.score for trial in of_row]
   if None in scores:
     return None
   order = sorted(of_row, key=lambda trial: trial.rate)
-  best = max(order, key=lambda trial: trial.score() or 0.0)
-  return best if best.score() else None
+  best = max(order, key=lambda trial: trial.score or 0.0)
+  return best if best.score else None
 
 
 def notes(rows: Mapping[str, Sequence[Trial]]) -> list[str]:
@@ -94,7 +99,7 @@ def notes(rows: Mapping[str, Sequence[Trial]]) -> list[str]:
   for row, of_row in rows.items():
     best = choose(of_row)
     if best is None:
-      missing = [trial.title for trial in of_row if trial.score() is None]
+      missing = [trial.title for trial in of_row if trial.score is None]
       why = f"no score yet at {'; '.join(missing)}" if missing else "nothing was learned at any"
       found.append(f"{row}: no rate chosen, {why}")
       continue
@@ -126,7 +131,7 @@ def write(out: pathlib.Path, rows: Mapping[str, Sequence[Trial]]) -> pathlib.Pat
     row: {
       "chosen": best.title if (best := choose(of_row)) else None,
       "trials": [
-        {"variant": t.variant, "rate": t.rate, "fields": dict(t.fields), METRIC: t.score()}
+        {"variant": t.variant, "rate": t.rate, "fields": dict(t.fields), METRIC: t.score}
         for t in of_row
       ],
     }
@@ -143,12 +148,12 @@ def write(out: pathlib.Path, rows: Mapping[str, Sequence[Trial]]) -> pathlib.Pat
   write_text(out / "rates.md", "\n".join(lines) + "\n")
   fig, ((ax,),) = figure((8.5, 4.6))
   for i, (label, line) in enumerate(_lines(rows)):
-    points = [(t.rate, 100 * score) for t in line if (score := t.score()) is not None]
+    points = [(t.rate, 100 * score) for t in line if (score := t.score) is not None]
     if points:
       ax.plot(*zip(*sorted(points)), marker="o", markersize=4, label=label, **line_style(i))
   for of_row in rows.values():
     if best := choose(of_row):
-      ax.plot(best.rate, 100 * (best.score() or math.nan), "k*", markersize=10, zorder=3)
+      ax.plot(best.rate, 100 * (best.score or math.nan), "k*", markersize=10, zorder=3)
   ax.set_xscale("log")
   ax.set_xlabel("learning rate")
   ax.set_title("mIoU of held-out training images (%), * chosen", loc="left", fontsize=12)
@@ -173,7 +178,7 @@ def _lines(rows: Mapping[str, Sequence[Trial]]) -> list[tuple[str, list[Trial]]]
 
 
 def _text(trial: Trial) -> str:
-  score = trial.score()
+  score = trial.score
   if score is None:
     return "-"
   return f"{100 * score:.1f}" if score or not diverged(trial.workdir) else "diverged"

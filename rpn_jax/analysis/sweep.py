@@ -283,11 +283,9 @@ class Plan:
     """main.py for the row called TABLE_ROW."""
     return [
       sys.executable, "main.py", f"--workdir={workdir}", f"--mode={'eval' if free else 'train'}",
-      f"--config={self.named(name)}", f"--config.seed={seed}", *flags, *self.passed_on,
+      f"--config={self.path}:{self.arguments(name)}", f"--config.seed={seed}", *flags,
+      *self.passed_on,
     ]  # fmt: skip
-
-  def named(self, name: str) -> str:
-    return f"{self.path}:{self.arguments(name)}"
 
   def arguments(self, name: str) -> str:
     """Of the config file's `get_config`, for the row called TABLE_ROW."""
