@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from rpn_jax.models import cost_aggregation, cost_decoder, heads, prompts, resizing
+from rpn_jax.models import cost_aggregation, cost_decoder, heads, prompts, resizing, text_side
 from rpn_jax.models.clip import (
   CLIPConfig,
   TextTransformer,
@@ -225,13 +225,8 @@ class CATSeg(Defaults, nn.Module):
     """Embeddings (C, P, E), unit length, of token ids (C, K, T); embeddings stay as they are."""
     if jnp.issubdtype(text.dtype, jnp.floating):
       return text
-    length = text.shape[-1]
-    widest = length * max(4 * self.clip.text_width, length * self.clip.text_heads)
-    sentences = cost_aggregation.in_chunks(
-      lambda module, tokens: module.text(tokens[0])[None],
-      self, (text.reshape(1, -1, length),), (), axis=1, elements=widest, remat=False,
-    )  # fmt: skip
-    sentences = l2_normalize(sentences).reshape(*text.shape[:2], -1)
+    encode = lambda module, tokens: module.text(tokens)
+    sentences = text_side.sentence_embeddings(encode, self, text, self.clip)
     # Rows of zeros fill up names with fewer synonyms.
     sentences = jnp.where((text > 0).any(-1)[..., None], sentences, 0)
     synonyms = rearrange(sentences, "c (s p) e -> c s p e", p=self.config.prompts)

@@ -52,13 +52,20 @@ def encode(
     tokens_CxSxKxT: of `tokens`.
     clip: the architecture.
   """
-  classes, synonyms, sentences, length = tokens_CxSxKxT.shape
+  rows_CxSxKxE = sentence_embeddings(tower, module, tokens_CxSxKxT, clip)
+  means = l2_normalize(rows_CxSxKxE.mean(2))
+  there = (tokens_CxSxKxT > 0).any((2, 3))
+  return l2_normalize(jnp.where(there[..., None], means, 0).sum(1))
+
+
+def sentence_embeddings(
+  tower: Callable, module: nn.Module, tokens: jax.Array, clip: CLIPConfig
+) -> jax.Array:
+  """Unit-length embeddings (…, E) of token ids (…, T), in chunks; see `encode`."""
+  length = tokens.shape[-1]
   widest = length * max(4 * clip.text_width, length * clip.text_heads)
   rows = cost_aggregation.in_chunks(
     lambda module, tokens: tower(module, tokens[0])[None],
-    module, (tokens_CxSxKxT.reshape(1, -1, length),), (), axis=1, elements=widest, remat=False,
+    module, (tokens.reshape(1, -1, length),), (), axis=1, elements=widest, remat=False,
   )  # fmt: skip
-  rows = l2_normalize(rows[0]).reshape(classes, synonyms, sentences, -1)
-  means = l2_normalize(rows.mean(2))
-  there = (tokens_CxSxKxT > 0).any((2, 3))
-  return l2_normalize(jnp.where(there[..., None], means, 0).sum(1))
+  return l2_normalize(rows).reshape(*tokens.shape[:-1], -1)
