@@ -31,8 +31,6 @@ _SPLIT_WORDS = {
 # Names that annotation tools give to pixels that do not count, and to those of no object.
 IGNORED_NAMES = ("__ignore__", "ignored")
 BACKGROUND_NAMES = ("_background_", "__background__", "background")
-# EXIF orientations of images that are stored on their side.
-_ON_ITS_SIDE = range(5, 9)
 _LISTED = 5  # of files in a message
 
 
@@ -302,7 +300,7 @@ def upright_size(file: Image.Image, where: object) -> tuple[int, int]:
   """
   pictures.check_size(where, file.size)
   width, height = file.size
-  turned = file.getexif().get(ExifTags.Base.Orientation, 1) in _ON_ITS_SIDE
+  turned = file.getexif().get(ExifTags.Base.Orientation, 1) in pictures.ON_ITS_SIDE
   return (width, height) if turned else (height, width)
 
 

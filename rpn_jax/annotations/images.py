@@ -10,13 +10,13 @@ from PIL import Image, UnidentifiedImageError
 
 from rpn_jax.base import buckets, deep_images
 from rpn_jax.base.paths import expand, replacing
+from rpn_jax.base.pictures import ON_ITS_SIDE
 from rpn_jax.drawing.images import save_png
 
 # Files that every reader of annotations opens, and in the same way: of these formats and modes.
 PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _PLAIN_MODES = ("1", "L", "P", "RGB")
 _EXIF_ORIENTATION, _UPRIGHT = 0x0112, 1
-_TURNED = (5, 6, 7, 8)  # orientations in which width and height are exchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Labeled:
     try:
       with Image.open(path) as file:
         orientation = file.getexif().get(_EXIF_ORIENTATION, _UPRIGHT)
-        size = file.size if orientation in _TURNED else file.size[::-1]
+        size = file.size if orientation in ON_ITS_SIDE else file.size[::-1]
         plain = _is_plain(file)
       with path.open("rb") as stream:
         plain = plain and not deep_images.is_deep_png(stream.read(32))

@@ -31,8 +31,9 @@ MAX_ASPECT = 100
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 # What a HEIC file has at byte 8.
 _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
-# Values of the EXIF field "orientation" that change something -> stored pixels as a viewer shows
-# them (EXIF 2.3, section 4.6.4).
+# Values of the EXIF field "orientation" that exchange width and height.
+ON_ITS_SIDE = (5, 6, 7, 8)
+# Values of it that change something -> stored pixels as a viewer shows them (EXIF 2.3, 4.6.4).
 _UPRIGHT = {
   2: lambda x: x[:, ::-1],
   3: lambda x: x[::-1, ::-1],
