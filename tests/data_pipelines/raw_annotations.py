@@ -201,3 +201,11 @@ def voc_tree(root, class_lines=("_background_", "cat", "dog"), class_file="class
   text(root / class_file, *class_lines)
   label = np.where(INDEX == NO, NO, np.where(INDEX == 0, NO, INDEX - 1)).astype(np.uint16)
   return {"train": {"a": label, "sub/b": label}, "val": {"c": label}}
+
+
+def same(found, expected):
+  """Asserts that split -> name -> label is as expected, in the same order."""
+  assert {s: [*x] for s, x in found.items()} == {s: [*x] for s, x in expected.items()}
+  for split, labels in expected.items():
+    for name, label in labels.items():
+      np.testing.assert_array_equal(found[split][name], label, err_msg=name)

@@ -12,6 +12,7 @@ from tests.data_pipelines.raw_annotations import (
   labels_of,
   picture,
   rgb_png,
+  same,
   text,
   voc_tree,
 )
@@ -26,13 +27,6 @@ def built(tmp_path, background=None, allow_partial=False):
   builder = VocFolder(data_dir=tmp_path)
   builder.background, builder.allow_partial = background, allow_partial
   return builder
-
-
-def same(found, expected):
-  assert {s: [*x] for s, x in found.items()} == {s: [*x] for s, x in expected.items()}
-  for split, labels in expected.items():
-    for name, label in labels.items():
-      np.testing.assert_array_equal(found[split][name], label, err_msg=name)
 
 
 @pytest.mark.parametrize(

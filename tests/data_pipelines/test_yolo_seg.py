@@ -12,6 +12,7 @@ from tests.data_pipelines.raw_annotations import (
   labels_of,
   painted,
   picture,
+  same,
   text,
   yolo_line,
   yolo_tree,
@@ -25,13 +26,6 @@ def built(tmp_path, background=None):
   builder = YoloSeg(data_dir=tmp_path)
   builder.background = background
   return builder
-
-
-def same(found, expected):
-  assert {s: [*x] for s, x in found.items()} == {s: [*x] for s, x in expected.items()}
-  for split, labels in expected.items():
-    for name, label in labels.items():
-      np.testing.assert_array_equal(found[split][name], label, err_msg=name)
 
 
 @pytest.mark.parametrize(

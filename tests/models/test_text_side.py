@@ -12,9 +12,7 @@ from rpn_jax.config import RPNConfig
 from rpn_jax.models import prompts, text_side, trained, tuners
 from rpn_jax.models.clip import TextTransformer, VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
-from rpn_jax.training import step
-from rpn_jax.training.losses import sigmoid_loss
-from tests.models.test_tuners import B16, HEAD, SMALL, TINY, moved
+from tests.models.test_tuners import B16, HEAD, SMALL, TINY, check_gradients, moved
 
 # Begin, two tokens that all share, a name, end; the second name has two synonyms.
 TOKENS = np.array(
@@ -109,15 +107,7 @@ def test_it_starts_as_the_frozen_text_tower_to_the_bit(tuner):
 )
 def test_every_trained_tensor_gets_a_gradient(tuner):
   model, params, tree = tiny(tuner)
-  image, _ = towers()
-  batch = {"image": image, "label": np.arange(2 * 32 * 32).reshape(2, 32, 32) // 90 % 3}
-  state = step.TrainState(jnp.int32(0), moved(tree), ())
-  grads, _ = jax.jit(functools.partial(step.gradients, model=model, loss_fn=sigmoid_loss))(
-    state, params, TOKENS, batch, jax.random.key(0)
-  )
-  assert jax.tree.structure(grads) == jax.tree.structure(tree)
-  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.abs(grad).max() > 0, jax.tree_util.keystr(path)
+  check_gradients(model, params, tree, towers()[0], TOKENS)
 
 
 def test_coop_trains_the_vectors_of_the_first_tokens():
