@@ -189,23 +189,27 @@ class SlidingWindow:
     Raises:
       InputError: logits are NaN or infinite.
     """
-    batch: list[np.ndarray] = []
     # One call is always under way, so that the device need not wait for the host.
     running: tuple[jax.Array, int] | None = None
+    for batch in self._batches(windows):
+      started = self._start(batch)
+      yield from self._fetch(running)
+      running = started
+    yield from self._fetch(running)
+
+  def _batches(self, windows: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Neighbors of one shape, `window_batch` of them at most."""
+    batch: list[np.ndarray] = []
     for window in windows:
       if batch and window.shape != batch[0].shape:
-        running, done = self._start(batch), running
-        yield from self._fetch(done)
+        yield batch
         batch = []
       batch.append(window)
       if len(batch) == self.window_batch:
-        running, done = self._start(batch), running
-        yield from self._fetch(done)
+        yield batch
         batch = []
     if batch:
-      running, done = self._start(batch), running
-      yield from self._fetch(done)
-    yield from self._fetch(running)
+      yield batch
 
   def _joined(self, size: tuple[int, int], logits: list[np.ndarray]) -> WindowLogits:
     """The logits of an image's windows, stacked for each view."""
