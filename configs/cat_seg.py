@@ -30,7 +30,7 @@ from rpn_jax import config
 
 # Weights, side of what the tower sees, and the blocks whose output guides the decoder.
 BACKBONES = {"b16": ("ViT-B/16", 384, (3, 7)), "l14": ("ViT-L/14@336px", 336, (7, 15))}
-DATA = ("coco_stuff171", "voc20", "context60", *common.OWN_DATA, "shapes")
+DATA = ("coco_stuff171", "voc20", "context60", *config.OWN_DATA, "shapes")
 SETTINGS = ("supervised", "zero_shot", "transductive", "annotation_free")
 
 

@@ -48,10 +48,6 @@ TUNERS = (
 )  # fmt: skip
 
 
-# What `prepare` makes of one's own images and annotations.
-OWN_DATA = ("folder", "coco_json", "labelme", "yolo_seg", "voc_folder")
-
-
 # The tiny CLIP of the shapes data set, which is shipped: the size it was trained at, pixels.
 TINY_CROP, TINY_PATCH = 64, 8
 TINY_SHORT_SIDE = 96  # of its scenes, pixels

@@ -39,7 +39,7 @@ from rpn_jax.config import protocols
 
 SYNTHETIC = ("shapes", "crowds")
 DATA = (
-  *SYNTHETIC, "all", *protocols.SETS, "voc20b", "context459", "ade847", *common.OWN_DATA,
+  *SYNTHETIC, "all", *protocols.SETS, "voc20b", "context459", "ade847", *config.OWN_DATA,
 )  # fmt: skip
 # Method -> the protocol of its own code, or of the code that reran it.
 METHODS = {

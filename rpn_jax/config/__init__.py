@@ -408,6 +408,9 @@ class Backbone:
   architecture: Mapping[str, Any]
 
 
+# Data sets of one's own images and annotations, prepared under a name that the user gives.
+OWN_DATA = ("folder", "coco_json", "labelme", "yolo_seg", "voc_folder")
+
 BACKBONES = {
   "b16": Backbone(
     "ViT-B/16", 512, 426, {"vision_width": 768, "patch_size": 16}

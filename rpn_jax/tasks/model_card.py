@@ -11,6 +11,7 @@ import jax
 
 from rpn_jax.base.console import table
 from rpn_jax.base.words import split_synonyms
+from rpn_jax.config import OWN_DATA
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.tasks.evaluate import COLUMNS, cells, columns_note, without_empty
 from rpn_jax.weights import checkpoints
@@ -19,8 +20,6 @@ from rpn_jax.weights.prompts_file import Prompts
 
 # Files with scores in a workdir: of training, of --mode=eval.
 SCORES = ("metrics.json", "eval.json")
-# Data sets that are prepared under a name that the user gives.
-OWN_DATA = ("folder", "coco_json", "labelme", "yolo_seg", "voc_folder")
 # Words in the examples of the card.
 WORDS = 3
 
