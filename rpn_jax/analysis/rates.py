@@ -17,13 +17,12 @@ import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from rpn_jax.analysis.runs import read_run
+from rpn_jax.analysis.kept import Results
 from rpn_jax.base.console import table
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import write_json, write_text
 from rpn_jax.drawing.images import save_png
 from rpn_jax.drawing.plots import figure, legend_beside, line_style
-from rpn_jax.training.loop import NOT_FINITE
 
 # What is compared: the mean IoU of the trained classes that the held-out images have.
 METRIC = "miou_gt"
@@ -40,6 +39,7 @@ class Trial:
     rate: as the grid has it.
     fields: of the config, to values.
     workdir: of its run.
+    results: of the sweep.
   """
 
   row: str
@@ -47,6 +47,7 @@ class Trial:
   rate: float
   fields: Mapping
   workdir: pathlib.Path
+  results: Results
 
   @property
   def title(self) -> str:
@@ -59,25 +60,20 @@ class Trial:
     Read once, when first asked for, which is after the runs.
     """
     try:
-      return read_run(self.workdir).last[METRIC]
+      return self.results.read(self.workdir).last[METRIC]
     except (InputError, OSError):
-      return 0.0 if diverged(self.workdir) else None
-
-
-def diverged(workdir: pathlib.Path, log: str = "log.txt") -> bool:
-  """Whether a run was given up since its loss was no number: an answer, and not a failure."""
-  try:
-    return NOT_FINITE in (workdir / log).read_text(encoding="utf-8", errors="replace")
-  except OSError:
-    return False
+      return 0.0 if self.results.diverged(self.workdir) else None
 
 
 def trials(
-  row: str, grid: Mapping[str, Mapping[float, Mapping]], workdir: Callable[[Mapping], pathlib.Path]
+  row: str,
+  grid: Mapping[str, Mapping[float, Mapping]],
+  workdir: Callable[[Mapping], pathlib.Path],
+  results: Results,
 ) -> list[Trial]:
   """All of a row; `workdir` is of the fields of one."""
   return [
-    Trial(row, variant, rate, fields, workdir(fields))
+    Trial(row, variant, rate, fields, workdir(fields), results)
     for variant, rates in grid.items()
     for rate, fields in rates.items()
   ]
@@ -181,4 +177,4 @@ def _text(trial: Trial) -> str:
   score = trial.score
   if score is None:
     return "-"
-  return f"{100 * score:.1f}" if score or not diverged(trial.workdir) else "diverged"
+  return f"{100 * score:.1f}" if score or not trial.results.diverged(trial.workdir) else "diverged"

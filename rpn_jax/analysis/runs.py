@@ -31,6 +31,7 @@ class FinishedRun:
     history: name -> [(step, value)], empty for a run without training.
     evaluations: data set -> metrics, of `--mode=eval` after the training or without any.
     trained_parameters: how many; None where the files do not say.
+    clip: fingerprint of CLIP's weights; "" where nothing was trained.
   """
 
   directory: pathlib.Path
@@ -40,6 +41,7 @@ class FinishedRun:
   history: Mapping[str, Sequence[tuple[int, float]]]
   evaluations: Mapping[str, Mapping]
   trained_parameters: int | None = None
+  clip: str = ""
 
   @property
   def data_set(self) -> str:
@@ -132,7 +134,14 @@ def read_run(directory) -> FinishedRun:
           f"{path}: of step {evaluated['step']}, and the run ended at {last['step']}; "
           "repeat --mode=eval"
         )
-  return FinishedRun(directory, config, last, best, history, evaluations, trained)
+  clip = _read_fingerprint(directory / "config.json")
+  return FinishedRun(directory, config, last, best, history, evaluations, trained, clip)
+
+
+def _read_fingerprint(path: pathlib.Path) -> str:
+  with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+    return str(json.loads(path.read_text(encoding="utf-8"))["clip"])
+  return ""
 
 
 def _read_scores(path: pathlib.Path) -> tuple[dict, dict, dict, int | None]:

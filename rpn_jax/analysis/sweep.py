@@ -10,189 +10,42 @@ command continues them. A failed run is listed with its log and tried again by t
 the config file the one with the best score on held-out training images; the runs of the table then
 use it. The scores by rate are in ROOT/report/rates.
 
+--keep=FILE.json adds the scores of each run that ends to a small file, and takes those that it has
+for done: with it a sweep goes on where its workdirs are not, on another machine or another day.
+Weights that the config file has under WEIGHTS are pre-trained first, where a run needs them.
+
 At the end the table is printed, with the paper's scores where they are known, and written to
 ROOT/report/TABLE as Markdown, CSV, JSON and a plot with error bars. Of several tables, "all" or
 names joined by commas, the runs of the first seed come first.
 """
 
 import argparse
-import concurrent.futures
-import contextlib
 import dataclasses
-import json
 import os
 import pathlib
-import queue
-import re
-import runpy
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from rpn_jax.analysis import paired, rates, report
-from rpn_jax.analysis.runs import Row, read_run
-from rpn_jax.base.console import Progress, progress
+from rpn_jax.analysis import kept, paired, rates, report
+from rpn_jax.analysis.jobs import run_all
+from rpn_jax.analysis.plan import (
+  Plan,
+  check_passed_on,
+  check_weights,
+  claim,
+  is_free,
+  is_made,
+  key,
+  read_tables,
+)
+from rpn_jax.analysis.runs import FinishedRun, Row
+from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import expand_local, write_json
-from rpn_jax.config.stored import read_config
+from rpn_jax.base.paths import expand, expand_local
 from rpn_jax.inference import published
 
-LOG = "log.txt"
-# What --tune-lr sets.
-TUNED = ("optimizer.base_lr", "optimizer.groups", "data.held_out")
 HELD_OUT = 0.2  # share of the training images
-SHOWN_LOG_LINES = 3  # of a failed run
-
-
-def read_tables(path: str) -> dict:
-  """What a config file defines, of which TABLES are table -> row -> changes.
-
-  Raises:
-    InputError: there is no such file, or it has no TABLES.
-  """
-  if not os.path.isfile(path):
-    raise InputError(f"--config={path}: no such file; expected one with TABLES")
-  content = runpy.run_path(path)
-  if "TABLES" not in content:
-    raise InputError(f"--config={path}: has no TABLES; expected one like configs/ablations.py")
-  return content
-
-
-def directory(root: pathlib.Path, changes: Mapping, seed: int) -> pathlib.Path:
-  """The workdir of a row: named after what it changes, so that equal rows share it."""
-  words = [f"{field.rpartition('.')[2]}={value}" for field, value in sorted(changes.items())]
-  name = re.sub(r"[^\w=+.,-]", "_", ",".join(words)) or "base"
-  return root / f"{name}_seed{seed}"
-
-
-def claim(root: pathlib.Path, words: str, flags: Sequence[str]) -> None:
-  """Marks the folder as that of one recipe, or checks that it is.
-
-  Raises:
-    InputError: its runs have other settings.
-  """
-  path, settings = root / "settings.json", {"config": words, "flags": sorted(flags)}
-  try:
-    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-  except ValueError:
-    there = "unreadable"
-  if there != settings:
-    raise InputError(f"runs in {root} are of {there}, asked for: {settings}; give another --root")
-  root.mkdir(parents=True, exist_ok=True)
-  write_json(path, settings)
-
-
-def check_passed_on(flags: Sequence[str], rows: Sequence[Mapping], tuned: bool) -> None:
-  """Refuses flags for all runs that set what differs between rows, by their changes, or seeds: the
-  last flag counts, so that these would silently be the same run.
-  """
-  for flag in flags:
-    field = re.split(r"[=\[]", flag.removeprefix("--config."))[0]
-    if tuned and field in TUNED:
-      raise InputError(f"--tune-lr chooses what {flag} sets: leave out one of both")
-    if field == "seed" or any(field in changes for changes in rows):
-      by = "--seeds" if field == "seed" else "a row of the table"
-      raise InputError(f"{flag}: is for all runs, and {by} sets that field: leave the flag out")
-
-
-def run(command: Sequence[str], workdir: pathlib.Path, running: set[subprocess.Popen]) -> str:
-  """Runs a command with its output in the workdir's log; returns what went wrong, or "".
-
-  The process is in `running` meanwhile.
-  """
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (
-    open(workdir / LOG, "w", encoding="utf-8") as log,
-    subprocess.Popen(command, stdout=log, stderr=log) as process,
-  ):
-    running.add(process)
-    code = process.wait()
-    running.discard(process)
-  if code == 0 and is_done(workdir):
-    return ""
-  log_text = (workdir / LOG).read_text(encoding="utf-8", errors="replace")
-  lines = log_text.strip().splitlines()[-SHOWN_LOG_LINES:]
-  return f"{workdir}: exit status {code}, see {workdir / LOG}: {' / '.join(lines)}"
-
-
-def core_shares(jobs: int) -> list[list[int]]:
-  """The cores of each of several simultaneous runs, which are faster on cores of their own than
-  when they share all; empty where there is nothing to pin."""
-  if jobs == 1 or not hasattr(os, "sched_setaffinity"):
-    return [[]] * jobs
-  cores = sorted(os.sched_getaffinity(0))
-  return [cores[i::jobs] for i in range(jobs)]
-
-
-def is_done(workdir: pathlib.Path) -> bool:
-  """Whether a run has ended well."""
-  try:
-    read_run(workdir)
-  except (InputError, OSError):
-    return False
-  return True
-
-
-def share_done(workdir: pathlib.Path) -> float:
-  """The share of its steps, 0 to 1, after which an interrupted run resumes."""
-  with contextlib.suppress(InputError, OSError):
-    checkpoints = [path.name for path in (workdir / "checkpoints").iterdir()]
-    saved = max((int(name) for name in checkpoints if name.isdecimal()), default=0)
-    return min(1.0, saved / read_config(workdir).steps)
-  return 0.0
-
-
-def sweep(
-  runs: Mapping[pathlib.Path, Sequence[str]],
-  jobs: int,
-  bar: Progress,
-  ended: Callable[[pathlib.Path], bool] = is_done,
-) -> list[str]:
-  """Runs the commands whose workdirs hold no finished run; returns what failed.
-
-  Args:
-    runs: workdir -> command.
-    jobs: runs at a time.
-    bar: counts them.
-    ended: whether the run of a workdir has come to an end that counts.
-  """
-  todo = [workdir for workdir in runs if not ended(workdir)]
-  there = len(runs) - len(todo)
-  bar.update(there, earlier=there)
-  shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-  for share in core_shares(jobs):
-    shares.put(share)
-  failures: list[str] = []
-
-  def pin_thread():
-    # Linux keeps the cores of each thread, and a child inherits those of the thread that starts
-    # it. Pinning the child itself, in `preexec_fn`, would fork a process with JAX's threads.
-    if share := shares.get():
-      os.sched_setaffinity(0, share)
-
-  def job(workdir):
-    bar.set_postfix(run=workdir.name)
-    earlier = share_done(workdir)
-    failure = run(runs[workdir], workdir, running)
-    return earlier, failure if not ended(workdir) else ""
-
-  running: set[subprocess.Popen] = set()
-  pool = concurrent.futures.ThreadPoolExecutor(jobs, initializer=pin_thread)
-  try:
-    for done in concurrent.futures.as_completed([pool.submit(job, w) for w in todo]):
-      earlier, failure = done.result()
-      failures += filter(None, [failure])
-      bar.update(earlier=earlier)
-  except KeyboardInterrupt:
-    pool.shutdown(wait=False, cancel_futures=True)
-    print("\nending the runs under way, which save; Ctrl-C ends at once", file=sys.stderr)
-    for process in tuple(running):
-      process.terminate()  # a terminal's Ctrl-C has reached them, too; what `kill` sends has not
-    raise
-  finally:
-    pool.shutdown()
-  return failures
 
 
 def interrupt(*_: object) -> None:
@@ -204,6 +57,7 @@ def table_rows(
   rows: Mapping[str, Mapping],
   workdir: Callable[[Mapping, int], pathlib.Path | None],
   seeds: int,
+  read: Callable[[pathlib.Path], FinishedRun],
 ) -> tuple[list[Row], list[str]]:
   """The rows of which at least one seed is there, and what is missing.
 
@@ -211,6 +65,7 @@ def table_rows(
     rows: label -> changes.
     workdir: of changes and a seed; None where no rate was chosen for them.
     seeds: how many.
+    read: the run of a workdir.
   """
   found, missing = [], []
   for label, changes in rows.items():
@@ -219,7 +74,7 @@ def table_rows(
       try:
         if (directory := workdir(changes, seed)) is None:
           raise InputError("no rate was chosen for it")
-        runs.append(read_run(directory))
+        runs.append(read(directory))
       except (InputError, OSError) as error:
         missing.append(f"{label}, seed {seed}: {error}")
     if runs:
@@ -245,114 +100,6 @@ def extra_columns(table: str, row: Row, references: Mapping[str, Row]) -> dict[s
   return columns
 
 
-def is_free(changes: Mapping) -> bool:
-  return changes.get("method") == "training_free"
-
-
-@dataclasses.dataclass
-class Plan:
-  """Which runs a sweep makes, by what commands.
-
-  Attributes:
-    path, words: of --config=path:words.
-    content: what that file defines.
-    root: of the workdirs.
-    passed_on: --config.… flags for all runs.
-    chosen: changes of a row, as text -> the fields of its rate; without --tune-lr there are none.
-  """
-
-  path: str
-  words: str
-  content: Mapping
-  root: pathlib.Path
-  passed_on: Sequence[str]
-  tuned: bool = False
-  chosen: dict[str, Mapping] = dataclasses.field(default_factory=dict)
-
-  def workdir(self, changes: Mapping, seed: int) -> pathlib.Path | None:
-    """See `directory`; None if a rate is to be chosen and none was."""
-    if not self.tuned or is_free(changes):
-      return directory(self.root, changes, seed)
-    if (fields := self.chosen.get(_key(changes))) is None:
-      return None
-    return directory(self.root, {**changes, **fields}, seed)
-
-  def command(
-    self, name: str, workdir: pathlib.Path, seed: int, free: bool, flags: Sequence[str] = ()
-  ) -> list[str]:
-    """main.py for the row called TABLE_ROW."""
-    return [
-      sys.executable, "main.py", f"--workdir={workdir}", f"--mode={'eval' if free else 'train'}",
-      f"--config={self.path}:{self.arguments(name)}", f"--config.seed={seed}", *flags,
-      *self.passed_on,
-    ]  # fmt: skip
-
-  def arguments(self, name: str) -> str:
-    """Of the config file's `get_config`, for the row called TABLE_ROW."""
-    return ",".join(filter(None, [name, self.words]))
-
-  def runs(self, tables: Sequence[str], seeds: int) -> dict[pathlib.Path, list[str]]:
-    """Workdir -> command; all of the first seed come first. Rows without a rate are left out."""
-    found = {}
-    for seed in range(seeds):
-      for name, changes in self.rows(tables):
-        workdir, free = self.workdir(changes, seed), is_free(changes)
-        if workdir is None or workdir in found or (free and seed):
-          continue
-        fields = {} if free else self.chosen.get(_key(changes), {})
-        found[workdir] = self.command(name, workdir, seed, free, _flags(fields))
-    return found
-
-  def rows(self, tables: Sequence[str]) -> list[tuple[str, Mapping]]:
-    """(TABLE_ROW, changes) of every row."""
-    known = self.content["TABLES"]
-    return [(f"{table}_{row}", known[table][row]) for table in tables for row in known[table]]
-
-  def trials(self, tables: Sequence[str]) -> dict[str, list[rates.Trial]]:
-    """TABLE_ROW -> its runs at the rates of the grid, of rows with the same changes one."""
-    if "rate_grid" not in self.content:
-      raise InputError(
-        f"--tune-lr: {self.path} has no function rate_grid, see configs/ablations.py"
-      )
-    found, there = {}, set()
-    for name, changes in self.rows(tables):
-      if is_free(changes) or _key(changes) in there:
-        continue
-      there.add(_key(changes))
-      grid = self.content["rate_grid"](self.content["get_config"](self.arguments(name)))
-      place = lambda fields, changes=changes: directory(
-        self.root / "rates", {**changes, **fields}, rates.SEED
-      )
-      found[name] = rates.trials(name, grid, place)
-    return found
-
-  def trial_runs(
-    self, trials: Mapping[str, Sequence[rates.Trial]], held_out: float
-  ) -> dict[pathlib.Path, list[str]]:
-    """Workdir -> command, of all trials."""
-    shared = [f"--config.data.held_out={held_out}"]
-    return {
-      t.workdir: self.command(name, t.workdir, rates.SEED, False, [*_flags(t.fields), *shared])
-      for name, of_row in trials.items()
-      for t in of_row
-    }
-
-  def choose(self, trials: Mapping[str, Sequence[rates.Trial]]) -> None:
-    """Takes the best rate of every row all of whose trials have ended."""
-    rows = dict(self.rows(list(self.content["TABLES"])))
-    for name, of_row in trials.items():
-      if best := rates.choose(of_row):
-        self.chosen[_key(rows[name])] = best.fields
-
-
-def _key(changes: Mapping) -> str:
-  return json.dumps(dict(changes), sort_keys=True, default=str)
-
-
-def _flags(fields: Mapping) -> list[str]:
-  return [f"--config.{field}={value}" for field, value in fields.items()]
-
-
 def main(arguments: list[str]) -> int:
   parser = argparse.ArgumentParser(prog="rpn sweep", description=__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -366,6 +113,10 @@ def main(arguments: list[str]) -> int:
     "--held-out", type=float,
     help=f"share of the training images that --tune-lr chooses rates on ({HELD_OUT})",
   )  # fmt: skip
+  parser.add_argument(
+    "--tune-steps", type=int, metavar="N", help="steps of the runs that --tune-lr compares"
+  )
+  parser.add_argument("--keep", metavar="FILE.json", help="what has ended, here or elsewhere")
   args, passed_on = parser.parse_known_args(arguments)
   path, _, words = args.config.partition(":")
   root = expand_local(args.root, "--root")
@@ -376,27 +127,28 @@ def main(arguments: list[str]) -> int:
     raise InputError("--seeds and --jobs: expected 1 or more")
   if not os.path.exists("main.py"):
     raise InputError("no main.py here: run this in the folder of a clone of the project")
+  if args.keep and not args.keep.endswith(kept.SUFFIX):
+    raise InputError(f"--keep={args.keep}: expected a file called *{kept.SUFFIX}")
   content = read_tables(path)
   known = content["TABLES"]
   tables = list(known) if args.tables == "all" else args.tables.split(",")
   unknown = [table for table in tables if table not in known]
   if unknown:
     raise InputError(f"no table {unknown[0]!r} in {path}; it has {', '.join(known)}")
-  if args.held_out is not None and not args.tune_lr:
-    raise InputError("--held-out is for --tune-lr: give both or none")
-  held_out = HELD_OUT if args.held_out is None else args.held_out
-  if not 0 < held_out <= 0.9:
-    raise InputError(f"--held-out={held_out:g}: expected a share above 0 and at most 0.9")
-  plan = Plan(path, words, content, root, passed_on, args.tune_lr)
+  tuning = tuning_flags(args)
+  settings = {"config": words, "flags": sorted(passed_on)}
+  of_all = {"file": path, **settings, **({"tuning": tuning} if tuning else {})}
+  results = kept.Results(root, expand(args.keep) if args.keep else None, of_all)
+  plan = Plan(path, words, content, root, passed_on, results, args.tune_lr)
   check_passed_on(passed_on, [changes for _, changes in plan.rows(tables)], args.tune_lr)
   trials = plan.trials(tables) if args.tune_lr else {}
-  claim(root, words, passed_on)
+  claim(root, settings)
   if trials:  # of scores on other images none is to be taken for one of these
-    claim(root / "rates", words, [*passed_on, f"--held-out={held_out:g}"])
+    claim(root / "rates", {**settings, "flags": sorted([*passed_on, *tuning])})
 
   before = signal.signal(signal.SIGTERM, interrupt)
   try:
-    failures = _run_all(plan, tables, plan.trial_runs(trials, held_out), trials, args)
+    failures = _run_all(plan, tables, trials, tuning, args)
   except KeyboardInterrupt:
     raise KeyboardInterrupt("interrupted: the same command continues the sweep") from None
   finally:
@@ -408,7 +160,7 @@ def main(arguments: list[str]) -> int:
     for note in rates.notes(trials):
       print(note)
   for table in tables:
-    rows, missing = table_rows(known[table], plan.workdir, args.seeds)
+    rows, missing = table_rows(known[table], plan.workdir, args.seeds, results.read)
     if rows:
       others = references(plan, args.seeds, known[table])
       rows = [
@@ -423,24 +175,68 @@ def main(arguments: list[str]) -> int:
   return 1 if failures else 0
 
 
+def tuning_flags(args: argparse.Namespace) -> list[str]:
+  """What --held-out and --tune-steps mean for the runs that --tune-lr compares.
+
+  Raises:
+    InputError: wrong values, or no --tune-lr.
+  """
+  if not args.tune_lr:
+    for name in ("held_out", "tune_steps"):
+      if getattr(args, name) is not None:
+        raise InputError(f"--{name.replace('_', '-')} is for --tune-lr: give both or none")
+    return []
+  held_out = HELD_OUT if args.held_out is None else args.held_out
+  if not 0 < held_out <= 0.9:
+    raise InputError(f"--held-out={held_out:g}: expected a share above 0 and at most 0.9")
+  flags = [f"--config.data.held_out={held_out}"]
+  if (steps := args.tune_steps) is not None:
+    if steps < 1:
+      raise InputError(f"--tune-steps={steps}: expected 1 or more")
+    flags += [f"--config.steps={steps}", f"--config.eval_every={steps}"]
+  return flags
+
+
 def _run_all(
-  plan: Plan, tables: Sequence[str], first: Mapping, trials: Mapping, args: argparse.Namespace
+  plan: Plan,
+  tables: Sequence[str],
+  trials: Mapping[str, Sequence[rates.Trial]],
+  tuning: Sequence[str],
+  args: argparse.Namespace,
 ) -> list[str]:
-  """Runs the trials and the rows, under one progress display; returns what failed."""
-  trained = {_key(changes) for _, changes in plan.rows(tables) if not is_free(changes)}
-  free = {_key(changes) for _, changes in plan.rows(tables) if is_free(changes)}
-  total = len(first) + len(trained) * args.seeds + len(free)
+  """Makes weights, runs trials and rows, under one progress display; returns what failed."""
+  results, ended = plan.results, plan.results.ended
+  trained = {key(changes) for _, changes in plan.rows(tables) if not is_free(changes)}
+  free = {key(changes) for _, changes in plan.rows(tables) if is_free(changes)}
+  first = plan.trial_runs(trials, tuning)
+  plan.choose(plan.trials(tables) if trials else {})  # those of rows whose trials are all there
+  around = plan.around(tables, trials, args.seeds)
+  weights = plan.weights()
+  weights = {
+    made: weights[made]
+    for made, runs in around.items()
+    if not all(run is not None and ended(run) for run in runs)
+  }
+  total = len(weights) + len(first) + len(trained) * args.seeds + len(free)
   with progress(total, "sweep", "run") as bar:
-    ended = lambda workdir: is_done(workdir) or rates.diverged(workdir, LOG)
-    failures = sweep(first, args.jobs, bar, ended)
+    failures = run_all(weights, args.jobs, bar, is_made)
+    check_weights(results, around)
+    failures += run_all(first, args.jobs, bar, ended, results.keep)
     plan.choose(trials)
-    return failures + sweep(plan.runs(tables, args.seeds), args.jobs, bar)
+    runs = plan.runs(tables, args.seeds)
+    return failures + run_all(runs, args.jobs, bar, results.is_done, results.keep)
 
 
 def references(plan: Plan, seeds: int, rows: Mapping[str, Mapping]) -> dict[str, Row]:
   """Label -> row that a table's other rows are compared with, of those that are there: the config
-  file's REFERENCES, label -> changes; without any, the table's row that changes nothing."""
+  file's REFERENCES, label -> changes or the name of a row of each table; without any, the table's
+  row that changes nothing."""
   plain = {label: changes for label, changes in rows.items() if not changes}
-  wanted = plan.content.get("REFERENCES") or plain
-  found, _ = table_rows(wanted, plan.workdir, seeds)
+  named = plan.content.get("REFERENCES") or plain
+  wanted = {
+    label: rows[changes] if isinstance(changes, str) else changes
+    for label, changes in named.items()
+    if not isinstance(changes, str) or changes in rows
+  }
+  found, _ = table_rows(wanted, plan.workdir, seeds, plan.results.read)
   return {row.label: row for row in found}

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 
 from configs import ablations, shapes
 from rpn_jax import cli
-from rpn_jax.analysis import paired, sweep
+from rpn_jax.analysis import jobs, kept, paired
+from rpn_jax.base.errors import InputError
+from rpn_jax.weights import arrays, clip_file
 from tests import ROOT, tiny
 
 CONFIG = """
@@ -31,11 +34,15 @@ def rate_grid(config):
 """
 # Stands in for training: writes scores, or fails where the workdir's name holds "fail".
 MAIN = """
-import json, os, pathlib, signal, sys, time
+import json, os, pathlib, shutil, signal, sys, time
 flags = dict(f.lstrip("-").split("=", 1) for f in sys.argv[1:])
 with open("calls.jsonl", "a") as log:
   log.write(json.dumps(flags) + "\\n")
 workdir = pathlib.Path(flags["workdir"])
+if "pretrain" in flags["config"]:
+  shutil.copy("made.safetensors", workdir / "clip.safetensors")
+  (workdir / "metrics.json").write_text("{}")
+  sys.exit()
 if (pathlib.Path("broken") / workdir.name).exists():
   sys.exit("error: the disk is full")
 if pathlib.Path("slow").exists():
@@ -57,6 +64,9 @@ scores = {"step": 5, "pAcc": 0.9, "miou_gt": held_out, "miou_union": 0.5, "miou_
   "last": scores, "best": scores, "trained_parameters": 1234,
   "config": {"seed": seed, "data": {"name": "shapes"}},
 }))
+if pathlib.Path("fingerprint").exists():
+  clip = pathlib.Path("fingerprint").read_text()
+  (workdir / "config.json").write_text(json.dumps({"clip": clip}))
 """
 
 
@@ -70,7 +80,7 @@ def here(tmp_path, monkeypatch):
 
 def call(*arguments):
   return cli.main(
-    ["sweep", *arguments, "--config=tables.py:dataset=shapes", "--root=out", "--seeds=2"]
+    ["sweep", "--config=tables.py:dataset=shapes", "--root=out", "--seeds=2", *arguments]
   )
 
 
@@ -162,7 +172,7 @@ def test_rates_chosen_on_other_images_need_another_folder(here, capsys):
   assert call("table1", "--tune-lr") == 0
   made = calls()
   assert call("table1", "--tune-lr", "--held-out=0.5") == 2
-  assert "--held-out=0.5" in capsys.readouterr().err and calls() == made
+  assert "held_out=0.5" in capsys.readouterr().err and calls() == made
   assert call("table1", "--tune-lr", "--held-out=0.2") == 0
 
 
@@ -223,10 +233,10 @@ def test_an_interval_is_students(values, text):
 def test_an_interrupted_run_counts_by_its_steps(tmp_path):
   config = shapes.get_config("runlocal").to_dict()
   (tmp_path / "config.json").write_text(json.dumps({"clip": "", "config": config}))
-  assert sweep.share_done(tmp_path) == 0
+  assert jobs.share_done(tmp_path) == 0
   for name in ("4", "6", "2.damaged", ".7.tmp"):
     (tmp_path / "checkpoints" / name).mkdir(parents=True)
-  assert sweep.share_done(tmp_path) == 6 / 8
+  assert jobs.share_done(tmp_path) == 6 / 8
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are pinned on Linux only")
@@ -236,6 +246,74 @@ def test_runs_at_a_time_share_the_cores(here):
   pinned = [json.loads(path.read_text()) for path in here.glob("out/*/cores.json")]
   assert len(pinned) == 5 and all(p in (cores[::2], cores[1::2] or cores) for p in pinned)
   assert sorted(os.sched_getaffinity(0)) == cores
+
+
+def test_what_was_kept_is_not_run_again_where_the_workdirs_are_not(here, capsys):
+  arguments = ("table10", "--tune-lr", "--tune-steps=3", "--keep=study/runs.json")
+  assert call(*arguments) == 0
+  made, first = calls(), capsys.readouterr().out
+  trials = [c for c in made if "/rates/" in c["workdir"]]
+  assert {c["config.steps"] for c in trials} == {"3"} and len(trials) == 9
+  assert not any("config.steps" in c for c in made if c not in trials)
+  text = (here / "study/runs.json").read_text()
+  assert len(kept.read(here / "study/runs.json")) == 9 - 1 + 5 and '"diverged": ["rates/' in text
+  shutil.rmtree(here / "out")
+  assert call(*arguments) == 0
+  assert calls() == made and (here / "study/runs.json").read_text() == text
+  assert capsys.readouterr().out == first
+  # It is the file of these settings, and of a sweep.
+  assert call("table10", "--tune-lr", "--tune-steps=4", "--keep=study/runs.json") == 2
+  assert "--keep=study/runs.json: has runs of" in capsys.readouterr().err
+  (run, *_) = kept.read(here / "study/runs.json")
+  with pytest.raises(InputError, match="a sweep keeps its runs there"):
+    kept.keep(here / "study/runs.json", [run])
+
+
+def test_runs_are_kept_one_by_one_beside_those_of_others(here):
+  (here / "broken").mkdir()
+  (here / "broken/width=2_seed1").touch()
+  assert call("table1", "--keep=kept.json") == 1  # another row and seed have ended
+  assert sorted(run.directory.name for run in kept.read("kept.json")) == [
+    "base_seed0", "base_seed1", "width=2_seed0"
+  ]  # fmt: skip
+  settings = kept.read_content(here / "kept.json").sweep
+  mine, other = (kept.Results(here / "out", here / "kept.json", settings) for _ in range(2))
+  shutil.copytree(here / "out/base_seed0", here / "out/base_seed7")
+  other.keep([here / "out/base_seed7"])
+  shutil.copytree(here / "out/base_seed0", here / "out/base_seed8")
+  mine.keep([here / "out/base_seed8", here / "out/width=2_seed1"])
+  names = {run.directory.name for run in kept.read("kept.json")}
+  assert {"base_seed7", "base_seed8"} < names and "width=2_seed1" not in names
+
+
+def test_weights_are_made_where_a_run_needs_them_and_are_those_of_its_runs(here, capsys):
+  text = (
+    (here / "tables.py").read_text()
+    + """
+TABLES["deep"] = {"rpn": {"clip": "towers/deep/clip.safetensors"}}
+WEIGHTS = {"towers/deep/clip.safetensors": "pretrain.py:deep", "towers/x/clip.safetensors": "x"}
+REFERENCES = {"RPN": "rpn"}
+"""
+  )
+  (here / "tables.py").write_text(text)
+  tiny.save(here / "made.safetensors")
+  found = arrays.fingerprint(clip_file.load(here / "made.safetensors")[1])
+  (here / "fingerprint").write_text(found)
+  assert call("table1", "--keep=kept.json") == 0
+  assert len(calls()) == 4  # none of them needs weights
+  assert call("all", "--keep=kept.json") == 0
+  made = calls()
+  assert made[4] == {"workdir": "towers/deep", "config": "pretrain.py:deep"}
+  assert [c["config"] for c in made].count("tables.py:deep_rpn,dataset=shapes") == 2
+  for folder in ("out", "towers"):  # elsewhere: nothing is left to do
+    shutil.rmtree(here / folder)
+  assert call("all", "--keep=kept.json") == 0 and calls() == made
+  # Another seed needs the weights again, and they are others.
+  tiny.save(here / "made.safetensors", seed=1)
+  assert call("all", "--keep=kept.json", "--seeds=3") == 2
+  shown = capsys.readouterr().err
+  assert f"and a finished run, clip=towers_deep_clip.safetensors_seed0, is around {found}" in shown
+  assert calls()[len(made) :] == [made[4]]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +331,9 @@ def test_runs_at_a_time_share_the_cores(here):
     (("all", "--config.model.tuner=vpt"), "and a row of the table sets that field"),
     (("table1", "--tune-lr", "--held-out=0"), "--held-out=0: expected a share above 0"),
     (("table1", "--held-out=0.3"), "--held-out is for --tune-lr"),
+    (("table1", "--tune-steps=3"), "--tune-steps is for --tune-lr"),
+    (("table1", "--tune-lr", "--tune-steps=0"), "--tune-steps=0: expected 1 or more"),
+    (("table1", "--keep=runs.txt"), "--keep=runs.txt: expected a file called *.json"),
   ],
 )
 def test_wrong_arguments(here, capsys, arguments, message):

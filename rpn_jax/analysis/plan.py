@@ -1,0 +1,237 @@
+"""What a sweep is made of: the tables of a config file, and the runs that they ask for."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import runpy
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+from rpn_jax.analysis import rates
+from rpn_jax.analysis.kept import Results
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import write_json
+from rpn_jax.weights import arrays, clip_file
+
+# What --tune-lr sets.
+TUNED = ("optimizer.base_lr", "optimizer.groups", "data.held_out")
+
+
+def read_tables(path: str) -> dict:
+  """What a config file defines, of which TABLES are table -> row -> changes.
+
+  Raises:
+    InputError: there is no such file, or it has no TABLES.
+  """
+  if not os.path.isfile(path):
+    raise InputError(f"--config={path}: no such file; expected one with TABLES")
+  content = runpy.run_path(path)
+  if "TABLES" not in content:
+    raise InputError(f"--config={path}: has no TABLES; expected one like configs/ablations.py")
+  return content
+
+
+def directory(root: pathlib.Path, changes: Mapping, seed: int) -> pathlib.Path:
+  """The workdir of a row: named after what it changes, so that equal rows share it."""
+  words = [f"{field.rpartition('.')[2]}={value}" for field, value in sorted(changes.items())]
+  name = re.sub(r"[^\w=+.,-]", "_", ",".join(words)) or "base"
+  return root / f"{name}_seed{seed}"
+
+
+def claim(root: pathlib.Path, settings: Mapping) -> None:
+  """Marks the folder as that of one recipe, or checks that it is.
+
+  Raises:
+    InputError: its runs have other settings.
+  """
+  path = root / "settings.json"
+  try:
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+  except ValueError:
+    there = "unreadable"
+  if there != settings:
+    raise InputError(f"runs in {root} are of {there}, asked for: {settings}; give another --root")
+  root.mkdir(parents=True, exist_ok=True)
+  write_json(path, settings)
+
+
+def check_passed_on(flags: Sequence[str], rows: Sequence[Mapping], tuned: bool) -> None:
+  """Refuses flags for all runs that set what differs between rows, by their changes, or seeds: the
+  last flag counts, so that these would silently be the same run.
+  """
+  for flag in flags:
+    field = re.split(r"[=\[]", flag.removeprefix("--config."))[0]
+    if tuned and field in TUNED:
+      raise InputError(f"--tune-lr chooses what {flag} sets: leave out one of both")
+    if field == "seed" or any(field in changes for changes in rows):
+      by = "--seeds" if field == "seed" else "a row of the table"
+      raise InputError(f"{flag}: is for all runs, and {by} sets that field: leave the flag out")
+
+
+def is_free(changes: Mapping) -> bool:
+  """Whether a row trains nothing, and has no seeds."""
+  return changes.get("method") == "training_free"
+
+
+@dataclasses.dataclass
+class Plan:
+  """Which runs a sweep makes, by what commands.
+
+  Attributes:
+    path, words: of --config=path:words.
+    content: what that file defines.
+    root: of the workdirs.
+    passed_on: --config.… flags for all runs.
+    results: what is known of them.
+    tuned: whether rates are chosen.
+    chosen: changes of a row, as text -> the fields of its rate; without --tune-lr there are none.
+  """
+
+  path: str
+  words: str
+  content: Mapping
+  root: pathlib.Path
+  passed_on: Sequence[str]
+  results: Results
+  tuned: bool = False
+  chosen: dict[str, Mapping] = dataclasses.field(default_factory=dict)
+
+  def workdir(self, changes: Mapping, seed: int) -> pathlib.Path | None:
+    """See `directory`; None if a rate is to be chosen and none was."""
+    if not self.tuned or is_free(changes):
+      return directory(self.root, changes, seed)
+    if (fields := self.chosen.get(key(changes))) is None:
+      return None
+    return directory(self.root, {**changes, **fields}, seed)
+
+  def command(
+    self, name: str, workdir: pathlib.Path, seed: int, free: bool, flags: Sequence[str] = ()
+  ) -> list[str]:
+    """main.py for the row called TABLE_ROW; of equal flags the later ones count."""
+    return [
+      sys.executable, "main.py", f"--workdir={workdir}", f"--mode={'eval' if free else 'train'}",
+      f"--config={self.path}:{self.arguments(name)}", f"--config.seed={seed}", *self.passed_on,
+      *flags,
+    ]  # fmt: skip
+
+  def arguments(self, name: str) -> str:
+    """Of the config file's `get_config`, for the row called TABLE_ROW."""
+    return ",".join(filter(None, [name, self.words]))
+
+  def runs(self, tables: Sequence[str], seeds: int) -> dict[pathlib.Path, list[str]]:
+    """Workdir -> command; all of the first seed come first. Rows without a rate are left out."""
+    found = {}
+    for seed in range(seeds):
+      for name, changes in self.rows(tables):
+        workdir, free = self.workdir(changes, seed), is_free(changes)
+        if workdir is None or workdir in found or (free and seed):
+          continue
+        fields = {} if free else self.chosen.get(key(changes), {})
+        found[workdir] = self.command(name, workdir, seed, free, _flags(fields))
+    return found
+
+  def rows(self, tables: Sequence[str]) -> list[tuple[str, Mapping]]:
+    """(TABLE_ROW, changes) of every row."""
+    known = self.content["TABLES"]
+    return [(f"{table}_{row}", known[table][row]) for table in tables for row in known[table]]
+
+  def trials(self, tables: Sequence[str]) -> dict[str, list[rates.Trial]]:
+    """TABLE_ROW -> its runs at the rates of the grid, of rows with the same changes one."""
+    if "rate_grid" not in self.content:
+      raise InputError(
+        f"--tune-lr: {self.path} has no function rate_grid, see configs/ablations.py"
+      )
+    found, there = {}, set()
+    for name, changes in self.rows(tables):
+      if is_free(changes) or key(changes) in there:
+        continue
+      there.add(key(changes))
+      grid = self.content["rate_grid"](self.content["get_config"](self.arguments(name)))
+      place = lambda fields, changes=changes: directory(
+        self.root / "rates", {**changes, **fields}, rates.SEED
+      )
+      found[name] = rates.trials(name, grid, place, self.results)
+    return found
+
+  def trial_runs(
+    self, trials: Mapping[str, Sequence[rates.Trial]], flags: Sequence[str]
+  ) -> dict[pathlib.Path, list[str]]:
+    """Workdir -> command, of all trials, with flags for all of them."""
+    return {
+      t.workdir: self.command(name, t.workdir, rates.SEED, False, [*_flags(t.fields), *flags])
+      for name, of_row in trials.items()
+      for t in of_row
+    }
+
+  def choose(self, trials: Mapping[str, Sequence[rates.Trial]]) -> None:
+    """Takes the best rate of every row all of whose trials have ended."""
+    rows = dict(self.rows(list(self.content["TABLES"])))
+    for name, of_row in trials.items():
+      if best := rates.choose(of_row):
+        self.chosen[key(rows[name])] = best.fields
+
+  def weights(self) -> dict[pathlib.Path, list[str]]:
+    """Workdir -> command of the pre-training of CLIP weights: the config file's WEIGHTS, a file
+    clip.safetensors in that workdir -> the config that makes it."""
+    return {
+      pathlib.Path(path).parent: [
+        sys.executable, "main.py", f"--workdir={pathlib.Path(path).parent}", f"--config={config}",
+      ]
+      for path, config in self.content.get("WEIGHTS", {}).items()
+    }  # fmt: skip
+
+  def around(
+    self, tables: Sequence[str], trials: Mapping[str, Sequence[rates.Trial]], seeds: int
+  ) -> dict[pathlib.Path, list[pathlib.Path | None]]:
+    """Workdir of weights -> workdirs of the runs around them, None for those without a rate yet."""
+    found: dict[pathlib.Path, list[pathlib.Path | None]] = {}
+    for name, changes in self.rows(tables):
+      if changes.get("clip") in self.content.get("WEIGHTS", {}):
+        runs = found.setdefault(pathlib.Path(changes["clip"]).parent, [])
+        runs += [trial.workdir for trial in trials.get(name, ())]
+        runs += [self.workdir(changes, s) for s in range(1 if is_free(changes) else seeds)]
+    return found
+
+
+def is_made(workdir: pathlib.Path) -> bool:
+  """Whether the pre-training of a workdir has ended: its record is written last."""
+  return (workdir / "metrics.json").exists() and (workdir / "clip.safetensors").exists()
+
+
+def check_weights(
+  results: Results, around: Mapping[pathlib.Path, Iterable[pathlib.Path | None]]
+) -> None:
+  """That finished runs are around the weights that are there: made again, as on another machine,
+  these are others.
+
+  Args:
+    results: of the sweep.
+    around: see `Plan.around`.
+
+  Raises:
+    InputError: they are not.
+  """
+  for made, runs in around.items():
+    if not is_made(made):
+      continue
+    path = made / "clip.safetensors"
+    found = arrays.fingerprint(clip_file.load(path)[1])
+    for run in runs:
+      if run is None or not results.is_done(run):
+        continue
+      if (clip := results.read(run).clip) not in ("", found):
+        raise InputError(
+          f"{path}: has fingerprint {found}, and a finished run, {run.name}, is around {clip}: "
+          "bring the file that it was made with, or delete its folder and its line in --keep"
+        )
+
+
+def key(changes: Mapping) -> str:
+  """A text that is the same for equal changes."""
+  return json.dumps(dict(changes), sort_keys=True, default=str)
+
+
+def _flags(fields: Mapping) -> list[str]:
+  return [f"--config.{field}={value}" for field, value in fields.items()]
