@@ -154,6 +154,8 @@ def _open(
   vocabulary = _vocabulary(c, data_set, naming)
   _tell_of_synonyms(vocabulary, naming, config.synonyms)
   seen, unseen = vocabulary.seen, vocabulary.unseen
+  if own := name == c.name and c.get("unseen", ()):
+    seen, unseen = _own_split(vocabulary, own, c.setting)
   count = len(vocabulary.names)
   if setting in SPLIT_SETTINGS and not unseen:
     raise InputError(
@@ -297,6 +299,28 @@ def _vocabulary(c, data_set: registry.DataSet, naming: str) -> vocabularies.Voca
   if data_set.classes is None:
     return records.stored_vocabulary(data_set.prepared, c.data_dir, c.variant)
   return vocabularies.load(data_set.name, naming)
+
+
+def _own_split(
+  vocabulary, names: Sequence[str], setting: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Seen and unseen class ids where config.data.unseen names the latter.
+
+  Raises:
+    InputError: a name that is none of the classes, all of them, or a setting without a split.
+  """
+  if setting not in SPLIT_SETTINGS:
+    raise InputError(
+      f"config.data.unseen={tuple(names)} is for setting={' or '.join(SPLIT_SETTINGS)}, got "
+      f"{setting}: leave it out, or change the setting"
+    )
+  for name in names:
+    check_known("config.data.unseen: class ", name, vocabulary.names)
+  unseen = tuple(i for i, name in enumerate(vocabulary.names) if name in names)
+  classes = sorted({*vocabulary.seen, *vocabulary.unseen})
+  if not (seen := tuple(i for i in classes if i not in unseen)):
+    raise InputError("config.data.unseen: names every class, so that none is left to train on")
+  return seen, unseen
 
 
 def _tell_of_synonyms(vocabulary: vocabularies.Vocabulary, naming: str, synonyms: str) -> None:

@@ -102,6 +102,11 @@ class Data:
     "annotation_free: all, on what a training-free method predicts in place of the ground truth",
     words=("zero_shot", "transductive", "supervised", "annotation_free"),
   )
+  unseen: tuple[str, ...] = field(
+    (),
+    "zero_shot and transductive: names of the unseen classes, in place of the data set's own "
+    "split; (): that one",
+  )
   batch_size: int = field(32, "images per step, over all devices", at_least=1)
   recipe: str = field(
     "mmsegmentation",

@@ -109,7 +109,7 @@ def _about_fields(arguments: Sequence[str]) -> str:
         f'such as --config.{name}="{single[name].default}"'
       )
     section, _, word = path.rpartition(".")
-    for name, field in single.items():  # as "unseen", which config.data.setting is about
+    for name, field in single.items():  # as "antialias", which config.data.recipe is about
       about = fields.spec(field).comment
       if name.rpartition(".")[0] == section and re.search(rf"\b{re.escape(word)}\b", about):
         return f"unknown config field: {path!r}. See config.{name}: {about}"

@@ -249,18 +249,25 @@ def summary(predictor: Predictor, config, results: dict) -> tuple[list[list[str]
   protocol = config.eval.get("protocol")
   by = f", protocol of {protocol}" if protocol else ""
   held_out = 0 if config.eval.sets else config.data.get("held_out", 0)
+  own_split = () if config.eval.sets else config.data.get("unseen", ())
   rows, notes = [], []
   for name, result in results.items():
     for which, scores in result.items():
       mark = "*" if which == "best" else ""
       rows.append([name, f"{own}, {which}{mark}, step {scores['step']}{by}", *cells(scores)])
-    others = {} if held_out else published.rows(setting, name, predictor.clip)
+    comparable = not held_out and not own_split
+    others = published.rows(setting, name, predictor.clip) if comparable else {}
     for method, values in others.items():
       rows.append([name, method, *published_cells(values)])
   if held_out:
     notes.append(
       f"held_out={held_out:g}: scored on that share of the training images of {config.data.name}, "
       "which were not trained on, and on trained classes alone; not on its evaluation set."
+    )
+  if own_split:
+    notes.append(
+      f"Another split than that of {config.data.name}, by config.data.unseen: "
+      f"{', '.join(own_split)} are unseen; published scores are of the set's own split."
     )
   if any("best" in result for result in results.values()):
     notes.append(f"* selected on {SELECTION_CLASSES} of {config.data.name}: report the last.")

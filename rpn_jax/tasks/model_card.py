@@ -127,6 +127,8 @@ def protocol_text(config: Mapping[str, Any], data_set: str) -> str:
     parts.append("every class prompted")
   else:
     parts.append(d["setting"].replace("_", "-"))
+    if own := d.get("unseen"):
+      parts.append(f"of its own split, with {', '.join(own)} unseen")
     if held_out := d.get("held_out"):
       parts.append(f"on the {held_out:.0%} of the training images that were held out")
       parts.append("of trained classes alone")

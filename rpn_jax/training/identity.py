@@ -18,6 +18,7 @@ ADDED_FIELDS = {
   "optimizer.no_decay": "",
   "loss.skip_empty": False,
   "data.held_out": 0.0,
+  "data.unseen": [],
   "model.oft_block": 16,
   "model.context_tokens": 4,
   "data.recipe": "mmsegmentation",

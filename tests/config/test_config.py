@@ -102,7 +102,7 @@ def test_a_run_of_0_2_0_has_the_same_config(monkeypatch):
     "model": {"oft_block": 16, "context_tokens": 4},
     "optimizer": {"schedule": "poly", "no_decay": ""},
     "data": {"recipe": "mmsegmentation", "label_resize": "floor_nearest", "long_side": 0,
-             "local_copy": "", "held_out": 0.0},
+             "local_copy": "", "held_out": 0.0, "unseen": []},
     "self_training": {"teacher": "sclip", "refresh": 0, "confidence": 0.0},
     "eval": {
       "layout": "windows", "square": 640, "keep_padding": True, "naming": "dataset",

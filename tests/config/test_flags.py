@@ -62,8 +62,8 @@ def test_a_file_goes_before_the_settings_in_the_workdir(run):
       r"optimizer\.groups is one value .* as --config\.optimizer\.groups=\"\(\('h', 'h",
     ),
     (
-      ["--workdir=run", "--config.data.unseen=3"],
-      r"unknown config field: 'data\.unseen'\. See config\.data\.setting: zero_shot: unseen",
+      ["--workdir=run", "--config.data.antialias=3"],
+      r"unknown config field: 'data\.antialias'\. See config\.data\.recipe: whose resizing",
     ),
     (["--workdir=run", "--config.data.zzz=3"], "unknown config field: 'zzz'"),
     (["--config=configs", "--workdir=x"], "configs: expected the workdir of a run"),

@@ -256,6 +256,28 @@ def test_a_part_of_the_training_images_takes_the_evaluation_sets_place(setting, 
     assert (expected[~known] == 255).all()
 
 
+def test_a_split_of_ones_own_takes_the_place_of_the_data_sets(tmp_path):
+  names = ("plain red", "grass", "dotted blue")
+  changes = {"data.train_images": 6, "data.eval_images": 2}
+  data = datasets.load(make(shapes, tmp_path, "", **changes, **{"data.unseen": names}))
+  assert {data.names[i] for i in data.unseen} == set(names)
+  assert sorted(data.seen + data.unseen) == list(range(27))
+  assert data.trained == data.penalized == data.seen
+  examples = data.eval_examples()
+  scenes = drawn.source(tmp_path, "val", drawn.ShapesConfig(num_train=6, num_val=2))
+  for example, scene in zip(examples, scenes):  # evaluation has all classes
+    np.testing.assert_array_equal(example["label"], scene["label"])
+  batches = data.train_batches(0)
+  labels = {int(i) for _ in range(4) for i in np.unique(next(batches)["label"])}
+  assert max(labels - {255}) < len(data.seen)  # and training those that are seen, in their order
+  with pytest.raises(InputError, match=r"config\.data\.unseen: class 'red' is not known"):
+    datasets.load(make(shapes, tmp_path, "", **{"data.unseen": ("red",)}))
+  with pytest.raises(InputError, match="names every class"):
+    datasets.load(make(shapes, tmp_path, "", **{"data.unseen": data.names}))
+  with pytest.raises(InputError, match="is for setting=zero_shot or transductive, got supervised"):
+    datasets.load(make(shapes, tmp_path, "setting=supervised", **{"data.unseen": names}))
+
+
 def test_what_cannot_be_held_out_is_refused(tmp_path):
   with pytest.raises(InputError, match="is for setting=zero_shot or supervised, got transductive"):
     datasets.load(make(shapes, tmp_path, "setting=transductive", **{"data.held_out": 0.2}))

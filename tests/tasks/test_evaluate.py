@@ -232,6 +232,12 @@ def test_scores_of_held_out_images_are_called_so():
   assert "lowered" not in protocol and "first 24" not in protocol
   config.data.held_out = 0.0
   assert len(evaluate.summary(predictor, config, scores)[0]) > 1
+  config.data.unseen = ("cat", "bus")
+  rows, notes = evaluate.summary(predictor, config, scores)
+  assert len(rows) == 1 and any("Another split than that of voc20" in n for n in notes)
+  assert "its own split, with cat, bus unseen" in model_card.protocol_text(
+    config.to_dict(), "voc20"
+  )
   assert "lowered" in model_card.protocol_text(config.to_dict(), "voc20")
 
 
