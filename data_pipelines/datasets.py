@@ -345,3 +345,14 @@ def captions(config) -> dict:
     "test_labels": labels,
     "test_names": shapes.OBJECTS,
   }
+
+
+def scenes(data_dir: str) -> dict:
+  """The scenes of `shapes` with labels of all classes, for `rpn locality`; drawn if not there.
+
+  Returns:
+    {"train", "val": sequences of {image uint8 [H,W,3], label uint8 [H,W]}, "names": of classes}.
+  """
+  shapes.prepare(data_dir)
+  splits = {split: shapes.source(data_dir, split) for split in ("train", "val")}
+  return {**splits, "names": shapes.CLASSES}
