@@ -7,7 +7,7 @@ Hardware: two CPU cores, 30 minutes on an AMD EPYC. Zero-shot accuracy on single
 The weights are shipped in `rpn_jax/assets/`, with a record of their training beside them.
 
 A word behind the colon makes one of a family of towers, each with one change of the first
-(docs/study.md). Hours of one core of the same machine: base 0.8, whole 1.4, deep 1.4, wide 1.6,
+(docs/study.md). Hours of one core of the same machine: base 0.8, whole 1.4, deep 1.4, wide 1.4,
 long 2.1, crowded 1.7; reckoned from a few steps, none but base was trained in full.
 
     base       the tower that is shipped
