@@ -43,7 +43,7 @@ def run(config, workdir) -> None:
   alone = FLAGS.mode not in ("train", "eval")  # for one machine, also where there are several
   with devices.runtime(FLAGS.distributed, config.get("matmul_precision", "default"), alone):
     if config.task == "pretrain":
-      pretrain.pretrain(config, workdir, **datasets.captions(config))
+      pretrain.pretrain(config, workdir, **datasets.captions(config), restart=FLAGS.restart)
     elif FLAGS.mode in ("predict", "classify"):
       given = (config, workdir, FLAGS.image and str(paths.expand(FLAGS.image)), FLAGS.classes)
       if FLAGS.mode == "classify":
@@ -69,8 +69,9 @@ def command(arguments) -> None:
   if arguments:
     raise InputError(f"unexpected argument {arguments[0]!r}: every setting is a --flag=value")
   check(FLAGS.config)
-  if FLAGS.restart and (FLAGS.mode != "train" or FLAGS.config.get("task") == "pretrain"):
-    raise InputError("--restart is for --mode=train of a segmentation run: leave it out here")
+  if FLAGS.mode != "train" and (FLAGS.restart or FLAGS.config.get("task") == "pretrain"):
+    what = "--restart" if FLAGS.restart else "the config of a pre-training"
+    raise InputError(f"{what} is for --mode=train, got --mode={FLAGS.mode}: leave out one of both")
   expand_paths(FLAGS.config)
   if FLAGS.mode == "compile":
     from data_pipelines import datasets

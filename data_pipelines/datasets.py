@@ -346,23 +346,37 @@ def captions(config) -> dict:
   """Image-caption batches of the synthetic shapes and a zero-shot test, for pre-training CLIP.
 
   Args:
-    config: of the run: seed, steps, batch_size, test_images.
+    config: of the run: seed, scenes, steps, batch_size, test_images, clip.image_size (S).
 
   Returns:
-    {"batches": () -> batches {image uint8 [B,64,64,3], caption}, "test_images": uint8
-    [test_images,64,64,3], "test_labels": int32 [test_images], "test_names": their class names}.
+    {"batches": steps done -> the batches after them {image uint8 [B,S,S,3], caption},
+    "test_images": uint8 [test_images,S,S,3], "test_labels": int32 [test_images], "test_names":
+    their class names}.
   """
-  source = shapes.CaptionedShapes(config.seed, config.steps * config.batch_size)
+  drawn = {"kind": config.scenes, "size": config.clip.image_size}
+  source = shapes.CaptionedShapes(config.seed, config.steps * config.batch_size, **drawn)
 
-  def batches() -> Iterator[dict]:
-    stream = grain.MapDataset.source(source).batch(config.batch_size, drop_remainder=True)
+  def batches(start_step: int) -> Iterator[dict]:
+    rest = grain.MapDataset.source(source)[start_step * config.batch_size :]
+    stream = rest.batch(config.batch_size, drop_remainder=True)
     return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
   # Another seed than that of the training images.
-  images, labels = shapes.single_object_images(config.test_images, seed=config.seed + 1)
+  images, labels = shapes.single_object_images(config.test_images, config.seed + 1, **drawn)
   return {
     "batches": batches,
     "test_images": images,
     "test_labels": labels,
     "test_names": shapes.OBJECTS,
   }
+
+
+def scenes(data_dir: str) -> dict:
+  """The scenes of `shapes` with labels of all classes, for `rpn locality`; drawn if not there.
+
+  Returns:
+    {"train", "val": sequences of {image uint8 [H,W,3], label uint8 [H,W]}, "names": of classes}.
+  """
+  shapes.prepare(data_dir)
+  splits = {split: shapes.source(data_dir, split) for split in ("train", "val")}
+  return {**splits, "names": shapes.CLASSES}

@@ -30,6 +30,7 @@ COMMANDS = {
   "compile": ("rpn_jax.analysis.compile", "what a run would take on TPUs, by their compiler"),
   "attention": ("rpn_jax.analysis.attention", "relationship maps of a trained run, drawn"),
   "distance": ("rpn_jax.analysis.distance", "how far the heads of a trained run look, drawn"),
+  "locality": ("rpn_jax.analysis.locality", "how local a frozen tower's patches are; in a clone"),
   "prepare": ("data_pipelines.prepare", "raw files of a data set into checked records; in a clone"),
   "sweep": ("rpn_jax.analysis.sweep", "a table of ablations, run by run; in a clone"),
   "reproduce": (
@@ -38,7 +39,7 @@ COMMANDS = {
   ),
 }
 # Training and data sets are in the project's folder, not in the installed package.
-IN_CLONE = ("prepare", "sweep", "reproduce")
+IN_CLONE = ("locality", "prepare", "sweep", "reproduce")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +63,8 @@ def _run(arguments: list[str]) -> int:
   module = importlib.import_module(COMMANDS[command][0])
   if command == "export":
     return module.main(rest, lambda config: _training_data(config, arguments))
+  if command == "locality":
+    return module.main(rest, _scenes)
   return module.main(rest)
 
 
@@ -82,6 +85,13 @@ def _training_data(config, arguments: list[str]) -> tuple:
   from data_pipelines import datasets, registry
 
   return datasets.load(config, names_only=True), registry.license_of(config.data.name)
+
+
+def _scenes(data_dir: str) -> dict:
+  """Those of the shapes data set, of a clone."""
+  from data_pipelines import datasets
+
+  return datasets.scenes(data_dir)
 
 
 def _segment(arguments: list[str]) -> int:

@@ -1,13 +1,41 @@
 """Drawn images with words: captions to pre-train CLIP on, single objects to classify."""
 
+import dataclasses
+
 import numpy as np
 
 from data_pipelines.shapes.world import CLASSES, OBJECTS, compose, random_grounds
 
-VIEW_SIZE = 64  # height and width in pixels of captioned and of single-object images
-VIEW_DIAMETER = (20, 56)  # wider than in scenes, so that a model meets every scale
-# A caption names a class that shows on at least this share of the pixels.
-NAMED_SHARE = 0.02
+VIEW_SIZE = 64  # height and width in pixels of images unless another size is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What captioned images of a kind show, and what their captions name.
+
+  Attributes:
+    fewest: objects in an image, at least.
+    shares: of the images with so many objects, and with up to one, two … more; the last, 1, is left
+      out.
+    diameter: smallest and largest diameter of an object, pixels.
+    named: a caption names the classes that show on at least this share of the pixels.
+    all_objects: whether every caption names all objects; else some name the grounds only.
+  """
+
+  fewest: int
+  shares: tuple[float, ...]
+  diameter: tuple[float, float]
+  named: float
+  all_objects: bool
+
+
+KINDS = {
+  # Diameters wider than in scenes, so that a model meets every scale.
+  "views": Kind(0, (0.06, 0.56, 0.8), (20, 56), 0.02, False),
+  # Three to eight objects, all as likely. The least that can be seen of one, with a diameter of 18
+  # and a third hidden, is more than half a percent of 96 x 96 pixels.
+  "crowded": Kind(3, (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6), (18, 36), 0.005, True),
+}
 
 _TEMPLATES = (
   "a photo of {}",
@@ -21,7 +49,7 @@ _TEMPLATES = (
 _ARTICLES = ("a ", "a ", "", "the ")
 
 
-def visible_classes(label: np.ndarray, share: float = NAMED_SHARE) -> list[int]:
+def visible_classes(label: np.ndarray, share: float = KINDS["views"].named) -> list[int]:
   """Ids of the classes on at least `share` of the pixels of a label map, in ascending order."""
   counts = np.bincount(label.ravel(), minlength=len(CLASSES))
   return np.flatnonzero(counts >= share * label.size).tolist()
@@ -32,8 +60,9 @@ def _listed(names):
   return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _caption(rng, class_ids):
-  """A sentence about the classes in random order; some leave out the grounds or the objects."""
+def _caption(rng, class_ids, all_objects=False):
+  """A sentence about the classes in random order; some leave out the grounds or, unless they name
+  `all_objects`, the objects."""
   ids = rng.permutation(class_ids)
   article = _ARTICLES[rng.integers(len(_ARTICLES))]
   objects = [article + CLASSES[i] for i in ids if i < len(OBJECTS)]
@@ -43,7 +72,7 @@ def _caption(rng, class_ids):
   if objects and grounds:
     if extent < 0.2:
       grounds = []
-    elif extent < 0.25:
+    elif extent < 0.25 and not all_objects:
       objects = []
   if not objects or not grounds:
     return template.format(_listed(objects or grounds))
@@ -58,21 +87,24 @@ def _caption(rng, class_ids):
 class CaptionedShapes:
   """Random-access image-caption pairs for contrastive pre-training.
 
-  Item i is a pure function of (seed, i), drawn on access, so that any length is free. Half the
-  images show one object, most others two or three, a few none. A caption names every class on at
-  least `NAMED_SHARE` of the pixels; one in four, like text on the web, leaves out the grounds or
-  the objects.
+  Item i is a pure function of (seed, i), drawn on access, so that any length is free. Of the kind
+  "views" half the images show one object, most others two or three, a few none, and one caption in
+  four, like text on the web, leaves out the grounds or the objects. Of the kind "crowded" they show
+  three to eight objects, unless there is no room, and captions name all of them; one in five leaves
+  out the grounds.
   """
 
-  def __init__(self, seed: int = 0, length: int = 10_000_000):
-    """A source of `length` items; `seed` is 0 or more."""
-    self._seed, self._length = seed, length
+  def __init__(
+    self, seed: int = 0, length: int = 10_000_000, kind: str = "views", size: int = VIEW_SIZE
+  ):
+    """A source of `length` items; `seed` is 0 or more, `kind` a key of KINDS, `size` in pixels."""
+    self._seed, self._length, self._kind, self._size = seed, length, KINDS[kind], size
 
   def __len__(self) -> int:
     return self._length
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
-    """{"image": uint8 [64,64,3] in RGB, "caption": str}; IndexError outside the source."""
+    """{"image": uint8 [size,size,3] in RGB, "caption": str}; IndexError outside the source."""
     image, _, caption = self._draw(int(index))
     return {"image": image, "caption": caption}
 
@@ -80,29 +112,32 @@ class CaptionedShapes:
     """Image, label map and caption of one item; the label map is for tests only."""
     if not 0 <= index < self._length:
       raise IndexError(f"item {index} of a source of {self._length} items")
-    rng = np.random.default_rng((self._seed, index))
-    count = np.searchsorted((0.06, 0.56, 0.8), rng.random())  # none, one, two or three
+    rng, kind, size = np.random.default_rng((self._seed, index)), self._kind, self._size
+    count = kind.fewest + np.searchsorted(kind.shares, rng.random())
     object_ids = rng.permutation(len(OBJECTS))[:count]
-    image, label = compose(
-      rng, VIEW_SIZE, VIEW_SIZE, object_ids, random_grounds(rng, 0.3), VIEW_DIAMETER
-    )
-    return image, label, _caption(rng, visible_classes(label))
+    grounds = random_grounds(rng, 0.3)
+    image, label = compose(rng, size, size, object_ids, grounds, kind.diameter)
+    return image, label, _caption(rng, visible_classes(label, kind.named), kind.all_objects)
 
 
-def single_object_images(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def single_object_images(
+  n: int, seed: int, kind: str = "views", size: int = VIEW_SIZE
+) -> tuple[np.ndarray, np.ndarray]:
   """Images of one object on one ground, for zero-shot classification of the 24 objects.
 
   Args:
     n: number of images; every class occurs n // 24 times or once more.
     seed: 0 or more; the same seed gives the same images.
+    kind: a key of KINDS, whose diameters the objects have.
+    size: height and width, pixels.
 
   Returns:
-    Images, uint8 [n,64,64,3] in RGB, and class ids, int32 [n], in shuffled order.
+    Images, uint8 [n,size,size,3] in RGB, and class ids, int32 [n], in shuffled order.
   """
   rng = np.random.default_rng(seed)
   class_ids = rng.permutation(np.arange(n, dtype=np.int32) % len(OBJECTS))
-  images = np.empty((n, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
+  images = np.empty((n, size, size, 3), np.uint8)
   for i, class_id in enumerate(class_ids):
     grounds = random_grounds(rng, split_chance=0)
-    images[i], _ = compose(rng, VIEW_SIZE, VIEW_SIZE, [class_id], grounds, VIEW_DIAMETER)
+    images[i], _ = compose(rng, size, size, [class_id], grounds, KINDS[kind].diameter)
   return images, class_ids

@@ -15,12 +15,14 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from rpn_jax.base import fields, pixels
+from rpn_jax.base import fields
+from rpn_jax.base import pixels as pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.fields import ABSENT, Config, field, section, spec
 from rpn_jax.base.words import check_known as check_known
 from rpn_jax.config.evaluation import Eval
 from rpn_jax.config.networks import CATSegConfig, Dense, RPNConfig
+from rpn_jax.config.pretraining import Pretrain, check_pretraining
 from rpn_jax.config.self_training import SelfTraining, check_self_training
 
 
@@ -234,35 +236,6 @@ class Run:
   eval: Eval = field(Eval(), evaluation=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pretrain:
-  """Pre-training of the tiny CLIP on captioned shapes."""
-
-  task: str = field("pretrain", "what main.py runs", words=("pretrain",))
-  seed: int = field(0, "for initial parameters and drawn images", at_least=0)
-  steps: int = field(1500, "optimizer steps", at_least=1)
-  batch_size: int = field(128, "image-caption pairs per step", at_least=1)
-  kept_patches: float = field(
-    0.5, "share of random patches the tower sees, until the last steps", above=0, at_most=1
-  )
-  unmasked_steps: int = field(200, "last steps, which see every patch", at_least=0)
-  learning_rate: float = field(1e-3, "peak of the cosine schedule", at_least=0)
-  warmup_steps: int = field(100, "steps of linear warm-up from 0", at_least=0)
-  weight_decay: float = field(0.05, "decoupled, on matrices only", at_least=0)
-  template: str = field("a photo of a {}", "sentence of the zero-shot test")
-  mean: tuple[float, float, float] = field(pixels.CLIP_MEAN, "subtracted per channel, in [0, 1]")
-  std: tuple[float, float, float] = field(
-    pixels.CLIP_STD, "divided by per channel, in [0, 1]", above=0
-  )
-  caption_tokens: int = field(
-    32, "columns of the token batch; attention is causal, so padding only costs time", at_least=1
-  )
-  log_every: int = field(10, "steps between logged losses", at_least=1)
-  eval_every: int = field(150, "steps between zero-shot tests", at_least=1)
-  test_images: int = field(480, "single-object images of the zero-shot test", at_least=1)
-  clip: config_dict.ConfigDict = field(ABSENT, "architecture: the fields of CLIPConfig")
-
-
 TASKS: dict[str, type] = {"segment": Run, "pretrain": Pretrain}
 _ALL = fields.declared(Run).values()
 # Names of the fields that may differ between a run and its continuation or its evaluation.
@@ -283,7 +256,7 @@ def defaults() -> config_dict.ConfigDict:
 
 
 def warmup(c: config_dict.ConfigDict, most: int) -> config_dict.FieldReference:
-  """Steps of warm-up that follow `c.steps`: a sixth of them, at most so many."""
+  """Steps of warm-up, or of another phase, that follow `c.steps`: a sixth, at most so many."""
   sixth = c.get_ref("steps") // 6
   return (sixth + most - abs(sixth - most)) // 2  # the smaller one: references have no minimum
 
@@ -300,9 +273,12 @@ def check(config: Config) -> None:
 
   Raises:
     InputError: a value of another type, out of bounds, or an unknown word; windows that leave
-      pixels out, or a layout that cannot have them so; fields that only another setting reads.
+      pixels out, or a layout that cannot have them so; fields that only another setting reads;
+      see `check_pretraining`.
   """
   fields.check(config, declared_class(config))
+  if declared_class(config) is Pretrain:
+    return check_pretraining(config)
   check_self_training(config)
   windows, setting = config.get("eval", {}), config.get("data", {}).get("setting")
   penalty = windows.get("seen_penalty", 0.0)

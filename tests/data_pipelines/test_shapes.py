@@ -146,6 +146,21 @@ def test_captioned_items_vary_in_number_of_objects():
   assert 0 < share[0] < 0.15 and 0.4 < share[1] < 0.65 and share[2] > 0.1 and share[3] > 0.05
 
 
+def test_crowded_captions_name_every_object():
+  source = shapes.CaptionedShapes(seed=0, kind="crowded", size=96)
+  counts, without_ground = np.zeros(9, int), 0
+  for i in range(150):
+    image, label, caption = source._draw(i)
+    assert image.shape == (96, 96, 3)
+    shown, named = set(np.unique(label).tolist()), _words_named(caption)
+    objects = {c for c in shown if c < 24}
+    assert objects <= named <= shown, (caption, shown)
+    counts[len(objects)] += 1
+    without_ground += named == objects
+  assert counts[:3].sum() == 0 and counts[3:].min() > 10, counts
+  assert 10 < without_ground < 60
+
+
 def test_single_object_images_are_balanced():
   images, class_ids = shapes.single_object_images(48, seed=2)
   assert images.shape == (48, 64, 64, 3) and images.dtype == np.uint8
@@ -153,6 +168,8 @@ def test_single_object_images_are_balanced():
   assert np.bincount(class_ids).tolist() == [2] * 24
   again, _ = shapes.single_object_images(48, seed=2)
   np.testing.assert_array_equal(images, again)
+  crowded, class_ids = shapes.single_object_images(24, seed=2, kind="crowded", size=96)
+  assert crowded.shape == (24, 96, 96, 3) and sorted(class_ids.tolist()) == list(range(24))
 
 
 # ---------------------------------------------------------------- on disk
