@@ -67,10 +67,12 @@ def _load() -> "tuple[pre_tokenizers.Sequence, models.BPE]":
 
 
 def _clean(text: str) -> str:
-  import ftfy
+  # Plain words have nothing to mend, and are most of what is typed: ftfy takes a while to load.
+  if not (text.isascii() and text.isprintable() and "&" not in text):
+    import ftfy
 
-  # Twice: captions collected from the web hold entities of entities.
-  text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    # Twice: captions collected from the web hold entities of entities.
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
   return " ".join(text.split()).lower()
 
 
