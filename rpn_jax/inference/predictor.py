@@ -350,11 +350,11 @@ class Predictor:
 
   def _encode(
     self, network: Network, mesh: jax.sharding.Mesh, variables: dict, text: Any
-  ) -> jax.Array:
+  ) -> jax.Array | np.ndarray:
     """`network.encode_text`; results of a text tower, as costly as an image's, are kept."""
-    if "text" not in network.towers:
-      return jnp.asarray(text)
     text = np.asarray(text)
+    if "text" not in network.towers:
+      return text
     key = text.shape, text.tobytes()
     if key not in self._encoded:
       self._encoded[key] = encode_text(network, mesh, text.shape)(variables, text)
