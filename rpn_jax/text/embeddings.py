@@ -24,8 +24,7 @@ from rpn_jax.text.templates import check_synonyms, phrases, template_sentences
 from rpn_jax.text.tokenizer import tokenize
 
 # Sentences per call of the text tower, the first of these numbers that is enough. Calls are padded
-# to them, and sentences to 16, 32, … tokens, so that few programs serve all: other words rarely need
-# another one.
+# to them, and sentences to 16, 32, … tokens, so that few programs serve all words.
 BATCH_SENTENCES = (8, 32, 128)
 MIN_TOKENS = 16
 # Part of every key on disk: raise it when the tokenizer or the tower computes something else.
