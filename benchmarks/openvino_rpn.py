@@ -1,10 +1,9 @@
 """The forward pass of `torch_rpn` in OpenVINO, for comparing speed; not part of the library.
 
-    python -m benchmarks.openvino_rpn FOLDER convert
+    python -m benchmarks.torch_rpn FOLDER openvino
     python -m benchmarks.openvino_rpn FOLDER float32    (or bfloat16)
 
-The Python has torch, for the first, and openvino. A process of its own converts, so that the peak
-memory of the second is OpenVINO's.
+The first converts, in a process of its own, so that the peak memory of the second is OpenVINO's.
 """
 
 import json
@@ -19,26 +18,6 @@ import openvino
 from benchmarks import peak
 
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
-
-
-def convert(folder: pathlib.Path) -> dict:
-  import torch
-
-  from benchmarks import torch_rpn
-
-  case, arrays = torch_rpn.read(folder)
-  net = torch_rpn.Released(
-    arrays["tower"], arrays["prompts"], **{k: case[k] for k in ("heads", "patch", "side")}
-  ).eval()
-  for x in torch_rpn.leaves(net.prompts):
-    x.requires_grad_(False)  # so that they can be constants
-  image, _, text = torch_rpn.inputs(folder, "cpu")
-  with torch.inference_mode():
-    model = openvino.convert_model(
-      net, example_input=(image, text), input=[list(image.shape), list(text.shape)]
-    )
-  openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
-  return {}
 
 
 def measure(folder: pathlib.Path, dtype: str) -> dict:
@@ -86,5 +65,4 @@ def product(core: openvino.Core, settings: dict) -> float:
 
 
 if __name__ == "__main__":
-  folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
-  print(json.dumps(convert(folder) if what == "convert" else measure(folder, what)))
+  print(json.dumps(measure(pathlib.Path(sys.argv[1]), sys.argv[2])))

@@ -158,10 +158,10 @@ def commands(folder: str, what: str) -> dict[str, list[str]]:
     if FLAGS.dtype == "bfloat16":
       types = {", autocast": "bfloat16", ", bfloat16 weights": "bfloat16_weights"}
     found = {f"PyTorch{name}": [*torch, dtype, FLAGS.torch_mode] for name, dtype in types.items()}
-  if FLAGS.openvino and what == "forward":
-    openvino = [FLAGS.openvino, "-m", "benchmarks.openvino_rpn", folder]
-    if run([*openvino, "convert"]) is not None:
-      found["OpenVINO"] = [*openvino, FLAGS.dtype]
+  convert = [FLAGS.openvino, "-m", "benchmarks.torch_rpn", folder, "openvino"]
+  if FLAGS.openvino and what == "forward" and run(convert) is not None:
+    measured = [FLAGS.openvino, "-m", "benchmarks.openvino_rpn", folder, FLAGS.dtype]
+    found["OpenVINO"] = measured
   for remat in FLAGS.remat if what == "train" else ["none"]:
     found[f"ours, {remat}" if what == "train" else "ours"] = [
       sys.executable, "-m", "benchmarks.speed", f"--child={folder}", f"--what={what}",

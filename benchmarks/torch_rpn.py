@@ -176,6 +176,23 @@ def inputs(folder: pathlib.Path, device: str) -> tuple[torch.Tensor, ...]:
   return image.to(device), label.to(device), text.to(device)
 
 
+def to_openvino(folder: pathlib.Path) -> None:
+  """Writes the network of a case for images and text of its sizes as `model.xml`."""
+  import openvino
+
+  case, arrays = read(folder)
+  settings = {name: case[name] for name in ("heads", "patch", "side")}
+  net = Released(arrays["tower"], arrays["prompts"], **settings).eval()
+  for x in leaves(net.prompts):
+    x.requires_grad_(False)  # so that they can be constants
+  image, _, text = inputs(folder, "cpu")
+  with torch.inference_mode():
+    model = openvino.convert_model(
+      net, example_input=(image, text), input=[list(image.shape), list(text.shape)]
+    )
+  openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+
+
 def product_gflops(device: str, dtype: torch.dtype) -> float:
   a = torch.randn(peak.SIDE, peak.SIDE, device=device).to(dtype)
   wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -190,12 +207,17 @@ def product_gflops(device: str, dtype: torch.dtype) -> float:
 
 def main() -> None:
   """Child process of benchmarks.speed: folder with the case, forward or train, type, mode -> a line
-  of JSON.
+  of JSON. The word openvino in place of the last three converts the network.
 
   The type is float32; bfloat16, autocast with the tower's matrices in bfloat16; or
   bfloat16_weights, in which everything is bfloat16.
   """
-  folder, what, dtype, mode = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+  folder = pathlib.Path(sys.argv[1])
+  if sys.argv[2:] == ["openvino"]:
+    to_openvino(folder)
+    print("{}")
+    return
+  what, dtype, mode = sys.argv[2:]
   case, arrays = read(folder)
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.set_num_threads(case["threads"])
