@@ -44,9 +44,11 @@ docs: $(VENV)/.run
 ablations: $(VENV)/.run
 	$(RUN) -m rpn_jax sweep all --jobs=2
 
-# Speed and memory of the networks; TORCH=a Python that has torch, to compare with.
+# Speed and memory of the networks; TORCH=a Python that has torch, OPENVINO=one that has openvino,
+# too, to compare with.
 bench: $(VENV)/.run
-	$(RUN) -m benchmarks.speed --torch=$(TORCH)
+	$(RUN) -m benchmarks.speed --torch=$(TORCH) --openvino=$(OPENVINO) --rounds=3
+	$(RUN) -m benchmarks.speed --torch=$(TORCH) --openvino=$(OPENVINO) --rounds=3 --dtype=bfloat16
 	$(RUN) -m benchmarks.cat_seg --torch=$(TORCH)
 
 # Speed of the training pipeline on generated pictures of VOC's size.

@@ -1,10 +1,12 @@
-"""Speed and memory of the network, compared with an implementation in PyTorch.
+"""Speed and memory of the network, compared with an implementation in PyTorch and in OpenVINO.
 
-    make bench      or: python -m benchmarks.speed --torch=PYTHON_WITH_TORCH --cases=voc --batch=2
+    make bench      or: python -m benchmarks.speed --torch=PYTHON_WITH_TORCH --cases=voc --batches=2
 
-Both frameworks get the same random weights of ViT-B/16 (or L/14) and the same images, and their
-outputs are compared. Every measurement runs in its own process, for its peak memory. Without
---torch, or if that Python has no torch, the columns of PyTorch stay empty.
+All get the same random weights of ViT-B/16 (or L/14) and the same images, and their outputs are
+compared. Every measurement runs in its own process, for its peak memory, and ends with the fastest
+product of two matrices that the same framework reaches there: the machine's peak. Without --torch,
+or if that Python has no torch, its rows are missing; --openvino names a Python with torch and
+openvino, for the forward pass.
 """
 
 import datetime
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks import peak
 from benchmarks.processes import best, peak_bytes, run
 from configs import coco_stuff, voc
 from rpn_jax import devices
@@ -42,6 +45,7 @@ flags.DEFINE_list("remat", ["none"], "Of none, dots and full")
 flags.DEFINE_list("what", ["forward", "train"], "What is measured")
 flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Compute type")
 flags.DEFINE_string("torch", "", "A Python that has torch")
+flags.DEFINE_string("openvino", "", "A Python that has torch and openvino")
 flags.DEFINE_enum("torch_mode", "eager", ("eager", "compile"), "How PyTorch runs it")
 flags.DEFINE_float("seconds", 20.0, "Timed seconds per measurement, at least two calls")
 flags.DEFINE_integer("rounds", 1, "Repetitions of everything in turn; the fastest counts")
@@ -126,70 +130,99 @@ def child(folder: pathlib.Path, what: str, dtype: str, remat: str) -> dict:
     arguments, donated = [state, params, data, jax.random.key(0)], 0
     del prompts
   result = costs.measure(function, *arguments, donated=donated, timed=case["seconds"])
-  peak = peak_bytes()
+  peak_memory = peak_bytes()
   if what == "forward":
     np.save(folder / "jax.npy", np.asarray(function(*arguments), np.float32))
   return {
     **result,
-    "peak_bytes": peak,
+    "peak_bytes": peak_memory,
+    "peak_gflops": product_gflops(dtype),
     "device": jax.devices()[0].device_kind,
     "version": jax.__version__,
   }
 
 
+def product_gflops(dtype: str) -> float:
+  """With a result of the operands' type, as the network's products have."""
+  a = jax.random.normal(jax.random.key(0), (peak.SIDE, peak.SIDE), jnp.dtype(dtype))
+  multiply = jax.jit(jnp.matmul)
+  return peak.gflops(lambda: multiply(a, a).block_until_ready())
+
+
+def commands(folder: str, what: str) -> dict[str, list[str]]:
+  """Program -> the command that measures it once."""
+  found = {}
+  if FLAGS.torch:
+    torch = [FLAGS.torch, "-m", "benchmarks.torch_rpn", folder, what]
+    types = {"": FLAGS.dtype}
+    if FLAGS.dtype == "bfloat16":
+      types = {", autocast": "bfloat16", ", bfloat16 weights": "bfloat16_weights"}
+    found = {f"PyTorch{name}": [*torch, dtype, FLAGS.torch_mode] for name, dtype in types.items()}
+  convert = [FLAGS.openvino, "-m", "benchmarks.torch_rpn", folder, "openvino"]
+  if FLAGS.openvino and what == "forward" and run(convert) is not None:
+    measured = [FLAGS.openvino, "-m", "benchmarks.openvino_rpn", folder, FLAGS.dtype]
+    found["OpenVINO"] = measured
+  for remat in FLAGS.remat if what == "train" else ["none"]:
+    found[f"ours, {remat}" if what == "train" else "ours"] = [
+      sys.executable, "-m", "benchmarks.speed", f"--child={folder}", f"--what={what}",
+      f"--dtype={FLAGS.dtype}", f"--remat={remat}",
+    ]  # fmt: skip
+  return found
+
+
 def measure_case(case: str, what: str, batch: int) -> list[list]:
-  """Table rows: one per remat policy for training, one otherwise."""
+  """Table rows: one for each program, ours for each remat policy."""
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     write_case(folder, case, what, batch)
-    policies = FLAGS.remat if what == "train" else ["none"]
-    ours, theirs = {remat: [] for remat in policies}, []
+    programs = commands(name, what)
+    results: dict[str, list] = {program: [] for program in programs}
+    outputs = {}
     # Round by round, since the speed of a shared machine changes by the minute.
     for _ in range(FLAGS.rounds):
-      if FLAGS.torch:
-        settings = [name, what, FLAGS.dtype, FLAGS.torch_mode]
-        theirs.append(run([FLAGS.torch, "benchmarks/torch_rpn.py", *settings]))
-      for remat in policies:
-        ours[remat].append(run([
-          sys.executable, "-m", "benchmarks.speed", f"--child={name}", f"--what={what}",
-          f"--dtype={FLAGS.dtype}", f"--remat={remat}",
-        ]))  # fmt: skip
-    other, difference = best(theirs), None
-    if what == "forward" and other and best(ours["none"]):
-      a, b = np.load(folder / "jax.npy"), np.load(folder / "torch.npy")
-      difference = float(np.abs(a - b).max() / np.sqrt((b**2).mean()))
+      for program, command in programs.items():
+        results[program].append(run(command))
+        output = folder / ("jax.npy" if program.startswith("ours") else "other.npy")
+        if output.exists():
+          outputs[program] = np.load(output)
+          output.unlink()
+    mine = next(program for program in programs if program.startswith("ours"))
     return [
-      row(case, what, batch, remat, best(ours[remat]), other, difference) for remat in policies
-    ]
+      [case, what, batch, program, *row(batch, best(results[program]), best(results[mine]),
+        difference(outputs.get(program), outputs.get(mine)))]
+      for program in programs
+    ]  # fmt: skip
 
 
-def row(case, what, batch, remat, mine, other, difference) -> list:
-  cells = [case, what, batch, remat if what == "train" else ""]
-  if mine is None:
-    return [*cells, *["failed"] * 4, *["-"] * 5]
-  DEVICES.add(mine["device"])
-  rate = batch / mine["seconds"]
-  cells += [
-    f"{rate:.3g}",
-    f"{mine['flops'] / mine['seconds'] / 1e9:,.0f}",
-    f"{mine['peak_bytes'] / 1e9:.2f}",
-    f"{mine['seconds_to_compile']:.0f}",
-  ]
-  if other is None:
-    return [*cells, *["-"] * 5]
+def difference(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
+  """The largest difference over the root of the mean square; None where there is nothing to say."""
+  if a is None or b is None or a is b:
+    return None
+  return float(np.abs(a - b).max() / np.sqrt((b**2).mean()))
+
+
+def row(batch: int, result: dict | None, mine: dict | None, differs: float | None) -> list:
+  if result is None:
+    return ["failed", *["-"] * 7]
+  DEVICES.add(result["device"])
+  # All compute the same network: XLA's count of operations is everybody's.
+  gflops = mine["flops"] / result["seconds"] / 1e9 if mine else None
+  number = lambda x, form: "-" if x is None else format(x, form)
   return [
-    *cells,
-    f"{batch / other['seconds']:.3g}",
-    f"{other['peak_bytes'] / 1e9:.2f}",
-    f"{other['seconds'] / mine['seconds']:.2f}",
-    f"{mine['peak_bytes'] / other['peak_bytes']:.2f}",
-    "-" if difference is None else f"{difference:.0e}",
+    f"{batch / result['seconds']:.3g}",
+    number(gflops, ",.0f"),
+    f"{result['peak_gflops']:,.0f}",
+    f"{result['seconds_to_compile']:.0f}",
+    f"{result['peak_bytes'] / 1e9:.2f}",
+    number(mine and result["seconds"] / mine["seconds"], ".2f"),
+    number(mine and mine["peak_bytes"] / result["peak_bytes"], ".2f"),
+    number(differs, ".0e"),
   ]
 
 
 COLUMNS = [
-  "case", "what", "batch", "remat", "images/s", "GFLOP/s", "peak GB", "compile s",
-  "PyTorch images/s", "PyTorch peak GB", "speed ratio", "memory ratio", "outputs differ by",
+  "case", "what", "batch", "program", "images/s", "GFLOP/s", "peak GFLOP/s", "compile s", "peak GB",
+  "ours is faster by", "our memory", "outputs differ by",
 ]  # fmt: skip
 
 
@@ -217,7 +250,7 @@ def main(argv) -> None:
   print(
     f"\n{FLAGS.dtype}; {', '.join(sorted(DEVICES))}; {platform.machine()}, {os.cpu_count()} cores; "
     f"{versions}; PyTorch: {FLAGS.torch_mode}; "
-    f"{datetime.date.today()}; {time.time() - began:.0f} s. JAX is better where "
+    f"{datetime.date.today()}; {time.time() - began:.0f} s. Ours is better where "
     "the speed ratio is above 1 and the memory ratio below 1."
   )
   if FLAGS.markdown:

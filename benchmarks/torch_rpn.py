@@ -2,7 +2,7 @@
 
 Written from the equations, with PyTorch's best practices: `scaled_dot_product_attention`, a fused
 input projection, given text embeddings, no gradients of the tower, optional bfloat16 autocast with
-the tower's matrices kept in bfloat16, optional `torch.compile`.
+the tower's matrices kept in bfloat16, or everything in bfloat16, optional `torch.compile`.
 Parameters come from rpn_jax's trees, so that outputs can be compared, too.
 """
 
@@ -15,6 +15,8 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from benchmarks import peak
 
 
 def to_torch(tree: dict, device) -> dict:
@@ -78,6 +80,16 @@ class Released(torch.nn.Module):
         self._store(value)
       elif name == "kernel" and value.ndim == 2:
         tree[name] = value.T.contiguous().to(self.dtype).T
+
+  def to_bfloat16(self) -> None:
+    """All parameters in bfloat16, for images and text that are, too."""
+    low = lambda tree: {
+      name: low(x) if isinstance(x, dict) else x.detach().bfloat16() for name, x in tree.items()
+    }
+    self.tower, self.prompts = low(self.tower), low(self.prompts)
+    self.conv, self.position = self.conv.bfloat16(), self.position.bfloat16()
+    for x in leaves(self.prompts):
+      x.requires_grad_(True)
 
   def block(self, x, p):
     qkv = dense(norm(x, p["ln_1"], 1e-5), p["attn"]["in_proj"])
@@ -149,23 +161,78 @@ def nested(flat) -> dict:
   return tree
 
 
+def read(folder: pathlib.Path) -> tuple[dict, dict]:
+  """The settings of a case, and its parameters as trees of arrays."""
+  return json.loads((folder / "case.json").read_text()), nested(
+    dict(np.load(folder / "weights.npz"))
+  )
+
+
+def inputs(folder: pathlib.Path, device: str) -> tuple[torch.Tensor, ...]:
+  """Images (B, 3, H, W), labels and text of a case."""
+  data = np.load(folder / "data.npz")
+  image = torch.tensor(data["image"]).permute(0, 3, 1, 2).contiguous()
+  label, text = torch.tensor(data["label"]).long(), torch.tensor(data["text"])
+  return image.to(device), label.to(device), text.to(device)
+
+
+def to_openvino(folder: pathlib.Path) -> None:
+  """Writes the network of a case for images and text of its sizes as `model.xml`."""
+  import openvino
+
+  case, arrays = read(folder)
+  settings = {name: case[name] for name in ("heads", "patch", "side")}
+  net = Released(arrays["tower"], arrays["prompts"], **settings).eval()
+  for x in leaves(net.prompts):
+    x.requires_grad_(False)  # so that they can be constants
+  image, _, text = inputs(folder, "cpu")
+  with torch.inference_mode():
+    model = openvino.convert_model(
+      net, example_input=(image, text), input=[list(image.shape), list(text.shape)]
+    )
+  openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+
+
+def product_gflops(device: str, dtype: torch.dtype) -> float:
+  a = torch.randn(peak.SIDE, peak.SIDE, device=device).to(dtype)
+  wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+  def multiply() -> None:
+    a @ a
+    wait()
+
+  with torch.inference_mode():
+    return peak.gflops(multiply)
+
+
 def main() -> None:
-  """Child process of benchmarks.speed: folder with the case -> a line of JSON."""
-  folder, what, dtype, mode = pathlib.Path(sys.argv[1]), *sys.argv[2:]
-  case = json.loads((folder / "case.json").read_text())
+  """Child process of benchmarks.speed: folder with the case, forward or train, type, mode -> a line
+  of JSON. The word openvino in place of the last three converts the network.
+
+  The type is float32; bfloat16, autocast with the tower's matrices in bfloat16; or
+  bfloat16_weights, in which everything is bfloat16.
+  """
+  folder = pathlib.Path(sys.argv[1])
+  if sys.argv[2:] == ["openvino"]:
+    to_openvino(folder)
+    print("{}")
+    return
+  what, dtype, mode = sys.argv[2:]
+  case, arrays = read(folder)
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.set_num_threads(case["threads"])
   torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in JAX
-  arrays = nested(dict(np.load(folder / "weights.npz")))
+  low = torch.float32 if dtype == "float32" else torch.bfloat16
   net = Released(
-    arrays["tower"], arrays["prompts"], device=device, dtype=getattr(torch, dtype),
+    arrays["tower"], arrays["prompts"], device=device, dtype=low,
     **{k: case[k] for k in ("heads", "patch", "side", "dropout")},
   )  # fmt: skip
   del arrays
-  data = np.load(folder / "data.npz")
-  image = torch.tensor(data["image"]).permute(0, 3, 1, 2).contiguous().to(device)
-  label, text = torch.tensor(data["label"]).long().to(device), torch.tensor(data["text"]).to(device)
-  low = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+  image, label, text = inputs(folder, device)
+  if dtype == "bfloat16_weights":
+    net.to_bfloat16()
+    image, text = image.bfloat16(), text.bfloat16()
+  autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
   wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
   run, objective = net, loss
@@ -176,7 +243,7 @@ def main() -> None:
 
     @torch.inference_mode()
     def call():
-      with low:
+      with autocast:
         return run(image, text)
   else:
     net.train()
@@ -184,16 +251,19 @@ def main() -> None:
 
     def call():
       optimizer.zero_grad(set_to_none=True)
-      with low:
+      with autocast:
         logits = run(image, text)
       total = objective(logits, label)
       total.backward()
       optimizer.step()
       return total
 
+  began = time.perf_counter()
   first = call()
+  wait()
+  seconds_to_compile = time.perf_counter() - began
   if what == "forward":
-    np.save(folder / "torch.npy", first.float().permute(0, 2, 3, 1).cpu().numpy())
+    np.save(folder / "other.npy", first.float().permute(0, 2, 3, 1).cpu().numpy())
   times = []
   while len(times) < 2 or sum(times) < case["seconds"]:
     wait()
@@ -201,12 +271,13 @@ def main() -> None:
     call()
     wait()
     times.append(time.perf_counter() - began)
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   if device == "cuda":
-    peak = torch.cuda.max_memory_allocated()
+    peak_bytes = torch.cuda.max_memory_allocated()
   name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
   print(json.dumps({
-    "seconds": sorted(times)[len(times) // 2], "peak_bytes": peak, "device": name,
+    "seconds": sorted(times)[len(times) // 2], "seconds_to_compile": seconds_to_compile,
+    "peak_bytes": peak_bytes, "peak_gflops": product_gflops(device, low), "device": name,
     "version": torch.__version__, "first": float(first.float().mean()),
   }))  # fmt: skip
 

@@ -4,6 +4,7 @@ Nothing heavy is imported before the command is known, nor, for `segment`, befor
 """
 
 import argparse
+import gc
 import importlib
 import pathlib
 import shlex
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
   if arguments is None:
     console.use_utf8()
     interrupts.end_at_once()
+    # To import and to trace makes many objects and little garbage: a tenth of a short command.
+    gc.set_threshold(100_000)
     arguments = sys.argv[1:]
   return console.run_command(lambda: _run(arguments))
 

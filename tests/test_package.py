@@ -125,11 +125,32 @@ def without_progress(stderr: str) -> str:
   return re.sub(r"^segment on cpu: \d+/\d+ images?\n", "", stderr, flags=re.M)
 
 
+# What a first image needs none of, and what takes long to load.
+UNNEEDED = (
+  "optax", "orbax", "tensorstore", "matplotlib", "ftfy", "jax.experimental.pallas", "scipy",
+  "huggingface_hub", "httpx2", "pycocotools", "tensorboardX",
+)  # fmt: skip
+# `python -m rpn_jax`, which then writes a last line of JSON: those of UNNEEDED that it loaded, and
+# the programs that it compiled or read from JAX's cache.
+WATCHED = f"""
+import json, runpy, sys, jax
+programs = []
+def note(event, duration, fun_name="", **_):
+  if event == "/jax/core/compile/backend_compile_duration":
+    programs.append(fun_name)
+jax.monitoring.register_event_duration_secs_listener(note)
+try:
+  runpy.run_module("rpn_jax", run_name="__main__", alter_sys=True)
+finally:
+  print(json.dumps([[name for name in {UNNEEDED} if name in sys.modules], programs]))
+"""
+
+
 def test_the_wheel_segments_away_from_the_source(wheel, tmp_path):
   with zipfile.ZipFile(wheel) as archive:
     archive.extractall(tmp_path / "site")
   environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-  command = [sys.executable, "-m", "rpn_jax", "segment", str(SCENE), "plain yellow, sand, water"]
+  command = [sys.executable, "-c", WATCHED, "segment", str(SCENE), "plain yellow, sand, water"]
   result = subprocess.run(
     command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
   )
@@ -138,6 +159,10 @@ def test_the_wheel_segments_away_from_the_source(wheel, tmp_path):
   assert without_progress(result.stderr) == ""
   files = {p.name for p in (tmp_path / "predictions").iterdir()}
   assert files == {"scene_overlay.png", "scene_labels.png", "scene.json"}
+  loaded, programs = json.loads(result.stdout.splitlines()[-1])
+  assert loaded == []
+  # The network, the merging of its windows, and the text tower where no embeddings are kept.
+  assert 2 <= len(programs) <= 3, programs
 
 
 def test_version_is_in_one_place_and_in_the_changelog(capsys):

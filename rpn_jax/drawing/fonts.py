@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,10 +23,15 @@ def load_font(size: int, bold: bool = False, path: str = "") -> ImageFont.FreeTy
 
 
 def _dejavu(bold: bool = False) -> str:
-  import matplotlib
+  name = os.path.join("fonts", "ttf", "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")
+  # Found without importing matplotlib, which would take as long as to draw some images.
+  if (package := importlib.util.find_spec("matplotlib")) and package.origin:
+    path = os.path.join(os.path.dirname(package.origin), "mpl-data", name)
+    if os.path.exists(path):
+      return path
+  import matplotlib  # of a distribution that keeps its data elsewhere
 
-  name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-  return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name)
+  return os.path.join(matplotlib.get_data_path(), name)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.models import NETWORKS, Network, kernels, training_free
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.prompts import count
-from rpn_jax.models.trained import in_compute_type, init_prompts, join, split
+from rpn_jax.models.trained import in_compute_type, init_prompts, join, prompt_shapes, split
 from rpn_jax.text.embeddings import TextEncoder
 from rpn_jax.text.templates import expand
 from rpn_jax.training.run import Run
@@ -200,12 +200,12 @@ class Predictor:
     """
     if not self.network.trainable:
       return {"last": (0, {})}
-    like = self.prompt_shapes(run.config.data.crop)
+    crop = run.config.data.crop
     if path := run.config.get("prompts"):
-      content = exported.load_prompts(path)
+      content, like = exported.load_prompts(path), lambda: self.prompt_shapes(crop)
       prompts_file.check(content, path, run.config.to_dict(), run.fingerprint, like)
       return {"last": (content.step, content.prompts)}
-    restored = run.read(like)
+    restored = run.read(self.prompt_shapes(crop))
     for step, prompts in restored.values():
       for name, value in traverse_util.flatten_dict(prompts, sep="/").items():
         if wrong := int(np.size(value) - np.isfinite(value).sum()):
@@ -239,7 +239,7 @@ class Predictor:
     """Shapes and types of the trained parameters, for training crops of a side in pixels."""
     # No shape depends on the classes.
     text = self._text_input(_ShapeEncoder(self.clip.embed_dim, self.encoder.sentences), ("",))
-    return jax.eval_shape(lambda text: self.init_prompts(text, jax.random.key(0), crop), text)
+    return prompt_shapes(self.network, self.params, text, crop)
 
   def prepare(self, image_HxWx3: np.ndarray) -> np.ndarray:
     """Resizes and normalizes an RGB image (uint8) for the network: float32."""
@@ -350,11 +350,11 @@ class Predictor:
 
   def _encode(
     self, network: Network, mesh: jax.sharding.Mesh, variables: dict, text: Any
-  ) -> jax.Array:
+  ) -> jax.Array | np.ndarray:
     """`network.encode_text`; results of a text tower, as costly as an image's, are kept."""
-    if "text" not in network.towers:
-      return jnp.asarray(text)
     text = np.asarray(text)
+    if "text" not in network.towers:
+      return text
     key = text.shape, text.tobytes()
     if key not in self._encoded:
       self._encoded[key] = encode_text(network, mesh, text.shape)(variables, text)

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rpn_jax.models import layers
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
-from rpn_jax.models.layers import LAYER_NORM_EPSILON, LayerNorm
+from rpn_jax.models.layers import LAYER_NORM_EPSILON, Dense, LayerNorm
 
 
 def keep_result(site: str, x: jax.Array, y: jax.Array, layer: nn.Module | None = None) -> jax.Array:
@@ -37,8 +37,8 @@ class Attention(nn.Module):
   causal: bool = False
 
   def setup(self) -> None:
-    self.in_proj = nn.Dense(3 * self.width, dtype=self.dtype)
-    self.out_proj = nn.Dense(self.width, dtype=self.dtype)
+    self.in_proj = Dense(3 * self.width, dtype=self.dtype)
+    self.out_proj = Dense(self.width, dtype=self.dtype)
 
   def project(
     self, x_BxNxD: jax.Array, tune: Callable = keep_result
@@ -91,8 +91,8 @@ class MLP(nn.Module):
   hidden: int | None = None
 
   def setup(self) -> None:
-    self.c_fc = nn.Dense(self.hidden or 4 * self.width, dtype=self.dtype)
-    self.c_proj = nn.Dense(self.width, dtype=self.dtype)
+    self.c_fc = Dense(self.hidden or 4 * self.width, dtype=self.dtype)
+    self.c_proj = Dense(self.width, dtype=self.dtype)
 
   def __call__(self, x_BxNxD: jax.Array, tune: Callable = keep_result) -> jax.Array:
     hidden = tune("c_fc", x_BxNxD, self.c_fc(x_BxNxD), self.c_fc)

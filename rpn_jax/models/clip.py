@@ -17,7 +17,7 @@ from einops import rearrange
 from rpn_jax.models import layers
 from rpn_jax.models.block import Block, keep_result
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
-from rpn_jax.models.layers import ACTIVATIONS, LAYER_NORM_EPSILON, LayerNorm
+from rpn_jax.models.layers import ACTIVATIONS, LAYER_NORM_EPSILON, LayerNorm, StoredParams
 from rpn_jax.models.remat import run_block
 from rpn_jax.models.resizing import resize_grid
 
@@ -88,7 +88,7 @@ def resize_positions(
   return jnp.concatenate([positions_NxD[:1], grid])
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(StoredParams, nn.Module):
   """CLIP's image tower, with its stages as methods so that prompts can be put between them.
 
   Attributes:
@@ -204,7 +204,7 @@ class VisionTransformer(nn.Module):
     return self.project(x[:, 0])
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(StoredParams, nn.Module):
   """CLIP's text tower: causal attention; the embedding is read at the end-of-text token.
 
   Attributes:

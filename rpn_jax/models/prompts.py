@@ -29,10 +29,7 @@ def prompt(module: Any, name: str, init: Callable, shape: tuple[int, ...]) -> ja
   value = module.variable(
     COLLECTION, name, lambda: init(module.make_rng(COLLECTION), shape, jnp.float32)
   ).value
-  if value.shape != tuple(shape):
-    raise flax.errors.ScopeParamShapeError(
-      name, f"/{'/'.join(module.path)}", value.shape, tuple(shape)
-    )
+  layers.check_shape(module, name, value, shape)
   return value
 
 

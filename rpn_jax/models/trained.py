@@ -10,12 +10,15 @@ both trees have its thirds, `in_proj/query`, `in_proj/key` and `in_proj/value`, 
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+
+from rpn_jax.models.block import Block
 
 TOWERS: tuple[str, ...] = ("visual", "text")
 FUSED, THIRDS = "kernel", ("query", "key", "value")
@@ -107,3 +110,19 @@ def init_prompts(network: Any, params: Mapping, text: Any, key: jax.Array, image
   trained, _ = split(params, network.trained)
   # A copy: the training step donates its state.
   return {**jax.jit(init)(params, text), **jax.tree.map(jnp.copy, trained)}
+
+
+def prompt_shapes(network: Any, params: Mapping, text: Any, image_size: int) -> dict:
+  """Shapes and types of what `init_prompts` returns; its arguments but the key."""
+
+  def pass_blocks(run: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    # A block holds no prompts, and its result has the shape of its input.
+    if isinstance(context.module, Block) and context.method_name == "__call__":
+      return args[0]
+    return run(*args, **kwargs)
+
+  def init(text: Any) -> dict:
+    return init_prompts(network, params, text, jax.random.key(0), image_size)
+
+  with nn.intercept_methods(pass_blocks):  # half the time of tracing them
+    return jax.eval_shape(init, text)

@@ -24,8 +24,9 @@ from rpn_jax.text.templates import check_synonyms, phrases, template_sentences
 from rpn_jax.text.tokenizer import tokenize
 
 # Sentences per call of the text tower, the first of these numbers that is enough. Calls are padded
-# to them, and sentences to 8, 16, 32, … tokens, so that few programs serve all.
+# to them, and sentences to 16, 32, … tokens, so that few programs serve all words.
 BATCH_SENTENCES = (8, 32, 128)
+MIN_TOKENS = 16
 # Part of every key on disk: raise it when the tokenizer or the tower computes something else.
 CACHE_VERSION = 1
 
@@ -172,7 +173,8 @@ def _embed(
   """Unit-length embeddings (len(texts), E) float32 of whole texts."""
   tokens = _token_ids(config, texts)
   size = next((n for n in BATCH_SENTENCES if n >= len(tokens)), BATCH_SENTENCES[-1])
-  length = min(1 << (tokens.shape[1] - 1).bit_length(), config.context_length)
+  length = max(MIN_TOKENS, 1 << (tokens.shape[1] - 1).bit_length())
+  length = min(length, config.context_length)
   padded = np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])))
   padded = np.pad(padded, ((0, -len(tokens) % size), (0, 0)), mode="edge")
   starts = range(0, len(padded), size)

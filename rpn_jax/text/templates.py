@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import SEPARATOR, check_known, split_synonyms, without_articles
-from rpn_jax.text.tokenizer import encode
+from rpn_jax.text.tokenizer import split_words
 
 SYNONYMS = ("first", "mean", "max", "joined")
 
@@ -100,9 +100,9 @@ def check_distinct(names: Sequence[str], synonyms: str) -> None:
 
 
 def embedding_key(name: str, synonyms: str) -> frozenset:
-  """What the embedding of a typed name depends on: the token ids of its synonyms."""
+  """What the embedding of a typed name depends on: the words of its synonyms."""
   rows, _ = expand([without_articles(name)], [0], synonyms)
-  return frozenset(tuple(encode(part)) for row in rows for part in phrases(row, synonyms))
+  return frozenset(tuple(split_words(part)) for row in rows for part in phrases(row, synonyms))
 
 
 def expand(

@@ -45,10 +45,20 @@ def _byte_letters() -> list[str]:
 
 
 @functools.cache
-def _load() -> "tuple[pre_tokenizers.Sequence, models.BPE]":
-  """The word splitter and the byte-pair model, built once, on first use."""
+def _splitter() -> "pre_tokenizers.Sequence":
+  """Splits a text into words, spelled in the letters of bytes."""
   # Imported here: the library takes longer to load than the rest of this module.
-  from tokenizers import Regex, models, pre_tokenizers
+  from tokenizers import Regex, pre_tokenizers
+
+  split = pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True)
+  spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  return pre_tokenizers.Sequence([split, spell])
+
+
+@functools.cache
+def _model() -> "models.BPE":
+  """The byte-pair model, which takes a fifth of a second to read."""
+  from tokenizers import models
 
   asset = importlib.resources.files("rpn_jax") / "assets" / "bpe_simple_vocab_16e6.txt.gz"
   lines = gzip.decompress(asset.read_bytes()).decode().split("\n")
@@ -57,28 +67,28 @@ def _load() -> "tuple[pre_tokenizers.Sequence, models.BPE]":
   letters = _byte_letters()
   words = [*letters, *(x + "</w>" for x in letters), *("".join(x) for x in merges), START, END]
   vocabulary = {word: i for i, word in enumerate(words)}
-  splitter = pre_tokenizers.Sequence(
-    [
-      pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-  )
-  return splitter, models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=END)
+  return models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=END)
 
 
 def _clean(text: str) -> str:
-  import ftfy
+  # Plain words have nothing to mend, and are most of what is typed: ftfy takes a while to load.
+  if not (text.isascii() and text.isprintable() and "&" not in text):
+    import ftfy
 
-  # Twice: captions collected from the web hold entities of entities.
-  text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    # Twice: captions collected from the web hold entities of entities.
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
   return " ".join(text.split()).lower()
+
+
+def split_words(text: str) -> list[str]:
+  """The words of a text, in the letters of their bytes: texts with the same ids have the same."""
+  return [word for word, _ in _splitter().pre_tokenize_str(_clean(text))]
 
 
 def encode(text: str) -> list[int]:
   """Ids of one text, without the begin and end tokens and without padding."""
-  splitter, model = _load()
-  ids = []
-  for word, _ in splitter.pre_tokenize_str(_clean(text)):
+  model, ids = _model(), []
+  for word in split_words(text):
     # The special words never go through the merges, which would spell them out.
     if word in (START, END):
       ids.append(START_ID if word == START else END_ID)

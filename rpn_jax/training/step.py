@@ -1,20 +1,24 @@
 """One training step: a pure function, the same for one device and for many."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.flatten_util import ravel_pytree
 
 from rpn_jax.models import Network
 from rpn_jax.models.prompts import count
 from rpn_jax.models.trained import join
 from rpn_jax.training.losses import Term
+
+if TYPE_CHECKING:  # whoever segments with a run's state does not load it
+  import optax
 
 # (logits, label) -> {name: Term}; (logits, label, step) -> label; (state, params, text, batch) ->
 # label.
@@ -119,6 +123,8 @@ def update(
   If the loss or the norm is not finite, the update is skipped: prompts and optimizer state stay as
   they were. All devices agree, since gradients and terms have been summed over them.
   """
+  import optax
+
   values = {name: term.value for name, term in terms.items()}
   loss, norm = sum(values.values()), optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)

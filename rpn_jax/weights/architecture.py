@@ -4,20 +4,16 @@
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
-from rpn_jax.models.clip import CLIP, CLIPConfig
+from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.weights.names import Naming, check_same_names, other_model
 
 # No published CLIP comes near; a file that declares more is damaged or hostile.
@@ -228,14 +224,46 @@ def normalization(mean: tuple[float, ...] | None, std: tuple[float, ...] | None)
   return OPENAI_IMAGES if np.allclose(told, OPENAI_IMAGES, atol=1e-4, rtol=0) else told
 
 
-@functools.cache
 def expected_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
-  """{'/'-joined path: shape} of the model's parameters, asked from the model itself."""
-  image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
-  tokens = jax.ShapeDtypeStruct((1, config.context_length), jnp.int32)
-  init = functools.partial(CLIP(config).init, method="encode")
-  tree = jax.eval_shape(init, jax.random.key(0), image, tokens)["params"]
-  return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+  """{'/'-joined path: shape} of the parameters of `models.clip.CLIP`.
+
+  Written down, since to trace the model for them takes half a second, and longer with its layers.
+  """
+  c = config
+  shapes: dict[str, tuple[int, ...]] = {"logit_scale": ()}
+
+  def norm(path: str, width: int) -> None:
+    shapes.update({f"{path}/scale": (width,), f"{path}/bias": (width,)})
+
+  def dense(path: str, inputs: int, outputs: int) -> None:
+    shapes.update({f"{path}/kernel": (inputs, outputs), f"{path}/bias": (outputs,)})
+
+  def blocks(tower: str, layers: int, width: int, hidden: int) -> None:
+    for path in (f"{tower}/block_{i}" for i in range(layers)):
+      norm(f"{path}/ln_1", width)
+      dense(f"{path}/attn/in_proj", width, 3 * width)
+      dense(f"{path}/attn/out_proj", width, width)
+      norm(f"{path}/ln_2", width)
+      dense(f"{path}/mlp/c_fc", width, hidden)
+      dense(f"{path}/mlp/c_proj", hidden, width)
+
+  width, plain = c.vision_width, c.vision == "vit"
+  shapes["visual/patch_embed/kernel"] = (c.patch_size, c.patch_size, 3, width)
+  shapes["visual/class_embedding"] = (width,)
+  shapes["visual/position_embedding"] = (1 + c.grid**2, width)
+  if not plain:
+    norm("visual/ln_pre", width)
+    shapes["visual/proj"] = (width, c.embed_dim)
+  blocks("visual", c.vision_layers, width, c.vision_mlp_width or 4 * width)
+  norm("visual/ln_post", width)
+
+  width = c.text_width
+  shapes["text/token_embedding"] = (c.vocab_size, width)
+  shapes["text/position_embedding"] = (c.context_length, width)
+  blocks("text", c.text_layers, width, 4 * width)
+  norm("text/ln_final", width)
+  shapes["text/projection"] = (width, c.embed_dim)
+  return shapes
 
 
 def check_parameters(config: CLIPConfig, flat: Mapping[str, Any], where: str) -> None:
@@ -244,7 +272,7 @@ def check_parameters(config: CLIPConfig, flat: Mapping[str, Any], where: str) ->
   Raises:
     InputError: an array is missing, unknown or misshapen.
   """
-  # Before the model is asked for its shapes: a declared number of layers costs time.
+  # Before the shapes are listed: a declared number of layers costs time.
   for branch, declared in (("visual", config.vision_layers), ("text", config.text_layers)):
     found = len({path.split("/")[1] for path in flat if path.startswith(f"{branch}/block_")})
     if found != declared:

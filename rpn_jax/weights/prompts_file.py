@@ -4,10 +4,12 @@ Keys are '/'-joined paths of the `prompts` collection. The header tells how they
 config, the class names, and the fingerprint of the CLIP weights around them.
 """
 
+import contextlib
+import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import ml_collections
@@ -15,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import on_disk
+from rpn_jax.base.paths import cache_dir, on_disk
 from rpn_jax.base.words import differences
 from rpn_jax.config import EVALUATION
 from rpn_jax.config.stored import completed
@@ -23,6 +25,8 @@ from rpn_jax.models import NETWORKS
 from rpn_jax.weights.arrays import fingerprint, float32, read_safetensors, write_safetensors
 
 FORMAT, VERSION = "rpn_jax.prompts", "1"
+# Part of every note on disk: raise it when the arrays of a network change.
+NOTE_VERSION = 1
 # Config fields that prompts depend on when they predict, beside the section of their network; those
 # of `data` are the normalization.
 FIELDS = ("method", "templates", "synonyms", "loss.name", "data.mean", "data.std")
@@ -150,15 +154,18 @@ def load(path) -> Prompts:
   return Prompts(tree, clip, config, tuple(names), step)
 
 
-def check(content: Prompts, path, config: Mapping, clip: str, like: Mapping) -> None:
+def check(content: Prompts, path, config: Mapping, clip: str, like: Callable[[], Mapping]) -> None:
   """Compares a file with the network that is to use it.
+
+  That the arrays fit is noted on disk: the network has to be traced for its shapes, which takes as
+  long as to segment an image with a small one.
 
   Args:
     content: of the file.
     path: of the file, for messages.
     config: of the command, as nested dictionaries.
     clip: fingerprint of its CLIP weights.
-    like: the collection of its network, arrays or shapes.
+    like: gives the collection of its network, arrays or shapes.
 
   Raises:
     InputError: with both values of what differs.
@@ -179,11 +186,28 @@ def check(content: Prompts, path, config: Mapping, clip: str, like: Mapping) -> 
       f"{path} was trained with other settings (file -> requested: {'; '.join(changed[:3])}): "
       "use the config it was trained with"
     )
-  if changed := differences(_shapes(content.prompts), _shapes(like)):
+  note = _note(content, config, clip)
+  if note and note.exists():
+    return
+  if changed := differences(_shapes(content.prompts), _shapes(like())):
     raise InputError(
       f"{path} has other arrays than this network (file -> network: {'; '.join(changed[:3])}): use "
       "the config it was trained with"
     )
+  if note:
+    with contextlib.suppress(OSError):
+      note.parent.mkdir(exist_ok=True)
+      note.touch()
+
+
+def _note(content: Prompts, config: Mapping, clip: str) -> pathlib.Path | None:
+  """Where is noted that these arrays fit the network of a config; None where nothing is kept."""
+  if not (folder := cache_dir()):
+    return None
+  method = config["method"]
+  settings = (method, config.get(NETWORKS[method].section), _lookup(config, "data.crop"))
+  key = json.dumps([NOTE_VERSION, fingerprint(content.prompts), clip, settings], default=str)
+  return folder / "prompts" / hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def _shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,8 @@
 """Text of any script and length in a given width."""
 
+import os
+
+import matplotlib
 import pytest
 
 from rpn_jax.drawing import fonts
@@ -31,3 +34,10 @@ def test_letters_are_drawn_with_a_font_that_has_them():
   if path == _dejavu():
     pytest.skip("no font with Chinese letters is installed")
   assert font_for(["猫"]) == (path, ["猫"])
+
+
+def test_the_fonts_are_matplotlibs_wherever_it_keeps_them(monkeypatch):
+  folder = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
+  assert _dejavu() == os.path.join(folder, "DejaVuSans.ttf")
+  monkeypatch.setattr(fonts.importlib.util, "find_spec", lambda name: None)
+  assert _dejavu(bold=True) == os.path.join(folder, "DejaVuSans-Bold.ttf")

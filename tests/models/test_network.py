@@ -2,13 +2,14 @@
 
 import inspect
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rpn_jax.config import CATSegConfig, RPNConfig
-from rpn_jax.models import NETWORKS, Network, heads, kernels, trained
+from rpn_jax.models import NETWORKS, Network, clip, heads, kernels, trained
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.network import Windows
 
@@ -202,3 +203,32 @@ def test_what_is_trained_is_split_off_and_joined_again():
   for pattern in ("proj", "visual/block"):
     with pytest.raises(ValueError, match="expected a pattern"):
       trained.split(PARAMS, pattern)
+
+
+@pytest.mark.parametrize("name, settings", CASES)
+def test_shapes_of_prompts_are_those_of_the_initial_ones(name, settings):
+  network = NETWORKS[name].create(CLIP, settings)
+  text = network.text_input(Encoder(), ["a", "b", "c"])
+  params, _ = variables_of(network, text)
+  init = lambda key: trained.init_prompts(network, params, text, key, 32)
+  want = jax.eval_shape(init, jax.random.key(0))
+  assert trained.prompt_shapes(network, params, text, 32) == want
+
+
+def test_a_stored_parameter_of_another_shape_is_refused():
+  image, tokens = jnp.zeros((1, 32, 32, 3)), jnp.ones((1, 8), jnp.int32)
+  model = clip.CLIP(CLIP)
+  variables = jax.eval_shape(model.init, jax.random.key(0), image, tokens)
+  for path, shape in (
+    (("visual", "block_1", "attn", "in_proj", "kernel"), (16, 47)),
+    (("visual", "block_0", "ln_1", "scale"), (1,)),  # would be broadcast
+    (("text", "projection"), (16, 1)),
+  ):
+    wrong = jax.tree_util.tree_map_with_path(
+      lambda at, x, path=path, shape=shape: jax.ShapeDtypeStruct(
+        shape if tuple(key.key for key in at)[1:] == path else x.shape, x.dtype
+      ),
+      variables,
+    )
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=path[-1]):
+      jax.eval_shape(model.apply, wrong, image, tokens)

@@ -1,7 +1,9 @@
 """The tokenizer against recordings of OpenAI's: golden strings, every class name, odd unicode."""
 
+import html
 import json
 
+import ftfy
 import numpy as np
 import pytest
 
@@ -43,6 +45,18 @@ def test_over_long_text(golden):
 def test_every_recorded_string(recorded):
   wrong = [text for text, ids in recorded.items() if tokenizer.encode(text) != ids]
   assert not wrong
+
+
+def test_plain_words_need_no_mending(recorded):
+  """What is passed over for them changes none, and words tell texts apart as ids do."""
+  mended = lambda text: " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+  odd = ["a\x1b[31m cat", "a\tcat", "cat &amp;amp; dog", "A  Cat", "``quoted''", "it's", "it 's"]
+  texts = [*recorded, *odd]
+  assert [text for text in texts if tokenizer._clean(text) != mended(text)] == []
+  words = {text: tuple(tokenizer.split_words(text)) for text in texts}
+  ids = {text: tuple(tokenizer.encode(text)) for text in texts}
+  pairs = {(words[text], ids[text]) for text in texts}
+  assert len(pairs) == len(set(words.values())) == len(set(ids.values()))
 
 
 def test_the_recording_covers_the_vocabularies(recorded):

@@ -1,11 +1,17 @@
 """Architectures from shapes, publishers' configs and persons; impossible ones refused."""
 
-import numpy as np
+import dataclasses
+import functools
 
-from rpn_jax.models.clip import CLIPConfig
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from rpn_jax.models.clip import CLIP, CLIPConfig
 from rpn_jax.weights import architecture, clip_file
 from tests.weights.checks import one_line
-from tests.weights.files import HEADS, write_state
+from tests.weights.files import HEADS, TINY, write_state
 
 
 def test_shapes_of_published_models():
@@ -54,3 +60,16 @@ def test_heads_of_published_models():
     ("text", 1408, 24, None),
   ):
     assert architecture.usual_heads(tower, width, layers) == heads
+
+
+@pytest.mark.parametrize(
+  "fields", [{}, {"vision": "vit", "vision_mlp_width": 20, "vision_layers": 2, "text_layers": 3}]
+)
+def test_shapes_that_are_written_down_are_the_models(fields):
+  config = dataclasses.replace(TINY, **fields)
+  side = config.image_size
+  image, tokens = np.zeros((1, side, side, 3)), np.zeros((1, config.context_length), np.int32)
+  init = functools.partial(CLIP(config).init, method="encode")
+  tree = jax.eval_shape(init, jax.random.key(0), image, tokens)["params"]
+  want = {path: x.shape for path, x in traverse_util.flatten_dict(tree, sep="/").items()}
+  assert architecture.expected_shapes(config) == want

@@ -152,7 +152,7 @@ def test_a_padding_that_the_checkpoint_contradicts(official, golden_catseg, tmp_
     with config.unlocked():
       config.cat_seg.pad_len = asked
     with pytest.raises(InputError, match=rf"cat_seg\.pad_len: 256 -> {asked}"):
-      prompts_file.check(content, out, config.to_dict(), content.clip, content.prompts)
+      prompts_file.check(content, out, config.to_dict(), content.clip, lambda: content.prompts)
   # A header that says what the arrays contradict.
   fields = {**content.config["cat_seg"], "pad_len": 0}
   prompts_file.save(out, content._replace(config={**content.config, "cat_seg": fields}))

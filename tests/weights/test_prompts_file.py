@@ -77,8 +77,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 )
 def test_networks_that_do_not_fit(changes, match):
   config = {**CONFIG, "model": {"tuner": "rpn", "h_grid": (2, 2)}}
-  content = CONTENT._replace(**changes)
-  assert "x.st" in one_line(match, prompts_file.check, content, "x.st", config, "0" * 16, TREE)
+  content, like = CONTENT._replace(**changes), lambda: TREE
+  assert "x.st" in one_line(match, prompts_file.check, content, "x.st", config, "0" * 16, like)
 
 
 @pytest.mark.parametrize(
@@ -93,4 +93,28 @@ def test_networks_that_do_not_fit(changes, match):
 )
 def test_what_a_file_does_not_know_is_not_compared(changes):
   config = {**CONFIG, "model": {"tuner": "rpn", "h_grid": (2, 2)}}
-  prompts_file.check(CONTENT._replace(**changes), "x.st", config, "0" * 16, TREE)
+  prompts_file.check(CONTENT._replace(**changes), "x.st", config, "0" * 16, lambda: TREE)
+
+
+def test_a_network_is_asked_for_its_arrays_once(monkeypatch):
+  config = {**CONFIG, "model": {"tuner": "rpn", "h_grid": (2, 2)}}
+  asked = []
+
+  def like():
+    asked.append(1)
+    return TREE
+
+  content = CONTENT._replace(prompts={**TREE, "h": np.full((4, 2), 7.0)})
+  for _ in range(2):
+    prompts_file.check(content, "x.st", config, "0" * 16, like)
+  assert len(asked) == 1
+  # Of other arrays, other CLIP weights or other settings nothing is noted.
+  other = content._replace(prompts={**content.prompts, "h": np.full((4, 3), 7.0)})
+  one_line(r"h: \(4, 3\) -> \(4, 2\)", prompts_file.check, other, "x", config, "0" * 16, like)
+  content = content._replace(clip="", config={})
+  prompts_file.check(content, "x.st", config, "1" * 16, like)
+  prompts_file.check(content, "x.st", {**config, "model": {"tuner": "vpt"}}, "0" * 16, like)
+  assert len(asked) == 4
+  monkeypatch.setattr(prompts_file, "cache_dir", lambda: None)
+  prompts_file.check(content, "x.st", config, "1" * 16, like)
+  assert len(asked) == 5

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 from rpn_jax.models import layers
 
 # An activation stores its input alone.
-ACTIVATIONS = {name: jax.checkpoint(function) for name, function in layers.ACTIVATIONS.items()}
+ACTIVATIONS = {
+  name: jax.checkpoint(jax.jit(function, inline=True))
+  for name, function in layers.ACTIVATIONS.items()
+}
 
 
 def attend(
@@ -29,6 +32,8 @@ def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: flo
   return layer_norm_forward(x, scale_D, bias_D, epsilon)[0]
 
 
+# Inline: traced once for the norms of one size, and the program is the same as without.
+@functools.partial(jax.jit, static_argnums=3, inline=True)
 def layer_norm_forward(
   x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:

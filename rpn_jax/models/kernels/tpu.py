@@ -13,16 +13,19 @@ Shape letters: B images, N tokens, P extra tokens, H heads, d width of a head, D
 channels of the fused projection, L lanes of a block, R queries of a chunk.
 """
 
+from __future__ import annotations
+
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from rpn_jax.models import layers
 from rpn_jax.models.kernels import lean
+
+if TYPE_CHECKING:  # a third of a second; imported by the functions that use it
+  from jax.experimental import pallas as pl
 
 LANES = 128
 # Scores of one head for one chunk of queries: 1 MB, a few of which are alive at a time.
@@ -56,6 +59,9 @@ def attend(
   qkv_BxNxF: jax.Array, extra: tuple[jax.Array, ...], heads: int, causal: bool
 ) -> jax.Array:
   """softmax(q kᵀ / √d) v of every head, (B, N, D); `extra` is () or (extra_BxPxF,)."""
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
+
   batch, tokens, channels = qkv_BxNxF.shape
   wide = channels // 3
   blocks = wide // LANES
@@ -82,6 +88,8 @@ def attend(
 
 
 def forward_kernel(q_ref: Any, *refs: Any, width: int, causal: bool) -> None:
+  from jax.experimental import pallas as pl
+
   *inputs, out_ref = refs
   q, (keys, values) = q_ref[0], ([ref[0] for ref in inputs[i::2]] for i in range(2))
   first = pl.program_id(2) * q.shape[0]
@@ -100,6 +108,9 @@ def attend_forward(
 
 
 def attend_backward(heads: int, causal: bool, stored: tuple, g_BxNxD: jax.Array) -> tuple:
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
+
   qkv_BxNxF, extra = stored
   batch, _, channels = qkv_BxNxF.shape
   blocks = channels // 3 // LANES
@@ -130,6 +141,8 @@ def attend_backward(heads: int, causal: bool, stored: tuple, g_BxNxD: jax.Array)
 
 
 def backward_kernel(g_ref: Any, q_ref: Any, *refs: Any, width: int, causal: bool) -> None:
+  from jax.experimental import pallas as pl
+
   sources = 1 if len(refs) == 5 else 2  # of keys: the tokens, and those that are attended to only
   inputs, refs = refs[: 2 * sources], refs[2 * sources :]
   outputs, kept = refs[:sources], refs[sources:]
@@ -226,8 +239,8 @@ def keys_of(qkv_BxNxF: jax.Array, extra: tuple[jax.Array, ...]) -> int:
 
 def chunk_rows(tokens: int, keys: int) -> int:
   """R: about equal chunks of whole 16 queries, the rows that bfloat16 is stored in."""
-  chunks = pl.cdiv(tokens * keys, CHUNK_SCORES)
-  rows = 16 * pl.cdiv(pl.cdiv(tokens, chunks), 16)
+  chunks = -(-tokens * keys // CHUNK_SCORES)
+  rows = 16 * -(-tokens // (16 * chunks))
   return min(tokens, rows)
 
 
@@ -239,6 +252,8 @@ def cost(
   `passes` is how often the fused projections are read or written as a whole; the output, or its
   gradient, is once.
   """
+  from jax.experimental import pallas as pl
+
   batch, tokens, channels = qkv_BxNxF.shape
   keys, size = keys_of(qkv_BxNxF, extra), qkv_BxNxF.dtype.itemsize
   fused = batch * channels * (keys if passes > 1 else keys - sum(x.shape[1] for x in extra) / 3)
