@@ -1,5 +1,6 @@
 """Shared options and fixtures."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -76,6 +77,12 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
   order = {HERE / name: i for i, name in enumerate(LONGEST)}
   items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_collection_finish(session):
+  """The garbage collector passes over what was imported, which is an eighth of the tests' time."""
+  gc.freeze()
+  gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture(autouse=True, scope="session")
