@@ -25,6 +25,9 @@ os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 # No test downloads weights by mistake. Read when huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Until the tests are collected, nothing that is made is garbage.
+gc.disable()
+
 # grain's worker processes read absl flags.
 flags.FLAGS.mark_as_parsed()
 
@@ -80,7 +83,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-  """The garbage collector passes over what was imported, which is an eighth of the tests' time."""
+  """The garbage collector passes over what was imported, which is a tenth of the tests' time."""
+  gc.enable()
   gc.freeze()
   gc.set_threshold(10_000, 10, 10)
 
