@@ -46,14 +46,14 @@ def make_config(home, arg="runlocal", **changes):
     config.data.crop = config.data.short_side = config.eval.crop = 32
     config.data.scale, config.eval.stride = (128, 32), 24
     config.model.m2oe_experts = 2  # as many as a token takes; each is programs to compile
-    config.data.eval_images = 4  # of many sizes, and each size has a program
+    config.data.eval_images = 2  # of many sizes, and each size has a program
     config.update_from_flattened_dict(changes)
   return with_normalization(config)
 
 
 def small_config(home, arg="runlocal", **changes):
   """Of the head alone, evaluated once: for what the loop does, whatever the network is."""
-  small = {"model.tuner": "lpm", "eval_every": 8, "data.eval_images": 2}
+  small = {"model.tuner": "lpm", "eval_every": 8}
   return make_config(home, arg, **{**small, **changes})
 
 
@@ -200,7 +200,7 @@ def test_a_run_is_evaluated_on_two_worlds_by_their_own_names(home, finished):
   config, workdir, _ = finished
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.eval.sets, config.data.eval_images = ("shapes", "crowds"), 2
+    config.eval.sets = ("shapes", "crowds")
   shapes_data, crowds = datasets.load_evaluations(config)
   assert (len(shapes_data.names), len(crowds.names)) == (27, 9)
   results = evaluate.evaluate_run(config, workdir, [shapes_data, crowds])
