@@ -116,7 +116,7 @@ def compare(got, want, steps):
 def test_two_processes_of_two_devices_are_one_alone(home, monkeypatch):
   """By pmap; by shard_map in the test below. One process of many devices: test_sharding.py."""
   # A tuner with noise that is quickly compiled.
-  changes = {"steps": STEPS, "eval_every": STEPS, "log_every": 1}
+  changes = {"steps": STEPS, "eval_every": STEPS, "log_every": 1, "data.eval_images": 2}
   changes["model.tuner"] = "vpt"
   for name in ("draw_figures", "plot_curves"):
     monkeypatch.setattr(train, name, lambda *_: None)
