@@ -154,12 +154,21 @@ def test_tokens(golden):
     np.testing.assert_array_equal(original[compact], ids)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+def encode(model, variables, tokens, method="encode_text"):
+  return model.apply(variables, tokens, method=method)
+
+
+def raw_text(model, tokens):
+  return model.text(tokens)
+
+
 @pytest.mark.parametrize("which", ["train", "test"])
 def test_text(golden, which):
   text, tokens = golden.load("text"), golden.tokens(which)
-  raw = golden.model.apply(golden.variables, tokens[:, 0], method=lambda m, t: m.text(t))
+  raw = encode(golden.model, golden.variables, tokens[:, 0], method=raw_text)
   close(raw, text, f"{which}_text_raw")
-  features = golden.model.apply(golden.variables, tokens, method="encode_text")
+  features = encode(golden.model, golden.variables, tokens)
   close(features[:, 0], text, f"{which}_text_features")
 
 
@@ -178,7 +187,7 @@ def test_text_of_several_prompts_and_synonyms(golden, which):
     assert np.isin(ids, original).all()
     tokens[row, : len(ids)] = np.searchsorted(original, ids)
   model = golden.with_fields(prompts=len(templates))
-  features = model.apply(golden.variables, tokens, method="encode_text")
+  features = encode(model, golden.variables, tokens)
   close(features, text, f"{which}_init_text_features_select8")
   mean = features.mean(1)
   mean /= jnp.linalg.norm(mean, axis=-1, keepdims=True)
@@ -244,7 +253,7 @@ def test_training_pooling(golden, inputs):
 
 def sliding_window(golden, layout, **geometry):
   tokens = golden.tokens("test")
-  text = golden.model.apply(golden.variables, tokens, method="encode_text")
+  text = encode(golden.model, golden.variables, tokens)
   apply = jax.jit(golden.model.apply)
   calls = []
 
@@ -358,7 +367,7 @@ def test_training_forward(golden, batch):
     stage = stages["decoder"]["step"][i][:1, :, ::step, ::step]
     close(stage, recorded, f"decoder{i + 1}_s{step}")
   close(channels_first(logits)[..., ::3, ::3], recorded, "logits")
-  text = golden.model.apply(golden.variables, tokens, method="encode_text")
+  text = encode(golden.model, golden.variables, tokens)
   close(text[:, 0], recorded, "text_features")
   side = batch["label"].shape[1]
   wide = jax.image.resize(

@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch):
   Runs are of two steps and draw nothing; what a program registers is forgotten after the test.
   """
   for name, code in BLOCKS:
-    (tmp_path / name).write_text(code.replace('tuner="rpn"', 'tuner="rpn", m2oe_experts=2'))
+    (tmp_path / name).write_text(code.replace('tuner="rpn"', 'tuner="rpn", m2oe="none"'))
   tiny.save(tmp_path / "shapes_clip.safetensors")
   monkeypatch.chdir(tmp_path)
   get_config = shapes.get_config

@@ -1,6 +1,7 @@
 """Which room may import which: one table, checked here and printed in docs/architecture.md."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import sys
@@ -93,7 +94,18 @@ def find_modules() -> dict[str, pathlib.Path]:
 
 
 MODULES = find_modules()
-TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+@functools.cache
+def trees() -> dict[str, ast.AST]:
+  """Name of a module -> its syntax tree."""
+  return {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+@functools.cache
+def imported() -> dict[str, list[tuple[str, bool]]]:
+  """Name of a module -> what it imports."""
+  return {name: list(imports(tree)) for name, tree in trees().items()}
 
 
 def room_of(module: str) -> str:
@@ -162,8 +174,8 @@ def test_the_table_has_no_circle():
 def test_a_room_imports_what_its_row_says(room):
   outside = [
     f"{name} imports {used}"
-    for name, tree in TREES.items()
-    for used, _ in imports(tree)
+    for name, found in imported().items()
+    for used, _ in found
     if room_of(name) == room and used in MODULES and not allowed(name, used)
   ]
   assert not outside, "\n".join(outside)
@@ -186,8 +198,8 @@ def test_the_table_would_notice():
 def test_imports_of_ours_are_at_the_top():
   late = [
     f"{name} imports {used} inside a function"
-    for name, tree in TREES.items()
-    for used, late in imports(tree)
+    for name, found in imported().items()
+    for used, late in found
     if late and used in MODULES and name not in LATE
   ]
   assert not late, "\n".join(late)
@@ -196,8 +208,8 @@ def test_imports_of_ours_are_at_the_top():
 def test_no_modules_import_each_other_in_a_circle():
   # The names under TYPE_CHECKING in rpn_jax/__init__.py are for type checkers only.
   graph = {
-    name: {used for used, _ in imports(tree) if used in MODULES} - {name}
-    for name, tree in TREES.items()
+    name: {used for used, _ in found if used in MODULES} - {name}
+    for name, found in imported().items()
     if name != "rpn_jax"
   }
   graphlib.TopologicalSorter(graph).prepare()  # raises CycleError and names the modules
@@ -209,7 +221,7 @@ def test_packages_of_others_are_where_they_belong(room):
     banned = set() if room == "benchmarks" else FOREIGN.get(room, set()) | OTHER_FRAMEWORKS
     if name.startswith("rpn_jax"):
       banned = banned | DATA_PACKAGES
-    used = {module.split(".")[0] for module, _ in imports(TREES[name])}
+    used = {module.split(".")[0] for module, _ in imported()[name]}
     assert not used & banned, f"{name} imports {sorted(used & banned)}"
     if any(f"{name}.".startswith(f"rpn_jax.{pure}.") for pure in PURE):
       used -= {*sys.stdlib_module_names, *ARRAYS, "rpn_jax"}
@@ -219,8 +231,8 @@ def test_packages_of_others_are_where_they_belong(room):
 def test_packages_for_buckets_are_imported_when_they_are_needed():
   early = [
     f"{name} imports {used}"
-    for name, tree in TREES.items()
-    for used, late in imports(tree)
+    for name, found in imported().items()
+    for used, late in found
     if used.split(".")[0] in STORAGE and not late
   ]
   assert not early, "\n".join(early)
@@ -229,7 +241,7 @@ def test_packages_for_buckets_are_imported_when_they_are_needed():
 def test_paths_that_people_type_go_through_expand():
   made = [
     f"{name}, line {node.lineno}"
-    for name, tree in TREES.items()
+    for name, tree in trees().items()
     if name not in LOCAL and room_of(name) not in ("benchmarks", "configs")
     for node in ast.walk(tree)
     if isinstance(node, ast.Call)

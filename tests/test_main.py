@@ -1,5 +1,6 @@
 """The command line: what a person sees when something is wrong."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -23,6 +24,48 @@ FAULTS = {
   "def get_config():\n  return {}['crop']": "fault.py, line 2: KeyError: 'crop'",
   "x = 1": "has no attribute 'get_config'",
 }
+
+
+# Runs main.py in a fork of its own for each line of arguments, so that its imports are made once.
+FORKS = """
+import json, os, runpy, sys
+import absl.app, rpn_jax.annotations.options, rpn_jax.base.console, rpn_jax.config.flags
+for line in sys.stdin:
+  arguments, *outputs = json.loads(line)
+  if not (child := os.fork()):
+    for number, path in enumerate(outputs, 1):
+      os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["main.py", *arguments]
+    try:
+      runpy.run_path("main.py", run_name="__main__")
+    except SystemExit as ended:
+      sys.stdout.flush()
+      os._exit(ended.code or 0)
+    os._exit(100)
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks():
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+  with subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, text=True, **pipes) as process:
+    yield process
+    process.stdin.close()
+
+
+@pytest.fixture
+def fork(forks, tmp_path):
+  """(arguments of main.py) -> what a process with them did."""
+
+  def fork(*arguments):
+    arguments = [a.format(tmp=tmp_path) for a in arguments]
+    files = [tmp_path / "stdout", tmp_path / "stderr"]
+    print(json.dumps([arguments, *map(str, files)]), file=forks.stdin, flush=True)
+    code = int(forks.stdout.readline())
+    return subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in files))
+
+  return fork
 
 
 def run(tmp_path, *arguments, **more):
@@ -70,20 +113,20 @@ def check_one_line(result, message: str) -> None:
     ([FILE, "--workdir=~no_such_user/w"], "~no_such_user/w: expected a path"),
   ],
 )
-def test_one_line_and_an_exit_code(tmp_path, arguments, message):
-  check_one_line(run(tmp_path, *arguments), message)
+def test_one_line_and_an_exit_code(fork, tmp_path, arguments, message):
+  check_one_line(fork(*arguments), message)
   assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("code, message", FAULTS.items())
-def test_a_fault_in_a_config_file(tmp_path, code, message):
+def test_a_fault_in_a_config_file(fork, tmp_path, code, message):
   (tmp_path / "fault.py").write_text(code)
-  check_one_line(run(tmp_path, "--config={tmp}/fault.py", WORKDIR), message)
+  check_one_line(fork("--config={tmp}/fault.py", WORKDIR), message)
 
 
 @pytest.mark.parametrize("flag", ["--help", "--helpfull"])
-def test_help_ends_well(tmp_path, flag):
-  result = run(tmp_path, flag)
+def test_help_ends_well(fork, flag):
+  result = fork(flag)
   assert (result.returncode, result.stderr) == (0, "") and "--workdir" in result.stdout
 
 

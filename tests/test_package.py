@@ -281,6 +281,7 @@ def test_what_needs_a_clone_says_so(command, tmp_path):
   assert f"-m rpn_jax {command} x" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_segments_without_warnings(tmp_path):
   """What libraries have to say about reading a checkpoint means nothing to who segments."""
   run = FIXTURES / "run_0_2_0/workdir"  # its weights are named relative to the clone

@@ -80,6 +80,15 @@ def close(got, recorded, key, absolute=None, rows=...):
   assert error <= limit, f"{recorded.name} {key}: max|difference| {error:.3g}, allowed {limit:.3g}"
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def encode_text(config, params, tokens):
+  """Unit-length text, and what it were if the tower ended at each layer."""
+  tower = functools.partial(clip.TextTransformer(config).apply, {"params": params})
+  text, variables = tower(tokens, mutable=["intermediates"])
+  layers = [tower(x, tokens, method="project") for x in variables["intermediates"]["hidden"]]
+  return clip.l2_normalize(text), [clip.l2_normalize(x) for x in layers]
+
+
 class Golden:
   """The authors' model of the set as ours."""
 
@@ -121,14 +130,7 @@ class Golden:
     self.seen = self.inputs["seen"]
     self.unseen = self.inputs["unseen"]
     tokens = self.inputs["tokens"]
-    tower = clip.TextTransformer(self.clip_config)
-    text, variables = tower.apply({"params": self.clip["text"]}, tokens, mutable=["intermediates"])
-    self.text = clip.l2_normalize(text)
-    hidden = variables["intermediates"]["hidden"]
-    self.text_layers = [
-      clip.l2_normalize(tower.apply({"params": self.clip["text"]}, x, tokens, method="project"))
-      for x in hidden
-    ]
+    self.text, self.text_layers = encode_text(self.clip_config, self.clip["text"], tokens)
     # Labels of the zero-shot setting: positions among the seen classes, everything else ignored.
     self.position = np.full(256, 255)
     self.position[self.seen] = np.arange(len(self.seen))
@@ -212,11 +214,10 @@ def test_evaluation_forward(golden):
 def test_evaluation_with_given_text(golden):
   recorded = golden.load("eval_textfile")
   text = golden.inputs["text_embedding"]
-  logits, _ = golden.forward(golden.prompts, golden.image[:1], text)
-  scores = jax.nn.sigmoid(clip.resize_grid(logits[0], golden.meta["res"], golden.meta["res"]))
+  both, _ = golden.forward(golden.prompts, golden.image, text)
+  scores = jax.nn.sigmoid(clip.resize_grid(both[0], golden.meta["res"], golden.meta["res"]))
   scores = scores.at[..., golden.seen].add(-golden.meta["seen_penalty"])
   close(np.moveaxis(scores, -1, 0)[None], recorded, "out0")
-  both, _ = golden.forward(golden.prompts, golden.image, text)
   want = recorded["logits_lowres"]
   close(np.moveaxis(both[: len(want)], -1, 1), recorded, "logits_lowres")
 
@@ -428,9 +429,10 @@ def test_position_resize(golden):
     close(clip.resize_positions(recorded[f"{name}.src"], side, side), recorded, f"{name}.dst")
   image = np.moveaxis(recorded["forward.image"], 1, -1)
   tower = VisionTransformer(golden.clip_config)
-  embed, grid = tower.apply(
-    {"params": golden.params["visual"]}, image, class_embedding_copies=2, method="embed"
+  embed, grid = jax.jit(functools.partial(tower.apply, class_embedding_copies=2, method="embed"))(
+    {"params": golden.params["visual"]}, image
   )
+  grid = tuple(map(int, grid))
   assert list(grid) == recorded["forward.grid"].tolist()
   close(np.moveaxis(embed, 1, 0), recorded, "forward.embed")
   positions = golden.params["visual"]["position_embedding"]
@@ -578,24 +580,23 @@ def test_clip(golden_dir):
   vocabulary = recorded["vocab_ids"]
   np.testing.assert_array_equal(vocabulary[tokens], originals)
   np.testing.assert_array_equal(tokenize(recorded["texts"].tolist()), originals)
-  apply = lambda *a, **k: model.apply({"params": params}, *a, **k)
-  close(apply(image, method="encode_image"), recorded, "encode_image")
-  close(apply(tokens, method="encode_text"), recorded, "encode_text")
-  logits = apply(image, tokens)
+
+  @jax.jit
+  def forward(image):
+    apply = functools.partial(model.apply, {"params": params})
+    visual = functools.partial(VisionTransformer(config).apply, {"params": params["visual"]})
+    embed, _ = visual(image, class_embedding_copies=2, method="embed")
+    encoded = apply(image, method="encode_image"), apply(tokens, method="encode_text")
+    return *encoded, apply(image, tokens), embed
+
+  image, text, logits, embed = forward(image)
+  close(image, recorded, "encode_image")
+  close(text, recorded, "encode_text")
   close(logits, recorded, "logits_per_image")
   close(np.asarray(logits).T, recorded, "logits_per_text")
   close(np.exp(params["logit_scale"]), recorded, "logit_scale_exp")
-  _, inside = model.apply(
-    {"params": params}, tokens, method="encode_text", mutable=["intermediates"]
-  )
-  for i, x in enumerate(inside["intermediates"]["text"]["hidden"]):
-    text = clip.TextTransformer(config).apply(
-      {"params": params["text"]}, x, tokens, method="project"
-    )
-    close(clip.l2_normalize(text), recorded, f"rpn_text.layer{i}")
-  embed, _ = VisionTransformer(config).apply(
-    {"params": params["visual"]}, image, class_embedding_copies=2, method="embed"
-  )
+  for i, x in enumerate(encode_text(config, params["text"], tokens)[1]):
+    close(x, recorded, f"rpn_text.layer{i}")
   close(np.moveaxis(embed, 1, 0), recorded, "rpn_embed")
 
 

@@ -23,14 +23,18 @@ FLAGS = (
 
 
 @functools.cache
-def _params(seed: int):
-  init = jax.jit(CLIP(TINY).init)
+def _initial(clip: CLIPConfig, seed: int):
+  init = jax.jit(CLIP(clip).init)
   image, tokens = np.zeros((1, 32, 32, 3)), np.zeros((1, 77), np.int32)
   return jax.device_get(init(jax.random.key(seed), image, tokens)["params"])
 
 
-def save(path: pathlib.Path, seed: int = 0) -> None:
-  clip_file.save(path, TINY, _params(seed))
+def _params(seed: int):
+  return _initial(TINY, seed)
+
+
+def save(path: pathlib.Path, seed: int = 0, clip: CLIPConfig = TINY) -> None:
+  clip_file.save(path, clip, _initial(clip, seed))
 
 
 def restored(config, workdir) -> dict:

@@ -32,9 +32,14 @@ NAMES = ["a cat", "grass", "sky"]
 def weights(**changes):
   """A network, random weights, and its initial prompts."""
   network = RPN(TINY, RPNConfig(m2oe="none", **changes))
-  image = jnp.zeros((1, 32, 32, 3))
-  params = {"visual": jax.jit(VisionTransformer(TINY).init)(jax.random.key(0), image)["params"]}
+  params = tower()
   return network, params, init_prompts(network, params, embed(NAMES), jax.random.key(2), 32)
+
+
+@functools.cache
+def tower():
+  image = jnp.zeros((1, 32, 32, 3))
+  return {"visual": jax.jit(VisionTransformer(TINY).init)(jax.random.key(0), image)["params"]}
 
 
 def predictor(**changes):
@@ -82,10 +87,9 @@ def test_attention_from_a_patch_is_that_of_the_tower(picture):
   maps = attention.attention_from(e, image, (0.99, 0.0))
   assert maps.shape == (TINY.vision_layers, h, w)
   np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
-  tower = VisionTransformer(TINY).apply(
-    {"params": e.params["visual"]}, image, mutable=["intermediates"]
-  )[1]["intermediates"]
-  qkv = tower["block_1"]["attn"]["qkv"][0][:, -h * w :]
+  apply = jax.jit(functools.partial(VisionTransformer(TINY).apply, mutable=["intermediates"]))
+  inside = apply({"params": e.params["visual"]}, image)[1]["intermediates"]
+  qkv = inside["block_1"]["attn"]["qkv"][0][:, -h * w :]
   q, k, _ = (x.reshape(1, h * w, TINY.vision_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
   scores = jnp.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5
   want = jax.nn.softmax(scores).mean(1)[0, (h - 1) * w]
@@ -174,8 +178,11 @@ def test_before_and_after_are_compared(picture, tmp_path):
 
 def test_what_has_no_maps_is_refused(picture, tmp_path):
   for changes, message in (({"tuner": "lora"}, "no relationship"), ({"itp": "no_pixel"}, "no map")):
+    without = predictor()
+    without.network = RPN(TINY, RPNConfig(m2oe="none", **changes))
+    without.prompts = {"some": 1}
     with pytest.raises(InputError, match=message):
-      attention.attention(predictor(**changes), [picture], NAMES, tmp_path)
+      attention.attention(without, [picture], NAMES, tmp_path)
   squashing = predictor()
   squashing.network, squashing.prompts = CATSeg(TINY, CAT_SEG), {"some": 1}
   with pytest.raises(InputError, match=r"no relationship prompts in this config \(CAT-Seg\)"):

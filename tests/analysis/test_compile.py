@@ -14,7 +14,7 @@ from rpn_jax.models.clip import CLIPConfig
 
 # Parameters of the head of the tiny CLIP, whose joint space is 64 wide: two Linears, two norms.
 SMALL = {
-  "embed_dim": 64, "image_size": 64, "patch_size": 8, "vision_width": 64, "vision_layers": 4,
+  "embed_dim": 64, "image_size": 64, "patch_size": 8, "vision_width": 64, "vision_layers": 3,
   "vision_heads": 2, "text_width": 64, "text_layers": 1, "text_heads": 2,
 }  # fmt: skip
 LPM = (64 * 64 + 64) + (128 * 64 + 64) + 2 * 128
@@ -68,13 +68,9 @@ def test_a_program_that_is_too_large_is_one_line():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  "family, parallel",
-  [
-    (shapes, "shard_map"),
-    pytest.param(shapes, "pmap", marks=pytest.mark.slow),
-    pytest.param(cat_seg, "shard_map", marks=pytest.mark.slow),
-  ],
+  "family, parallel", [(shapes, "shard_map"), (shapes, "pmap"), (cat_seg, "shard_map")]
 )
 def test_every_program_lowers_for_gpus(family, parallel, monkeypatch):
   """Training, evaluation's windows and tiles, text: without a GPU, and so without cuDNN."""
@@ -90,7 +86,7 @@ def test_every_program_lowers_for_gpus(family, parallel, monkeypatch):
   monkeypatch.setattr(jax.stages.Traced, "lower", for_gpus)
   config = family.get_config("data=shapes,runlocal" if family is cat_seg else "runlocal").unlock()
   config.parallel, config.data.batch_size, config.dtype = parallel, 2, "bfloat16"
-  config.cat_seg.guidance_layers = (1, 2)
+  config.cat_seg.guidance_layers, config.model.m2oe_experts = (0, 1), 2
   classes = analysis.Classes(("a square", "sand", "a circle"), (0, 1))
   clip = CLIPConfig(**SMALL)
   programs = analysis.programs(config.lock(), clip, classes, pod)

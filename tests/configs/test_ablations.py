@@ -81,13 +81,20 @@ def config_of(row):
 @functools.cache
 def network(row, changes=()):
   """Model, config, and the shapes of what it trains."""
-  clip, params, _, text = tower()
   config = config_of(row).unlock()
   config.update_from_flattened_dict(dict(changes))
   config.optimizer.warmup_steps = 0
-  model = RPN(clip, RPNConfig(**{**config.model, "m2oe_experts": 2, "oft_block": 4}))
-  shapes = jax.eval_shape(lambda: init_prompts(model, params, text, jax.random.key(3), 64))
-  return model, config, shapes
+  settings = RPNConfig(**{**config.model, "m2oe_experts": 2, "oft_block": 4})
+  model = RPN(tower()[0], settings)
+  return model, config, shapes_of(settings)
+
+
+@functools.cache
+def shapes_of(settings):
+  """Of what a network trains; rows of losses and rates have that of the base."""
+  clip, params, _, text = tower()
+  init = lambda: init_prompts(RPN(clip, settings), params, text, jax.random.key(3), 64)
+  return jax.eval_shape(init)
 
 
 @functools.cache

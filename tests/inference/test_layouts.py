@@ -79,7 +79,7 @@ def image_of(height, width, seed=0):
   [
     ((60, 90), (75, 113), SMALL),  # larger than the square
     pytest.param((60, 90), (75, 113), views.TILE_ELEMENTS, marks=pytest.mark.slow),
-    ((30, 21), (30, 21), SMALL),  # smaller on both sides
+    pytest.param((30, 21), (30, 21), SMALL, marks=pytest.mark.slow),  # smaller on both sides
     ((9, 80), (7, 33), views.TILE_ELEMENTS),  # wide, and lower than the grid of the logits
     pytest.param((64, 32), (150, 64), views.TILE_ELEMENTS, marks=pytest.mark.slow),  # no padding
   ],

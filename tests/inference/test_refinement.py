@@ -1,5 +1,6 @@
 """Refined scores of images of any size; PAMR itself is tested in tests/models/test_pamr.py."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,9 +22,9 @@ def arrays(height, width, classes, seed=0):
 
 
 def plain(scores, image, settings=SETTINGS):
-  return np.asarray(
-    pamr(image, scores, image.shape[:2], steps=settings.steps, dilations=settings.dilations)
-  )
+  exact = jax.jit(pamr, static_argnums=2, static_argnames=("steps", "dilations"))
+  options = {"steps": settings.steps, "dilations": settings.dilations}
+  return np.asarray(exact(image, scores, image.shape[:2], **options))
 
 
 @pytest.mark.parametrize("classes, chunk", [(5, 16), (5, 2), (1, 16)])

@@ -1,5 +1,6 @@
 """PAMR against its formula, pixel by pixel; test_training_free_parity.py has recorded arrays."""
 
+import functools
 import itertools
 
 import jax
@@ -50,7 +51,8 @@ def test_images_that_are_padded_share_a_program(case):
   before = refine._cache_size()
   for height, width in ((7, 9), (5, 8), (1, 1)):
     part = image[:height, :width], scores[:height, :width]
-    want = pamr(*part, (height, width), steps=3, dilations=(2,))
+    exact = functools.partial(pamr, size=(height, width), steps=3, dilations=(2,))
+    want = jax.jit(exact)(*part)
     # Whatever lies beyond.
     whole = np.full((12, 12, 3), 1e6, np.float32), np.full((12, 12, CHUNK + 3), np.nan, np.float32)
     for array, inside in zip(whole, part):

@@ -25,7 +25,8 @@ def places(height, width):
 def test_scores_head_by_head():
   q, v = (np.asarray(jax.random.normal(jax.random.key(i), (2, 5, 3, 4))) for i in range(2))
   bias = np.random.default_rng(0).normal(size=(2, 5, 5))
-  got = attention.attend_by_scores(lambda q: attention.dot(q, q) + bias, v, q)
+  attend = lambda v, q: attention.attend_by_scores(lambda q: attention.dot(q, q) + bias, v, q)
+  got = jax.jit(attend)(v, q)
   for image, head in itertools.product(range(2), range(3)):
     own = q[image, :, head]
     want = softmax(own @ own.T / 2 + bias[image]) @ v[image, :, head]
@@ -33,7 +34,7 @@ def test_scores_head_by_head():
 
 
 def test_neighborhood():
-  omega = attention.neighborhood(3, 5, 1.5)
+  omega = np.asarray(attention.neighborhood(3, 5, 1.5))
   assert not omega[0].any() and not omega[:, 0].any()
   for (i, (y, x)), (j, (b, a)) in itertools.product(enumerate(places(3, 5)), repeat=2):
     want = np.exp(-((y - b) ** 2 + (x - a) ** 2) / (2 * 1.5**2))
@@ -46,7 +47,7 @@ def test_neighborhood():
 def test_outlier_factor():
   x = np.random.default_rng(0).normal(size=(2, 9, 3)).astype(np.float32) + 100
   x[1, 4] += 5
-  got = sc_clip.outlier_factor(jnp.asarray(x), 3)
+  got = jax.jit(sc_clip.outlier_factor, static_argnums=1)(x, 3)
   for image, factors in zip(np.float64(x), got):
     squared = [[((a - b) ** 2).sum() for b in image] for a in image]
     nearest = [sorted((d, j) for j, d in enumerate(row) if j != i)[:3]
@@ -62,26 +63,29 @@ def test_outliers_are_filled_from_the_neighbors_of_their_own_grid():
   x = np.arange(8, dtype=np.float32)[None, :, None] ** 2
   outlier = np.zeros((1, 8), bool)
   outlier[0, [1, 5, 7]] = True
-  got = sc_clip.fill_outliers(jnp.asarray(x), jnp.asarray(outlier), (2, 4))[0, :, 0]
+  fill = jax.jit(sc_clip.fill_outliers, static_argnums=2)
+  got = fill(x, outlier, (2, 4))[0, :, 0]
   want = x[0, :, 0].copy()
   want[1] = want[5] = (0 + 2**2 + 4**2 + 6**2) / 4  # 1 and 5 are beside each other
   want[7] = (2**2 + 3**2 + 6**2) / 3
   np.testing.assert_allclose(got, want)
-  everything = jnp.ones((1, 8), bool)
-  np.testing.assert_array_equal(sc_clip.fill_outliers(jnp.asarray(x), everything, (2, 4)), x)
+  np.testing.assert_array_equal(fill(x, np.ones((1, 8), bool), (2, 4)), x)
 
 
 def test_focus_and_average():
   similarity = np.float32([[[1.0, 0.2], [0.2, 0.6]]])
-  got = sc_clip.focused(jnp.asarray(similarity))  # the mean is 0.5
+  focused = jax.jit(sc_clip.focused)
+  got = focused(similarity)  # the mean is 0.5
   np.testing.assert_allclose(got, [[[1, 0], [0, 1]]])
   similarity = np.float32([[[1, 0.9, -1], [0.9, 1, -1], [-1, -1, 1]]])
   e = np.exp(3 * 0.1)
   want = [[e / (1 + e), 1 / (1 + e), 0], [1 / (1 + e), e / (1 + e), 0], [0, 0, 1]]
-  np.testing.assert_allclose(sc_clip.focused(jnp.asarray(similarity))[0], want, rtol=1e-5)
+  np.testing.assert_allclose(focused(similarity)[0], want, rtol=1e-5)
   x = np.float32([[[1, 0], [0, 2]]])
   weight = np.float32([[[1, 3], [0, 0]]])
-  np.testing.assert_allclose(sc_clip.average(x, weight), [[[0.25, 1.5], [0, 0]]], rtol=1e-5)
+  np.testing.assert_allclose(
+    jax.jit(sc_clip.average)(x, weight), [[[0.25, 1.5], [0, 0]]], rtol=1e-5
+  )
 
 
 # ResCLIP
@@ -91,7 +95,7 @@ def test_focus_and_average():
 def test_lines_that_leave_a_label(height, width):
   label = np.random.default_rng(height).integers(0, 2, (height, width))
   longest = max(height, width) - 1
-  got = np.asarray(res_clip.connected(jnp.asarray(label)))
+  got = np.asarray(jax.jit(res_clip.connected)(label))
   for (i, start), (j, end) in itertools.product(enumerate(places(height, width)), repeat=2):
     distance = max(abs(start[0] - end[0]), abs(start[1] - end[1]))
     clear = True
@@ -104,9 +108,10 @@ def test_lines_that_leave_a_label(height, width):
 
 def test_feedback():
   label = np.array([[0, 0, 1, 0], [0, 0, 1, 0]])
-  got = np.asarray(res_clip.feedback(jnp.asarray(label), std=0.5, decay=True))
+  feedback = jax.jit(res_clip.feedback, static_argnames=("std", "decay"))
+  got = np.asarray(feedback(label, std=0.5, decay=True))
   flat, at = label.ravel(), places(2, 4)
-  connected = np.asarray(res_clip.connected(jnp.asarray(label)))
+  connected = np.asarray(jax.jit(res_clip.connected)(label))
   weight = np.zeros((8, 8))
   for i, j in itertools.product(range(8), repeat=2):
     distance = max(abs(at[i][0] - at[j][0]), abs(at[i][1] - at[j][1]))
@@ -120,7 +125,7 @@ def test_feedback():
   np.testing.assert_allclose(got[1:, 1:], want, atol=1e-6)
   assert not got[0].any() and not got[:, 0].any()
 
-  plain = np.asarray(res_clip.feedback(jnp.asarray(label), std=0.5, decay=False))
+  plain = np.asarray(feedback(label, std=0.5, decay=False))
   want = np.stack([np.convolve(row, kernel / kernel.sum(), "same") for row in weight > 0])
   np.testing.assert_allclose(plain[1:, 1:], want / want.sum(-1, keepdims=True), atol=1e-6)
 
@@ -130,9 +135,10 @@ def test_patch_labels():
   labels = [[2, 2, 1, 1], [2, 0, 0, 0], [1, 2, 2, 2], [1, 2, 2, 2], [0, 0, 0, 0]]
   for (y, x), label in np.ndenumerate(labels):
     probability[y, x, label] = 0.5
-  got = res_clip.patch_labels(jnp.asarray(probability), 2, (2, 2), 0.4)
+  labels_of = jax.jit(res_clip.patch_labels, static_argnums=(1, 2, 3))
+  got = labels_of(probability, 2, (2, 2), 0.4)
   np.testing.assert_array_equal(got, [[2, 0], [1, 2]])  # ties go to the first
-  unsure = res_clip.patch_labels(jnp.asarray(probability), 2, (2, 2), 0.6)
+  unsure = labels_of(probability, 2, (2, 2), 0.6)
   assert not unsure.any()
 
 
@@ -151,14 +157,14 @@ def test_rotation_is_the_nearest():
   rng = np.random.default_rng(0)
   u, _, vt = np.linalg.svd(rng.normal(size=(4, 4)))
   m = u @ np.diag([1.0, 1.2, 1.5, 1.9]) @ vt
-  got = pearl.nearest_rotation(jnp.asarray(m[None], jnp.float32))[0]
+  got = jax.jit(pearl.nearest_rotation)(np.float32(m[None]))[0]
   np.testing.assert_allclose(got, u @ vt, atol=2e-4)
 
 
 def test_rotated_scores():
   rng = np.random.default_rng(1)
   q, k = rng.normal(size=(2, 1, 7, 4)).astype(np.float32)
-  got = pearl.rotated_scores(jnp.asarray(q), jnp.asarray(k), 0.3)[0]
+  got = jax.jit(pearl.rotated_scores)(q, k, 0.3)[0]
   q, k = np.float64(q[0]), np.float64(k[0])
   weight = np.array([0, *(np.sqrt((row**2).sum()) for row in q[1:])])
   weight /= weight.sum()

@@ -106,7 +106,7 @@ def labels_now(config, data):
   got = jax.jit(lambda *given: labeler(state, *given))(predictor.params, text, batch)
   visual = {"visual": predictor.params["visual"]}
   settings = {"method": "sclip", "denoise": 0.0, "key_smoothing": False}
-  logits = DenseCLIP.create(predictor.clip, settings).apply(
+  logits = jax.jit(DenseCLIP.create(predictor.clip, settings).apply)(
     {"params": visual, "prompts": {}}, batch["image"], predictor.encoder.embed(names)
   )
   wide = jax.image.resize(logits, (*batch["label"].shape, len(names)), "bilinear")

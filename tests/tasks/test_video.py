@@ -1,6 +1,7 @@
 """Films made by OpenCV, segmented, interrupted and continued; read back from disk."""
 
 import csv
+import functools
 import json
 import resource
 import struct
@@ -126,13 +127,28 @@ def interrupt_after(monkeypatch, frames, before_row=False):
   monkeypatch.setattr(video.FrameFolder, "add", stop)
 
 
+@pytest.fixture(scope="module")
+def whole(model, clip, tmp_path_factory):
+  """Smoothing -> the folder of a call that was not interrupted."""
+
+  @functools.cache
+  def whole(smooth):
+    folder = tmp_path_factory.mktemp("whole")
+    video.segment_film(model, clip[0], NAMES, folder, smooth=smooth)
+    return folder
+
+  return whole
+
+
 # "before_row": after the mean, which there is with smoothing only.
 @pytest.mark.parametrize(
   ("how", "smooth"), [("between", 0.7), ("before_row", 0.7), ("cut", 0.7), ("cut", 0.0)]
 )
-def test_an_interrupted_call_is_continued(model, clip, tmp_path, monkeypatch, capsys, how, smooth):
+def test_an_interrupted_call_is_continued(
+  model, clip, whole, tmp_path, monkeypatch, capsys, how, smooth
+):
   path, _ = clip
-  video.segment_film(model, path, NAMES, tmp_path / "whole", smooth=smooth)
+  wanted = whole(smooth)
   out = tmp_path / "parts"
   with monkeypatch.context() as patch:
     interrupt_after(patch, 3, how == "before_row")
@@ -153,12 +169,12 @@ def test_an_interrupted_call_is_continued(model, clip, tmp_path, monkeypatch, ca
   done = {"between": 3, "before_row": 4, "cut": 3 if smooth else 2}[how]
   assert len(given) == 8 - done
   assert f"continuing after {done} frames, at frame {done}" in capsys.readouterr().out
-  whole, parts = labels_in(tmp_path / "whole"), labels_in(out)
-  assert list(whole) == list(parts)
-  for number in whole:
-    np.testing.assert_array_equal(whole[number], parts[number])
+  labels, parts = labels_in(wanted), labels_in(out)
+  assert list(labels) == list(parts)
+  for number in labels:
+    np.testing.assert_array_equal(labels[number], parts[number])
   for name in ("clip_shares.csv", "clip.json"):
-    assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert (out / name).read_text() == (wanted / name).read_text()
   given.clear()
   video.segment_film(model, path, NAMES, out, smooth=smooth)  # all is done: only drawn again
   assert not given

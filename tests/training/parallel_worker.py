@@ -51,8 +51,8 @@ def main(out: pathlib.Path, cases: list[str]) -> None:
   annotation-free run: of the teacher in the first two steps, then of the network.
   """
   model = RPN(TINY, RPNConfig(tuner="rpn+vpt", deep_tokens=3, m2oe_experts=2, m2oe_top_k=1))
-  params = {"visual": VisionTransformer(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))}
-  params = {"visual": params["visual"]["params"]}
+  init = jax.jit(VisionTransformer(TINY).init)
+  params = {"visual": init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]}
   text = jax.random.normal(jax.random.key(1), (CLASSES, TINY.embed_dim))
   text = np.asarray(text / jnp.linalg.norm(text, axis=-1, keepdims=True))
   prompts = jax.device_get(init_prompts(model, params, text, jax.random.key(2), 32))

@@ -1,5 +1,7 @@
 """Losses against plain full-size formulas; chunks; gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from rpn_jax.training import losses
+
+
+def compiled(loss, *arguments, **options):
+  """One program is quicker than its operations; it is made anew, since chunks differ."""
+  return jax.jit(functools.partial(loss, **options))(*arguments)
 
 
 def data(classes=5, height=12, width=10, seed=0):
@@ -41,7 +48,7 @@ def plain_sigmoid(logits, label, mask_ignored):
 def test_sigmoid_loss_is_the_plain_formula(mask_ignored, chunk, monkeypatch):
   monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
   logits, label = data()
-  terms = losses.sigmoid_loss(logits, label, mask_ignored=mask_ignored)
+  terms = compiled(losses.sigmoid_loss, logits, label, mask_ignored=mask_ignored)
   focal, dice, masks = plain_sigmoid(logits, label, mask_ignored)
   assert terms["loss_mask"].normalizer == masks
   np.testing.assert_allclose(terms["loss_mask"].value, focal, rtol=1e-5)
@@ -54,9 +61,9 @@ def test_chunks_change_neither_value_nor_gradient(monkeypatch):
   def total(x):
     return sum(t.value for t in losses.sigmoid_loss(x, label).values())
 
-  whole = jax.value_and_grad(total)(logits)
+  whole = compiled(jax.value_and_grad(total), logits)
   monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 1)
-  rows = jax.value_and_grad(total)(logits)
+  rows = compiled(jax.value_and_grad(total), logits)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, rows)
 
 
@@ -80,14 +87,17 @@ def test_softmax_loss_is_the_plain_formula():
   log_p = np.asarray(jax.nn.log_softmax(full))
   valid = label != 255
   want = -np.take_along_axis(log_p, np.where(valid, label, 0)[..., None], -1)[..., 0][valid].mean()
-  np.testing.assert_allclose(losses.softmax_loss(logits, label)["loss_ce"].value, want, rtol=1e-5)
+  np.testing.assert_allclose(
+    compiled(losses.softmax_loss, logits, label)["loss_ce"].value, want, rtol=1e-5
+  )
 
 
 def test_all_ignored_is_finite():
   logits, label = data()
   label = np.full_like(label, 255)
   for loss in losses.LOSSES.values():
-    grad = jax.grad(lambda x, loss=loss: sum(t.value for t in loss(x, label).values()))(logits)
+    total = lambda x, loss=loss: sum(t.value for t in loss(x, label).values())
+    grad = compiled(jax.grad(total), logits)
     assert np.isfinite(grad).all()
 
 
@@ -95,7 +105,7 @@ def test_a_batch_without_masks_outweighs_others_or_is_left_out():
   """By default it is divided by 1, as in the official code."""
   logits, label = data()
   empty = np.full_like(label, 255)
-  plain = losses.sigmoid_loss(logits, empty)["loss_mask"]
+  plain = compiled(losses.sigmoid_loss, logits, empty)["loss_mask"]
   full = jax.image.resize(logits, (2, 12, 10, 5), "bilinear", antialias=False)
   p = np.asarray(jax.nn.sigmoid(full), np.float64)
   negatives = 0.75 * p**2 * -np.log(1 - p)
@@ -104,11 +114,12 @@ def test_a_batch_without_masks_outweighs_others_or_is_left_out():
   def loss(x, label):
     return sum(t.value for t in losses.sigmoid_loss(x, label, skip_empty=True).values())
 
-  value, gradient = jax.value_and_grad(loss)(logits, empty)
+  value, gradient = compiled(jax.value_and_grad(loss), logits, empty)
   assert value == 0 and not gradient.any()
   # Wherever there is a mask, on any device, the field changes nothing.
   np.testing.assert_array_equal(
-    loss(logits, label), sum(t.value for t in losses.sigmoid_loss(logits, label).values())
+    compiled(loss, logits, label),
+    compiled(lambda *a: sum(t.value for t in losses.sigmoid_loss(*a).values()), logits, label),
   )
   summed = losses.Term(plain.total, jnp.float32(4), skip_empty=True)  # masks of another device
   np.testing.assert_allclose(summed.value, plain.value / 4, rtol=1e-6)
@@ -127,7 +138,7 @@ def test_a_loss_takes_the_fields_of_its_config():
   for name, term in (("sigmoid", "loss_mask"), ("bce", "loss_bce")):
     for mask_ignored in (False, True):
       fields = ConfigDict({"name": name, "mask_ignored": mask_ignored})
-      want = losses.LOSSES[name](logits, label, mask_ignored=mask_ignored)[term]
-      got = losses.make_loss(fields)(logits, label)[term]
+      want = compiled(losses.LOSSES[name], logits, label, mask_ignored=mask_ignored)[term]
+      got = compiled(losses.make_loss(fields), logits, label)[term]
       assert got.total == want.total and got.normalizer == want.normalizer
-    assert got.total != losses.LOSSES[name](logits, label)[term].total
+    assert got.total != compiled(losses.LOSSES[name], logits, label)[term].total

@@ -42,6 +42,15 @@ def free_port() -> int:
     return free.getsockname()[1]
 
 
+# main.py without figures, which are a third of a short run's time.
+UNDRAWN = """
+import runpy
+from rpn_jax.tasks import train
+train.draw_figures = train.plot_curves = lambda *_: None
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
 @contextlib.contextmanager
 def started(home, workdir, processes: int, devices: int, steps: int, *options):
   """main.py in so many processes of so many simulated devices."""
@@ -54,7 +63,7 @@ def started(home, workdir, processes: int, devices: int, steps: int, *options):
   for i in range(processes):
     place = [f"--distributed=127.0.0.1:{port},{processes},{i}"] if processes > 1 else []
     command = [
-      sys.executable, "main.py", "--config=configs/shapes.py:runlocal", f"--workdir={workdir}",
+      sys.executable, "-c", UNDRAWN, "--config=configs/shapes.py:runlocal", f"--workdir={workdir}",
       f"--config.clip={home}/clip.safetensors", f"--config.data.data_dir={home}/data",
       f"--config.steps={steps}", "--config.log_every=1", *tiny.FLAGS, *options, *place,
     ]  # fmt: skip
@@ -107,7 +116,7 @@ def compare(got, want, steps):
 def test_two_processes_of_two_devices_are_one_alone(home, monkeypatch):
   """By pmap; by shard_map in the test below. One process of many devices: test_sharding.py."""
   # A tuner with noise that is quickly compiled.
-  changes = {"steps": STEPS, "eval_every": STEPS, "log_every": 1, "data.eval_images": 4}
+  changes = {"steps": STEPS, "eval_every": STEPS, "log_every": 1, "data.eval_images": 2}
   changes["model.tuner"] = "vpt"
   for name in ("draw_figures", "plot_curves"):
     monkeypatch.setattr(train, name, lambda *_: None)
