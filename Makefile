@@ -10,7 +10,7 @@ VENV_TPU := .venv-tpu
 VENV_CONSUMERS := .venv-consumers
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-tpu test-consumers lint docs ablations bench bench-data shapes-clip clean
+.PHONY: demo test test-slow test-tpu test-consumers lint docs ablations study bench bench-data shapes-clip clean
 
 demo: $(VENV)/.run
 	$(RUN) main.py --config=configs/shapes.py --workdir=runs/shapes
@@ -43,6 +43,19 @@ docs: $(VENV)/.run
 # The ablations of docs/results.md: every row of every table, three seeds; hours on two cores.
 ablations: $(VENV)/.run
 	$(RUN) -m rpn_jax sweep all --jobs=2
+
+# docs/study.md: towers, rates, runs, then tables and figures; a day and more on two cores. What has
+# ended is kept in docs/study/runs.json, here or on another machine, and is not repeated.
+study: $(VENV)/.run
+	$(RUN) -m rpn_jax sweep all --config=configs/study.py --tune-lr --tune-steps=1000 --jobs=2 \
+	  --root=runs/study --keep=docs/study/runs.json --config.steps=3000 --config.eval_every=1000
+	mkdir -p runs/study/towers/base  # whose weights are shipped
+	for tower in runs/study/towers/*; do \
+	  clip=$$tower/clip.safetensors; test $$(basename $$tower) != base || clip=shapes_clip.safetensors; \
+	  test -f $$tower/locality.json || \
+	    $(RUN) -m rpn_jax locality --clip=$$clip --json=$$tower/locality.json || exit 1; \
+	done
+	$(RUN) -m rpn_jax study docs/study/runs.json
 
 # Speed and memory of the networks; TORCH=a Python that has torch, OPENVINO=one that has openvino,
 # too, to compare with.

@@ -16,6 +16,9 @@ everything about them: docs/method.md lists how they were read. Table 12 needs w
 `python -m rpn_jax convert_vit` converts, so it is not for shapes.
 """
 
+import types
+from collections.abc import Mapping
+
 from ml_collections import config_dict
 
 from configs import cat_seg, coco_stuff, context, shapes, voc
@@ -178,17 +181,23 @@ def rate_grid(c: config_dict.ConfigDict) -> dict[str, dict[float, dict]]:
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   name, *others = [word.strip() for word in arg.split(",")]
-  config.check_known("first config argument, TABLE_ROW: ", name, ROWS)
   dataset = [word.removeprefix("dataset=") for word in others if word.startswith("dataset=")]
   dataset = dataset[-1] if dataset else "shapes"
-  config.check_known("config argument dataset=", dataset, DATASETS)
   words = [word for word in others if not word.startswith("dataset=")]
-  changes = dict(ROWS[name])
+  config.check_known("config argument dataset=", dataset, DATASETS)
+  recipe = DATASETS[dataset]
+  if ROWS.get(name, {}).get("family") == "cat_seg":
+    recipe, words = cat_seg, ["zero_shot", *words, f"data={CAT_SEG[dataset]}"]
+  return changed(recipe, ROWS, ",".join([name, *words]))
+
+
+def changed(recipe: types.ModuleType, rows: Mapping[str, Mapping], arg: str):
+  """The config of a row, "TABLE_ROW,words": those of a recipe's file, with the row's changes."""
+  name, *words = [word.strip() for word in arg.split(",")]
+  config.check_known("first config argument, TABLE_ROW: ", name, rows)
+  changes = {field: value for field, value in rows[name].items() if field != "family"}
   if "preset" in changes:
     words.append(f"preset={changes.pop('preset')}")
-  if changes.pop("family", "") == "cat_seg":
-    c = cat_seg.get_config(",".join(["zero_shot", *words, f"data={CAT_SEG[dataset]}"])).unlock()
-  else:
-    c = DATASETS[dataset].get_config(",".join(words)).unlock()
+  c = recipe.get_config(",".join(words)).unlock()
   c.update_from_flattened_dict(changes)
   return c.lock()

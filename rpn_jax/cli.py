@@ -34,13 +34,14 @@ COMMANDS = {
   "locality": ("rpn_jax.analysis.locality", "how local a frozen tower's patches are; in a clone"),
   "prepare": ("data_pipelines.prepare", "raw files of a data set into checked records; in a clone"),
   "sweep": ("rpn_jax.analysis.sweep", "a table of ablations, run by run; in a clone"),
+  "study": ("rpn_jax.analysis.study", "tables and figures of a sweep's kept runs; in a clone"),
   "reproduce": (
     "rpn_jax.reproduce",
     "a row of a published table, from an empty machine; in a clone",
   ),
 }
 # Training and data sets are in the project's folder, not in the installed package.
-IN_CLONE = ("locality", "prepare", "sweep", "reproduce")
+IN_CLONE = ("locality", "prepare", "sweep", "study", "reproduce")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -116,6 +116,10 @@ class Results:
         return run
       raise
 
+  def runs(self) -> list[FinishedRun]:
+    """Those that the file has."""
+    return list(self._kept.runs.values())
+
   def is_done(self, workdir: pathlib.Path) -> bool:
     """Whether there is a run that has ended well."""
     with contextlib.suppress(InputError, OSError):

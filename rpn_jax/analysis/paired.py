@@ -23,17 +23,22 @@ def differences(row: Row, reference: Row) -> list[float]:
   return [hiou - scores[1][seed] for seed, hiou in scores[0].items() if seed in scores[1]]
 
 
-def mean_and_interval(values: Sequence[float]) -> str:
-  """Percent: "1.6 [0.4, 2.8]", the mean and Student's interval around it that holds the true mean
-  in 95 of 100 such samples; "1.6" for one value, "-" for none."""
-  if not values:
-    return "-"
+def interval(values: Sequence[float]) -> tuple[float, float]:
+  """Mean, and half of Student's interval around it that holds the true mean in 95 of 100 such
+  samples, in percent; 0 for one value."""
   from scipy import stats  # slow to import
 
   percent = 100 * np.array(values, np.float64)
-  mean = percent.mean()
   if len(percent) == 1:
-    return f"{round(mean, 1) + 0.0:.1f}"  # no "-0.0"
+    return float(percent[0]), 0.0
   half = stats.t.ppf(0.975, len(percent) - 1) * percent.std(ddof=1) / len(percent) ** 0.5
-  low, middle, high = (round(float(x), 1) + 0.0 for x in (mean - half, mean, mean + half))
-  return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+  return float(percent.mean()), float(half)
+
+
+def mean_and_interval(values: Sequence[float]) -> str:
+  """Percent: "1.6 [0.4, 2.8]", see `interval`; "1.6" for one value, "-" for none."""
+  if not values:
+    return "-"
+  mean, half = interval(values)
+  low, middle, high = (round(x, 1) + 0.0 for x in (mean - half, mean, mean + half))  # no "-0.0"
+  return f"{middle:.1f}" if len(values) == 1 else f"{middle:.1f} [{low:.1f}, {high:.1f}]"

@@ -160,12 +160,8 @@ def main(arguments: list[str]) -> int:
     for note in rates.notes(trials):
       print(note)
   for table in tables:
-    rows, missing = table_rows(known[table], plan.workdir, args.seeds, results.read)
+    rows, missing = compared(plan, table, args.seeds)
     if rows:
-      others = references(plan, args.seeds, known[table])
-      rows = [
-        dataclasses.replace(row, extra_columns=extra_columns(table, row, others)) for row in rows
-      ]
       out = report.write(root / "report" / table, rows, missing)
       print(f"\n{table}\n{report.score_table(rows)}\nWritten: {out}/report.md, .csv, .json, .png")
     for line in missing:
@@ -225,6 +221,16 @@ def _run_all(
     plan.choose(trials)
     runs = plan.runs(tables, args.seeds)
     return failures + run_all(runs, args.jobs, bar, results.is_done, results.keep)
+
+
+def compared(plan: Plan, table: str, seeds: int) -> tuple[list[Row], list[str]]:
+  """The rows of a table that are there, with `extra_columns`, and what is missing."""
+  changes = plan.content["TABLES"][table]
+  rows, missing = table_rows(changes, plan.workdir, seeds, plan.results.read)
+  others = references(plan, seeds, changes)
+  return [
+    dataclasses.replace(row, extra_columns=extra_columns(table, row, others)) for row in rows
+  ], missing
 
 
 def references(plan: Plan, seeds: int, rows: Mapping[str, Mapping]) -> dict[str, Row]:

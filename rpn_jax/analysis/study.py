@@ -1,0 +1,302 @@
+"""The study's tables and figures, from scores that were kept: nothing is trained.
+
+    python -m rpn_jax study docs/study/runs.json --out=docs/study
+
+The file is what `sweep --keep` wrote of a config file like configs/study.py, which says by TOWERS,
+GAINS and AXES what is compared with what. Beside the scores, a towers.json in the same folder tells
+of each tower: its zero-shot accuracy and how local its patches are. Records of towers that were
+made here, runs/study/towers/NAME/metrics.json and locality.json, are added to it.
+
+Written: study.md, all tables, and which runs are missing; locality.png, the gain of relationship
+prompts around each tower by the measures of locality; data.png, by seen classes and training
+scenes.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from rpn_jax.analysis import kept, paired, rates, report
+from rpn_jax.analysis.plan import Plan, is_free, read_tables
+from rpn_jax.analysis.runs import Row
+from rpn_jax.analysis.sweep import compared
+from rpn_jax.base.console import table
+from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import expand, write_json, write_text
+from rpn_jax.drawing.images import save_png
+from rpn_jax.drawing.plots import figure, legend_beside, line_style
+
+# Measures of a tower, as `rpn_jax.analysis.locality` and the pre-training call them -> titles.
+MEASURES = {
+  "probe_miou": "linear probe on patches, mIoU (%)",
+  "attention_distance_share": "attention distance, % of uniform attention's",
+  "far_changed": "patches whose class far pixels change (%)",
+}
+# Where `make study` makes the towers.
+TOWERS = pathlib.Path("runs/study/towers")
+RECORDS = {
+  "metrics.json": ("top1", "images", "seconds"),
+  "locality.json": (*MEASURES, "fingerprint"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+  """By how much one row of a table is ahead of another in hIoU, seed by seed.
+
+  Attributes:
+    series: what stands for both.
+    place: the table, as a tower.
+    values: fractions.
+  """
+
+  series: str
+  place: str
+  values: Sequence[float]
+
+  @property
+  def point(self) -> tuple[float, float]:
+    """Mean and half of Student's 95 % interval, 0 for one seed; percent."""
+    return paired.interval(self.values)
+
+
+def open_plan(path: pathlib.Path) -> Plan:
+  """The sweep that keeps a file, with the rates that it chose.
+
+  Raises:
+    InputError: it is no such file, or its config file has gone.
+  """
+  settings = kept.read_content(path).sweep
+  if settings is None:
+    raise InputError(f"{path}: expected a file of `sweep --keep`, got one of `report --keep`")
+  content = read_tables(settings["file"])
+  root = path.parent / "runs"  # where none are
+  results = kept.Results(root, path, settings)
+  tuned = "tuning" in settings
+  plan = Plan(settings["file"], settings["config"], content, root, [], results, tuned)
+  if tuned:
+    plan.choose(plan.trials(list(content["TABLES"])))
+  return plan
+
+
+def gains(
+  rows: Mapping[str, Sequence[Row]], pairs: Mapping[str, tuple[str, str]], places: Sequence[str]
+) -> list[Gain]:
+  """Of every pair of rows in every table that has both.
+
+  Args:
+    rows: table -> its rows.
+    pairs: series -> (row, row that it is compared with).
+    places: tables.
+  """
+  found = []
+  for series, (ahead, behind) in pairs.items():
+    for place in places:
+      by_label = {row.label: row for row in rows.get(place, ())}
+      if ahead in by_label and behind in by_label:
+        values = paired.differences(by_label[ahead], by_label[behind])
+        if values:
+          found.append(Gain(series, place, values))
+  return found
+
+
+def tower_table(
+  towers: Mapping[str, Mapping], rows: Mapping[str, Sequence[Row]], found: Sequence[Gain]
+) -> str:
+  """What is known of each tower, as Markdown."""
+  series = list(dict.fromkeys(gain.series for gain in found))
+  cells = []
+  for tower, measures in towers.items():
+    hiou = {row.label: row.values("last", "hiou") for row in rows.get(tower, ())}
+    gain_of = {gain.series: gain.values for gain in found if gain.place == tower}
+    cells.append(
+      [
+        tower,
+        *(_percent(measures.get(key)) for key in ("top1", *MEASURES)),
+        *(report.mean_and_deviation(hiou.get(row, [])) for row in ("training_free", "lpm")),
+        *(paired.mean_and_interval(gain_of.get(name, [])) for name in series),
+      ]
+    )
+  heads = ["tower", "zero-shot top-1 (%)", *MEASURES.values()]
+  heads += ["training-free hIoU", "LPM alone hIoU", *(f"{name} [95 %]" for name in series)]
+  return table(cells, heads, markdown=True)
+
+
+def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) -> None:
+  """Writes a PNG: gains by each measure of locality, a point for each tower."""
+  fig, axes = figure((13, 4.4), 1, len(MEASURES), sharey=True)
+  series = list(dict.fromkeys(gain.series for gain in found))
+  for ax, (measure, title) in zip(axes[0], MEASURES.items()):
+    for i, name in enumerate(series):
+      points = [
+        (100 * towers[gain.place][measure], *gain.point, gain.place)
+        for gain in found
+        if gain.series == name and towers.get(gain.place, {}).get(measure) is not None
+      ]
+      if not points:
+        continue
+      x, y, half, places = zip(*points)
+      _points(ax, x, y, half, i, name, line=False)
+      if i == 0:
+        for at, place in zip(zip(x, y), places):
+          ax.annotate(place, at, (5, 5), textcoords="offset points", fontsize=9)
+    ax.axhline(0, color="0.4", linewidth=0.8)
+    ax.set_xlabel(title)
+  axes[0, 0].set_ylabel("gain in hIoU (points)")
+  axes[0, 0].set_title("Each tower: seeds' mean, 95 % interval", loc="left", fontsize=12)
+  if series:
+    legend_beside(axes[0, -1])
+  save_png(path, fig)
+
+
+def draw_axes(path, axes_of: Mapping[str, Mapping[int, str]], found: Sequence[Gain]) -> None:
+  """Writes a PNG: gains by a number, such as that of seen classes: title -> number -> table."""
+  fig, axes = figure((4.6 * len(axes_of) + 3, 4.4), 1, len(axes_of), sharey=True)
+  series = list(dict.fromkeys(gain.series for gain in found))
+  for ax, (title, places) in zip(axes[0], axes_of.items()):
+    for i, name in enumerate(series):
+      by_place = {gain.place: gain.point for gain in found if gain.series == name}
+      points = [(x, *by_place[place]) for x, place in sorted(places.items()) if place in by_place]
+      if points:
+        x, y, half = zip(*points)
+        _points(ax, x, y, half, i, name, line=True)
+    ax.axhline(0, color="0.4", linewidth=0.8)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(places), [f"{x:,}" for x in places])
+    ax.set_xlabel(title)
+  axes[0, 0].set_ylabel("gain in hIoU (points)")
+  if series:
+    legend_beside(axes[0, -1])
+  save_png(path, fig)
+
+
+def _points(
+  ax, x: Sequence, y: Sequence, half: Sequence, i: int, label: str, *, line: bool
+) -> None:
+  color = line_style(i)["color"]
+  style = {"color": color, "label": label, "capsize": 3, "markersize": 5}
+  ax.errorbar(x, y, half, fmt="os^Dv"[i % 5] + ("-" if line else ""), **style)
+
+
+def read_towers(folder: pathlib.Path, made: Mapping[str, pathlib.Path]) -> dict[str, dict]:
+  """towers.json of a folder, with the records of towers that were made here, which is written.
+
+  Args:
+    folder: of towers.json.
+    made: tower -> workdir of its pre-training.
+
+  Raises:
+    InputError: a damaged file, or a record of another tower than that of towers.json.
+  """
+  path, towers = folder / "towers.json", {}
+  if path.exists():
+    towers = _read_object(path)
+  before = json.dumps(towers)
+  for name, workdir in made.items():
+    for file, keys in RECORDS.items():
+      if (workdir / file).exists():
+        record = _read_object(workdir / file)
+        there = towers.setdefault(name, {})
+        if there.get("fingerprint") not in (None, record.get("fingerprint")):
+          raise InputError(
+            f"{workdir / file}: is of a tower with fingerprint {record.get('fingerprint')}, "
+            f"{path} has {there['fingerprint']}: one of both was made elsewhere; delete the other's"
+          )
+        there |= {key: record[key] for key in (*keys, "fingerprint") if key in record}
+  if json.dumps(towers) != before:
+    write_json(path, towers)
+  return towers
+
+
+def _read_object(path: pathlib.Path) -> dict:
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+      raise ValueError
+    return content
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path}: expected JSON with the records of towers, got {error}") from None
+
+
+def _percent(value: float | None) -> str:
+  return "-" if value is None else f"{100 * value:.1f}"
+
+
+def missing_runs(rows: Mapping[str, Mapping], there: Sequence[Row], seeds: int) -> str:
+  """ "lpm 0, 1, 2; rpn 2": labels and seeds of a table's runs that are not there.
+
+  Args:
+    rows: label -> changes, of the whole table.
+    there: its rows that have a run.
+    seeds: how many there should be.
+  """
+  found = {row.label: {run.config["seed"] for run in row.runs} for row in there}
+  lines = []
+  for label, changes in rows.items():
+    wanted = range(1 if is_free(changes) else seeds)
+    if absent := [str(seed) for seed in wanted if seed not in found.get(label, ())]:
+      lines.append(f"{label} {', '.join(absent)}")
+  return "; ".join(lines)
+
+
+def write(plan: Plan, folder: pathlib.Path, out: pathlib.Path, seeds: int) -> list[pathlib.Path]:
+  """Writes what the module says; returns the files, figures only where there is something to draw.
+
+  Args:
+    plan: of the sweep.
+    folder: of towers.json.
+    out: the files go there.
+    seeds: what a row should have; more are taken, too.
+  """
+  content = plan.content
+  tables, names = content["TABLES"], content.get("TOWERS", ())
+  known = read_towers(folder, {name: TOWERS / name for name in names})
+  towers = {name: known.get(name, {}) for name in names}
+  most = max([seeds, *(1 + run.config["seed"] for run in plan.results.runs())])
+  rows, absent, sections = {}, [], []
+  for name in tables:
+    rows[name], _ = compared(plan, name, most)
+    if rows[name]:
+      sections += ["", f"## {name}", "", report.score_table(rows[name], markdown=True)]
+    if missing := missing_runs(tables[name], rows[name], seeds):
+      absent.append(f"- {name}: {missing}")
+  found = gains(rows, content.get("GAINS", {}), list(tables))
+  head = ["# Tables of the study", "", tower_table(towers, rows, found)]
+  if plan.tuned:
+    trials = plan.trials(list(tables))
+    tried = {row: t for row, t in trials.items() if any(x.score is not None for x in t)}
+    notes = [f"- {note}" for note in rates.notes(tried)]
+    head += ["", "## Rates", "", rates.rate_table(tried, markdown=True), "", *notes]
+  last = ["", "## Missing runs, by their seeds", "", *absent] if absent else []
+  out.mkdir(parents=True, exist_ok=True)
+  files = [out / "study.md"]
+  write_text(files[0], "\n".join([*head, *sections, *last]) + "\n")
+  around = [g for g in found if any(key in towers.get(g.place, {}) for key in MEASURES)]
+  if around:
+    files.append(out / "locality.png")
+    draw_locality(files[-1], towers, around)
+  axes_of = content.get("AXES", {})
+  of_axes = {place for places in axes_of.values() for place in places.values()}
+  if axes_of and any(g.place in of_axes for g in found):
+    files.append(out / "data.png")
+    draw_axes(files[-1], axes_of, [g for g in found if g.place in of_axes])
+  return files
+
+
+def main(arguments: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog="rpn study", description=__doc__)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  parser.add_argument("runs", metavar="FILE.json", help="of `sweep --keep`")
+  parser.add_argument("--out", help="folder for the files (default: that of FILE.json)")
+  parser.add_argument("--seeds", type=int, default=3, help="of every row (%(default)s)")
+  args = parser.parse_args(arguments)
+  if args.seeds < 1:
+    raise InputError(f"--seeds={args.seeds}: expected 1 or more")
+  path = expand(args.runs)
+  out = expand(args.out) if args.out else path.parent
+  files = write(open_plan(path), path.parent, out, args.seeds)
+  print(files[0].read_text(encoding="utf-8"))
+  print(f"Written: {', '.join(map(str, files))}")
+  return 0

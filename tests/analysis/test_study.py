@@ -1,0 +1,179 @@
+"""The study: tables and figures from kept scores."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import ablations, shapes_clip, study
+from data_pipelines.shapes import world
+from rpn_jax import cli
+from rpn_jax.analysis import kept, sweep
+from rpn_jax.analysis.study import open_plan, read_towers
+from rpn_jax.base.errors import InputError
+from rpn_jax.models.prompts import count
+from rpn_jax.models.rpn import RPN
+from rpn_jax.models.trained import prompt_shapes
+from rpn_jax.weights import clip_file
+from tests import ROOT
+
+CONFIG = """
+TOWERS = ("base", "deep")
+METHODS = {"rpn": {}, "lpm": {"model.tuner": "lpm"}, "free": {"method": "training_free"}}
+TABLES = {
+  "base": METHODS,
+  "deep": {row: {**changes, "clip": "deep.safetensors"} for row, changes in METHODS.items()},
+  "few": {row: {**METHODS[row], "data.train_images": 100} for row in ("rpn", "lpm")},
+}
+REFERENCES = {"LPM alone": "lpm"}
+GAINS = {"RPN less LPM": ("rpn", "lpm")}
+AXES = {"training scenes": {100: "few", 1600: "base"}}
+
+def get_config(arg):
+  return arg
+
+def rate_grid(config):
+  return {"": {r: {"optimizer.base_lr": r} for r in (1e-4, 1e-3)}}
+"""
+# hIoU of table, row and seed.
+SCORES = {
+  ("base", "rpn"): (0.47, 0.48, 0.49),
+  ("base", "lpm"): (0.46, 0.46, 0.46),
+  ("deep", "rpn"): (0.40, 0.44, 0.42),
+  ("deep", "lpm"): (0.35, 0.35, 0.35),
+  ("few", "rpn"): (0.30,),
+  ("few", "lpm"): (0.32,),
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """A study's file of kept runs, made as the sweep makes it, and records of its towers."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "study.py").write_text(CONFIG)
+  settings = {"file": "study.py", "config": "", "flags": [], "tuning": ["--config.steps=5"]}
+  results = kept.Results(tmp_path / "out", tmp_path / "docs/runs.json", settings)
+  content = sweep.read_tables("study.py")
+  plan = sweep.Plan("study.py", "", content, tmp_path / "out", [], results, True)
+  trials = plan.trials(list(content["TABLES"]))
+  workdirs = []
+
+  def add(workdir, seed, hiou):
+    workdir.mkdir(parents=True)
+    last = {"step": 5, "pAcc": 0.9, "miou_gt": 0.5, "miou_union": 0.5, "miou_seen": 0.5,
+            "miou_unseen": 0.4, "hiou": hiou}  # fmt: skip
+    method = "training_free" if "method" in workdir.name else "rpn"
+    config = {"seed": seed, "method": method, "data": {"name": "shapes"}}
+    content = {"last": last, "best": last, "config": config, "trained_parameters": 7}
+    (workdir / "metrics.json").write_text(json.dumps(content))
+    workdirs.append(workdir)
+
+  for of_row in trials.values():
+    for trial in of_row:
+      add(trial.workdir, 0, 0.3)
+  plan.choose(trials)
+  for (table, row), values in SCORES.items():
+    for seed, value in enumerate(values):
+      add(plan.workdir(content["TABLES"][table][row], seed), seed, value)
+  add(plan.workdir(content["TABLES"]["base"]["free"], 0), 0, 0.06)
+  results.keep(workdirs)
+  towers = {"base": {"top1": 0.935, "probe_miou": 0.6, "far_changed": 0.1}}
+  (tmp_path / "docs/towers.json").write_text(json.dumps(towers))
+  return tmp_path / "docs"
+
+
+def test_tables_and_figures_are_made_from_kept_scores(folder, capsys):
+  made = folder.parent / "runs/study/towers/deep"
+  made.mkdir(parents=True)
+  record = {"fingerprint": "abc", "probe_miou": 0.4, "far_changed": 0.25, "scenes": 3}
+  (made / "locality.json").write_text(json.dumps({**record, "attention_distance_share": 0.8}))
+  (made / "metrics.json").write_text(json.dumps({"top1": 0.9, "fingerprint": "abc", "config": {}}))
+  assert cli.main(["study", str(folder / "runs.json")]) == 0
+  shown = capsys.readouterr().out
+  text = (folder / "study.md").read_text()
+  assert text in shown and "data.png" in shown
+  # Differences seed by seed: 1, 2, 3 and 5, 9, 7 points, Student's t of two degrees of freedom.
+  line = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+  assert "2.0 [-0.5, 4.5]" in line["base"] and "93.5" in line["base"] and "6.0" in line["base"]
+  assert "7.0 [2.0, 12.0]" in line["deep"] and "40.0" in line["deep"] and "25.0" in line["deep"]
+  assert text.endswith(
+    "## Missing runs, by their seeds\n\n- deep: free 0\n- few: rpn 1, 2; lpm 1, 2\n"
+  )
+  assert "the best rate, 0.0001, is the lowest" in text
+  for name in ("locality.png", "data.png"):
+    assert (folder / name).stat().st_size > 10_000
+  towers = json.loads((folder / "towers.json").read_text())
+  assert towers["deep"] == {"top1": 0.9, "fingerprint": "abc", "probe_miou": 0.4,
+                            "attention_distance_share": 0.8, "far_changed": 0.25}  # fmt: skip
+  # They are kept where the tower is not, and another one does not take its place.
+  assert read_towers(folder, {}) == towers
+  (made / "locality.json").write_text(json.dumps({**record, "fingerprint": "def"}))
+  with pytest.raises(InputError, match=r"is of a tower with fingerprint def, .* has abc"):
+    read_towers(folder, {"deep": made})
+
+
+def test_nothing_is_drawn_where_nothing_has_ended(folder):
+  content = json.loads((folder / "runs.json").read_text())
+  content["runs"] = [run for run in content["runs"] if run["directory"].startswith("rates/")]
+  (folder / "runs.json").write_text(json.dumps(content))
+  assert cli.main(["study", str(folder / "runs.json"), f"--out={folder}/new"]) == 0
+  assert [path.name for path in (folder / "new").iterdir()] == ["study.md"]
+
+
+def test_what_is_no_study(folder, capsys):
+  run = kept.read(folder / "runs.json")[0]
+  plain = kept.keep(folder / "plain.json", [run])
+  assert cli.main(["study", str(plain)]) == 2
+  assert "expected a file of `sweep --keep`" in capsys.readouterr().err
+  (folder / "towers.json").write_text("[]")
+  assert cli.main(["study", str(folder / "runs.json")]) == 2
+  assert "towers.json: expected JSON with the records of towers" in capsys.readouterr().err
+
+
+def test_the_studys_config():
+  objects = set(world.OBJECTS)
+  own = {world.CLASSES[i] for i in world.UNSEEN}
+  assert set(study.unseen(1)) == own
+  for patterns in (2, 3):
+    names = set(study.unseen(patterns))
+    seen = objects - names
+    assert own < names < objects and len(seen) == 6 * (4 - patterns)
+    assert {w for name in seen for w in name.split()} == {w for n in objects for w in n.split()}
+    config = study.get_config(f"{len(seen)}_classes_lpm")
+    assert set(config.data.unseen) == names and config.model.tuner == "lpm"
+  assert study.get_config("base_released").model.head == "released"
+  assert study.get_config("deep_lora").clip == "runs/study/towers/deep/clip.safetensors"
+  crowded = study.get_config("crowded_rpn,runlocal")
+  assert crowded.data.crop == crowded.eval.crop == 96 and crowded.steps == 8
+  assert set(study.WEIGHTS) == {
+    f"runs/study/towers/{tower}/clip.safetensors" for tower in shapes_clip.TOWERS if tower != "base"
+  }
+  tables = {place for places in study.AXES.values() for place in places.values()}
+  assert tables <= set(study.TABLES) and set(study.TOWERS) <= set(study.TABLES)
+  for ahead, behind in study.GAINS.values():
+    assert {ahead, behind} <= set(study.METHODS)
+  assert study.rate_grid is ablations.rate_grid
+
+
+def test_the_studys_file_is_that_of_its_config(monkeypatch):
+  """What is committed can be read, and its tables made, by the config as it is."""
+  monkeypatch.chdir(ROOT)
+  path = ROOT / "docs/study/runs.json"
+  plan = open_plan(path)
+  assert plan.path == "configs/study.py" and plan.results.runs()
+  known = {workdir.name for workdir in plan.runs(list(plan.content["TABLES"]), 5)}
+  trials = plan.trials(list(plan.content["TABLES"]))
+  known |= {trial.workdir.name for of_row in trials.values() for trial in of_row}
+  assert {run.directory.name for run in plan.results.runs()} <= known
+
+
+@pytest.mark.parametrize("budget, parameters", [("75k", 75_000), ("200k", 200_000)])
+def test_a_budget_is_kept_by_every_method(budget, parameters):
+  clip, tower = clip_file.load(ROOT / "rpn_jax/assets/shapes_clip.safetensors")
+  text = jax.ShapeDtypeStruct((3, clip.embed_dim), np.float32)
+  for row in set(study.WIDTHS[budget]) - {"lpm"}:
+    config = study.get_config(f"{budget}_{row}")
+    network = RPN.create(clip, config.model)
+    shapes = prompt_shapes(network, tower, text, config.data.crop)
+    assert count(shapes) == pytest.approx(parameters, rel=0.02), row
