@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rpn_jax.analysis import rates
 from rpn_jax.analysis.kept import Results
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import write_json
+from rpn_jax.base.paths import expand, write_json
 from rpn_jax.weights import arrays, clip_file
 
 # What --tune-lr sets.
@@ -176,8 +176,8 @@ class Plan:
     """Workdir -> command of the pre-training of CLIP weights: the config file's WEIGHTS, a file
     clip.safetensors in that workdir -> the config that makes it."""
     return {
-      pathlib.Path(path).parent: [
-        sys.executable, "main.py", f"--workdir={pathlib.Path(path).parent}", f"--config={config}",
+      (workdir := expand(path).parent): [
+        sys.executable, "main.py", f"--workdir={workdir}", f"--config={config}",
       ]
       for path, config in self.content.get("WEIGHTS", {}).items()
     }  # fmt: skip
@@ -189,7 +189,7 @@ class Plan:
     found: dict[pathlib.Path, list[pathlib.Path | None]] = {}
     for name, changes in self.rows(tables):
       if changes.get("clip") in self.content.get("WEIGHTS", {}):
-        runs = found.setdefault(pathlib.Path(changes["clip"]).parent, [])
+        runs = found.setdefault(expand(changes["clip"]).parent, [])
         runs += [trial.workdir for trial in trials.get(name, ())]
         runs += [self.workdir(changes, s) for s in range(1 if is_free(changes) else seeds)]
     return found

@@ -35,7 +35,7 @@ MEASURES = {
   "far_changed": "patches whose class far pixels change (%)",
 }
 # Where `make study` makes the towers.
-TOWERS = pathlib.Path("runs/study/towers")
+TOWERS = "runs/study/towers"
 RECORDS = {
   "metrics.json": ("top1", "images", "seconds"),
   "locality.json": (*MEASURES, "fingerprint"),
@@ -252,7 +252,7 @@ def write(plan: Plan, folder: pathlib.Path, out: pathlib.Path, seeds: int) -> li
   """
   content = plan.content
   tables, names = content["TABLES"], content.get("TOWERS", ())
-  known = read_towers(folder, {name: TOWERS / name for name in names})
+  known = read_towers(folder, {name: expand(TOWERS) / name for name in names})
   towers = {name: known.get(name, {}) for name in names}
   most = max([seeds, *(1 + run.config["seed"] for run in plan.results.runs())])
   rows, absent, sections = {}, [], []
