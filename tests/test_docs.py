@@ -127,7 +127,7 @@ def test_fields_and_configs_that_pages_name_exist(page):
     for file, words in re.findall(r"(configs/(?!test_)\w+\.py)(?::([\w.=|/,+-]+))?", code):
       assert (ROOT / file).exists(), f"{page.name}: {code}"
       # METHOD stands for a word, a sweep adds the name of a row.
-      if not re.search("[A-Z]{3}", words) and "ablations" not in file:
+      if not re.search("[A-Z]{3}", words) and not re.search("ablations|study", file):
         runpy.run_path(str(ROOT / file))["get_config"](words)
 
 
