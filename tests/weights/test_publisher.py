@@ -260,7 +260,7 @@ def test_images_told_beside_other_files(tmp_path):
 
 
 def words() -> dict[str, int]:
-  _, model = tokenizer._load()
+  model = tokenizer._model()
   return {model.id_to_token(i): i for i in range(tokenizer.VOCAB_SIZE)}
 
 
