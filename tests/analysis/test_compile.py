@@ -68,9 +68,13 @@ def test_a_program_that_is_too_large_is_one_line():
   )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-  "family, parallel", [(shapes, "shard_map"), (shapes, "pmap"), (cat_seg, "shard_map")]
+  "family, parallel",
+  [
+    (shapes, "shard_map"),
+    pytest.param(shapes, "pmap", marks=pytest.mark.slow),
+    pytest.param(cat_seg, "shard_map", marks=pytest.mark.slow),
+  ],
 )
 def test_every_program_lowers_for_gpus(family, parallel, monkeypatch):
   """Training, evaluation's windows and tiles, text: without a GPU, and so without cuDNN."""
