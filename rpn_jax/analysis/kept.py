@@ -142,24 +142,32 @@ class Results:
     """Adds to the file what has ended; what others have added meanwhile stays.
 
     Raises:
-      InputError: see the class.
-      OSError: the file cannot be written.
+      InputError: see the class; or the file cannot be written.
     """
     if self._path is None:
       return
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(self._path.with_name(f".{self._path.name}.lock"), str(self._path), wait=True):
-      self._kept = self._there()
-      for workdir in workdirs:
-        name = self._name(workdir)
-        try:
-          self._kept.runs[name] = read_run(workdir)
-          self._kept.diverged.discard(name)
-        except (InputError, OSError):
-          if self.diverged(workdir) and name not in self._kept.runs:
-            self._kept.diverged.add(name)
-      head = {"sweep": self._settings, "diverged": sorted(self._kept.diverged)}
-      _write(self._path, sorted(self._kept.runs.items()), head)
+    try:
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      with locked(self._path.with_name(f".{self._path.name}.lock"), str(self._path), wait=True):
+        self._add(workdirs, self._path)
+    except OSError as error:
+      raise InputError(
+        f"--keep={self._path}: cannot be written ({error.strerror or error}); choose a file in a "
+        "folder that can"
+      ) from None
+
+  def _add(self, workdirs: Collection[pathlib.Path], path: pathlib.Path) -> None:
+    self._kept = self._there()
+    for workdir in workdirs:
+      name = self._name(workdir)
+      try:
+        self._kept.runs[name] = read_run(workdir)
+        self._kept.diverged.discard(name)
+      except (InputError, OSError):
+        if self.diverged(workdir) and name not in self._kept.runs:
+          self._kept.diverged.add(name)
+    head = {"sweep": self._settings, "diverged": sorted(self._kept.diverged)}
+    _write(path, sorted(self._kept.runs.items()), head)
 
   def _name(self, workdir: pathlib.Path) -> str:
     return workdir.relative_to(self._root).as_posix()
@@ -222,6 +230,10 @@ def _read(path: pathlib.Path) -> tuple[list[tuple[str, FinishedRun]], dict]:
       for run in content["runs"]
     ]
     if not all(run.data_set for _, run in runs) or not (runs or content.get("sweep")):
+      raise ValueError
+    if (sweep := content.get("sweep")) is not None and not {"file", "config", "flags"} <= set(
+      sweep
+    ):
       raise ValueError
     return runs, {name: content[name] for name in ("sweep", "diverged") if name in content}
   except OSError as error:

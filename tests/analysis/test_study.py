@@ -126,6 +126,11 @@ def test_what_is_no_study(folder, capsys):
   plain = kept.keep(folder / "plain.json", [run])
   assert cli.main(["study", str(plain)]) == 2
   assert "expected a file of `sweep --keep`" in capsys.readouterr().err
+  (folder / "odd.json").write_text(
+    plain.read_text().replace('"config"', '"sweep": {}, "config"', 1)
+  )
+  assert cli.main(["study", str(folder / "odd.json")]) == 2
+  assert "got another or a damaged file" in capsys.readouterr().err
   (folder / "towers.json").write_text("[]")
   assert cli.main(["study", str(folder / "runs.json")]) == 2
   assert "towers.json: expected JSON with the records of towers" in capsys.readouterr().err

@@ -269,6 +269,13 @@ def test_what_was_kept_is_not_run_again_where_the_workdirs_are_not(here, capsys)
     kept.keep(here / "study/runs.json", [run])
 
 
+def test_where_nothing_can_be_kept_nothing_is_run(here, capsys):
+  (here / "file").touch()
+  assert call("table1", "--keep=file/runs.json") == 2
+  assert "--keep=file/runs.json: cannot be written" in capsys.readouterr().err
+  assert not (here / "calls.jsonl").exists()
+
+
 def test_runs_are_kept_one_by_one_beside_those_of_others(here):
   (here / "broken").mkdir()
   (here / "broken/width=2_seed1").touch()
