@@ -9,7 +9,7 @@ wide in towers of any width, their probes have as many parameters.
 
 Probe: multinomial logistic regression on the features of training scenes, standardized per channel,
 with a penalty of 1e-4 / 2 times the squared weights, by full-batch L-BFGS from zeros until no entry
-of the gradient of the mean loss exceeds 1e-4 (or 500 iterations, which is said). A patch has the
+of the gradient of the mean loss exceeds 1e-5 (or 2000 iterations, which is said). A patch has the
 class of most of its pixels. mIoU, over the classes in truth or prediction, and accuracy are those
 of patches of evaluation scenes; the floor is the accuracy of always answering the class that most
 training patches have.
@@ -51,7 +51,7 @@ from rpn_jax.weights import clip_file
 from rpn_jax.weights.architecture import normalization
 from rpn_jax.weights.arrays import fingerprint
 
-PENALTY, TOLERANCE, MAX_ITERATIONS = 1e-4, 1e-4, 500
+PENALTY, TOLERANCE, MAX_ITERATIONS = 1e-4, 1e-5, 2000
 PATCHES_EACH = 16  # and windows at a time
 LAST_LAYERS = 2
 MIN_GRID = 4  # patches a side; on a smaller grid most patches have few pixels that are far
