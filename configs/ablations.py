@@ -152,7 +152,7 @@ TABLES = {
 # What the rows of every table are compared with, seed by seed.
 REFERENCES: dict[str, dict] = {"RPN": {}, "LPM alone": {"model.tuner": "lpm"}}
 # Rates that `sweep --tune-lr` tries for every row: of the parameters that learn fastest.
-RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
+RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2, 6e-2)
 # The rate of h in shares of that of the rest; the official code has a tenth.
 H_SHARES = (0.1, 1.0)
 # TABLE_ROW -> {field: value}
