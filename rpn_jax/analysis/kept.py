@@ -95,6 +95,7 @@ class Results:
   def __init__(self, root: pathlib.Path, path: pathlib.Path | None, settings: Mapping):
     self._root, self._path, self._settings = root, path, dict(settings)
     self._kept = self._there()
+    self._read: dict[pathlib.Path, FinishedRun] = {}
 
   def _there(self) -> Content:
     if self._path is None or not self._path.exists():
@@ -108,13 +109,15 @@ class Results:
     return content
 
   def read(self, workdir: pathlib.Path) -> FinishedRun:
-    """The run of a workdir; InputError or OSError where there is none."""
-    try:
-      return read_run(workdir)
-    except (InputError, OSError):
-      if (run := self._kept.runs.get(self._name(workdir))) is not None:
-        return run
-      raise
+    """The run of a workdir, whose files are read once; InputError or OSError if there is none."""
+    if workdir not in self._read:
+      try:
+        self._read[workdir] = read_run(workdir)
+      except (InputError, OSError):
+        if (run := self._kept.runs.get(self._name(workdir))) is not None:
+          return run
+        raise
+    return self._read[workdir]
 
   def runs(self) -> list[FinishedRun]:
     """Those that the file has."""
@@ -161,7 +164,7 @@ class Results:
     for workdir in workdirs:
       name = self._name(workdir)
       try:
-        self._kept.runs[name] = read_run(workdir)
+        self._kept.runs[name] = self.read(workdir)
         self._kept.diverged.discard(name)
       except (InputError, OSError):
         if self.diverged(workdir) and name not in self._kept.runs:

@@ -12,7 +12,6 @@ of them in RPN; most have one, "".
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,12 +52,9 @@ class Trial:
   def title(self) -> str:
     return ", ".join(filter(None, [f"{self.rate:g}", self.variant]))
 
-  @functools.cached_property
+  @property
   def score(self) -> float | None:
-    """On the held-out images, 0 where the training diverged; None if it has not ended.
-
-    Read once, when first asked for, which is after the runs.
-    """
+    """On the held-out images, 0 where the training diverged; None if it has not ended."""
     try:
       return self.results.read(self.workdir).last[METRIC]
     except (InputError, OSError):

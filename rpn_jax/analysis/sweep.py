@@ -205,7 +205,7 @@ def _run_all(
   trained = {key(changes) for _, changes in plan.rows(tables) if not is_free(changes)}
   free = {key(changes) for _, changes in plan.rows(tables) if is_free(changes)}
   first = plan.trial_runs(trials, tuning)
-  plan.choose(plan.trials(tables) if trials else {})  # those of rows whose trials are all there
+  plan.choose(trials)  # of rows whose trials are all there
   around = plan.around(tables, trials, args.seeds)
   weights = plan.weights()
   weights = {
