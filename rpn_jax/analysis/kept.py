@@ -234,9 +234,8 @@ def _read(path: pathlib.Path) -> tuple[list[tuple[str, FinishedRun]], dict]:
     ]
     if not all(run.data_set for _, run in runs) or not (runs or content.get("sweep")):
       raise ValueError
-    if (sweep := content.get("sweep")) is not None and not {"file", "config", "flags"} <= set(
-      sweep
-    ):
+    sweep = content.get("sweep")
+    if sweep is not None and not {"file", "config", "flags"} <= set(sweep):
       raise ValueError
     return runs, {name: content[name] for name in ("sweep", "diverged") if name in content}
   except OSError as error:
