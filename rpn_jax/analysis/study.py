@@ -129,6 +129,7 @@ def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) ->
   fig, axes = figure((13, 4.4), 1, len(MEASURES), sharey=True)
   series = list(dict.fromkeys(gain.series for gain in found))
   for ax, (measure, title) in zip(axes[0], MEASURES.items()):
+    named: set[str] = set()
     for i, name in enumerate(series):
       points = [
         (100 * towers[gain.place][measure], *gain.point, gain.place)
@@ -139,8 +140,9 @@ def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) ->
         continue
       x, y, half, places = zip(*points)
       _points(ax, x, y, half, i, name, line=False)
-      if i == 0:
-        for at, place in zip(zip(x, y), places):
+      for at, place in zip(zip(x, y), places):
+        if place not in named:  # once, whichever series has it first
+          named.add(place)
           ax.annotate(place, at, (5, 5), textcoords="offset points", fontsize=9)
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.set_xlabel(title)
