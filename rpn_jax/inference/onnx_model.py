@@ -187,6 +187,14 @@ class Operations(Graph):
     parts = [self.constant(part, np.int64) for part in (first, last, axes, strides)]
     return self.node("Slice", [name, *parts])
 
+  def on_split(self, equation: Any, x: Any) -> list[Tensor]:
+    axis, ends = int(equation.params["axis"]), np.cumsum(equation.params["sizes"]).tolist()
+    name = self.name(x)
+    return [
+      Tensor(self.sliced(name, [first], [last], [axis], [1]), out.aval.shape)
+      for first, last, out in zip([0, *ends], ends, equation.outvars)
+    ]
+
   def on_rev(self, equation: Any, x: Any) -> str:
     axes = [int(axis) for axis in equation.params["dimensions"]]
     ones = [-1] * len(axes)

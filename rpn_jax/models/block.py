@@ -37,8 +37,9 @@ class Attention(nn.Module):
   causal: bool = False
 
   def setup(self) -> None:
-    self.in_proj = Dense(3 * self.width, dtype=self.dtype)
-    self.out_proj = Dense(self.width, dtype=self.dtype)
+    product = self.kernels.product
+    self.in_proj = Dense(3 * self.width, dtype=self.dtype, product=product)
+    self.out_proj = Dense(self.width, dtype=self.dtype, product=product)
 
   def project(
     self, x_BxNxD: jax.Array, tune: Callable = keep_result
@@ -91,8 +92,9 @@ class MLP(nn.Module):
   hidden: int | None = None
 
   def setup(self) -> None:
-    self.c_fc = Dense(self.hidden or 4 * self.width, dtype=self.dtype)
-    self.c_proj = Dense(self.width, dtype=self.dtype)
+    product = self.kernels.product
+    self.c_fc = Dense(self.hidden or 4 * self.width, dtype=self.dtype, product=product)
+    self.c_proj = Dense(self.width, dtype=self.dtype, product=product)
 
   def __call__(self, x_BxNxD: jax.Array, tune: Callable = keep_result) -> jax.Array:
     hidden = tune("c_fc", x_BxNxD, self.c_fc(x_BxNxD), self.c_fc)

@@ -179,7 +179,9 @@ class CATSeg(Defaults, nn.Module):
     ]
     self.cost_embed = conv(c.width, (7, 7), c.prompts)
     self.appearance_proj = conv(c.appearance_width, (3, 3), clip.embed_dim)
-    self.text_proj = prompts.torch_dense(c.text_width, clip.embed_dim, dtype)
+    self.text_proj = prompts.torch_dense(
+      c.text_width, clip.embed_dim, dtype, product=self.kernels.product
+    )
     self.decoder_proj = [
       conv(width, (3, 3), fan_in)
       for width, fan_in in zip(c.decoder_guidance_widths, c.guidance_widths)

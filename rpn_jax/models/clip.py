@@ -116,7 +116,7 @@ class VisionTransformer(StoredParams, nn.Module):
       padding="VALID",
       use_bias=False,
       dtype=self.dtype,
-      conv_general_dilated=layers.convolve_patches,
+      conv_general_dilated=functools.partial(layers.convolve_patches, self.kernels.product),
     )
     init = nn.initializers.normal(c.vision_width**-0.5)
     self.class_embedding = self.param("class_embedding", init, (c.vision_width,))
@@ -181,11 +181,13 @@ class VisionTransformer(StoredParams, nn.Module):
 
     A plain transformer has none: (..., D) float32. `exact`: float32 whatever the compute type.
     """
-    dtype, precision = (jnp.float32, jax.lax.Precision.HIGHEST) if exact else (self.dtype, None)
+    dtype = jnp.float32 if exact else self.dtype
+    highest = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    product = highest if exact else self.kernels.product
     x = tune("ln_post", x_BxNxD, self.ln_post(x_BxNxD.astype(jnp.float32))).astype(dtype)
     if self.config.vision == "vit":
       return x.astype(jnp.float32)
-    return jnp.matmul(x, self.proj.astype(dtype), precision=precision).astype(jnp.float32)
+    return product(x, self.proj.astype(dtype)).astype(jnp.float32)
 
   def __call__(
     self, image_BxHxWx3: jax.Array, kept_patches_BxK: jax.Array | None = None
@@ -243,7 +245,7 @@ class TextTransformer(StoredParams, nn.Module):
     end = jnp.argmax(tokens_BxT, axis=-1)
     x = x_BxTxD[jnp.arange(x_BxTxD.shape[0]), end].astype(jnp.float32)
     x = tune("ln_final", x, self.ln_final(x)).astype(self.dtype)
-    return (x @ self.projection.astype(self.dtype)).astype(jnp.float32)
+    return self.kernels.product(x, self.projection.astype(self.dtype)).astype(jnp.float32)
 
   def __call__(
     self,

@@ -181,7 +181,7 @@ class WindowBlock(nn.Module):
 
   def setup(self) -> None:
     norm = functools.partial(prompts.LayerNorm, function=self.kernels.layer_norm)
-    dense = functools.partial(prompts.torch_dense, dtype=self.dtype)
+    dense = functools.partial(prompts.torch_dense, dtype=self.dtype, product=self.kernels.product)
     self.norm_1, self.norm_2 = norm(), norm()
     self.query, self.key = (Guided(self.width, dtype=self.dtype) for _ in range(2))
     self.value, self.out = (dense(self.width, self.width) for _ in range(2))
@@ -285,7 +285,7 @@ class ClassAggregation(nn.Module):
 
   def setup(self) -> None:
     norm = functools.partial(prompts.LayerNorm, function=self.kernels.layer_norm)
-    dense = functools.partial(prompts.torch_dense, dtype=self.dtype)
+    dense = functools.partial(prompts.torch_dense, dtype=self.dtype, product=self.kernels.product)
     self.norm_1, self.norm_2 = norm(), norm()
     self.query, self.key = (Guided(self.width, dtype=self.dtype) for _ in range(2))
     self.value = dense(self.width, self.width)

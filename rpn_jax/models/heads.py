@@ -75,13 +75,15 @@ class LPM(nn.Module):
     text = jnp.concatenate(text_branch(cls_BxE, text_CxE, letter), axis=-1)
     small = nn.initializers.normal(0.02)
     if released:
-      text = prompts.torch_dense(embed, 2 * embed, self.dtype).copy(name="text_reduce")(text)
+      dense = prompts.torch_dense(embed, 2 * embed, self.dtype, product=self.kernels.product)
+      text = dense.copy(name="text_reduce")(text)
     text = self.branch("text", text, embed, small)
     patches = self.branch("patch", patches_BxNxE, embed, small)
     return jnp.einsum("bne,bce->bnc", patches, text) * embed**-0.5
 
   def branch(self, name: str, x: jax.Array, features: int, kernel_init: Callable) -> jax.Array:
     """LN(Linear(x)), the norm in float32."""
-    dense = prompts.torch_dense(features, x.shape[-1], self.dtype, kernel_init)
+    product = self.kernels.product
+    dense = prompts.torch_dense(features, x.shape[-1], self.dtype, kernel_init, product)
     x = dense.copy(name=f"{name}_proj")(x)
     return prompts.LayerNorm(function=self.kernels.layer_norm, name=f"{name}_norm")(x)

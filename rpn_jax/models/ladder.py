@@ -15,11 +15,13 @@ from rpn_jax.models.kernels import TEXTBOOK, Kernels
 zeros = nn.initializers.zeros
 
 
-def dense(
-  features: int, name: str, dtype: Any, kernel_init: Callable | None = None
-) -> prompts.Dense:
-  kernel_init = kernel_init or nn.initializers.lecun_uniform()
-  return prompts.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+def dense_of(module: nn.Module) -> Callable:
+  """(features, name, kernel_init) -> a projection of the module's compute type."""
+  settings = {"dtype": module.dtype, "product": module.kernels.product}
+  uniform = nn.initializers.lecun_uniform()
+  return lambda features, name, kernel_init=uniform: prompts.Dense(
+    features, kernel_init=kernel_init, name=name, **settings
+  )
 
 
 class SideBlock(nn.Module):
@@ -32,14 +34,14 @@ class SideBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
-    width, kernels = x_BxNxD.shape[-1], self.kernels
+    width, kernels, dense = x_BxNxD.shape[-1], self.kernels, dense_of(self)
     norm = lambda name, x: prompts.LayerNorm(function=kernels.layer_norm, name=name)(x)
-    qkv = dense(3 * width, "in_proj", self.dtype)(norm("ln_1", x_BxNxD))
+    qkv = dense(3 * width, "in_proj")(norm("ln_1", x_BxNxD))
     q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
     attended = rearrange(kernels.attend(q, k, v), "b n h d -> b n (h d)")
-    x = x_BxNxD + dense(width, "out_proj", self.dtype)(attended)
-    hidden = dense(4 * width, "c_fc", self.dtype)(norm("ln_2", x))
-    return x + dense(width, "c_proj", self.dtype)(kernels.activations[self.activation](hidden))
+    x = x_BxNxD + dense(width, "out_proj")(attended)
+    hidden = dense(4 * width, "c_fc")(norm("ln_2", x))
+    return x + dense(width, "c_proj")(kernels.activations[self.activation](hidden))
 
 
 class LadderSide(nn.Module):
@@ -60,16 +62,16 @@ class LadderSide(nn.Module):
   @nn.compact
   def __call__(self, hidden: list[jax.Array]) -> jax.Array:
     """Tokens before the first block and after every block, each (B, N, D) -> (B, N, D) to add."""
-    width = self.clip.vision_width // self.reduction
+    width, dense = self.clip.vision_width // self.reduction, dense_of(self)
     # A gate's temperature of 0.1 and its start in the middle are the paper's.
     gates = prompts.prompt(self, "gate", zeros, (self.clip.vision_layers,))
     # Tower and input are frozen: no gradient is passed back through them.
     hidden = jax.lax.stop_gradient(hidden)
     settings = (self.clip.vision_heads, self.clip.activation, self.dtype, self.kernels)
-    side = dense(width, "down_0", self.dtype)(hidden[0])
+    side = dense(width, "down_0")(hidden[0])
     for i, x in enumerate(hidden[1:]):
       mu = jax.nn.sigmoid(gates[i] / 0.1).astype(side.dtype)
-      side = mu * side + (1 - mu) * dense(width, f"down_{i + 1}", self.dtype)(x)
+      side = mu * side + (1 - mu) * dense(width, f"down_{i + 1}")(x)
       side = SideBlock(*settings, name=f"block_{i}")(side).astype(self.dtype)
     side = prompts.LayerNorm(function=self.kernels.layer_norm, name="norm")(side)
-    return dense(self.clip.vision_width, "up", self.dtype, zeros)(side)
+    return dense(self.clip.vision_width, "up", zeros)(side)

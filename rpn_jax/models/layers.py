@@ -8,6 +8,7 @@ channels of a fused projection, P extra tokens; in a convolution N images, H/W p
 features, K side of the kernel.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,15 @@ from einops import rearrange
 # The value CLIP was trained with (PyTorch's default); Flax's own default is 1e-6.
 LAYER_NORM_EPSILON = 1e-5
 
+
+def in_float32(function: Callable) -> Callable:
+  """The elementwise function, computed in float32 and rounded to its input's type."""
+  return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)
+
+
 ACTIVATIONS = {
-  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "quick_gelu": in_float32(lambda x: x * jax.nn.sigmoid(1.702 * x)),
+  "gelu": in_float32(lambda x: jax.nn.gelu(x, approximate=False)),
 }
 
 
@@ -37,13 +44,13 @@ def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: flo
 def attend(
   q_BxNxHxd: jax.Array, k_BxMxHxd: jax.Array, v_BxMxHxd: jax.Array, causal: bool = False
 ) -> jax.Array:
-  """softmax(q kᵀ / √d) v for every head, the softmax in float32: (B, N, H, d)."""
-  scores = jnp.einsum("bnhd,bmhd->bhnm", q_BxNxHxd, k_BxMxHxd).astype(jnp.float32)
-  scores = scores * q_BxNxHxd.shape[-1] ** -0.5
+  """softmax(q kᵀ / √d) v for every head, sums and softmax in float32: (B, N, H, d)."""
+  einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  scores = einsum("bnhd,bmhd->bhnm", q_BxNxHxd, k_BxMxHxd) * q_BxNxHxd.shape[-1] ** -0.5
   if causal:
     scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
   weights = jax.nn.softmax(scores).astype(v_BxMxHxd.dtype)
-  return jnp.einsum("bhnm,bmhd->bnhd", weights, v_BxMxHxd)
+  return einsum("bhnm,bmhd->bnhd", weights, v_BxMxHxd).astype(v_BxMxHxd.dtype)
 
 
 def join(x_BxNxHxd: jax.Array, extra_BxPxHxd: jax.Array) -> jax.Array:
@@ -69,7 +76,9 @@ def self_attend(
     causal: no token attends to later ones; not with extra tokens.
     join: (keys or values of the tokens, those of the extra tokens) -> of both.
   """
-  split = lambda x: rearrange(x, "b n (three h d) -> three b n h d", three=3, h=heads)
+  # The gradient of `jnp.split` joins its parts; that of indexing would add them up, each padded.
+  by_head = lambda x: rearrange(x, "b n (h d) -> b n h d", h=heads)
+  split = lambda x: map(by_head, jnp.split(x, 3, axis=-1))
   q, k, v = split(qkv_BxNxF)
   if extra_BxPxF is not None:
     _, *more = split(extra_BxPxF)
@@ -85,17 +94,21 @@ def convolve(x_NxHxWxC: jax.Array, kernel_KxKxCxF: jax.Array) -> jax.Array:
 
 
 def convolve_patches(
-  x_NxHxWxC: jax.Array, kernel_KxKxCxF: jax.Array, *settings: Any, **others: Any
+  product: Callable,
+  x_NxHxWxC: jax.Array,
+  kernel_KxKxCxF: jax.Array,
+  *settings: Any,
+  **others: Any,
 ) -> jax.Array:
   """The convolution of patches side by side, as one matrix product: (N, H / K, W / K, F).
 
   For `flax.linen.Conv`, whose settings say nothing that the kernel does not. cuDNN's convolution
-  takes five times as long (docs/benchmarks.md).
+  takes five times as long (docs/benchmarks.md). `product`: see `kernels.Kernels`.
   """
   del settings, others
   side = kernel_KxKxCxF.shape[0]
   patches = rearrange(x_NxHxWxC, "n (h y) (w x) c -> n h w (y x c)", y=side, x=side)
-  return patches @ rearrange(kernel_KxKxCxF, "y x c f -> (y x c) f")
+  return product(patches, rearrange(kernel_KxKxCxF, "y x c f -> (y x c) f"))
 
 
 def check_shape(module: Any, name: str, value: Any, shape: tuple[int, ...]) -> None:
@@ -126,7 +139,17 @@ class StoredParams:
 
 
 class Dense(StoredParams, nn.Dense):
-  """`nn.Dense` that is quick to trace."""
+  """`nn.Dense` that is quick to trace; `product` is of its two matrices, see `kernels.Kernels`."""
+
+  product: Callable = jnp.matmul
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """(..., D) -> (..., features) of the compute type."""
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+    bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return (self.product(x, kernel) + bias).astype(x.dtype)
 
 
 class LayerNorm(StoredParams, nn.Module):

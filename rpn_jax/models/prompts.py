@@ -60,8 +60,8 @@ class PromptParams:
     return prompt(self, name, lambda key, *_: init_fn(key, *init_args, **init_kwargs), shape)
 
 
-class Dense(PromptParams, nn.Dense):
-  """`nn.Dense` in `prompts`."""
+class Dense(PromptParams, layers.Dense):
+  """`layers.Dense` in `prompts`."""
 
 
 class LayerNorm(PromptParams, layers.LayerNorm):
@@ -75,11 +75,16 @@ class Conv(PromptParams, nn.Conv):
 
 
 def torch_dense(
-  features: int, fan_in: int, dtype: Any, kernel_init: Callable | None = None
+  features: int,
+  fan_in: int,
+  dtype: Any,
+  kernel_init: Callable | None = None,
+  product: Callable = jnp.matmul,
 ) -> Dense:
   """A `Dense` with the initial values of PyTorch's Linear: uniform within 1/sqrt(fan_in)."""
   bound = initializers.uniform(fan_in**-0.5)
-  return Dense(features, dtype=dtype, kernel_init=kernel_init or bound, bias_init=bound)
+  kernel_init = kernel_init or bound
+  return Dense(features, dtype=dtype, product=product, kernel_init=kernel_init, bias_init=bound)
 
 
 def example_keys(key: jax.Array, example_offset: jax.Array | int, batch: int) -> jax.Array:

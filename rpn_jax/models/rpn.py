@@ -130,11 +130,12 @@ class RPN(Defaults, nn.Module):
 
   def setup(self) -> None:
     c, width, layers = self.config, self.clip.vision_width, self.clip.vision_layers
+    dense = functools.partial(prompts.torch_dense, product=self.kernels.product)
     self.visual = VisionTransformer(self.clip, self.dtype, self.remat, self.kernels)
     if not c.head.startswith("tfpm"):
       self.head = heads.LPM(c.head, self.dtype, self.kernels)
     if self.clip.vision == "vit":
-      self.joint = prompts.torch_dense(self.clip.embed_dim, width, self.dtype)
+      self.joint = dense(self.clip.embed_dim, width, self.dtype)
     self.tuned = {
       name: prompts.tree(
         self, name, functools.partial(tuners.initial, tuners.TUNERS[name], self.clip, c)
@@ -162,18 +163,14 @@ class RPN(Defaults, nn.Module):
       if depth:
         init = nn.initializers.normal(0.02)
         self.context = prompts.prompt(self, "context", init, (depth, *text_shape))
-        self.coupling = [
-          prompts.torch_dense(width, self.clip.text_width, self.dtype) for _ in range(depth)
-        ]
+        self.coupling = [dense(width, self.clip.text_width, self.dtype) for _ in range(depth)]
     if "lst" in self.tuner_names:
       self.lst = ladder.LadderSide(self.clip, c.lst_reduction, self.dtype, self.kernels)
     if not self.prompted:
       return
     # Epsilon 1e-6 as in the official code (the tower's own norms have 1e-5).
     self.prompt_norm = prompts.LayerNorm(epsilon=1e-6, function=self.kernels.layer_norm)
-    self.prompt_proj = prompts.torch_dense(
-      width, width, self.dtype, nn.initializers.normal((2 / width) ** 0.5)
-    )
+    self.prompt_proj = dense(width, width, self.dtype, nn.initializers.normal((2 / width) ** 0.5))
     init = initializers.uniform((6 / (3 * self.clip.patch_size**2 + width)) ** 0.5)
     if "vpt" in self.tuner_names:
       self.deep_tokens = prompts.prompt(self, "deep_tokens", init, (layers, c.deep_tokens, width))

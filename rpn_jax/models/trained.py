@@ -68,9 +68,18 @@ def in_compute_type(frozen: Mapping, dtype: Any) -> dict:
   A program would cast them each time, to the same values, and read twice the bytes for it.
   """
   kernels = re.compile(rf".*/block_\d+/(attn|mlp)/\w+/({'|'.join((FUSED, *THIRDS))})")
-  cast = lambda name, x: x.astype(dtype) if kernels.fullmatch(name) else x
-  flat = {name: cast(name, x) for name, x in _flat(frozen).items()}
-  return traverse_util.unflatten_dict(flat, sep="/")
+  flat = _flat(frozen)
+  other = {
+    name: x for name, x in flat.items() if kernels.fullmatch(name) and x.dtype != jnp.dtype(dtype)
+  }
+  # On a device all in one program: one for each shape would take longer to compile.
+  on_host = not any(isinstance(x, jax.Array) for x in other.values())
+  cast = _cast if on_host else jax.jit(_cast, static_argnums=1)
+  return traverse_util.unflatten_dict({**flat, **(other and cast(other, dtype))}, sep="/")
+
+
+def _cast(arrays: Mapping, dtype: Any) -> dict:
+  return {name: x.astype(dtype) for name, x in arrays.items()}
 
 
 def join(params: Mapping, tree: Mapping) -> dict:

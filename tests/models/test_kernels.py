@@ -154,6 +154,39 @@ def test_large_scores_do_not_overflow(by_head):
 
 
 @pytest.mark.parametrize("platform", kernels.PLATFORMS)
+def test_products_are_those_of_matrices(platform):
+  x, w = jax.random.normal(jax.random.key(0), (2, 3, 5, 64)), jnp.ones((64, 7)) / 3
+  g = jax.random.normal(jax.random.key(1), (2, 3, 5, 7))
+  product = kernels.for_platform(platform).product
+  jax.tree.map(close, out_and_pulled(product, (x, w), g), out_and_pulled(jnp.matmul, (x, w), g))
+
+
+def test_products_of_bfloat16_are_not_rounded_on_cpus():
+  x, w, g = (
+    jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+    for i, shape in enumerate([(2, 3, 256), (256, 5), (2, 3, 5)])
+  )
+  exact = [np.float64(a) for a in (x, w, g)]
+  out, dx, dw = out_and_pulled(cpu.product, (x, w), g.astype(jnp.float32))
+  assert out.dtype == jnp.float32 and {dx.dtype, dw.dtype} == {x.dtype}
+  # A bfloat16 has eight digits: rounded once, the result would be off by up to 2e-3 of itself.
+  np.testing.assert_allclose(out, exact[0] @ exact[1], rtol=1e-5, atol=1e-4)
+  dx_exact, dw_exact = exact[2] @ exact[1].T, np.einsum("abk,abf->kf", exact[0], exact[2])
+  for got, want in ((dx, dx_exact), (dw, dw_exact)):
+    np.testing.assert_allclose(np.float32(got), want, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("platform", kernels.PLATFORMS)
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_activations_round_once(name, platform):
+  x = jnp.linspace(-6, 6, 101).astype(jnp.bfloat16)
+  got = jax.jit(kernels.for_platform(platform).activations[name])(x)
+  assert got.dtype == jnp.bfloat16
+  exact = layers.ACTIVATIONS[name](x.astype(jnp.float32))
+  np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("platform", kernels.PLATFORMS)
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)
 def test_activations_are_the_textbooks(name, platform):
   x = jnp.linspace(-6, 6, 101)

@@ -246,3 +246,44 @@ def test_a_stored_parameter_of_another_shape_is_refused():
     )
     with pytest.raises(flax.errors.ScopeParamShapeError, match=path[-1]):
       jax.eval_shape(model.apply, wrong, image, tokens)
+
+
+def rounded_products(jaxpr, found):
+  """Appends the products of a program, and of those in it, whose result is bfloat16."""
+  for equation in jaxpr.eqns:
+    (out, *_), given = equation.outvars or (None,), equation.params
+    if equation.primitive.name == "dot_general" and out.aval.dtype == jnp.bfloat16:
+      found.append(str(equation.source_info.name_stack))
+    for inner in jax.tree.leaves(tuple(given.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns"):
+        rounded_products(inner, found)
+  return found
+
+
+@pytest.mark.parametrize("name, settings", [case for case in CASES if case[0] != "cat_seg"])
+def test_products_have_float32_results_on_cpus(name, settings, monkeypatch):
+  """A bfloat16 result takes twice the time there, and is rounded on the way.
+
+  CAT-Seg's aggregation of costs has products of its own, in the compute type.
+  """
+  monkeypatch.setattr(kernels.cpu, "MAX_MAP_ELEMENTS", 0)
+  create = functools.partial(NETWORKS[name].create, CLIP, settings, dtype=jnp.bfloat16)
+  text = create().text_input(Encoder(), "abc")
+  params, prompts = variables_of(create(), text)
+  found, frozen = trained.split(params, create().trained)
+  frozen = trained.in_compute_type(frozen, jnp.bfloat16)
+  image, key = jnp.ones((2, 32, 32, 3)), jax.random.key(0)
+
+  def products(network, train):
+    rngs = {"dropout": key, "gate": key} if train else None
+    loss = lambda tree: network.apply(
+      trained.join(frozen, tree), image, text, train=train, rngs=rngs
+    ).sum()  # fmt: skip
+    program = jax.grad(loss) if train else loss
+    return rounded_products(jax.make_jaxpr(program)({**prompts, **found}).jaxpr, [])
+
+  network = create(kernels=kernels.for_platform("cpu"))
+  for train in [False, True] if network.trainable else [False]:
+    assert not products(network, train)
+  assert products(create(kernels=kernels.LEAN), False)  # so there are some to find

@@ -1,4 +1,4 @@
-"""Which version of attention, LayerNorm, activations and convolutions a device runs.
+"""Which version of products, attention, LayerNorm, activations and convolutions a device runs.
 
 A version computes the values and gradients of `rpn_jax.models.layers`. It is chosen by the platform
 that a program is compiled for, which need not be the platform of the compiling process.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
+import jax.numpy as jnp
 
 from rpn_jax.models import layers
 from rpn_jax.models.kernels import cpu, gpu, lean, tpu
@@ -25,6 +26,7 @@ class Kernels:
       argument.
     layer_norm: (x (..., D), scale (D,), bias (D,), epsilon) -> (..., D) float32.
     activations: name -> elementwise function; the names are those of `layers.ACTIVATIONS`.
+    product: (x (..., K), w (K, F)) -> (..., F) of the operands' type, or float32 for one to round.
     convolve: (x (N, H, W, C), kernel (K, K, C, F)) -> (N, H, W, F), where x needs a gradient. The
       convolutions of Flax's own layers are not of this.
   """
@@ -33,6 +35,7 @@ class Kernels:
   self_attend: Callable
   layer_norm: Callable
   activations: Mapping[str, Callable]
+  product: Callable = jnp.matmul
   convolve: Callable = layers.convolve
 
 
@@ -52,7 +55,7 @@ LEAN = Kernels(
   activations=flax.core.FrozenDict(lean.ACTIVATIONS),
 )
 PLATFORMS = {
-  "cpu": dataclasses.replace(LEAN, **by(cpu.attend), convolve=cpu.convolve),
+  "cpu": dataclasses.replace(LEAN, **by(cpu.attend), product=cpu.product, convolve=cpu.convolve),
   "gpu": dataclasses.replace(LEAN, attend=gpu.attend, self_attend=gpu.self_attend),
   "tpu": dataclasses.replace(LEAN, self_attend=tpu.self_attend),
 }

@@ -1,11 +1,13 @@
-"""Attention head by head, and the gradients of convolutions, for CPUs.
+"""Products of bfloat16, attention head by head, and the gradients of convolutions, for CPUs.
 
 The attention maps of 512 x 512 images would go through main memory several times; those of one head
 stay in the cache (docs/benchmarks.md).
 
-Shape letters: N tokens, M tokens attended to, H heads of all images, d width of a head; in a
-convolution as in `layers`.
+Shape letters: N tokens, M tokens attended to, H heads of all images, d width of a head, K and F
+channels in and out of a product; in a convolution as in `layers`.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,37 @@ from rpn_jax.models.kernels import lean
 MAX_MAP_ELEMENTS = 2**22
 
 
+def product(x: jax.Array, w_KxF: jax.Array) -> jax.Array:
+  """x w, (..., F): float32 of bfloat16 operands, which the caller rounds where it is stored.
+
+  Processors with units for it multiply bfloat16 to a float32 result at twice the speed at which
+  XLA multiplies it to a bfloat16 result (docs/benchmarks.md), and nothing is rounded on the way.
+  """
+  return jnp.matmul(x, w_KxF) if x.dtype != jnp.bfloat16 else product_bfloat16(x, w_KxF)
+
+
+@jax.custom_vjp
+def product_bfloat16(x: jax.Array, w_KxF: jax.Array) -> jax.Array:
+  return jnp.matmul(x, w_KxF, preferred_element_type=jnp.float32)
+
+
+def product_forward(x: jax.Array, w_KxF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  return product_bfloat16(x, w_KxF), (x, w_KxF)
+
+
+def product_backward(stored: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+  # Differentiated automatically, the products would be those of float32, of g's type.
+  x, w_KxF = stored
+  g = g.astype(x.dtype)
+  rows = lambda y: y.reshape(-1, y.shape[-1])
+  wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  dx, dw = wide("...f,kf->...k", g, w_KxF), wide("nk,nf->kf", rows(x), rows(g))
+  return dx.astype(x.dtype), dw.astype(w_KxF.dtype)
+
+
+product_bfloat16.defvjp(product_forward, product_backward)
+
+
 def attend(
   q_BxNxHxd: jax.Array, k_BxMxHxd: jax.Array, v_BxMxHxd: jax.Array, causal: bool = False
 ) -> jax.Array:
@@ -26,10 +59,17 @@ def attend(
   batch, tokens, heads, _ = q_BxNxHxd.shape
   large = batch * heads * tokens * k_BxMxHxd.shape[1] > MAX_MAP_ELEMENTS
   if causal or not large:
-    return lean.attend(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, causal)
+    # JAX's own function rounds the second product to its operands' type.
+    at_once = layers.attend if q_BxNxHxd.dtype == jnp.bfloat16 else lean.attend
+    return at_once(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, causal)
   split = lambda x: rearrange(x, "b n h d -> (b h) n d")
   out = attend_by_head(split(q_BxNxHxd), split(k_BxMxHxd), split(v_BxMxHxd))
   return rearrange(out, "(b h) n d -> b n h d", h=heads)
+
+
+def dot(a_NxK: jax.Array, b_MxK: jax.Array) -> jax.Array:
+  """a bᵀ, (N, M) float32. Of bᵀ XLA would make an array of float32, and multiply that."""
+  return jnp.einsum("nk,mk->nm", a_NxK, b_MxK, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
@@ -47,16 +87,18 @@ def attend_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   def one_head(qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     q, k, v = qkv
-    scores = (q * q.shape[-1] ** -0.5 @ k.T).astype(jnp.float32)
+    # The scale is applied last, so that XLA does it in the loop of the exponential, and in that of
+    # the product where no gradient is wanted.
+    scores, scale = dot(q, k), q.shape[-1] ** -0.5
     largest = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - largest)
-    total = weights.sum(-1, keepdims=True)
-    out = ((weights.astype(v.dtype) @ v) / total).astype(v.dtype)
-    return out, (largest + jnp.log(total))[:, 0]
+    weights = jnp.exp((scores - largest) * scale).astype(v.dtype)
+    total = weights.astype(jnp.float32).sum(-1, keepdims=True)
+    return product(weights, v) / total, (largest * scale + jnp.log(total))[:, 0]
 
   out, log_total = jax.lax.map(one_head, (q_HxNxd, k_HxMxd, v_HxMxd))
   # The name is the one that the policy "dots" of `remat.REMAT_POLICIES` stores.
-  return out, (q_HxNxd, k_HxMxd, v_HxMxd, checkpoint_name(log_total, "attention"))
+  stored = q_HxNxd, k_HxMxd, v_HxMxd, checkpoint_name(log_total, "attention")
+  return out.astype(v_HxMxd.dtype), stored
 
 
 def attend_backward(stored: tuple[jax.Array, ...], g_HxNxd: jax.Array) -> tuple[jax.Array, ...]:
@@ -68,16 +110,15 @@ def attend_backward(stored: tuple[jax.Array, ...], g_HxNxd: jax.Array) -> tuple[
 
   def one_head(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     q, k, v, log_total, g, k_dxM = arrays
-    q = q * scale
-    weights = jnp.exp((k @ q.T).astype(jnp.float32) - log_total)
-    scores = (v @ g.T).astype(jnp.float32)
-    scores = (weights * (scores - (weights * scores).sum(0))).astype(q.dtype)
-    return k_dxM @ scores * scale, scores @ q, weights.astype(g.dtype) @ g
+    weights = jnp.exp(dot(k, q) * scale - log_total).astype(g.dtype)
+    wide, slopes = weights.astype(jnp.float32), dot(v, g)
+    slopes = (wide * (slopes - (wide * slopes).sum(0))).astype(q.dtype)
+    return product(k_dxM, slopes) * scale, product(slopes, q) * scale, product(weights, g)
 
   dq_HxdxN, dk, dv = jax.lax.map(
     one_head, (q_HxNxd, k_HxMxd, v_HxMxd, log_total_HxN, g_HxNxd, k_HxMxd.swapaxes(1, 2))
   )
-  return dq_HxdxN.swapaxes(1, 2), dk, dv
+  return tuple(x.astype(q_HxNxd.dtype) for x in (dq_HxdxN.swapaxes(1, 2), dk, dv))
 
 
 attend_by_head.defvjp(attend_forward, attend_backward)

@@ -45,6 +45,14 @@ def dot(a_BxNxd: jax.Array, b_BxMxd: jax.Array) -> jax.Array:
   return product * a_BxNxd.shape[-1] ** -0.5
 
 
+def read_by(weights_BxNxM: jax.Array, v_BxMxHxd: jax.Array) -> jax.Array:
+  """Values weighted alike in all heads, summed in float32: (B, N, H, d) of the values' type."""
+  weights, v = weights_BxNxM.astype(v_BxMxHxd.dtype), v_BxMxHxd
+  return jnp.einsum("bnm,bmhd->bnhd", weights, v, preferred_element_type=jnp.float32).astype(
+    v.dtype
+  )
+
+
 def attend_by_scores(
   scores: Callable, v_BxNxHxd: jax.Array, *arrays_BxNxHxd: jax.Array
 ) -> jax.Array:
@@ -60,7 +68,7 @@ def attend_by_scores(
 
   def one_head(parts: tuple[jax.Array, ...]) -> jax.Array:
     *arrays, v_BxNxd = parts
-    return jax.nn.softmax(scores(*arrays)).astype(v_BxNxd.dtype) @ v_BxNxd
+    return read_by(jax.nn.softmax(scores(*arrays)), v_BxNxd[:, :, None])[:, :, 0]
 
   by_head = tuple(jnp.moveaxis(x, 2, 0) for x in (*arrays_BxNxHxd, v_BxNxHxd))
   return jnp.moveaxis(jax.lax.map(one_head, by_head), 0, 2)
@@ -87,7 +95,6 @@ def neighbors_only(forward: Forward) -> jax.Array:
   def read(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     length = lambda x: jnp.linalg.norm(x.astype(jnp.float32), axis=-1).mean(1)
     mean_B = (length(q) * length(k)).mean(-1) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(omega * mean_B[:, None, None]).astype(v.dtype)
-    return jnp.einsum("bnm,bmhd->bnhd", weights, v)
+    return read_by(jax.nn.softmax(omega * mean_B[:, None, None]), v)
 
   return forward.run_last(read)

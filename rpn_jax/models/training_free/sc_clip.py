@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from rpn_jax.models.training_free.attention import read_by
 from rpn_jax.models.training_free.forward import Forward, check_blocks, in_proportion
 
 # What a similarity's distance from the mean is multiplied by before the softmax.
@@ -64,7 +65,7 @@ def tokens(forward: Forward) -> jax.Array:
   def attention(x_BxNxD: jax.Array, cls_Bx1xD: jax.Array) -> jax.Array:
     """Half by `focus`, half by keys, among patches only, and a part of the class token."""
     _, k, v = forward.project(forward.last, x_BxNxD)
-    by_focus = jnp.einsum("bnm,bmhd->bnhd", focus.astype(v.dtype), v)
+    by_focus = read_by(focus, v)
     out = forward.output(forward.last, (by_focus + forward.attend(k, k, v)) / 2)
     return out.astype(jnp.float32) + s.sc_clip_class_weight * cls_Bx1xD
 
