@@ -34,6 +34,8 @@ SILENT_SECONDS = 30
 TPU_PORT = 8476
 # No copy of a data set takes longer.
 MAX_WAIT_SECONDS = 86400
+# How Linux names the units of x86 processors that multiply bfloat16.
+BFLOAT16_UNITS = {"avx512_bf16", "amx_bf16"}
 # In place of a coordinator: join no other process.
 ALONE = ("none",)
 
@@ -85,13 +87,18 @@ def configure_compilation_cache() -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
-@functools.cache
-def machine_id() -> str:
-  """The version of jaxlib and a hash of the processor's features, such as "0.10.2-1f3a5b7c"."""
+def processor_features() -> tuple[str, ...]:
+  """What the processor has, such as "avx2", sorted; its name on other systems than Linux."""
   features = platform.processor()
   with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
     features = next((line for line in file if line.startswith(("flags", "Features"))), features)
-  words = " ".join([platform.system(), platform.machine(), *sorted(features.split())])
+  return tuple(sorted(features.split()))
+
+
+@functools.cache
+def machine_id() -> str:
+  """The version of jaxlib and a hash of the processor's features, such as "0.10.2-1f3a5b7c"."""
+  words = " ".join([platform.system(), platform.machine(), *processor_features()])
   version = importlib.metadata.version("jaxlib")
   return f"{version}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
@@ -116,9 +123,11 @@ def platform_of(mesh: jax.sharding.Mesh) -> str:
 def fast_type(device: jax.Device) -> str:
   """The compute type for inference on a device: "bfloat16" where its products are faster.
 
-  They are on TPUs, and on NVIDIA's GPUs from Ampere on (compute capability 8.0). On CPUs that have
-  units for them the network was slower all the same when it was measured (docs/benchmarks.md).
+  They are on TPUs, on NVIDIA's GPUs from Ampere on (compute capability 8.0), and on CPUs that have
+  units for them (docs/benchmarks.md).
   """
+  if device.platform == "cpu":
+    return "bfloat16" if BFLOAT16_UNITS & set(processor_features()) else "float32"
   if device.platform == "tpu":
     return "bfloat16"
   capability = str(getattr(device, "compute_capability", ""))

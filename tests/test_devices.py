@@ -130,7 +130,6 @@ def test_settings_of_jax_that_commands_cannot_use(tmp_path, settings, status, ou
     ("gpu", "9.0", "bfloat16"),
     ("gpu", "12.0", "bfloat16"),
     ("gpu", "gfx942", "float32"),
-    ("cpu", None, "float32"),
   ],
 )
 def test_the_fast_type_of_a_device(platform, capability, dtype):
@@ -138,3 +137,17 @@ def test_the_fast_type_of_a_device(platform, capability, dtype):
   if capability:
     device.compute_capability = capability
   assert devices.fast_type(device) == dtype
+
+
+@pytest.mark.parametrize(
+  "features, dtype",
+  [
+    (("avx2", "avx512f"), "float32"),
+    (("avx512_bf16", "avx512f"), "bfloat16"),
+    (("amx_bf16",), "bfloat16"),
+    (("amx_tile", "bf16"), "float32"),  # the latter is ARM's, on which nothing was measured
+  ],
+)
+def test_the_fast_type_of_a_cpu(features, dtype, monkeypatch):
+  monkeypatch.setattr(devices, "processor_features", lambda: features)
+  assert devices.fast_type(types.SimpleNamespace(platform="cpu")) == dtype

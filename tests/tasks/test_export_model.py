@@ -70,7 +70,7 @@ def run(content: bytes, **arrays: np.ndarray) -> np.ndarray:
 
 def test_onnxruntime_gives_the_predictors_logits_for_any_number_of_images(folder):
   content, image = (folder / "shapes.onnx").read_bytes(), images(2, 64)
-  wanted = expected(Segmenter.load(), SCENE_WORDS.split(", "), image)
+  wanted = expected(Segmenter.load(dtype="float32"), SCENE_WORDS.split(", "), image)
   for count in (1, 2):
     np.testing.assert_allclose(run(content, image=image[:count]), wanted[:count], atol=1e-4)
 
@@ -99,7 +99,7 @@ def test_the_pages_script_segments_without_jax(folder):
     command, cwd=folder, env=environment, capture_output=True, text=True, check=True
   )
   labels = np.asarray(Image.open(folder / "mask.png"))
-  wanted = Segmenter.load()(SCENE, SCENE_WORDS)
+  wanted = Segmenter.load(dtype="float32")(SCENE, SCENE_WORDS)
   assert (labels == wanted.labels).mean() > 0.98
   shares = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines())
   for name, share in wanted.shares().items():
@@ -161,7 +161,7 @@ def test_a_file_for_every_platform_has_the_attention_of_each(tmp_path):
 
 @pytest.mark.slow
 def test_a_file_for_any_size_and_number():
-  segmenter = Segmenter.load()
+  segmenter = Segmenter.load(dtype="float32")
   model = standalone(segmenter, WORDS, size="any", batch="any", several_platforms=True)
   _, call = export_model.to_stablehlo(model)
   image = np.concatenate([images(2, 64), images(2, 64)], 2)
@@ -170,7 +170,7 @@ def test_a_file_for_any_size_and_number():
 
 @pytest.mark.slow
 def test_text_as_an_input_takes_any_number_of_classes():
-  segmenter = Segmenter.load()
+  segmenter = Segmenter.load(dtype="float32")
   model = standalone(segmenter, (), batch="any", text_input=True)
   content, _ = export_model.to_onnx(model)
   image = images(2, 64)
@@ -186,7 +186,7 @@ def test_text_as_an_input_takes_any_number_of_classes():
   ["sc_clip", *(pytest.param(m, marks=pytest.mark.slow) for m in ("sclip", "naclip", "pearl"))],
 )
 def test_training_free_methods(method):
-  segmenter = Segmenter.load("shapes_clip", method=method)
+  segmenter = Segmenter.load("shapes_clip", method=method, dtype="float32")
   content, _ = export_model.to_onnx(standalone(segmenter, WORDS, batch="any"))
   image = images(2, 64)
   got, wanted = run(content, image=image), expected(segmenter, WORDS, image)
@@ -221,7 +221,7 @@ def test_cat_seg():
 
 @pytest.mark.slow
 def test_half_precision_halves_the_file():
-  segmenter = Segmenter.load()
+  segmenter = Segmenter.load(dtype="float32")
   whole, _ = export_model.to_onnx(standalone(segmenter, WORDS))
   half, _ = export_model.to_onnx(standalone(segmenter, WORDS, dtype="float16"))
   assert len(half) < 0.6 * len(whole)
