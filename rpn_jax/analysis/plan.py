@@ -1,6 +1,7 @@
 """What a sweep is made of: the tables of a config file, and the runs that they ask for."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -15,6 +16,8 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
 from rpn_jax.weights import arrays, clip_file
 
+# File systems have names of 255 bytes, and a run writes files whose names begin with its own.
+LONGEST_NAME = 200
 # What --tune-lr sets.
 TUNED = ("optimizer.base_lr", "optimizer.groups", "data.held_out")
 
@@ -37,6 +40,8 @@ def directory(root: pathlib.Path, changes: Mapping, seed: int) -> pathlib.Path:
   """The workdir of a row: named after what it changes, so that equal rows share it."""
   words = [f"{field.rpartition('.')[2]}={value}" for field, value in sorted(changes.items())]
   name = re.sub(r"[^\w=+.,-]", "_", ",".join(words)) or "base"
+  if len(name) > LONGEST_NAME:
+    name = f"{name[: LONGEST_NAME - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
   return root / f"{name}_seed{seed}"
 
 

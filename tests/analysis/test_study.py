@@ -170,6 +170,7 @@ def test_the_studys_file_is_that_of_its_config(monkeypatch):
   known = {workdir.name for workdir in plan.runs(list(plan.content["TABLES"]), 5)}
   trials = plan.trials(list(plan.content["TABLES"]))
   known |= {trial.workdir.name for of_row in trials.values() for trial in of_row}
+  assert max(map(len, known)) < 220  # a file system has names of 255 bytes
   assert {run.directory.name for run in plan.results.runs()} <= known
 
 

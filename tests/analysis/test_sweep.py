@@ -13,7 +13,7 @@ import pytest
 
 from configs import ablations, shapes
 from rpn_jax import cli
-from rpn_jax.analysis import jobs, kept, paired
+from rpn_jax.analysis import jobs, kept, paired, plan
 from rpn_jax.base.errors import InputError
 from rpn_jax.weights import arrays, clip_file
 from tests import ROOT, tiny
@@ -368,3 +368,12 @@ def test_the_real_thing(tmp_path):
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0, done.stderr
   assert "tfpm_b" in done.stdout
+
+
+def test_long_changes_have_short_names_that_differ():
+  names = [
+    plan.directory(pathlib.Path("out"), {"data.unseen": ("plain red",) * 40, "x": x}, 0).name
+    for x in (1, 2)
+  ]
+  assert names[0] != names[1] and max(map(len, names)) < 220
+  assert all(name.startswith("unseen=") and name.endswith("_seed0") for name in names)
