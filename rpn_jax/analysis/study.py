@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from rpn_jax.analysis import kept, paired, rates, report
@@ -143,9 +144,9 @@ def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) ->
       for at, place in zip(zip(x, y), places):
         if place not in named:  # once, whichever series has it first
           named.add(place)
-          ax.annotate(place, at, (5, 5), textcoords="offset points", fontsize=9)
+          ax.annotate(place, at, (-5, 5), textcoords="offset points", ha="right", fontsize=9)
     ax.axhline(0, color="0.4", linewidth=0.8)
-    ax.set_xlabel(title)
+    ax.set_xlabel(textwrap.fill(title, 30))
   axes[0, 0].set_ylabel("gain in hIoU (points)")
   axes[0, 0].set_title("Each tower: seeds' mean, 95 % interval", loc="left", fontsize=12)
   if series:
@@ -177,9 +178,15 @@ def draw_axes(path, axes_of: Mapping[str, Mapping[int, str]], found: Sequence[Ga
 def _points(
   ax, x: Sequence, y: Sequence, half: Sequence, i: int, label: str, *, line: bool
 ) -> None:
-  color = line_style(i)["color"]
-  style = {"color": color, "label": label, "capsize": 3, "markersize": 5}
-  ax.errorbar(x, y, half, fmt="os^Dv"[i % 5] + ("-" if line else ""), **style)
+  """Series i, four points of the page right of the one before: they share their places."""
+  from matplotlib.transforms import ScaledTranslation
+
+  style = {"color": line_style(i)["color"], "label": label, "capsize": 3, "markersize": 5}
+  drawn = ax.errorbar(x, y, half, fmt="os^Dv"[i % 5] + ("-" if line else ""), **style)
+  # Afterwards, so that the axis is that of the places.
+  aside = ax.transData + ScaledTranslation(4 * i / 72, 0, ax.figure.dpi_scale_trans)
+  for artist in drawn.get_children():
+    artist.set_transform(aside)
 
 
 def read_towers(folder: pathlib.Path, made: Mapping[str, pathlib.Path]) -> dict[str, dict]:
