@@ -79,7 +79,9 @@ def keep_freed_memory() -> None:
   clears each of their pages again when the next one touches it (docs/benchmarks.md).
   """
   mmap_max, trim_threshold = -4, -1
-  libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+  if sys.platform != "linux":
+    return
+  libc = ctypes.CDLL(None)
   if hasattr(libc, "mallopt"):
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, -1)
