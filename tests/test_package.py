@@ -161,8 +161,10 @@ def test_the_wheel_segments_away_from_the_source(wheel, tmp_path):
   assert files == {"scene_overlay.png", "scene_labels.png", "scene.json"}
   loaded, programs = json.loads(result.stdout.splitlines()[-1])
   assert loaded == []
-  # The network, the merging of its windows, and the text tower where no embeddings are kept.
-  assert 2 <= len(programs) <= 3, programs
+  # The network, the merging of its windows, the text tower where no embeddings are kept, and the
+  # cast of the weights where bfloat16 is the fast type.
+  of_words = [name for name in programs if name != "jit(_cast)"]
+  assert 2 <= len(of_words) <= 3 and programs.count("jit(_cast)") <= 1, programs
 
 
 def test_version_is_in_one_place_and_in_the_changelog(capsys):
