@@ -20,6 +20,8 @@ from einops import rearrange
 
 # The value CLIP was trained with (PyTorch's default); Flax's own default is 1e-6.
 LAYER_NORM_EPSILON = 1e-5
+# Sums in float32, whatever the type of what is multiplied.
+wide_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def in_float32(function: Callable) -> Callable:
@@ -45,12 +47,11 @@ def attend(
   q_BxNxHxd: jax.Array, k_BxMxHxd: jax.Array, v_BxMxHxd: jax.Array, causal: bool = False
 ) -> jax.Array:
   """softmax(q kᵀ / √d) v for every head, sums and softmax in float32: (B, N, H, d)."""
-  einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  scores = einsum("bnhd,bmhd->bhnm", q_BxNxHxd, k_BxMxHxd) * q_BxNxHxd.shape[-1] ** -0.5
+  scores = wide_einsum("bnhd,bmhd->bhnm", q_BxNxHxd, k_BxMxHxd) * q_BxNxHxd.shape[-1] ** -0.5
   if causal:
     scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
   weights = jax.nn.softmax(scores).astype(v_BxMxHxd.dtype)
-  return einsum("bhnm,bmhd->bnhd", weights, v_BxMxHxd).astype(v_BxMxHxd.dtype)
+  return wide_einsum("bhnm,bmhd->bnhd", weights, v_BxMxHxd).astype(v_BxMxHxd.dtype)
 
 
 def join(x_BxNxHxd: jax.Array, extra_BxPxHxd: jax.Array) -> jax.Array:
@@ -138,18 +139,30 @@ class StoredParams:
     return value
 
 
-class Dense(StoredParams, nn.Dense):
-  """`nn.Dense` that is quick to trace; `product` is of its two matrices, see `kernels.Kernels`."""
+class Dense(StoredParams, nn.Module):
+  """A projection with a bias, as `nn.Dense`.
 
+  Attributes:
+    features: channels out.
+    dtype: compute type, and that of the result.
+    kernel_init: initializer of the kernel (D, features).
+    bias_init: of the bias (features,).
+    product: of input and kernel, see `kernels.Kernels`.
+  """
+
+  features: int
+  dtype: Any = jnp.float32
+  kernel_init: Callable = nn.initializers.lecun_normal()
+  bias_init: Callable = nn.initializers.zeros
   product: Callable = jnp.matmul
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """(..., D) -> (..., features) of the compute type."""
-    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
-    bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    return (self.product(x, kernel) + bias).astype(x.dtype)
+    """(..., D) -> (..., features)."""
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+    bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+    x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+    return (self.product(x, kernel) + bias).astype(self.dtype)
 
 
 class LayerNorm(StoredParams, nn.Module):

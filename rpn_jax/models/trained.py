@@ -75,7 +75,7 @@ def in_compute_type(frozen: Mapping, dtype: Any) -> dict:
   # On a device all in one program: one for each shape would take longer to compile.
   on_host = not any(isinstance(x, jax.Array) for x in other.values())
   cast = _cast if on_host else jax.jit(_cast, static_argnums=1)
-  return traverse_util.unflatten_dict({**flat, **(other and cast(other, dtype))}, sep="/")
+  return traverse_util.unflatten_dict({**flat, **cast(other, dtype)}, sep="/")
 
 
 def _cast(arrays: Mapping, dtype: Any) -> dict:

@@ -7,8 +7,6 @@ Shape letters: N tokens, M tokens attended to, H heads of all images, d width of
 channels in and out of a product; in a convolution as in `layers`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -44,8 +42,8 @@ def product_backward(stored: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.A
   x, w_KxF = stored
   g = g.astype(x.dtype)
   rows = lambda y: y.reshape(-1, y.shape[-1])
-  wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  dx, dw = wide("...f,kf->...k", g, w_KxF), wide("nk,nf->kf", rows(x), rows(g))
+  dx = layers.wide_einsum("...f,kf->...k", g, w_KxF)
+  dw = layers.wide_einsum("nk,nf->kf", rows(x), rows(g))
   return dx.astype(x.dtype), dw.astype(w_KxF.dtype)
 
 
@@ -69,7 +67,7 @@ def attend(
 
 def dot(a_NxK: jax.Array, b_MxK: jax.Array) -> jax.Array:
   """a bᵀ, (N, M) float32. Of bᵀ XLA would make an array of float32, and multiply that."""
-  return jnp.einsum("nk,mk->nm", a_NxK, b_MxK, preferred_element_type=jnp.float32)
+  return layers.wide_einsum("nk,mk->nm", a_NxK, b_MxK)
 
 
 @jax.custom_vjp

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from rpn_jax.models.layers import wide_einsum
 from rpn_jax.models.training_free.forward import Forward
 
 
@@ -41,16 +42,13 @@ def query_query_key_key(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Arr
 
 def dot(a_BxNxd: jax.Array, b_BxMxd: jax.Array) -> jax.Array:
   """a bᵀ / √d of one head, (B, N, M) float32."""
-  product = jnp.einsum("bnd,bmd->bnm", a_BxNxd, b_BxMxd, preferred_element_type=jnp.float32)
-  return product * a_BxNxd.shape[-1] ** -0.5
+  return wide_einsum("bnd,bmd->bnm", a_BxNxd, b_BxMxd) * a_BxNxd.shape[-1] ** -0.5
 
 
 def read_by(weights_BxNxM: jax.Array, v_BxMxHxd: jax.Array) -> jax.Array:
   """Values weighted alike in all heads, summed in float32: (B, N, H, d) of the values' type."""
   weights, v = weights_BxNxM.astype(v_BxMxHxd.dtype), v_BxMxHxd
-  return jnp.einsum("bnm,bmhd->bnhd", weights, v, preferred_element_type=jnp.float32).astype(
-    v.dtype
-  )
+  return wide_einsum("bnm,bmhd->bnhd", weights, v).astype(v.dtype)
 
 
 def attend_by_scores(
