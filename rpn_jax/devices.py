@@ -49,8 +49,14 @@ def configure_cpu() -> None:
   flag, given = "--xla_cpu_enable_concurrency_optimized_scheduler", os.environ.get("XLA_FLAGS", "")
   if flag not in given:
     os.environ["XLA_FLAGS"] = f"{given} {flag}=false".strip()
-  if sys.platform == "linux":
-    _trim_malloc()
+  _trim_malloc()
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+  """The C library where it is glibc, whose allocator can be told what to keep."""
+  libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+  return libc if hasattr(libc, "mallopt") else None
 
 
 @functools.cache
@@ -60,8 +66,8 @@ def _trim_malloc() -> None:
   That would be 0.2 GB after compiling a step, and the peak of every thread, in eight arenas per
   core.
   """
-  libc, arena_max = ctypes.CDLL(None), -8
-  if not hasattr(libc, "mallopt"):
+  arena_max = -8
+  if (libc := _glibc()) is None:
     return
   libc.mallopt(arena_max, max(1, (os.cpu_count() or 1) // 2))
 
@@ -79,10 +85,7 @@ def keep_freed_memory() -> None:
   clears each of their pages again when the next one touches it (docs/benchmarks.md).
   """
   mmap_max, trim_threshold = -4, -1
-  if sys.platform != "linux":
-    return
-  libc = ctypes.CDLL(None)
-  if hasattr(libc, "mallopt"):
+  if (libc := _glibc()) is not None:
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, -1)
 
