@@ -16,7 +16,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
 from rpn_jax.weights import arrays, clip_file
 
-# File systems have names of 255 bytes, and a run writes files whose names begin with its own.
+# Bytes; with the seed below the 255 that file systems have for a name.
 LONGEST_NAME = 200
 # What --tune-lr sets.
 TUNED = ("optimizer.base_lr", "optimizer.groups", "data.held_out")
@@ -40,8 +40,9 @@ def directory(root: pathlib.Path, changes: Mapping, seed: int) -> pathlib.Path:
   """The workdir of a row: named after what it changes, so that equal rows share it."""
   words = [f"{field.rpartition('.')[2]}={value}" for field, value in sorted(changes.items())]
   name = re.sub(r"[^\w=+.,-]", "_", ",".join(words)) or "base"
-  if len(name) > LONGEST_NAME:
-    name = f"{name[: LONGEST_NAME - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+  if len(encoded := name.encode()) > LONGEST_NAME:
+    begin = encoded[: LONGEST_NAME - 9].decode(errors="ignore")
+    name = f"{begin}_{hashlib.sha256(encoded).hexdigest()[:8]}"
   return root / f"{name}_seed{seed}"
 
 

@@ -370,10 +370,11 @@ def test_the_real_thing(tmp_path):
   assert "tfpm_b" in done.stdout
 
 
-def test_long_changes_have_short_names_that_differ():
+@pytest.mark.parametrize("word", ["plain red", "赤い丸"])
+def test_long_changes_have_short_names_that_differ(word):
   names = [
-    plan.directory(pathlib.Path("out"), {"data.unseen": ("plain red",) * 40, "x": x}, 0).name
+    plan.directory(pathlib.Path("out"), {"data.unseen": (word,) * 40, "x": x}, 0).name
     for x in (1, 2)
   ]
-  assert names[0] != names[1] and max(map(len, names)) < 220
+  assert names[0] != names[1] and max(len(name.encode()) for name in names) < 220
   assert all(name.startswith("unseen=") and name.endswith("_seed0") for name in names)
