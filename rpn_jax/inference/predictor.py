@@ -307,12 +307,8 @@ class Predictor:
       refine: another refinement than that of the protocol.
     """
     check_process()
-    mesh = data_mesh()
+    mesh, (network, variables) = data_mesh(), self._variables
     replicated = jax.sharding.NamedSharding(mesh, P())
-    network, params, prompts = self.network.merged(self.params, self.prompts)
-    joined = join(params, prompts)
-    joined["params"] = in_compute_type(joined["params"], network.dtype)
-    variables = jax.device_put(joined, replicated)
     text = jax.device_put(self._encode(network, mesh, variables, text), replicated)
 
     def logits(windows: np.ndarray) -> jax.Array:
@@ -347,6 +343,14 @@ class Predictor:
       flip=p.flip,
       class_of_row=class_of_row,
     )
+
+  @functools.cached_property
+  def _variables(self) -> tuple[Network, dict]:
+    """The network as it is used, and its variables in their compute type, on all local devices."""
+    network, params, prompts = self.network.merged(self.params, self.prompts)
+    joined = join(params, prompts)
+    joined["params"] = in_compute_type(joined["params"], network.dtype)
+    return network, jax.device_put(joined, jax.sharding.NamedSharding(data_mesh(), P()))
 
   def _encode(
     self, network: Network, mesh: jax.sharding.Mesh, variables: dict, text: Any

@@ -70,6 +70,19 @@ def test_the_text_tower_runs_once_for_a_list_of_classes(monkeypatch):
   assert len(ENCODED) == 2  # a program for each shape
 
 
+def test_weights_are_cast_once_for_all_words(monkeypatch):
+  casts, cast = [], predictor.in_compute_type
+  monkeypatch.setattr(
+    predictor, "in_compute_type", lambda *given: casts.append(given) or cast(*given)
+  )
+  one = predictor_of(TextTower(), short_side=8, crop=8, stride=8)
+  for text in (np.array([[1, 2]], np.int32), np.array([[3, 4], [0, 1]], np.int32)):
+    scores = one.sliding_window(text).scores(np.ones((8, 8, 3), np.float32))
+    np.testing.assert_allclose(scores[0, 0], -2 * 8 * 8 * 3 * text.sum(-1))
+  assert len(casts) == 1
+  assert one.with_prompts({"other": {}}).sliding_window(text) and len(casts) == 2
+
+
 def test_windows_are_whole_patches_unless_the_network_resizes():
   class Patches(TextTower):
     input_multiple = Defaults.input_multiple
