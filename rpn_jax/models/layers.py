@@ -161,8 +161,8 @@ class Dense(StoredParams, nn.Module):
     """(..., D) -> (..., features)."""
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
     bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
-    x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-    return (self.product(x, kernel) + bias).astype(self.dtype)
+    out = self.product(x.astype(self.dtype), kernel.astype(self.dtype))
+    return (out + bias.astype(out.dtype)).astype(self.dtype)
 
 
 class LayerNorm(StoredParams, nn.Module):

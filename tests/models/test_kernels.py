@@ -176,6 +176,14 @@ def test_products_of_bfloat16_are_not_rounded_on_cpus():
     np.testing.assert_allclose(np.float32(got), want, rtol=2**-8, atol=1e-4)
 
 
+def test_biases_are_added_before_anything_is_rounded_on_cpus():
+  # 1 + 2^-8 lies between two neighbors in bfloat16, and 1 + 2^-7 is the upper one.
+  dense = layers.Dense(1, jnp.bfloat16, product=cpu.product)
+  params = {"kernel": np.ones((1, 1), np.float32), "bias": np.float32([1 + 2**-8])}
+  out = dense.apply({"params": params}, jnp.full((1, 1), 2.0**-8))
+  assert out.dtype == jnp.bfloat16 and float(out[0, 0]) == 1 + 2**-7
+
+
 @pytest.mark.parametrize("platform", kernels.PLATFORMS)
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)
 def test_activations_round_once(name, platform):
