@@ -71,6 +71,9 @@ def run_all(
     for process in tuple(running):
       process.terminate()  # a terminal's Ctrl-C has reached them, too; what `kill` sends has not
     raise
+  except BaseException:  # as a file that cannot be kept: hours of other runs would come before it
+    pool.shutdown(cancel_futures=True)
+    raise
   finally:
     pool.shutdown()
   return failures

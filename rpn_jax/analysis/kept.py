@@ -75,9 +75,24 @@ def read(path: str | os.PathLike) -> list[FinishedRun]:
 
 
 def read_content(path: pathlib.Path) -> Content:
-  """All of a file; see `read`."""
+  """All of a file; see `read`.
+
+  Raises:
+    InputError: see there; or two different runs have one name, as after a merge by hand.
+  """
   runs, head = _read(path)
-  return Content(dict(runs), set(head.get("diverged", ())), head.get("sweep"))
+  found: dict[str, FinishedRun] = {}
+  for name, run in runs:
+    _check_equal(name, found.setdefault(name, run), run, f"another line of {path}")
+  return Content(found, set(head.get("diverged", ())), head.get("sweep"))
+
+
+def _check_equal(name: str, kept: FinishedRun, other: FinishedRun, where: str) -> None:
+  if kept.last != other.last:
+    raise InputError(
+      f"{name}: has a kept hIoU of {kept.last['hiou']} and {other.last['hiou']} in {where}: "
+      "delete the line of one, or its folder"
+    )
 
 
 class Results:
@@ -87,13 +102,20 @@ class Results:
     root: the folder of the workdirs.
     path: of the file; None keeps nothing.
     settings: of the sweep.
+    only_kept: whether workdirs are left alone.
+
+  Attributes:
+    settings: see above.
 
   Raises:
     InputError: the file is damaged, or that of another sweep.
   """
 
-  def __init__(self, root: pathlib.Path, path: pathlib.Path | None, settings: Mapping):
-    self._root, self._path, self._settings = root, path, dict(settings)
+  def __init__(
+    self, root: pathlib.Path, path: pathlib.Path | None, settings: Mapping, only_kept: bool = False
+  ):
+    self._root, self._path, self.settings = root, path, dict(settings)
+    self._only_kept = only_kept
     self._kept = self._there()
     self._read: dict[pathlib.Path, FinishedRun] = {}
 
@@ -101,10 +123,10 @@ class Results:
     if self._path is None or not self._path.exists():
       return Content({})
     content = read_content(self._path)
-    if content.sweep != self._settings:
+    if content.sweep != self.settings:
       raise InputError(
         f"--keep={self._path}: has runs of {content.sweep or 'no sweep'}, asked for: "
-        f"{self._settings}; choose another file"
+        f"{self.settings}; choose another file"
       )
     return content
 
@@ -112,16 +134,24 @@ class Results:
     """The run of a workdir, whose files are read once; InputError or OSError if there is none."""
     if workdir not in self._read:
       try:
+        if self._only_kept:
+          raise InputError(f"{workdir}: is not in the file")
         self._read[workdir] = read_run(workdir)
       except (InputError, OSError):
-        if (run := self._kept.runs.get(self._name(workdir))) is not None:
-          return run
+        if (kept := self._kept.runs.get(self.name(workdir))) is not None:
+          return kept
+        if self.diverged(workdir):
+          raise InputError(f"{workdir}: diverged, its loss was no number") from None
         raise
     return self._read[workdir]
 
-  def runs(self) -> list[FinishedRun]:
-    """Those that the file has."""
-    return list(self._kept.runs.values())
+  def runs(self) -> dict[str, FinishedRun]:
+    """Those that the file has, by their names in it."""
+    return dict(self._kept.runs)
+
+  def name(self, workdir: pathlib.Path) -> str:
+    """What the file calls a workdir."""
+    return workdir.relative_to(self._root).as_posix()
 
   def is_done(self, workdir: pathlib.Path) -> bool:
     """Whether there is a run that has ended well."""
@@ -136,10 +166,10 @@ class Results:
 
   def diverged(self, workdir: pathlib.Path) -> bool:
     """Whether a run was given up since its loss was no number: an answer, and not a failure."""
-    with contextlib.suppress(OSError):
-      log = (workdir / LOG).read_text(encoding="utf-8", errors="replace")
-      return NOT_FINITE in log
-    return self._name(workdir) in self._kept.diverged
+    if not self._only_kept:
+      with contextlib.suppress(OSError):
+        return NOT_FINITE in (workdir / LOG).read_text(encoding="utf-8", errors="replace")
+    return self.name(workdir) in self._kept.diverged
 
   def keep(self, workdirs: Collection[pathlib.Path]) -> None:
     """Adds to the file what has ended; what others have added meanwhile stays.
@@ -162,22 +192,23 @@ class Results:
   def _add(self, workdirs: Collection[pathlib.Path], path: pathlib.Path) -> None:
     self._kept = self._there()
     for workdir in workdirs:
-      name = self._name(workdir)
+      name = self.name(workdir)
       try:
-        self._kept.runs[name] = self.read(workdir)
-        self._kept.diverged.discard(name)
+        run = self.read(workdir)
       except (InputError, OSError):
-        if self.diverged(workdir) and name not in self._kept.runs:
+        if self.diverged(workdir):
           self._kept.diverged.add(name)
-    head = {"sweep": self._settings, "diverged": sorted(self._kept.diverged)}
+        continue
+      _check_equal(name, self._kept.runs.get(name, run), run, str(workdir))
+      self._kept.runs[name] = run
+      self._kept.diverged.discard(name)
+    head = {"sweep": self.settings, "diverged": sorted(self._kept.diverged)}
     _write(path, sorted(self._kept.runs.items()), head)
-
-  def _name(self, workdir: pathlib.Path) -> str:
-    return workdir.relative_to(self._root).as_posix()
 
 
 def _write(path: pathlib.Path, runs: Sequence[tuple[str, FinishedRun]], head: Mapping) -> None:
-  configs = [flatten(run.config) for _, run in runs]
+  # Sorted, so that a file that is read and written again is the same.
+  configs = [dict(sorted(flatten(run.config).items())) for _, run in runs]
   shared = {
     field: value
     for field, value in (configs[0] if configs else {}).items()
@@ -209,32 +240,19 @@ def _write(path: pathlib.Path, runs: Sequence[tuple[str, FinishedRun]], head: Ma
 
 def _read(path: pathlib.Path) -> tuple[list[tuple[str, FinishedRun]], dict]:
   """(name, run) of every run, and the rest of the file."""
+  where = ""  # what is being read
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
     if content["format"] != FORMAT:
       raise ValueError
-    runs = [
-      (
-        run["directory"],
-        FinishedRun(
-          path.parent / run["directory"],
-          _nested({**content["config"], **run["config"]}),
-          numbers(run["last"]),
-          numbers(run["best"]),
-          {
-            name: [(int(step), float(value)) for step, value in points]
-            for name, points in run["history"].items()
-          },
-          {name: numbers(scores) for name, scores in run["evaluations"].items()},
-          run["trained_parameters"],
-          str(run.get("clip", "")),
-        ),
-      )
-      for run in content["runs"]
-    ]
-    if not all(run.data_set for _, run in runs) or not (runs or content.get("sweep")):
+    runs = []
+    for run in content["runs"]:
+      where = f", in the run {run['directory']}"
+      runs.append((run["directory"], _run(path, content["config"], run)))
+    where = ""
+    sweep, diverged = content.get("sweep"), content.get("diverged", [])
+    if not (runs or sweep) or not all(isinstance(name, str) for name in diverged):
       raise ValueError
-    sweep = content.get("sweep")
     if sweep is not None and not {"file", "config", "flags"} <= set(sweep):
       raise ValueError
     return runs, {name: content[name] for name in ("sweep", "diverged") if name in content}
@@ -242,9 +260,29 @@ def _read(path: pathlib.Path) -> tuple[list[tuple[str, FinishedRun]], dict]:
     raise InputError(f"{path}: expected runs that `report --keep` wrote, got {error}") from None
   except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
     raise InputError(
-      f"{path}: expected runs that `report --keep` wrote ({FORMAT}), got another or a damaged "
-      "file; write it again"
+      f"{path}: expected runs that `report --keep` or `sweep --keep` wrote ({FORMAT}), got another "
+      f"or a damaged file{where}; take an earlier version of it, or write it again"
     ) from None
+
+
+def _run(path: pathlib.Path, shared: Mapping, run: Mapping) -> FinishedRun:
+  """A run of the file at `path`; ValueError and others if it is none."""
+  found = FinishedRun(
+    path.parent / run["directory"],
+    _nested({**shared, **run["config"]}),
+    numbers(run["last"]),
+    numbers(run["best"]),
+    {
+      name: [(int(step), float(value)) for step, value in points]
+      for name, points in run["history"].items()
+    },
+    {name: numbers(scores) for name, scores in run["evaluations"].items()},
+    run["trained_parameters"],
+    str(run.get("clip", "")),
+  )
+  if not found.data_set or not isinstance(found.config.get("seed", 0), int):
+    raise ValueError
+  return found
 
 
 def _nested(flat: dict) -> dict:

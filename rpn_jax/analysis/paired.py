@@ -1,5 +1,6 @@
 """Rows compared seed by seed."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,20 +26,28 @@ def differences(row: Row, reference: Row) -> list[float]:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
   """Mean, and half of Student's interval around it that holds the true mean in 95 of 100 such
-  samples, in percent; 0 for one value."""
+  samples, in percent; NaN for one value, which tells nothing of how far it may be off."""
   from scipy import stats  # slow to import
 
   percent = 100 * np.array(values, np.float64)
   if len(percent) == 1:
-    return float(percent[0]), 0.0
+    return float(percent[0]), math.nan
   half = stats.t.ppf(0.975, len(percent) - 1) * percent.std(ddof=1) / len(percent) ** 0.5
   return float(percent.mean()), float(half)
 
 
-def mean_and_interval(values: Sequence[float]) -> str:
-  """Percent: "1.6 [0.4, 2.8]", see `interval`; "1.6" for one value, "-" for none."""
+def mean_and_interval(values: Sequence[float], seeds: int = 0) -> str:
+  """Percent: "1.6 [0.4, 2.8]", see `interval`; "1.6" for one value, "-" for none.
+
+  Args:
+    values: differences.
+    seeds: of the row; how many differences there are is said where these are more.
+  """
   if not values:
     return "-"
   mean, half = interval(values)
-  low, middle, high = (round(x, 1) + 0.0 for x in (mean - half, mean, mean + half))  # no "-0.0"
-  return f"{middle:.1f}" if len(values) == 1 else f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+  rounded = lambda x: f"{round(x, 1) + 0.0:.1f}"  # no "-0.0"
+  text = rounded(mean)
+  if not math.isnan(half):
+    text += f" [{rounded(mean - half)}, {rounded(mean + half)}]"
+  return text if len(values) >= seeds else f"{text}, {len(values)} of {seeds} seeds"

@@ -9,11 +9,18 @@ import re
 import runpy
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import flags as absl_flags
+from ml_collections import config_dict
 
 from rpn_jax.analysis import rates
 from rpn_jax.analysis.kept import Results
+from rpn_jax.analysis.runs import FinishedRun, complete, flatten, same
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
+from rpn_jax.config import FREE
+from rpn_jax.config.flags import define_config, parse
 from rpn_jax.weights import arrays, clip_file
 
 # Bytes; with the seed below the 255 that file systems have for a name.
@@ -63,15 +70,18 @@ def claim(root: pathlib.Path, settings: Mapping) -> None:
   write_json(path, settings)
 
 
-def check_passed_on(flags: Sequence[str], rows: Sequence[Mapping], tuned: bool) -> None:
-  """Refuses flags for all runs that set what differs between rows, by their changes, or seeds: the
-  last flag counts, so that these would silently be the same run.
+def check_passed_on(flags: Sequence[str], plan: "Plan", tables: Sequence[str]) -> None:
+  """Refuses flags for all runs that set what differs between rows, or seeds: the last flag counts,
+  so that these would silently be the same run, or a mixture of two presets.
   """
+  rows = plan.rows(tables)
+  configs = [plan.config(name, ()) for name, _ in rows] if flags else []
   for flag in flags:
     field = re.split(r"[=\[]", flag.removeprefix("--config."))[0]
-    if tuned and field in TUNED:
+    if plan.tuned and field in TUNED:
       raise InputError(f"--tune-lr chooses what {flag} sets: leave out one of both")
-    if field == "seed" or any(field in changes for changes in rows):
+    of_rows = {repr(config.get(field)) for config in configs}
+    if field == "seed" or len(of_rows) > 1 or any(field in changes for _, changes in rows):
       by = "--seeds" if field == "seed" else "a row of the table"
       raise InputError(f"{flag}: is for all runs, and {by} sets that field: leave the flag out")
 
@@ -103,6 +113,16 @@ class Plan:
   results: Results
   tuned: bool = False
   chosen: dict[str, Mapping] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self) -> None:
+    called: dict[str, str] = {}
+    for name, changes in self.rows(list(self.content["TABLES"])):
+      for place in (f"row {name}", f"workdir {directory(self.root, changes, 0)}"):
+        if called.setdefault(place, key(changes)) != key(changes):
+          raise InputError(
+            f"--config={self.path}: {place} stands for two rows, {called[place]} and "
+            f"{key(changes)}, of which one would be taken for the other: change a name or a value"
+          )
 
   def workdir(self, changes: Mapping, seed: int) -> pathlib.Path | None:
     """See `directory`; None if a rate is to be chosen and none was."""
@@ -138,6 +158,18 @@ class Plan:
         found[workdir] = self.command(name, workdir, seed, free, _flags(fields))
     return found
 
+  def diverged(self, rows: Mapping[str, Mapping], seeds: int) -> dict[str, list[int]]:
+    """Label -> seeds whose training was given up, of rows, label -> changes, with any."""
+    found = {
+      label: [
+        seed
+        for seed in range(seeds)
+        if (workdir := self.workdir(changes, seed)) and self.results.diverged(workdir)
+      ]
+      for label, changes in rows.items()
+    }
+    return {label: given_up for label, given_up in found.items() if given_up}
+
   def rows(self, tables: Sequence[str]) -> list[tuple[str, Mapping]]:
     """(TABLE_ROW, changes) of every row."""
     known = self.content["TABLES"]
@@ -154,7 +186,7 @@ class Plan:
       if is_free(changes) or key(changes) in there:
         continue
       there.add(key(changes))
-      grid = self.content["rate_grid"](self.content["get_config"](self.arguments(name)))
+      grid = self.content["rate_grid"](self._parsed(name, self.passed_on))
       place = lambda fields, changes=changes: directory(
         self.root / "rates", {**changes, **fields}, rates.SEED
       )
@@ -177,6 +209,57 @@ class Plan:
     for name, of_row in trials.items():
       if best := rates.choose(of_row):
         self.chosen[key(rows[name])] = best.fields
+
+  def _parsed(self, name: str, flags: Sequence[str]) -> Any:
+    """What main.py makes of the row called TABLE_ROW and flags."""
+    if not flags:
+      return self.content["get_config"](self.arguments(name))
+    values = absl_flags.FlagValues()
+    argv = ["main.py", f"--config={self.path}:{self.arguments(name)}", *flags]
+    define_config(values, argv)
+    parse(values, argv)
+    return values.config
+
+  def config(self, name: str, flags: Sequence[str]) -> dict[str, Any]:
+    """The config of the row called TABLE_ROW with flags, flat."""
+    found = self._parsed(name, flags) if "get_config" in self.content else None
+    return flatten(found.to_dict()) if isinstance(found, config_dict.ConfigDict) else {}
+
+  def check_runs(
+    self, tables: Sequence[str], trials: Mapping[str, Sequence[rates.Trial]], seeds: int,
+    tuning: tuple[str, ...],
+  ) -> None:  # fmt: skip
+    """That the runs that are there are those that the rows ask for: their names do not tell all.
+
+    Args:
+      tables, trials, seeds: of the sweep.
+      tuning: flags of the trials.
+
+    Raises:
+      InputError: another config, or towers of different weights under one name.
+    """
+    towers: dict[str, FinishedRun] = {}
+    for name, changes in self.rows(tables):
+      asked = {trial.workdir: (trial.fields, tuning) for trial in trials.get(name, ())}
+      chosen = {} if is_free(changes) else self.chosen.get(key(changes), {})
+      for seed in range(1 if is_free(changes) else seeds):
+        if workdir := self.workdir(changes, seed):
+          asked[workdir] = ({**chosen, "seed": seed}, ())
+      there = {w: of_run for w, of_run in asked.items() if self.results.is_done(w)}
+      configs = {
+        flags: self.config(name, [*self.passed_on, *flags])
+        for flags in {flags for _, flags in there.values()}
+      }
+      for workdir, (fields, flags) in there.items():
+        run, config = self.results.read(workdir), {**configs[flags], **fields}
+        _check_config(run, config)
+        first = towers.setdefault(str(config.get("clip")), run)
+        if "" not in (run.clip, first.clip) and run.clip != first.clip:
+          raise InputError(
+            f"{first.directory} is around weights with fingerprint {first.clip}, {run.directory} "
+            f"around {run.clip}, both called {config['clip']}: delete one's folder and its line "
+            "in --keep"
+          )
 
   def weights(self) -> dict[pathlib.Path, list[str]]:
     """Workdir -> command of the pre-training of CLIP weights: the config file's WEIGHTS, a file
@@ -232,6 +315,19 @@ def check_weights(
           f"{path}: has fingerprint {found}, and a finished run, {run.name}, is around {clip}: "
           "bring the file that it was made with, or delete its folder and its line in --keep"
         )
+
+
+def _check_config(run: FinishedRun, asked: Mapping[str, Any]) -> None:
+  """That a run has the config that a row asks for, but for fields that change no result, and what
+  the row leaves to the weights."""
+  there = complete(run.config)
+  for field, value in asked.items():
+    free = field.rpartition(".")[2] in FREE or value is None or field not in there
+    if not free and not same(there[field], value):
+      raise InputError(
+        f"{run.directory}: config.{field} is {there[field]!r} there, and its row asks for "
+        f"{value!r}: delete the run's folder and its line in --keep, or undo the change of the row"
+      )
 
 
 def key(changes: Mapping) -> str:

@@ -2,17 +2,20 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.paths import expand
-from rpn_jax.config import FREE
+from rpn_jax.config import FREE, defaults
 from rpn_jax.training.metric_log import read_history
 
 METRICS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
@@ -209,12 +212,29 @@ def flatten(config: Mapping, prefix: str = "") -> dict:
   return flat
 
 
+def complete(config: Mapping) -> dict:
+  """`flatten`, with the defaults of fields that an earlier version did not store."""
+  flat = flatten(config)
+  sections = {name.rpartition(".")[0] for name in flat}
+  return {name: x for name, x in _defaults().items() if name.rpartition(".")[0] in sections} | flat
+
+
+@functools.cache
+def _defaults() -> dict:
+  return flatten(defaults().to_dict())
+
+
+def same(a: Any, b: Any) -> bool:
+  """Whether two values of a field are equal, as JSON has them."""
+  return with_tuples(a) == with_tuples(b)
+
+
 def differing(configs: Sequence[Mapping]) -> dict[str, list[str]]:
   """Field -> its value in each config, as text, for the fields in which they differ.
 
   The seed and fields that do not change a result (`config.FREE`) are left out.
   """
-  flat = [flatten(config) for config in configs]
+  flat = [complete(config) for config in configs]
   fields = list(dict.fromkeys(name for config in flat for name in config))
   texts = {
     name: [_text(config[name]) if name in config else "absent" for config in flat]

@@ -15,9 +15,12 @@ scenes.
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from rpn_jax.analysis import kept, paired, rates, report
 from rpn_jax.analysis.plan import Plan, is_free, read_tables
@@ -59,7 +62,7 @@ class Gain:
 
   @property
   def point(self) -> tuple[float, float]:
-    """Mean and half of Student's 95 % interval, 0 for one seed; percent."""
+    """Mean and half of Student's 95 % interval, NaN for one seed; percent."""
     return paired.interval(self.values)
 
 
@@ -72,11 +75,17 @@ def open_plan(path: pathlib.Path) -> Plan:
   settings = kept.read_content(path).sweep
   if settings is None:
     raise InputError(f"{path}: expected a file of `sweep --keep`, got one of `report --keep`")
-  content = read_tables(settings["file"])
-  root = path.parent / "runs"  # where none are
-  results = kept.Results(root, path, settings)
+  if not os.path.isfile(settings["file"]):
+    raise InputError(
+      f"{path}: is of {settings['file']}, which is not here: run this in the folder of the clone "
+      "that the sweep was run in"
+    )
+  content, root = read_tables(settings["file"]), path.parent
+  results = kept.Results(root, path, settings, only_kept=True)
   tuned = "tuning" in settings
-  plan = Plan(settings["file"], settings["config"], content, root, [], results, tuned)
+  plan = Plan(
+    settings["file"], settings["config"], content, root, settings["flags"], results, tuned
+  )
   if tuned:
     plan.choose(plan.trials(list(content["TABLES"])))
   return plan
@@ -108,6 +117,7 @@ def tower_table(
 ) -> str:
   """What is known of each tower, as Markdown."""
   series = list(dict.fromkeys(gain.series for gain in found))
+  most = max((len(gain.values) for gain in found), default=0)
   cells = []
   for tower, measures in towers.items():
     hiou = {row.label: row.values("last", "hiou") for row in rows.get(tower, ())}
@@ -117,7 +127,7 @@ def tower_table(
         tower,
         *(_percent(measures.get(key)) for key in ("top1", *MEASURES)),
         *(report.mean_and_deviation(hiou.get(row, [])) for row in ("training_free", "lpm")),
-        *(paired.mean_and_interval(gain_of.get(name, [])) for name in series),
+        *(paired.mean_and_interval(gain_of.get(name, []), most) for name in series),
       ]
     )
   heads = ["tower", "zero-shot top-1 (%)", *MEASURES.values()]
@@ -183,6 +193,9 @@ def _points(
 
   style = {"color": line_style(i)["color"], "label": label, "capsize": 3, "markersize": 5}
   drawn = ax.errorbar(x, y, half, fmt="os^Dv"[i % 5] + ("-" if line else ""), **style)
+  single = [at for at, of_point in zip(zip(x, y), half) if np.isnan(of_point)]
+  if single:  # no interval: nobody knows how far these may be off
+    ax.plot(*zip(*single), "os^Dv"[i % 5], color="white", markersize=3, zorder=4)
   # Afterwards, so that the axis is that of the places.
   aside = ax.transData + ScaledTranslation(4 * i / 72, 0, ax.figure.dpi_scale_trans)
   for artist in drawn.get_children():
@@ -233,21 +246,49 @@ def _percent(value: float | None) -> str:
   return "-" if value is None else f"{100 * value:.1f}"
 
 
-def missing_runs(rows: Mapping[str, Mapping], there: Sequence[Row], seeds: int) -> str:
-  """ "lpm 0, 1, 2; rpn 2": labels and seeds of a table's runs that are not there.
+def missing_runs(plan: Plan, table: str, there: Sequence[Row], seeds: int) -> str:
+  """ "lpm 0, 1, 2; rpn 2": labels and seeds of a table's runs that are not there, and why.
 
   Args:
-    rows: label -> changes, of the whole table.
+    plan: of the sweep.
+    table: its name.
     there: its rows that have a run.
     seeds: how many there should be.
   """
+  rows = plan.content["TABLES"][table]
   found = {row.label: {run.config["seed"] for run in row.runs} for row in there}
+  given_up = plan.diverged(rows, seeds)
   lines = []
   for label, changes in rows.items():
+    if plan.workdir(changes, 0) is None:
+      lines.append(f"{label} (no rate yet)")
+      continue
     wanted = range(1 if is_free(changes) else seeds)
-    if absent := [str(seed) for seed in wanted if seed not in found.get(label, ())]:
-      lines.append(f"{label} {', '.join(absent)}")
+    absent = [seed for seed in wanted if seed not in found.get(label, ())]
+    texts = [f"{s} (diverged)" if s in given_up.get(label, ()) else str(s) for s in absent]
+    if texts:
+      lines.append(f"{label} {', '.join(texts)}")
   return "; ".join(lines)
+
+
+def _of_no_row(plan: Plan, trials: Mapping[str, Sequence[rates.Trial]], seeds: int) -> list[str]:
+  """Names of kept runs that no row asks for, as after a change of a row or of its chosen rate."""
+  rows = plan.rows(list(plan.content["TABLES"]))
+  asked = [plan.workdir(changes, seed) for _, changes in rows for seed in range(seeds)]
+  asked += [trial.workdir for of_row in trials.values() for trial in of_row]
+  names = {plan.results.name(workdir) for workdir in asked if workdir is not None}
+  return [name for name in plan.results.runs() if name not in names]
+
+
+def _check_towers(path: pathlib.Path, known: Mapping[str, Mapping], rows: Mapping) -> None:
+  """That runs around a tower are around the one whose measures are known."""
+  for name, record in known.items():
+    for run in [run for row in rows.get(name, ()) for run in row.runs]:
+      if record.get("fingerprint") not in (None, run.clip) and run.clip:
+        raise InputError(
+          f"{run.directory} is around a tower with fingerprint {run.clip}, {path} measured "
+          f"{name} with {record['fingerprint']}: one was made elsewhere; remove the other's record"
+        )
 
 
 def write(plan: Plan, folder: pathlib.Path, out: pathlib.Path, seeds: int) -> list[pathlib.Path]:
@@ -263,22 +304,26 @@ def write(plan: Plan, folder: pathlib.Path, out: pathlib.Path, seeds: int) -> li
   tables, names = content["TABLES"], content.get("TOWERS", ())
   known = read_towers(folder, {name: expand(TOWERS) / name for name in names})
   towers = {name: known.get(name, {}) for name in names}
-  most = max([seeds, *(1 + run.config["seed"] for run in plan.results.runs())])
+  most = max([seeds, *(1 + run.config["seed"] for run in plan.results.runs().values())])
+  trials = plan.trials(list(tables)) if plan.tuned else {}
+  plan.check_runs(list(tables), trials, most, tuple(plan.results.settings.get("tuning", ())))
   rows, absent, sections = {}, [], []
   for name in tables:
     rows[name], _ = compared(plan, name, most)
     if rows[name]:
       sections += ["", f"## {name}", "", report.score_table(rows[name], markdown=True)]
-    if missing := missing_runs(tables[name], rows[name], seeds):
+    if missing := missing_runs(plan, name, rows[name], seeds):
       absent.append(f"- {name}: {missing}")
+  _check_towers(folder / "towers.json", known, rows)
   found = gains(rows, content.get("GAINS", {}), list(tables))
   head = ["# Tables of the study", "", tower_table(towers, rows, found)]
   if plan.tuned:
-    trials = plan.trials(list(tables))
     tried = {row: t for row, t in trials.items() if any(x.score is not None for x in t)}
     notes = [f"- {note}" for note in rates.notes(tried)]
     head += ["", "## Rates", "", rates.rate_table(tried, markdown=True), "", *notes]
   last = ["", "## Missing runs, by their seeds", "", *absent] if absent else []
+  if others := _of_no_row(plan, trials, most):
+    last += ["", "## Kept runs of no row", "", *(f"- {name}" for name in others)]
   out.mkdir(parents=True, exist_ok=True)
   files = [out / "study.md"]
   write_text(files[0], "\n".join([*head, *sections, *last]) + "\n")

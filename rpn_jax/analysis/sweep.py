@@ -82,19 +82,24 @@ def table_rows(
   return found, missing
 
 
-def extra_columns(table: str, row: Row, references: Mapping[str, Row]) -> dict[str, str]:
+def extra_columns(
+  table: str, row: Row, references: Mapping[str, Row], diverged: Mapping[str, Sequence[int]]
+) -> dict[str, str]:
   """Further columns of a row: title -> text.
 
   Args:
     table: its name.
     row: what the columns are of.
     references: label -> row to which differences are taken.
+    diverged: label -> seeds of which there is no score; there is a column if there are any.
   """
   columns = {"trained": f"{row.runs[0].trained_parameters or 0:,}"}
   for label, reference in references.items():
     columns[f"hIoU less {label}'s [95 %]"] = paired.mean_and_interval(
-      paired.differences(row, reference)
+      paired.differences(row, reference), len(row.runs)
     )
+  if diverged:
+    columns["diverged seeds"] = ", ".join(map(str, diverged.get(row.label, ()))) or "-"
   if table == "table10":
     columns["paper, VOC hIoU"] = str(published.TUNERS.get(row.label, "-"))
   return columns
@@ -140,11 +145,13 @@ def main(arguments: list[str]) -> int:
   of_all = {"file": path, **settings, **({"tuning": tuning} if tuning else {})}
   results = kept.Results(root, expand(args.keep) if args.keep else None, of_all)
   plan = Plan(path, words, content, root, passed_on, results, args.tune_lr)
-  check_passed_on(passed_on, [changes for _, changes in plan.rows(tables)], args.tune_lr)
+  check_passed_on(passed_on, plan, tables)
   trials = plan.trials(tables) if args.tune_lr else {}
   claim(root, settings)
   if trials:  # of scores on other images none is to be taken for one of these
     claim(root / "rates", {**settings, "flags": sorted([*passed_on, *tuning])})
+  plan.choose(trials)  # of rows whose trials are all there
+  plan.check_runs(tables, trials, args.seeds, tuple(tuning))
 
   before = signal.signal(signal.SIGTERM, interrupt)
   try:
@@ -205,7 +212,6 @@ def _run_all(
   trained = {key(changes) for _, changes in plan.rows(tables) if not is_free(changes)}
   free = {key(changes) for _, changes in plan.rows(tables) if is_free(changes)}
   first = plan.trial_runs(trials, tuning)
-  plan.choose(trials)  # of rows whose trials are all there
   around = plan.around(tables, trials, args.seeds)
   weights = plan.weights()
   weights = {
@@ -220,16 +226,17 @@ def _run_all(
     failures += run_all(first, args.jobs, bar, ended, results.keep)
     plan.choose(trials)
     runs = plan.runs(tables, args.seeds)
-    return failures + run_all(runs, args.jobs, bar, results.is_done, results.keep)
+    return failures + run_all(runs, args.jobs, bar, ended, results.keep)
 
 
 def compared(plan: Plan, table: str, seeds: int) -> tuple[list[Row], list[str]]:
   """The rows of a table that are there, with `extra_columns`, and what is missing."""
   changes = plan.content["TABLES"][table]
   rows, missing = table_rows(changes, plan.workdir, seeds, plan.results.read)
-  others = references(plan, seeds, changes)
+  others, diverged = references(plan, seeds, changes), plan.diverged(changes, seeds)
   return [
-    dataclasses.replace(row, extra_columns=extra_columns(table, row, others)) for row in rows
+    dataclasses.replace(row, extra_columns=extra_columns(table, row, others, diverged))
+    for row in rows
   ], missing
 
 

@@ -1,6 +1,7 @@
 """The study: tables and figures from kept scores."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ from configs import ablations, shapes_clip, study
 from data_pipelines.shapes import world
 from rpn_jax import cli
 from rpn_jax.analysis import kept, sweep
+from rpn_jax.analysis import study as study_module
+from rpn_jax.analysis.plan import key
 from rpn_jax.analysis.study import open_plan, read_towers
 from rpn_jax.base.errors import InputError
 from rpn_jax.models.prompts import count
@@ -30,8 +33,17 @@ REFERENCES = {"LPM alone": "lpm"}
 GAINS = {"RPN less LPM": ("rpn", "lpm")}
 AXES = {"training scenes": {100: "few", 1600: "base"}}
 
+from ml_collections import ConfigDict
+
 def get_config(arg):
-  return arg
+  table, _, row = arg.partition("_")
+  config = ConfigDict({
+    "task": "segment", "method": "rpn", "seed": 0, "steps": 5, "clip": "base",
+    "model": {"tuner": "rpn"}, "optimizer": {"base_lr": 0.0},
+    "data": {"name": "shapes", "train_images": 1600},
+  })
+  config.update_from_flattened_dict(TABLES[table][row])
+  return config
 
 def rate_grid(config):
   return {"": {r: {"optimizer.base_lr": r} for r in (1e-4, 1e-3)}}
@@ -59,24 +71,28 @@ def folder(tmp_path, monkeypatch):
   trials = plan.trials(list(content["TABLES"]))
   workdirs = []
 
-  def add(workdir, seed, hiou):
+  def add(workdir, config, hiou):
     workdir.mkdir(parents=True)
     last = {"step": 5, "pAcc": 0.9, "miou_gt": 0.5, "miou_union": 0.5, "miou_seen": 0.5,
             "miou_unseen": 0.4, "hiou": hiou}  # fmt: skip
-    method = "training_free" if "method" in workdir.name else "rpn"
-    config = {"seed": seed, "method": method, "data": {"name": "shapes"}}
     content = {"last": last, "best": last, "config": config, "trained_parameters": 7}
     (workdir / "metrics.json").write_text(json.dumps(content))
     workdirs.append(workdir)
 
-  for of_row in trials.values():
+  def config(name, seed, **changes):
+    found = content["get_config"](name)
+    found.update_from_flattened_dict({"seed": seed, **changes})
+    return found.to_dict()
+
+  for name, of_row in trials.items():
     for trial in of_row:
-      add(trial.workdir, 0, 0.3)
+      add(trial.workdir, config(name, 0, **trial.fields), 0.3)
   plan.choose(trials)
-  for (table, row), values in SCORES.items():
+  for (table, row), values in {**SCORES, ("base", "free"): (0.06,)}.items():
+    changes = content["TABLES"][table][row]
+    chosen = plan.chosen.get(key(changes), {})
     for seed, value in enumerate(values):
-      add(plan.workdir(content["TABLES"][table][row], seed), seed, value)
-  add(plan.workdir(content["TABLES"]["base"]["free"], 0), 0, 0.06)
+      add(plan.workdir(changes, seed), config(f"{table}_{row}", seed, **chosen), value)
   results.keep(workdirs)
   towers = {"base": {"top1": 0.935, "probe_miou": 0.6, "far_changed": 0.1}}
   (tmp_path / "docs/towers.json").write_text(json.dumps(towers))
@@ -111,6 +127,73 @@ def test_tables_and_figures_are_made_from_kept_scores(folder, capsys):
   (made / "locality.json").write_text(json.dumps({**record, "fingerprint": "def"}))
   with pytest.raises(InputError, match=r"is of a tower with fingerprint def, .* has abc"):
     read_towers(folder, {"deep": made})
+
+
+def edit(folder, change):
+  content = json.loads((folder / "runs.json").read_text())
+  change(content, {run["directory"]: run for run in content["runs"]})
+  (folder / "runs.json").write_text(json.dumps(content))
+  return ["study", str(folder / "runs.json")]
+
+
+LPM = "tuner=lpm,base_lr=0.0001_seed{}"
+
+
+def test_what_is_missing_is_told_with_its_reason(folder, capsys):
+  def change(content, runs):
+    content["runs"] = [
+      run for name, run in runs.items()
+      if name not in (LPM.format(2), "rates/train_images=100,base_lr=0.001_seed0")
+    ]  # fmt: skip
+    content["diverged"] = [LPM.format(2)]
+
+  assert cli.main(edit(folder, change)) == 0
+  shown = capsys.readouterr().out
+  assert "- base: lpm 2 (diverged)" in shown and "- few: rpn (no rate yet); lpm 1, 2" in shown
+  assert "## Kept runs of no row\n\n- train_images=100,base_lr=0.0001_seed0\n" in shown
+  # One and two points of seeds 0 and 1.
+  assert "1.5 [-4.9, 7.9], 2 of 3 seeds" in shown and "diverged seeds" in shown
+
+
+def test_workdirs_beside_the_file_are_left_alone(folder, capsys):
+  assert cli.main(["study", str(folder / "runs.json")]) == 0
+  first = capsys.readouterr().out
+  for root in (folder, folder / "runs"):
+    shutil.copytree(folder.parent / "out", root, dirs_exist_ok=True)
+    path = root / LPM.format(0) / "metrics.json"
+    path.write_text(path.read_text().replace('"hiou": 0.46', '"hiou": 0.01'))
+  assert cli.main(["study", str(folder / "runs.json")]) == 0
+  assert capsys.readouterr().out == first
+
+
+def test_gains_are_around_the_tower_that_was_measured(folder, capsys):
+  def change(content, runs):
+    for name, run in runs.items():
+      run["clip"] = "abc" if "deep" in name else "def"
+
+  (folder / "towers.json").write_text(json.dumps({"deep": {"fingerprint": "123"}}))
+  assert cli.main(edit(folder, change)) == 2
+  shown = capsys.readouterr().err
+  assert "is around a tower with fingerprint abc" in shown and "measured deep with 123" in shown
+
+
+def test_one_seed_has_no_interval(folder, monkeypatch):
+  drawn, draw = [], study_module._points
+
+  def points(ax, x, y, half, i, label, **line):
+    drawn.append((x, y, half))
+    draw(ax, x, y, half, i, label, **line)
+
+  monkeypatch.setattr(study_module, "_points", points)
+  assert cli.main(["study", str(folder / "runs.json")]) == 0
+  _, _, (few, base) = drawn[-1]
+  assert np.isnan(few) and base == pytest.approx(2.484, abs=0.01)
+
+
+def test_the_study_wants_its_config_file(folder, capsys, monkeypatch):
+  monkeypatch.chdir(folder)
+  assert cli.main(["study", "runs.json"]) == 2
+  assert "runs.json: is of study.py, which is not here: run this in" in capsys.readouterr().err
 
 
 def test_nothing_is_drawn_where_nothing_has_ended(folder):
@@ -171,7 +254,7 @@ def test_the_studys_file_is_that_of_its_config(monkeypatch):
   trials = plan.trials(list(plan.content["TABLES"]))
   known |= {trial.workdir.name for of_row in trials.values() for trial in of_row}
   assert max(map(len, known)) < 220  # a file system has names of 255 bytes
-  assert {run.directory.name for run in plan.results.runs()} <= known
+  assert {name.rpartition("/")[2] for name in plan.results.runs()} <= known
 
 
 @pytest.mark.parametrize("budget, parameters", [("75k", 75_000), ("200k", 200_000)])

@@ -24,17 +24,26 @@ TABLES = {
   "table10": {"lora": {"model.tuner": "lora"}, "rpn": {}, "free": {"method": "training_free"}},
 }
 
+from ml_collections import ConfigDict
+
 def get_config(arg):
-  return arg
+  table, _, row = arg.partition(",")[0].partition("_")
+  config = ConfigDict({
+    "task": "segment", "method": "rpn", "seed": 0, "steps": 5, "eval_every": 5, "clip": "tiny",
+    "model": {"tuner": "rpn", "width": 1, "h": 0.1}, "optimizer": {"base_lr": 0.0},
+    "data": {"name": "shapes", "held_out": 0.0}, "dense": {"method": "maskclip"},
+  })
+  config.update_from_flattened_dict(TABLES[table][row])
+  return config
 
 def rate_grid(config):
-  variants = {"": 1} if "lora" in config else {"h 0.1": 0.1, "h 1": 1}
+  variants = {"": 1} if config.model.tuner == "lora" else {"h 0.1": 0.1, "h 1": 1}
   return {v: {r: {"optimizer.base_lr": r, "model.h": h} for r in (1e-4, 1e-3, 1e-2)}
           for v, h in variants.items()}
 """
 # Stands in for training: writes scores, or fails where the workdir's name holds "fail".
 MAIN = """
-import json, os, pathlib, shutil, signal, sys, time
+import json, os, pathlib, runpy, shutil, signal, sys, time
 flags = dict(f.lstrip("-").split("=", 1) for f in sys.argv[1:])
 with open("calls.jsonl", "a") as log:
   log.write(json.dumps(flags) + "\\n")
@@ -55,14 +64,22 @@ if pathlib.Path("slow").exists():
 rate = float(flags.get("config.optimizer.base_lr", 0))
 if rate == 1e-2 and "lora" in workdir.name:
   sys.exit("error: loss or gradients were NaN or infinite in 10 steps in a row, …")
+if (pathlib.Path("diverging") / workdir.name).exists():
+  sys.exit("error: loss or gradients were NaN or infinite in 10 steps in a row, …")
 (workdir / "cores.json").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
-seed = int(flags["config.seed"])
+file, _, words = flags["config"].partition(":")
+config = runpy.run_path(file)["get_config"](words)
+for name, text in flags.items():
+  if name.startswith("config."):
+    kind = float if "base_lr" in name or "held" in name or name.endswith(".h") else int
+    config.update_from_flattened_dict({name[7:]: kind(text)})
+seed = config.seed
 held_out = 0.1 + 100 * rate + 0.1 * float(flags.get("config.model.h", 0))
-scores = {"step": 5, "pAcc": 0.9, "miou_gt": held_out, "miou_union": 0.5, "miou_seen": 0.5,
-          "miou_unseen": 0.4, "hiou": 0.4 + 0.1 * seed - 0.05 * ("lora" in workdir.name)}
+scores = {"step": config.steps, "pAcc": 0.9, "miou_gt": held_out, "miou_union": 0.5,
+          "miou_seen": 0.5, "miou_unseen": 0.4,
+          "hiou": 0.4 + 0.1 * seed - 0.05 * ("lora" in workdir.name)}
 (workdir / "metrics.json").write_text(json.dumps({
-  "last": scores, "best": scores, "trained_parameters": 1234,
-  "config": {"seed": seed, "data": {"name": "shapes"}},
+  "last": scores, "best": scores, "trained_parameters": 1234, "config": config.to_dict(),
 }))
 if pathlib.Path("fingerprint").exists():
   clip = pathlib.Path("fingerprint").read_text()
@@ -224,10 +241,15 @@ def test_the_grid_is_the_same_for_all():
     # Student's t with 2 and 4 degrees of freedom: 4.3027 and 2.7764, over the square root of n.
     ([0.01, 0.02, 0.03], "2.0 [-0.5, 4.5]"),
     ([0.0, 0.01, 0.02, 0.03, 0.04], "2.0 [0.0, 4.0]"),
+    ([-0.0001, -0.0001], "0.0 [0.0, 0.0]"),
   ],
 )
 def test_an_interval_is_students(values, text):
   assert paired.mean_and_interval(values) == text
+  assert paired.mean_and_interval(values, len(values)) == text
+  if values:
+    more = len(values) + 2
+    assert paired.mean_and_interval(values, more) == f"{text}, {len(values)} of {more} seeds"
 
 
 def test_an_interrupted_run_counts_by_its_steps(tmp_path):
@@ -354,6 +376,109 @@ def test_other_settings_need_another_folder(here, capsys):
   assert call("table1") == 0
   assert call("table1", "--config.steps=9") == 2
   assert "give another --root" in capsys.readouterr().err
+
+
+def edit(path, change):
+  content = json.loads(path.read_text())
+  change(content)
+  path.write_text(json.dumps(content))
+
+
+def test_a_run_of_another_config_is_not_taken_for_a_rows(here, capsys):
+  arguments = ("table10", "--tune-lr", "--tune-steps=3", "--keep=kept.json")
+  assert call(*arguments) == 0
+  made, text = calls(), (here / "kept.json").read_text()
+  # A recipe that was changed since: neither folders nor names tell.
+  (here / "tables.py").write_text(CONFIG.replace('"name": "shapes"', '"name": "voc"'))
+  for _ in range(2):
+    assert call(*arguments) == 2
+    shown = capsys.readouterr().err
+    assert "config.data.name is 'shapes' there, and its row asks for 'voc'" in shown
+    shutil.rmtree(here / "out", ignore_errors=True)
+  (here / "tables.py").write_text(CONFIG)
+  assert call(*arguments) == 0 and calls() == made
+  # Nor one of other steps, wherever it comes from.
+  edit(here / "kept.json", lambda content: content["runs"][-1]["config"].update(steps=4))
+  assert call(*arguments) == 2
+  assert "config.steps is 4 there, and its row asks for 3" in capsys.readouterr().err
+  (here / "kept.json").write_text(text)
+  edit(here / "kept.json", lambda content: content["runs"][-1].update(clip="a", seed=1))
+  edit(here / "kept.json", lambda content: content["runs"][-2].update(clip="b"))
+  assert call(*arguments) == 2
+  shown = capsys.readouterr().err
+  assert "is around weights with fingerprint b" in shown and "around a, both called tiny" in shown
+  assert calls() == made
+
+
+def test_kept_runs_of_one_name_are_equal(here, capsys):
+  assert call("table1", "--keep=kept.json") == 0
+  made, text = calls(), (here / "kept.json").read_text()
+  edit(here / "kept.json", lambda content: content["runs"].append(content["runs"][0]))
+  assert call("table1", "--keep=kept.json") == 0  # twice the same line of a merge
+
+  def other(content):
+    content["runs"].append(json.loads(json.dumps(content["runs"][0])))
+    content["runs"][-1]["last"]["hiou"] = 0.01
+
+  edit(here / "kept.json", other)
+  assert call("table1", "--keep=kept.json") == 2
+  assert "base_seed0: has a kept hIoU of 0.4 and 0.01 in another line" in capsys.readouterr().err
+  # Nor does a workdir take the place of another machine's run.
+  (here / "kept.json").write_text(text)
+  edit(here / "kept.json", lambda content: content["runs"][0]["last"].update(hiou=0.2))
+  assert call("table1", "--keep=kept.json") == 2
+  assert "base_seed0: has a kept hIoU of 0.2 and 0.4 in out/base_seed0" in capsys.readouterr().err
+  assert calls() == made
+
+
+def test_a_diverged_seed_is_an_answer_that_is_told(here, capsys):
+  (here / "diverging").mkdir()
+  (here / "diverging/width=2_seed1").touch()
+  assert call("table1", "--keep=kept.json") == 0
+  shown = capsys.readouterr().out
+  assert "missing: wide, seed 1: out/width=2_seed1: diverged, its loss was no number" in shown
+  assert "diverged seeds" in shown and "5.0, 1 of 2 seeds" not in shown
+  assert len(calls()) == 4
+  shutil.rmtree(here / "out")
+  assert call("table1", "--keep=kept.json") == 0 and len(calls()) == 4
+  assert "diverged seeds" in capsys.readouterr().out
+
+
+def test_what_cannot_be_kept_ends_the_sweep_at_once(here, capsys):
+  (here / "main.py").write_text(MAIN + 'pathlib.Path("kept.json").write_text("damaged")')
+  assert call("all", "--keep=kept.json") == 2
+  assert "got another or a damaged file" in capsys.readouterr().err
+  assert len(calls()) <= 2  # the next one may have begun
+
+
+@pytest.mark.parametrize(
+  "rows, message",
+  [
+    ({"t": {"a": {"data.crop": 32}, "b": {"eval.crop": 32}}}, "workdir out/crop=32_seed0 stands"),
+    ({"t": {"a": {"clip": "a/b"}, "b": {"clip": "a_b"}}}, "workdir out/clip=a_b_seed0 stands"),
+    ({"t": {"x_y": {}}, "t_x": {"y": {"steps": 3}}}, "row t_x_y stands for two rows, {} and"),
+  ],
+)
+def test_different_rows_have_different_names(here, capsys, rows, message):
+  (here / "tables.py").write_text(f"TABLES = {rows}")
+  assert call("all") == 2
+  assert message in capsys.readouterr().err
+  assert not (here / "calls.jsonl").exists()
+
+
+def test_a_flag_does_not_undo_what_a_row_is(here, capsys, monkeypatch):
+  """A row that is a preset changes fields that its own changes do not name."""
+  text = CONFIG.replace('"wide": {"model.width": 2}', '"wide": {"steps": 5, "preset": "wide"}')
+  text = text.replace(
+    "  config.update_from_flattened_dict(TABLES[table][row])",
+    """  changes = dict(TABLES[table][row])
+  config.model.width = 2 if changes.pop("preset", "") else 1
+  config.update_from_flattened_dict(changes)""",
+  )
+  (here / "tables.py").write_text(text)
+  assert call("table1", "--config.model.width=3") == 2
+  assert "--config.model.width=3: is for all runs, and a row" in capsys.readouterr().err
+  assert call("table10", "--config.model.width=3") == 0  # which has no such row
 
 
 @pytest.mark.slow
