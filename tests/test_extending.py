@@ -132,7 +132,7 @@ def test_a_study_of_ones_own(folder):
   env = {**os.environ, "PYTHONPATH": str(ROOT)}
   done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
   assert done.returncode == 0, done.stderr[-2000:]
-  assert "hIoU less lpm's [95 %]" in done.stdout and "chosen" in done.stdout
+  assert "hIoU less LPM alone's [95 %]" in done.stdout and "chosen" in done.stdout
   report = json.loads((folder / "runs/sweep/report/compare/report.json").read_text())
   assert [len(row["runs"]) for row in report["rows"]] == [2, 2]
 
