@@ -206,7 +206,7 @@ def row(batch: int, result: dict | None, mine: dict | None, differs: float | Non
   if result is None:
     return ["failed", *["-"] * 7]
   DEVICES.add(result["device"])
-  # All compute the same network: XLA's count of operations is everybody's.
+  # All compute the same network: the count of operations of ours is everybody's.
   gflops = mine["flops"] / result["seconds"] / 1e9 if mine else None
   number = lambda x, form: "-" if x is None else format(x, form)
   return [

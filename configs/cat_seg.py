@@ -14,8 +14,8 @@ Prepare the data first: python -m data_pipelines.prepare coco_stuff --download -
 Arguments:
 
     backbone=b16|l14           ViT-B/16, or ViT-L/14 at 336 pixels
-    data=coco_stuff171|voc20|context60|shapes    what it is trained on (shapes takes minutes on two
-                               CPU cores), or data of yours: folder, coco_json, labelme,
+    data=coco_stuff171|voc20|context60|shapes    what it is trained on (shapes takes half an hour
+                               on two CPU cores), or data of yours: folder, coco_json, labelme,
                                yolo_seg, voc_folder
     setting=supervised|zero_shot|transductive|annotation_free   which classes are labeled in
                                training; the paper has the first, and its scores need no penalty of

@@ -8,7 +8,7 @@ from rpn_jax import config
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "configs.md"
 FAMILIES = (
   "voc", "coco_stuff", "context", "open_vocab", "cat_seg", "folder", "shapes", "training_free",
-  "ablations", "shapes_clip",
+  "ablations", "study", "shapes_clip",
 )  # fmt: skip
 
 HEAD = """# Config fields

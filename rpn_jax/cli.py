@@ -1,4 +1,4 @@
-"""The console command `rpn`, in a clone also `python -m rpn_jax`. Training stays with main.py.
+"""The console command `rpn`, also `python -m rpn_jax`. Training stays with main.py.
 
 Nothing heavy is imported before the command is known, nor, for `segment`, before its arguments are.
 """
@@ -122,7 +122,11 @@ def _segment(arguments: list[str]) -> int:
     "weights`, fetched once; shapes (the default), prompts for the drawn shapes data set; "
     "shapes_clip, the tiny CLIP around them",
   )  # fmt: skip
-  add("--method", help="sclip, maskclip, … (docs/method.md); else what the model was trained as")
+  add(
+    "--method",
+    help="sclip, maskclip, … (docs/method.md); else what the model was trained as, and for CLIP "
+    "weights the best for their tower",
+  )
   add("--clip", help="CLIP weights of a trained model, if they are not found where it says")
   add("--checkpoint", default="last", choices=("last", "best"), help="of a run")
   add("--out", default="predictions", help="folder to write to (%(default)s)")

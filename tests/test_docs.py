@@ -201,7 +201,7 @@ def smaller(command: str) -> str | None:
   """The same command on less; None where something else proves it."""
   if command.startswith("make "):
     return None
-  if command.startswith(("git clone", "pip install", ".venv/bin/pip install")):
+  if command.startswith(("git clone", "python3 -m venv", "pip install", ".venv/bin/pip install")):
     return None
   if "--model=ViT-B/16" in command:  # tests/weights/test_hub.py fetches one
     command = command.replace("ViT-B/16", "clip.safetensors").replace(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
+from jax.interpreters import partial_eval
 
 from rpn_jax import config as declared
 from rpn_jax import devices
@@ -87,8 +88,13 @@ def parameters(prompts: dict, frozen: dict) -> dict[str, int]:
 def operations(jaxpr) -> float:
   """Floating-point operations of the matrix products and convolutions of a `ClosedJaxpr.jaxpr`.
 
-  XLA's own analysis counts the body of a loop once, and so one head of attention on CPUs.
+  XLA's own analysis counts the body of a loop once, and so one head of attention on CPUs. What no
+  result depends on is not counted: gradients that nobody takes are traced and compiled to nothing.
   """
+  return _operations(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _operations(jaxpr) -> float:
   total = 0.0
   for equation in jaxpr.eqns:
     operation, params = equation.primitive.name, equation.params
@@ -101,7 +107,7 @@ def operations(jaxpr) -> float:
       features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
       total += 2 * equation.outvars[0].aval.size * kernel.size / features
     times = params["length"] if operation == "scan" else 1
-    total += times * sum(map(operations, jaxprs_in_params(params)))
+    total += times * sum(map(_operations, jaxprs_in_params(params)))
   return total
 
 

@@ -125,10 +125,21 @@ def test_operations_of_loops_and_of_what_is_computed_again():
   products = 2 * (2 * 4) * 7 * 7 * 8
   assert count(by_head, q) == count(lambda q: layers.attend(q, q, q), q) == 2 * products
   # Forward two, and of the backward pass one that computes the map again and four.
-  assert count(jax.grad(lambda q: by_head(q).sum()), q) == 7 * products
+  assert count(jax.value_and_grad(lambda q: by_head(q).sum()), q) == 7 * products
   image, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((4, 4, 3, 5))
   conv = nn.Conv(5, (4, 4), strides=(4, 4), padding="VALID", use_bias=False)
   assert count(lambda x: conv.apply({"params": {"kernel": kernel}}, x), image) == 2 * 4 * 48 * 5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_operations_that_nobody_needs_are_not_counted(dtype):
+  """In bfloat16 the gradient of a frozen kernel is traced with that of the input."""
+  x, w = jnp.ones((3, 8), dtype), jnp.ones((8, 5), dtype)
+  out = lambda x, w: cpu.product(2 * x, w).astype(jnp.float32).sum()
+  count = lambda f: costs.operations(jax.make_jaxpr(f)(x, w).jaxpr)
+  one = 2 * 3 * 8 * 5
+  assert count(out) == count(jax.grad(out)) == one
+  assert count(jax.value_and_grad(out)) == count(jax.grad(out, (0, 1))) == 2 * one
 
 
 def test_wrong_words_are_named(run):

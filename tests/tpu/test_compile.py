@@ -11,6 +11,7 @@ import pytest
 from configs import cat_seg, shapes, voc
 from rpn_jax import chips
 from rpn_jax.analysis import compile as analysis
+from rpn_jax.models import tuners
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.prompts import count
 
@@ -24,7 +25,8 @@ TINY = CLIPConfig(
   text_width=128, text_layers=2, text_heads=2, context_length=32, vocab_size=49408,
 )  # fmt: skip
 CLASSES = analysis.Classes(("a square", "sand", "a circle", "water"), (0, 1, 2), (3,), 254)
-TUNERS = ("rpn+vpt", "vpt", "bitfit", "adapter", "ssf", "lora", "lst", "full", "lpm")
+OF_TEXT = (*tuners.CONTEXTS, *(f"{tuners.TEXT}{name}" for name in tuners.TUNERS))
+TUNERS = ("rpn+vpt", *(name for name in tuners.OTHERS if name != "rpn"), *tuners.TUNERS, *OF_TEXT)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,11 +68,13 @@ def check_sent(step, trained, slices=1):
 
 def trained_numbers(config):
   network = analysis.predictor.make_network(config, TINY, "tpu")
+  encoder = analysis.RandomEncoder(TINY, {}, config.templates, config.synonyms)
+  text = network.text_input(encoder, [CLASSES.names[i] for i in CLASSES.trained])
   shapes_ = jax.eval_shape(
     lambda: analysis.init_prompts(
       network,
       analysis.init_towers(TINY, jax.random.key(0), network.towers),
-      jax.numpy.ones((3, TINY.embed_dim)),
+      text,
       jax.random.key(0),
       config.data.crop,
     )
