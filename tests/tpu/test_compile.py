@@ -84,7 +84,7 @@ def trained_numbers(config):
 
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_every_tuner(tuner):
-  config, pod = small(f"tuner={tuner}"), chips.pod("v5e:2x2")
+  config, pod = small(**{"model.tuner": tuner}), chips.pod("v5e:2x2")
   step = compiled(config, pod, only=("train",))["train"]
   check_sent(step, trained_numbers(config))
   assert 0 < step["share_of_memory"] < 0.1
