@@ -158,7 +158,7 @@ def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) ->
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.set_xlabel(textwrap.fill(title, 30))
   axes[0, 0].set_ylabel("gain in hIoU (points)")
-  axes[0, 0].set_title("Each tower: seeds' mean, 95 % interval", loc="left", fontsize=12)
+  axes[0, 0].set_title("Each tower: seeds' mean, 95 % interval (hollow: one seed)", loc="left", fontsize=12)
   if series:
     legend_beside(axes[0, -1])
   save_png(path, fig)
@@ -193,12 +193,13 @@ def _points(
 
   style = {"color": line_style(i)["color"], "label": label, "capsize": 3, "markersize": 5}
   drawn = ax.errorbar(x, y, half, fmt="os^Dv"[i % 5] + ("-" if line else ""), **style)
+  artists = [*drawn.get_children()]
   single = [at for at, of_point in zip(zip(x, y), half) if np.isnan(of_point)]
-  if single:  # no interval: nobody knows how far these may be off
-    ax.plot(*zip(*single), "os^Dv"[i % 5], color="white", markersize=3, zorder=4)
+  if single:  # hollow: without an interval nobody knows how far these may be off
+    artists += ax.plot(*zip(*single), "os^Dv"[i % 5], color="white", markersize=3, zorder=4)
   # Afterwards, so that the axis is that of the places.
   aside = ax.transData + ScaledTranslation(4 * i / 72, 0, ax.figure.dpi_scale_trans)
-  for artist in drawn.get_children():
+  for artist in artists:
     artist.set_transform(aside)
 
 
