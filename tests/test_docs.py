@@ -62,6 +62,8 @@ def test_links_lead_somewhere(page):
     file, _, anchor = target.partition("#")
     path = (page.parent / file).resolve() if file else page
     assert path.exists(), f"{page.name} links to {target}, which is not there"
+    inside = page.parent != ROOT / "docs" or path.is_relative_to(ROOT / "docs")
+    assert inside, f"{page.name} links to {target}: the site of `make docs` holds docs/ alone"
     if anchor:
       assert anchor in anchors(path), f"{page.name} links to {target}, which is no heading"
 
