@@ -40,23 +40,27 @@ class Found:
   def stems(self) -> list[pathlib.Path]:
     """For each file where its results belong below a folder for all of them, without a suffix.
 
-    Subfolders stay, and names that differ in their suffix or in the case of letters only are told
-    apart: `a/x` for a/x.jpg, `x_jpg` and `x_png` for x.jpg and x.png.
+    Subfolders stay, and names that differ in their suffix, in the case of letters or in Unicode's
+    form only are told apart: `a/x` for a/x.jpg, `x_jpg` and `x_png` for x.jpg and x.png.
     """
     relative = [file.relative_to(self.root) for file in self.files]
     plain = [path.with_suffix("") for path in relative]
-    count = collections.Counter(str(path).casefold() for path in plain)
+    count = collections.Counter(map(_disk_key, plain))
     stems, used = [], {key for key, times in count.items() if times == 1}
     for path, stem in zip(relative, plain):
-      if count[str(stem).casefold()] > 1:
+      if count[_disk_key(stem)] > 1:
         longer = path.with_name(path.name.replace(".", "_"))
         stem, number = longer, 1
-        while str(stem).casefold() in used:
+        while _disk_key(stem) in used:
           number += 1
           stem = longer.with_name(f"{longer.name}_{number}")
-        used.add(str(stem).casefold())
+        used.add(_disk_key(stem))
       stems.append(stem)
     return stems
+
+
+def _disk_key(stem: pathlib.Path) -> str:
+  return paths.name_key(str(stem).casefold())
 
 
 def find(

@@ -15,7 +15,7 @@ from rpn_jax.annotations.collection import Collection
 from rpn_jax.annotations.images import Labeled
 from rpn_jax.annotations.options import ANNOTATIONS, DEFAULT_FORMS, parse_forms
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import expand, write_json
+from rpn_jax.base.paths import expand, name_key, write_json
 from rpn_jax.base.words import composed, split_synonyms
 from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_png
 from rpn_jax.drawing.legend import share_text
@@ -313,11 +313,11 @@ def save_results(
           f"{stem}: expected a result with the names of the first one, {', '.join(names)}, got "
           f"{', '.join(result.names)}; save it to another folder"
         )
-      if stem in stems:
+      if (key := name_key(stem)) in stems:
         raise InputError(
           f"{result.file}: expected images with different names, got {stem} twice; rename one"
         )
-      stems.add(stem)
+      stems.add(key)
       written += result.save(
         directory, stem, save=forms, alpha=alpha, palette=palette, collection=collection
       )

@@ -69,6 +69,7 @@ def test_many_results_share_a_file(tmp_path):
   ]  # fmt: skip
   for others, message in [
     ([result("a.png"), result("x/a.png")], "x/a.png: expected images with different names, got a "),
+    ([result("\xfc.png"), result("u\u0308.png")], "expected images with different names, got u"),
     ([result("a"), result("b", names=NAMES[::-1])], "b: expected a result with the names of the"),
   ]:
     with pytest.raises(InputError, match=message):
