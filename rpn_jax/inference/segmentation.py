@@ -239,12 +239,18 @@ class Segmentation:
       The paths.
 
     Raises:
-      InputError: an unknown form, or see `Collection`.
+      InputError: an unknown form, or see `Collection` and its `add`.
     """
     forms, directory = parse_forms(save), expand(directory)
     stem = stem or pathlib.PurePath(self.file).stem or "picture"
     own = collection or Collection(directory, self.names, forms, coco_name=stem, **options)
     written = []
+    # First, since it may be refused, and then there is nothing of this image.
+    annotated = (
+      own.add(Labeled(self.image, self.labels, self.file), stem)
+      if {*forms} & {*ANNOTATIONS}
+      else []
+    )
     if "overlay" in forms:
       overlay = self.overlay(alpha, palette)
       written.append(save_png(directory / f"{stem}_overlay.png", overlay))
@@ -256,8 +262,7 @@ class Segmentation:
       write_json(written[-1], self.summary())
     if "scores" in forms:
       written += score_files.save(directory, stem, self.image, self.scores, self.names)
-    if {*forms} & {*ANNOTATIONS}:
-      written += own.add(Labeled(self.image, self.labels, self.file), stem)
+    written += annotated
     return written if collection else written + own.finish()
 
   def __repr__(self) -> str:

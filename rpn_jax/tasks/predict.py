@@ -92,8 +92,9 @@ def save_all(
     The files written.
 
   Raises:
-    InputError: some images could not be read; raised after the others have been written. A
-      subfolder has the name of a form, whose folder its results would be mixed with.
+    InputError: some images could not be read, or their results would replace files of others;
+      raised after the others have been written. A subfolder has
+      the name of a form, whose folder its results would be mixed with.
   """
   forms, names, directory = parse_forms(save), parse_names(names), expand(directory)
   stems = found.stems()
@@ -105,28 +106,30 @@ def save_all(
     )
   collection = Collection(directory, names, forms, **(annotations or {}))
   written: list[pathlib.Path] = []
-  unreadable: list[InputError] = []
+  skipped: list[InputError] = []
   pending: collections.deque[tuple[pathlib.Path, pathlib.Path]] = collections.deque()
   told = pictures.Told()
   largest = 0  # bytes of an image so far
 
-  def expected_bytes(file: pathlib.Path) -> int:
+  def expected_bytes(pair: tuple[pathlib.Path, pathlib.Path]) -> int:
     return largest
 
-  def read(file: pathlib.Path) -> pictures.Picture | InputError:
+  def read(pair: tuple[pathlib.Path, pathlib.Path]) -> pictures.Picture | InputError:
+    file, stem = pair
     try:
       if (shown := _readable(file)) != str(file):
         raise InputError(f"{shown}: expected a file name in UTF-8, which results have: rename it")
+      collection.check(file, stem.as_posix())
       return pictures.load(file, page=page, matte=matte)
     except InputError as error:
       return error
 
   def images() -> Iterator[pictures.Picture]:
     nonlocal largest
-    pairs = zip(found.files, stems)
-    for pair, picture in zip(pairs, overlap.mapped(read, found.files, expected_bytes)):
+    pairs = list(zip(found.files, stems))
+    for pair, picture in zip(pairs, overlap.mapped(read, pairs, expected_bytes)):
       if isinstance(picture, InputError):
-        unreadable.append(picture)
+        skipped.append(picture)
         bar.update()
         continue
       told(pair[0], picture.notes)
@@ -141,16 +144,22 @@ def save_all(
       _ = result.labels
       yield result, stem
 
-  def save_one(item: tuple[Segmentation, pathlib.Path]) -> list[pathlib.Path]:
+  def save_one(item: tuple[Segmentation, pathlib.Path]) -> list[pathlib.Path] | InputError:
     result, stem = item
-    return result.save(
-      directory, stem.as_posix(), save=forms, palette=palette, collection=collection
-    )
+    try:
+      return result.save(
+        directory, stem.as_posix(), save=forms, palette=palette, collection=collection
+      )
+    except InputError as error:
+      return error
 
   try:
     with progress(len(found.files), f"segment on {devices_text()}", "image") as bar:
       for paths in overlap.mapped(save_one, results(), lambda item: item[0].nbytes):
-        written += paths
+        if isinstance(paths, InputError):
+          skipped.append(paths)
+        else:
+          written += paths
         bar.update()
   finally:  # after Ctrl-C, too: of the images done so far
     written += collection.finish()
@@ -158,7 +167,7 @@ def save_all(
     print(f"{told.others} more images like these: each JSON file says how its image was read")
   if written:
     print(f"{segmenter.method}\n{summary(written, directory)}")
-  check_skipped(unreadable, len(found.files), directory, found.left_out)
+  check_skipped(skipped, len(found.files), directory, found.left_out)
   return written
 
 
