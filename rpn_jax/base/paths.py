@@ -27,6 +27,8 @@ from rpn_jax.base.errors import InputError
 _ADDRESS = re.compile(
   r"gs:|(?!hf:|https?://(www\.)?(huggingface|hf)\.co)[a-z][a-z0-9+]+://", re.IGNORECASE
 )
+# Bytes of a file name on most disks.
+_NAME_BYTES = 255
 # What is mounted where.
 _MOUNTS = pathlib.Path("/proc/self/mounts")
 
@@ -144,7 +146,10 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       buckets.upload(temporary, path)
     return
   # Random: in containers that share a folder every process may be number 1, and threads share one.
-  temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+  token = secrets.token_hex(8)
+  temporary = path.with_name(f".{path.name}.{token}.tmp")
+  if len(os.fsencode(temporary.name)) > _NAME_BYTES:  # though that of the file itself may do
+    temporary = path.with_name(f".{token}.tmp")
   try:
     yield temporary
     os.replace(temporary, path)

@@ -1,6 +1,7 @@
 """Segmentation of a user's images with a trained run: main.py --mode=predict."""
 
 import collections
+import errno
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -152,6 +153,13 @@ def save_all(
       )
     except InputError as error:
       return error
+    except OSError as error:
+      if error.errno != errno.ENAMETOOLONG:
+        raise
+      return InputError(
+        f"{result.file}: expected a name that leaves room for the ends of its results' names, got "
+        f"{len(stem.name)} characters; rename it"
+      )
 
   try:
     with progress(len(found.files), f"segment on {devices_text()}", "image") as bar:

@@ -142,6 +142,20 @@ def test_images_of_another_folder_with_names_that_are_taken(tmp_path):
   save("A")  # again
 
 
+def test_names_that_are_long_for_the_disk(tmp_path):
+  names = ["雨" * 76, "雨" * 82, "a"]  # of 228 and 246 bytes, where 255 are the most
+  (tmp_path / "in").mkdir()
+  for name in names:
+    Image.new("RGB", (9, 8)).save(tmp_path / "in" / f"{name}.png")
+  found, out = picture_files.find(str(tmp_path / "in")), tmp_path / "out"
+  with pytest.raises(
+    InputError, match=r"1 of 3 .* room for the ends .*, got 82 characters; rename"
+  ):
+    predict.save_all(_Segmenter(), found, "cat, dog, grass", out, save="overlay,json,coco,yolo")
+  for name in names[::2]:
+    assert (out / f"{name}_overlay.png").exists() and (out / f"yolo/images/{name}.png").exists()
+
+
 def test_what_is_wrong_is_said_before_the_network_runs(tmp_path):
   nothing = _Segmenter(0)
   many = [f"class {i}" for i in range(300)]
