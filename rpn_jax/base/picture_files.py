@@ -43,20 +43,28 @@ class Found:
     Subfolders stay, and names that differ in their suffix, in the case of letters or in Unicode's
     form only are told apart: `a/x` for a/x.jpg, `x_jpg` and `x_png` for x.jpg and x.png.
     """
-    relative = [file.relative_to(self.root) for file in self.files]
-    plain = [path.with_suffix("") for path in relative]
-    count = collections.Counter(map(_disk_key, plain))
-    stems, used = [], {key for key, times in count.items() if times == 1}
-    for path, stem in zip(relative, plain):
-      if count[_disk_key(stem)] > 1:
-        longer = path.with_name(path.name.replace(".", "_"))
-        stem, number = longer, 1
-        while _disk_key(stem) in used:
-          number += 1
-          stem = longer.with_name(f"{longer.name}_{number}")
-        used.add(_disk_key(stem))
-      stems.append(stem)
-    return stems
+    return distinct_stems([file.relative_to(self.root) for file in self.files])
+
+
+def distinct_stems(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+  """A path without a suffix for each file, see `Found.stems`; no two are one on any disk.
+
+  Args:
+    files: relative paths; of two that are the same, one gets a number.
+  """
+  plain = [path.with_suffix("") for path in files]
+  count = collections.Counter(map(_disk_key, plain))
+  stems, used = [], {key for key, times in count.items() if times == 1}
+  for path, stem in zip(files, plain):
+    if count[_disk_key(stem)] > 1:
+      longer = path.with_name(path.name.replace(".", "_"))
+      stem, number = longer, 1
+      while _disk_key(stem) in used:
+        number += 1
+        stem = longer.with_name(f"{longer.name}_{number}")
+      used.add(_disk_key(stem))
+    stems.append(stem)
+  return stems
 
 
 def _disk_key(stem: pathlib.Path) -> str:
