@@ -32,10 +32,18 @@ class Found:
     root: the folder, or that of the file.
     files: by path.
     left_out: what looks like an image and is not among them, with the reason.
+    named: the folder, or the file.
   """
 
-  def __init__(self, root: pathlib.Path, files: Sequence[pathlib.Path], left_out: LeftOut):
+  def __init__(
+    self,
+    root: pathlib.Path,
+    files: Sequence[pathlib.Path],
+    left_out: LeftOut,
+    named: pathlib.Path | None = None,
+  ):
     self.root, self.files, self.left_out = root, list(files), list(left_out)
+    self.named = named or root
 
   def stems(self) -> list[pathlib.Path]:
     """For each file where its results belong below a folder for all of them, without a suffix.
@@ -90,7 +98,7 @@ def find(
   if not root.exists():
     raise InputError(f"{path}: expected an image or a folder of images, no such file or folder")
   if root.is_file():
-    return Found(root.parent, [root], [])
+    return Found(root.parent, [root], [], root)
   if results is not None and os.path.realpath(results) == os.path.realpath(root):
     raise InputError(
       f"--out={results}: expected another folder than that of the images, which the next call "

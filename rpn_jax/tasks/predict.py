@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import itertools
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +22,10 @@ from rpn_jax.inference.segmenter import Segmenter
 
 # More files than these are counted, not listed: those of four images.
 LISTED_FILES = 12
-# In the folder of the results: a line for every image that could not be read.
-SKIPPED = "skipped.txt"
+# In the folder of the results: a line for every image that could not be read, after one that says
+# which images were asked for.
+SKIPPED = "skipped"
+SKIPPED_HEAD = "# left out by rpn, of "
 
 
 def predict(
@@ -175,13 +178,17 @@ def save_all(
     print(f"{told.others} more images like these: each JSON file says how its image was read")
   if written:
     print(f"{segmenter.method}\n{summary(written, directory)}")
-  check_skipped(skipped, len(found.files), directory, found.left_out)
+  check_skipped(skipped, len(found.files), directory, found.named, found.left_out)
   return written
 
 
 def _readable(path: pathlib.Path) -> str:
   """A path as text; what is not UTF-8 in its name becomes a code."""
   return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _first_line(path: pathlib.Path) -> str:
+  return path.read_bytes().partition(b"\n")[0].decode("utf-8", "replace") if path.is_file() else ""
 
 
 def summary(written: Sequence[pathlib.Path], directory: pathlib.Path) -> str:
@@ -201,27 +208,38 @@ def check_skipped(
   unreadable: Sequence[InputError],
   total: int,
   directory,
+  named: pathlib.Path,
   left_out: Sequence[tuple[pathlib.Path, str]] = (),
 ) -> None:
-  """Tells which of many images were skipped; SKIPPED in the folder has the reason of each.
+  """Tells which of many images were skipped; `skipped.txt` in the folder has the reason of each.
+
+  A list of the same images by an earlier call is replaced, or removed where none is left out;
+  beside other files of that name it is called `skipped_2.txt`, and so on.
 
   Args:
     unreadable: why files could not be read.
     total: number of files that were tried.
     directory: of the results.
+    named: the folder of images, or the file, that was asked for.
     left_out: files that look like images and were not tried, with the reason.
 
   Raises:
     InputError: some could not be read.
   """
-  path = expand(directory) / SKIPPED
+  directory, head = expand(directory), SKIPPED_HEAD + _readable(named.absolute())
+  earlier = [path for path in directory.glob(f"{SKIPPED}*.txt") if _first_line(path) == head]
   if not left_out and (total == 1 or not unreadable):
-    path.unlink(missing_ok=True)  # of an earlier call
+    for path in earlier:
+      path.unlink()
     if unreadable:
       raise unreadable[0]
     return
+  names = itertools.chain([SKIPPED], (f"{SKIPPED}_{i}" for i in itertools.count(2)))
+  free = (path for name in names if not (path := directory / f"{name}.txt").exists())
+  path = next(iter(earlier), None) or next(free)
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = [
+    head,
     *map(str, unreadable),
     *(f"{_readable(file)}: left out, {why}" for file, why in left_out),
   ]
