@@ -110,3 +110,12 @@ def test_an_image_of_the_data_set_itself_gets_a_label(tmp_path, form):
   (tmp_path / form / "sources/x.json").write_text("[]")  # damaged: nothing is known
   with pytest.raises(InputError, match="which no earlier call has made of it"):
     add(tmp_path, form, labeled, "x")
+
+
+@FORMS
+def test_a_data_set_in_a_bucket(tmp_path, bucket, form):
+  for _ in range(2):
+    add(bucket, form, photo(tmp_path / "A/x.jpg"), "x")
+  assert sorted(path.name for path in (bucket / form / IMAGES[form]).iterdir()) == ["x.jpg"]
+  with pytest.raises(InputError, match=r"x\.jpg, which is of /\S+/A/x\.jpg; rename"):
+    add(bucket, form, photo(tmp_path / "B/x.png", 1), "x")
