@@ -242,7 +242,7 @@ def test_one_damaged_picture_does_not_stop_a_folder(tmp_path, capsys):
   error = capsys.readouterr().err
   assert f"error: 2 of 4 images were skipped, such as {tmp_path}/in/b.jpg: " in error
   assert f"; {listed} lists all" in error
-  lines = listed.read_text().splitlines()
+  _, *lines = listed.read_text().splitlines()
   assert [line.split(": ")[0] for line in lines] == [f"{tmp_path}/in/{n}.jpg" for n in "bd"]
   assert {p.name for p in (tmp_path / "out").iterdir()} == {
     "skipped.txt",

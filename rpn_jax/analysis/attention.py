@@ -189,18 +189,23 @@ def attention(
 ) -> list[pathlib.Path]:
   """Draws the relationship maps of each image file; returns the files written.
 
+  They are called `attention_<stem>.png`, with a suffix or a number where several would be the same.
+
   Raises:
     InputError: too many classes, a network without maps, an unreadable image.
   """
   if len(names) > MAX_CLASSES:
     raise InputError(f"expected at most {MAX_CLASSES} classes for one figure, got {len(names)}")
   written = []
-  for file in map(paths.expand, files):
+  files = [paths.expand(file) for file in files]
+  # All figures are in one folder, wherever the images are.
+  names_of_files = [file.relative_to(file.parent) for file in files]
+  for file, stem in zip(files, picture_files.distinct_stems(names_of_files)):
     image, inputs = read_image(file, predictor.protocol, predictor.clip.patch_size)
     maps = relationship_maps(predictor, inputs, names)
     network: Any = predictor.network
     layers = [i + 1 for i in network.prompting]
-    path = paths.expand(out) / f"attention_{file.stem}.png"
+    path = paths.expand(out) / f"attention_{stem}.png"
     draw_maps(path, image, maps, names, layers)
     written.append(path)
   return written

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rpn_jax.annotations import coco, labelme, voc, yolo
-from rpn_jax.annotations.images import Labeled
+from rpn_jax.annotations.images import Labeled, relative_path
 from rpn_jax.annotations.options import ANNOTATIONS, Options
 from rpn_jax.annotations.regions import Instance, find_instances
+from rpn_jax.annotations.sources import Sources
 from rpn_jax.base import buckets
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_text
@@ -22,8 +23,8 @@ class Collection:
 
   In the folder: `coco/annotations.json`; `labelme/<stem>.json`; `yolo/data.yaml`,
   `yolo/labels/<stem>.txt` and the images in `yolo/images`; `voc/class_names.txt`,
-  `voc/SegmentationClass/<stem>.png` and the images in `voc/JPEGImages`. Every file is written
-  atomically, COCO's by `finish` alone.
+  `voc/SegmentationClass/<stem>.png` and the images in `voc/JPEGImages`; of both, `sources`. Every
+  file is written atomically, COCO's by `finish` alone.
 
   Args:
     directory: created if missing.
@@ -56,12 +57,16 @@ class Collection:
     self._lock = threading.Lock()
     # File -> its content, which says what the class ids of the files around it mean.
     self._class_files: dict[pathlib.Path, str] = {}
+    self._sources: dict[str, Sources] = {}
     if "yolo" in self._forms:
+      self._sources["yolo"] = Sources(self._directory / "yolo", "images", "labels/{}.txt")
       self._class_files[self._directory / "yolo" / "data.yaml"] = yolo.data_yaml(names)
     if "voc" in self._forms:
+      folder = self._directory / "voc"
+      self._sources["voc"] = Sources(folder, "JPEGImages", "SegmentationClass/{}.png")
       self._voc_table = voc.indices(names)
       listed = voc.class_names(names, self._voc_table)
-      self._class_files[self._directory / "voc" / "class_names.txt"] = listed
+      self._class_files[folder / "class_names.txt"] = listed
     for path, text in self._class_files.items():
       if path.exists() and path.read_text(encoding="utf-8") != text:
         raise InputError(
@@ -69,30 +74,39 @@ class Collection:
           f"others; remove {path.parent} or name another folder"
         )
 
+  def check(self, file: str | os.PathLike, stem: str) -> None:
+    """Checks that `add` would replace no file of another image; see `Sources.check`."""
+    for sources in self._sources.values():
+      sources.check(file, stem)
+
   def add(self, labeled: Labeled, stem: str) -> list[pathlib.Path]:
     """Writes what is about one image; several threads may do so at once.
 
     Args:
       labeled: the image.
-      stem: of the names of its files; another image with the same one replaces them.
+      stem: of the names of its files.
 
     Returns:
       The paths written.
+
+    Raises:
+      InputError: see `Sources.add`; nothing was written of this image to that data set.
     """
+    self.check(labeled.file, stem)
     with self._lock:  # before the first label file, so that the class ids of none are unknown
       written = [_write(path, text) for path, text in self._class_files.items()]
       self._class_files = {}
     if "voc" in self._forms:
       folder, image = self._directory / "voc", voc.label_image(labeled.labels, self._voc_table)
+      written += self._sources["voc"].add(labeled, stem)
       written.append(save_png(folder / "SegmentationClass" / f"{stem}.png", image))
-      written.append(labeled.copy_to(folder / "JPEGImages", stem))
     if self._forms == ("voc",):
       return written
     instances, options = find_instances(labeled.labels, self._options), self._options
     if "yolo" in self._forms:
       folder, text = self._directory / "yolo", yolo.rows(instances, labeled.size, options)
+      written += self._sources["yolo"].add(labeled, stem)
       written.append(_write(folder / "labels" / f"{stem}.txt", text))
-      written.append(labeled.copy_to(folder / "images", stem))
     if "labelme" in self._forms:
       written.append(self._add_labelme(labeled, stem, instances))
     if "coco" in self._forms:
@@ -107,7 +121,7 @@ class Collection:
     path = self._directory / "labelme" / f"{stem}.json"
     source = None if buckets.is_bucket(path) else labeled.plain_file()
     embedded = source is None
-    image_path = labelme.relative_path(source, path.parent) if source else f"{stem}.png"
+    image_path = relative_path(source, path.parent) if source else f"{stem}.png"
     content = labelme.document(
       instances, self._names, labeled.size, self._options, image_path,
       labeled.image if embedded else None,

@@ -3,15 +3,13 @@
 import dataclasses
 import os
 import pathlib
-import shutil
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from rpn_jax.base import buckets, deep_images
-from rpn_jax.base.paths import expand, replacing
+from rpn_jax.base.paths import expand
 from rpn_jax.base.pictures import ON_ITS_SIDE
-from rpn_jax.drawing.images import save_png
 
 # Files that every reader of annotations opens, and in the same way: of these formats and modes.
 PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -63,29 +61,15 @@ class Labeled:
       return None
     return path if size == self.size and (orientation == _UPRIGHT or not upright) else None
 
-  def copy_to(self, folder: pathlib.Path, stem: str) -> pathlib.Path:
-    """Copies the image's file, or writes a PNG of what was segmented; returns the path."""
-    source = self.plain_file(upright=True)
-    if source is None:
-      return self._only(save_png(folder / f"{stem}.png", Image.fromarray(self.image)))
-    path = folder / f"{stem}{source.suffix.lower()}"
-    if not path.exists() or not os.path.samefile(path, source):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      with replacing(path) as temporary:
-        shutil.copyfile(source, temporary)
-    return self._only(path)
 
-  def _only(self, copy: pathlib.Path) -> pathlib.Path:
-    """Removes copies of other formats that an earlier call has made under the same stem.
+def relative_path(image: pathlib.Path, folder: pathlib.Path) -> str:
+  """The path of a local image from a local folder, with "/".
 
-    Both would belong to one file of labels, which is that of the newer one.
-    """
-    if not buckets.is_bucket(copy):
-      for suffix in {*PLAIN_SUFFIXES} - {copy.suffix}:
-        other = copy.with_suffix(suffix)
-        if not str(self.file) or other.resolve() != expand(self.file).resolve():
-          other.unlink(missing_ok=True)
-    return copy
+  Neither is below a link, as `..` leads out of what the link points to.
+  """
+  image, folder = image.absolute(), folder.absolute()
+  path = os.path.relpath(image.parent.resolve() / image.name, folder.resolve())
+  return pathlib.PurePath(path).as_posix()
 
 
 def _is_plain(file: Image.Image) -> bool:

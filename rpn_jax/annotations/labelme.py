@@ -2,8 +2,6 @@
 
 import base64
 import io
-import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,8 +69,3 @@ def _png(image: np.ndarray) -> str:
   file = io.BytesIO()
   Image.fromarray(image).save(file, format="PNG")
   return base64.b64encode(file.getvalue()).decode()
-
-
-def relative_path(image: pathlib.Path, folder: pathlib.Path) -> str:
-  """The path of a local image from a local folder, with "/"."""
-  return pathlib.PurePath(os.path.relpath(image.absolute(), folder.absolute())).as_posix()

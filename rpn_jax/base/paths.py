@@ -27,16 +27,32 @@ from rpn_jax.base.errors import InputError
 _ADDRESS = re.compile(
   r"gs:|(?!hf:|https?://(www\.)?(huggingface|hf)\.co)[a-z][a-z0-9+]+://", re.IGNORECASE
 )
+# Bytes of a file name on most disks.
+_NAME_BYTES = 255
 # What is mounted where.
 _MOUNTS = pathlib.Path("/proc/self/mounts")
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
-  """The path that a person typed: in a bucket, or local, with a leading `~` expanded.
+  """The path that a person typed: see `exact`, and an existing one that looks the same.
 
-  The shell does not expand `--flag=~/path`. Letters like é are one character or two (Unicode's NFC
-  and NFD, which macOS writes), and look alike: where only a path of the other form exists, that one
-  is meant.
+  Letters like é are one character or two (Unicode's NFC and NFD, which macOS writes): where only a
+  path of the other form exists, that one is meant.
+
+  Raises:
+    InputError: see `exact`.
+  """
+  path = exact(path)
+  if buckets.is_bucket(path) or str(path).isascii() or os.path.exists(path):
+    return path
+  others = (pathlib.Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+  return next((other for other in others if os.path.exists(other)), path)
+
+
+def exact(path: str | os.PathLike) -> pathlib.Path:
+  """The path by these characters, as of files to write: in a bucket, or local, with `~` expanded.
+
+  The shell does not expand `--flag=~/path`.
 
   Raises:
     InputError: there is no such home folder; an address other than `gs://BUCKET/NAME`; a bucket
@@ -47,13 +63,14 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
   if _ADDRESS.match(os.fspath(path)):
     raise InputError(f"{path}: expected a local path or gs://BUCKET/NAME; correct the address")
   try:
-    path = pathlib.Path(path).expanduser()
+    return pathlib.Path(path).expanduser()
   except RuntimeError as error:
     raise InputError(f"{path}: expected a path, {error}; write the whole path") from None
-  if not str(path).isascii() and not os.path.exists(path):
-    others = (pathlib.Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
-    return next((other for other in others if os.path.exists(other)), path)
-  return path
+
+
+def name_key(path: str | os.PathLike) -> str:
+  """Text that is the same for paths which some disks take for one: macOS does for NFC and NFD."""
+  return unicodedata.normalize("NFC", os.fspath(path))
 
 
 def expand_local(path: str | os.PathLike, what: str) -> pathlib.Path:
@@ -120,7 +137,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   Raises:
     OSError: the file cannot be written; no temporary file remains.
   """
-  path = expand(path)
+  # A file whose name looks the same is another one, and would be lost.
+  path = exact(path)
   if buckets.is_bucket(path):
     with tempfile.TemporaryDirectory() as folder:
       temporary = pathlib.Path(folder, path.name)
@@ -128,7 +146,10 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       buckets.upload(temporary, path)
     return
   # Random: in containers that share a folder every process may be number 1, and threads share one.
-  temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+  token = secrets.token_hex(8)
+  temporary = path.with_name(f".{path.name}.{token}.tmp")
+  if len(os.fsencode(temporary.name)) > _NAME_BYTES:  # though that of the file itself may do
+    temporary = path.with_name(f".{token}.tmp")
   try:
     yield temporary
     os.replace(temporary, path)
@@ -140,7 +161,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes UTF-8 text atomically."""
   if buckets.is_bucket(path):
-    expand(path).write_text(text, encoding="utf-8")
+    exact(path).write_text(text, encoding="utf-8")
     return
   with replacing(path) as temporary:
     temporary.write_text(text, encoding="utf-8")

@@ -32,31 +32,51 @@ class Found:
     root: the folder, or that of the file.
     files: by path.
     left_out: what looks like an image and is not among them, with the reason.
+    named: the folder, or the file.
   """
 
-  def __init__(self, root: pathlib.Path, files: Sequence[pathlib.Path], left_out: LeftOut):
+  def __init__(
+    self,
+    root: pathlib.Path,
+    files: Sequence[pathlib.Path],
+    left_out: LeftOut,
+    named: pathlib.Path | None = None,
+  ):
     self.root, self.files, self.left_out = root, list(files), list(left_out)
+    self.named = named or root
 
   def stems(self) -> list[pathlib.Path]:
     """For each file where its results belong below a folder for all of them, without a suffix.
 
-    Subfolders stay, and names that differ in their suffix or in the case of letters only are told
-    apart: `a/x` for a/x.jpg, `x_jpg` and `x_png` for x.jpg and x.png.
+    Subfolders stay, and names that differ in their suffix, in the case of letters or in Unicode's
+    form only are told apart: `a/x` for a/x.jpg, `x_jpg` and `x_png` for x.jpg and x.png.
     """
-    relative = [file.relative_to(self.root) for file in self.files]
-    plain = [path.with_suffix("") for path in relative]
-    count = collections.Counter(str(path).casefold() for path in plain)
-    stems, used = [], {key for key, times in count.items() if times == 1}
-    for path, stem in zip(relative, plain):
-      if count[str(stem).casefold()] > 1:
-        longer = path.with_name(path.name.replace(".", "_"))
-        stem, number = longer, 1
-        while str(stem).casefold() in used:
-          number += 1
-          stem = longer.with_name(f"{longer.name}_{number}")
-        used.add(str(stem).casefold())
-      stems.append(stem)
-    return stems
+    return distinct_stems([file.relative_to(self.root) for file in self.files])
+
+
+def distinct_stems(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+  """A path without a suffix for each file, see `Found.stems`; no two are one on any disk.
+
+  Args:
+    files: relative paths; of two that are the same, one gets a number.
+  """
+  plain = [path.with_suffix("") for path in files]
+  count = collections.Counter(map(_disk_key, plain))
+  stems, used = [], {key for key, times in count.items() if times == 1}
+  for path, stem in zip(files, plain):
+    if count[_disk_key(stem)] > 1:
+      longer = path.with_name(path.name.replace(".", "_"))
+      stem, number = longer, 1
+      while _disk_key(stem) in used:
+        number += 1
+        stem = longer.with_name(f"{longer.name}_{number}")
+      used.add(_disk_key(stem))
+    stems.append(stem)
+  return stems
+
+
+def _disk_key(stem: pathlib.Path) -> str:
+  return paths.name_key(str(stem).casefold())
 
 
 def find(
@@ -78,7 +98,7 @@ def find(
   if not root.exists():
     raise InputError(f"{path}: expected an image or a folder of images, no such file or folder")
   if root.is_file():
-    return Found(root.parent, [root], [])
+    return Found(root.parent, [root], [], root)
   if results is not None and os.path.realpath(results) == os.path.realpath(root):
     raise InputError(
       f"--out={results}: expected another folder than that of the images, which the next call "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from rpn_jax.base.paths import expand, replacing
+from rpn_jax.base.paths import exact, replacing
 from rpn_jax.drawing.fonts import load_font, wrap
 from rpn_jax.drawing.legend import draw_legend, legend_entries
 from rpn_jax.drawing.palette import HATCH, INK, class_colors
@@ -270,7 +270,7 @@ def save_png(path: str | os.PathLike, image: Image.Image | Figure) -> pathlib.Pa
   Returns:
     The path.
   """
-  path = expand(path)
+  path = exact(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with replacing(path) as temporary:
     if hasattr(image, "savefig"):

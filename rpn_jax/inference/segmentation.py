@@ -15,7 +15,7 @@ from rpn_jax.annotations.collection import Collection
 from rpn_jax.annotations.images import Labeled
 from rpn_jax.annotations.options import ANNOTATIONS, DEFAULT_FORMS, parse_forms
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import expand, write_json
+from rpn_jax.base.paths import expand, name_key, write_json
 from rpn_jax.base.words import composed, split_synonyms
 from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_png
 from rpn_jax.drawing.legend import share_text
@@ -239,12 +239,18 @@ class Segmentation:
       The paths.
 
     Raises:
-      InputError: an unknown form, or see `Collection`.
+      InputError: an unknown form, or see `Collection` and its `add`.
     """
     forms, directory = parse_forms(save), expand(directory)
     stem = stem or pathlib.PurePath(self.file).stem or "picture"
     own = collection or Collection(directory, self.names, forms, coco_name=stem, **options)
     written = []
+    # First, since it may be refused, and then there is nothing of this image.
+    annotated = (
+      own.add(Labeled(self.image, self.labels, self.file), stem)
+      if {*forms} & {*ANNOTATIONS}
+      else []
+    )
     if "overlay" in forms:
       overlay = self.overlay(alpha, palette)
       written.append(save_png(directory / f"{stem}_overlay.png", overlay))
@@ -256,8 +262,7 @@ class Segmentation:
       write_json(written[-1], self.summary())
     if "scores" in forms:
       written += score_files.save(directory, stem, self.image, self.scores, self.names)
-    if {*forms} & {*ANNOTATIONS}:
-      written += own.add(Labeled(self.image, self.labels, self.file), stem)
+    written += annotated
     return written if collection else written + own.finish()
 
   def __repr__(self) -> str:
@@ -313,11 +318,11 @@ def save_results(
           f"{stem}: expected a result with the names of the first one, {', '.join(names)}, got "
           f"{', '.join(result.names)}; save it to another folder"
         )
-      if stem in stems:
+      if (key := name_key(stem)) in stems:
         raise InputError(
           f"{result.file}: expected images with different names, got {stem} twice; rename one"
         )
-      stems.add(stem)
+      stems.add(key)
       written += result.save(
         directory, stem, save=forms, alpha=alpha, palette=palette, collection=collection
       )

@@ -282,7 +282,7 @@ class Segmenter:
 
     def inputs_of_images() -> Iterator[np.ndarray]:
       for source in images:
-        file = source if isinstance(source, (str, pathlib.Path)) else ""
+        file = _file_of(source)
         if not isinstance(source, Picture):
           picture = pictures.load(source, page=page, matte=matte)
           told(file or "the image", picture.notes)
@@ -367,6 +367,22 @@ class Segmenter:
 def _training_free(predictor: Predictor, clip: str) -> str:
   title = f"training-free {predictor.network.title} on {clip}, no trained prompts"
   return _noted(title, predictor)
+
+
+def _file_of(image: Any) -> str | pathlib.Path:
+  """The path of an image of any kind, of an open file its name; "" if there is none."""
+  if isinstance(image, (str, os.PathLike)):
+    return image if isinstance(image, pathlib.Path) else os.fsdecode(image)
+  name = getattr(image, "name", None)
+  if not isinstance(name, str):  # such as a number
+    return ""
+  try:  # a stream in memory may be called like a file that is another image
+    same = os.path.samestat(os.fstat(image.fileno()), os.stat(name))
+  except FileNotFoundError:
+    same = True
+  except (OSError, AttributeError):
+    same = not os.path.exists(name)
+  return name if same else ""
 
 
 def _noted(method: str, predictor: Predictor) -> str:

@@ -121,7 +121,7 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
   if results:
     paths.write_json(path, content)
     report(content, path)
-  check_skipped(unreadable, len(files), workdir)
+  check_skipped(unreadable, len(files), workdir, paths.expand(image))
   return content
 
 

@@ -7,6 +7,7 @@ The last form, safetensors, is what main.py --mode=export writes of a run, for t
 
 import argparse
 import importlib.util
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -96,8 +97,7 @@ def _export_program(args: argparse.Namespace) -> None:
   if args.to == "onnx" and size == OPEN:
     raise InputError("--size=any: an ONNX file is of one size here, expected HEIGHT,WIDTH")
   path = expand(args.out or f"{pathlib.PurePath(args.model).stem}.{args.to}")
-  if path.is_dir() or not path.parent.is_dir():
-    raise InputError(f"--out={path}: expected a file to write, in a folder that exists")
+  written = _written(path, text_input=bool(names) and args.text_input)
   segmenter = Segmenter.load(
     args.model, method=args.method, templates=args.templates, synonyms=args.synonyms,
     checkpoint=args.checkpoint, clip=args.clip,
@@ -108,16 +108,45 @@ def _export_program(args: argparse.Namespace) -> None:
   )  # fmt: skip
   content, run = {"onnx": to_onnx, "stablehlo": to_stablehlo}[args.to](model)
   difference = _compare(model, run, args.dtype)
-  written = [path, path.with_suffix(".json")]
   write_json(written[1], model.metadata)
   with replacing(path) as new:
     new.write_bytes(content)
-  if model.text is not None and args.text_input:
-    written.append(path.with_suffix(".npy"))
-    with replacing(written[-1]) as new, new.open("wb") as file:
+  if model.text is not None and len(written) > 2:
+    with replacing(written[2]) as new, new.open("wb") as file:
       np.save(file, model.text)
   print(f"{segmenter.method}: {', '.join(map(str, written))}, {len(content) / 1e6:.1f} MB")
   print(difference)
+
+
+def _written(path: pathlib.Path, *, text_input: bool) -> list[pathlib.Path]:
+  """The files of a program: itself, metadata, and of words that are an input their text.
+
+  Raises:
+    InputError: a path that cannot be written, or one of a file that no export wrote.
+  """
+  if path.is_dir() or not path.parent.is_dir():
+    raise InputError(f"--out={path}: expected a file to write, in a folder that exists")
+  if path.suffix.lower() in (".json", ".npy"):
+    raise InputError(
+      f"--out={path}: expected another ending, since {path.suffix} is that of a file which is "
+      "written beside the program; name it .onnx or .stablehlo"
+    )
+  beside = [path.with_suffix(suffix) for suffix in (".json", ".npy")[: 1 + text_input]]
+  ours = _is_metadata(beside[0])
+  for other in beside:
+    if other.exists() and not ours:
+      raise InputError(
+        f"--out={path}: would replace {other}, which is not of an exported program; rename one"
+      )
+  return [path, *beside]
+
+
+def _is_metadata(path: pathlib.Path) -> bool:
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return False
+  return isinstance(content, dict) and {"model", "names", "patch", "activation"} <= {*content}
 
 
 def _parse_size(text: str | None) -> tuple[int, int] | str | None:

@@ -1,6 +1,8 @@
 """Segmentation of a user's images with a trained run: main.py --mode=predict."""
 
 import collections
+import errno
+import itertools
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +22,10 @@ from rpn_jax.inference.segmenter import Segmenter
 
 # More files than these are counted, not listed: those of four images.
 LISTED_FILES = 12
-# In the folder of the results: a line for every image that could not be read.
-SKIPPED = "skipped.txt"
+# In the folder of the results: a line for every image that could not be read, after one that says
+# which images were asked for.
+SKIPPED = "skipped"
+SKIPPED_HEAD = "# left out by rpn, of "
 
 
 def predict(
@@ -92,8 +96,9 @@ def save_all(
     The files written.
 
   Raises:
-    InputError: some images could not be read; raised after the others have been written. A
-      subfolder has the name of a form, whose folder its results would be mixed with.
+    InputError: some images could not be read, or their results would replace files of others;
+      raised after the others have been written. A subfolder has
+      the name of a form, whose folder its results would be mixed with.
   """
   forms, names, directory = parse_forms(save), parse_names(names), expand(directory)
   stems = found.stems()
@@ -105,28 +110,30 @@ def save_all(
     )
   collection = Collection(directory, names, forms, **(annotations or {}))
   written: list[pathlib.Path] = []
-  unreadable: list[InputError] = []
+  skipped: list[InputError] = []
   pending: collections.deque[tuple[pathlib.Path, pathlib.Path]] = collections.deque()
   told = pictures.Told()
   largest = 0  # bytes of an image so far
 
-  def expected_bytes(file: pathlib.Path) -> int:
+  def expected_bytes(pair: tuple[pathlib.Path, pathlib.Path]) -> int:
     return largest
 
-  def read(file: pathlib.Path) -> pictures.Picture | InputError:
+  def read(pair: tuple[pathlib.Path, pathlib.Path]) -> pictures.Picture | InputError:
+    file, stem = pair
     try:
       if (shown := _readable(file)) != str(file):
         raise InputError(f"{shown}: expected a file name in UTF-8, which results have: rename it")
+      collection.check(file, stem.as_posix())
       return pictures.load(file, page=page, matte=matte)
     except InputError as error:
       return error
 
   def images() -> Iterator[pictures.Picture]:
     nonlocal largest
-    pairs = zip(found.files, stems)
-    for pair, picture in zip(pairs, overlap.mapped(read, found.files, expected_bytes)):
+    pairs = list(zip(found.files, stems))
+    for pair, picture in zip(pairs, overlap.mapped(read, pairs, expected_bytes)):
       if isinstance(picture, InputError):
-        unreadable.append(picture)
+        skipped.append(picture)
         bar.update()
         continue
       told(pair[0], picture.notes)
@@ -141,16 +148,29 @@ def save_all(
       _ = result.labels
       yield result, stem
 
-  def save_one(item: tuple[Segmentation, pathlib.Path]) -> list[pathlib.Path]:
+  def save_one(item: tuple[Segmentation, pathlib.Path]) -> list[pathlib.Path] | InputError:
     result, stem = item
-    return result.save(
-      directory, stem.as_posix(), save=forms, palette=palette, collection=collection
-    )
+    try:
+      return result.save(
+        directory, stem.as_posix(), save=forms, palette=palette, collection=collection
+      )
+    except InputError as error:
+      return error
+    except OSError as error:
+      if error.errno != errno.ENAMETOOLONG:
+        raise
+      return InputError(
+        f"{result.file}: expected a name that leaves room for the ends of its results' names, got "
+        f"{len(stem.name)} characters; rename it"
+      )
 
   try:
     with progress(len(found.files), f"segment on {devices_text()}", "image") as bar:
       for paths in overlap.mapped(save_one, results(), lambda item: item[0].nbytes):
-        written += paths
+        if isinstance(paths, InputError):
+          skipped.append(paths)
+        else:
+          written += paths
         bar.update()
   finally:  # after Ctrl-C, too: of the images done so far
     written += collection.finish()
@@ -158,13 +178,17 @@ def save_all(
     print(f"{told.others} more images like these: each JSON file says how its image was read")
   if written:
     print(f"{segmenter.method}\n{summary(written, directory)}")
-  check_skipped(unreadable, len(found.files), directory, found.left_out)
+  check_skipped(skipped, len(found.files), directory, found.named, found.left_out)
   return written
 
 
 def _readable(path: pathlib.Path) -> str:
   """A path as text; what is not UTF-8 in its name becomes a code."""
   return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _first_line(path: pathlib.Path) -> str:
+  return path.read_bytes().partition(b"\n")[0].decode("utf-8", "replace") if path.is_file() else ""
 
 
 def summary(written: Sequence[pathlib.Path], directory: pathlib.Path) -> str:
@@ -184,27 +208,38 @@ def check_skipped(
   unreadable: Sequence[InputError],
   total: int,
   directory,
+  named: pathlib.Path,
   left_out: Sequence[tuple[pathlib.Path, str]] = (),
 ) -> None:
-  """Tells which of many images were skipped; SKIPPED in the folder has the reason of each.
+  """Tells which of many images were skipped; `skipped.txt` in the folder has the reason of each.
+
+  A list of the same images by an earlier call is replaced, or removed where none is left out;
+  beside other files of that name it is called `skipped_2.txt`, and so on.
 
   Args:
     unreadable: why files could not be read.
     total: number of files that were tried.
     directory: of the results.
+    named: the folder of images, or the file, that was asked for.
     left_out: files that look like images and were not tried, with the reason.
 
   Raises:
     InputError: some could not be read.
   """
-  path = expand(directory) / SKIPPED
+  directory, head = expand(directory), SKIPPED_HEAD + _readable(named.absolute())
+  earlier = [path for path in directory.glob(f"{SKIPPED}*.txt") if _first_line(path) == head]
   if not left_out and (total == 1 or not unreadable):
-    path.unlink(missing_ok=True)  # of an earlier call
+    for path in earlier:
+      path.unlink()
     if unreadable:
       raise unreadable[0]
     return
+  names = itertools.chain([SKIPPED], (f"{SKIPPED}_{i}" for i in itertools.count(2)))
+  free = (path for name in names if not (path := directory / f"{name}.txt").exists())
+  path = next(iter(earlier), None) or next(free)
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = [
+    head,
     *map(str, unreadable),
     *(f"{_readable(file)}: left out, {why}" for file, why in left_out),
   ]

@@ -4,6 +4,8 @@ Images and folders of them, films and rasters have each a module: `predict`, `vi
 """
 
 import argparse
+import json
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -49,6 +51,7 @@ def segment(args: argparse.Namespace) -> int:
       kind = _kind(args, path)
       found = picture_files.find(args.image, recursive=args.recursive, results=out)
       if kind == "a raster":
+        _check_results(path, out)
         source = raster.Raster(path, bands=args.bands, limits=args.range, scale=args.scale)
       elif path.is_dir() and args.raster is None:
         _tell_of_rasters(found.files)
@@ -83,6 +86,31 @@ def _tell_of_rasters(files: Sequence[pathlib.Path]) -> None:
       "ordinary images, without their place on earth; name one by itself for a map of it "
       "(--no-raster drops this line)",
       flush=True,
+    )
+
+
+def _check_results(path: pathlib.Path, out: pathlib.Path) -> None:
+  """Checks that the results of a raster would replace none of another raster, or of an image.
+
+  Raises:
+    InputError: the folder has results of that name, and they are not known to be of the raster.
+  """
+  if buckets.is_bucket(out):  # which is refused for another reason
+    return
+  summary, labels = out / f"{path.stem}.json", out / f"{path.stem}_labels.tif"
+  try:
+    content = json.loads(summary.read_text(encoding="utf-8"))
+    of = str(content.get("raster") or content.get("image") or "something else")
+  except FileNotFoundError:
+    if not labels.exists() or labels.samefile(path):  # who would replace the latter says so
+      return
+    summary, of = labels, "no raster that is known"
+  except (OSError, ValueError, AttributeError):
+    of = "something else"
+  if os.path.realpath(of) != os.path.realpath(path):
+    raise InputError(
+      f"--out={out}: expected no results of another file than {path}, got {summary}, which is of "
+      f"{of}; use another --out, or rename one"
     )
 
 

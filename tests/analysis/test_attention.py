@@ -141,6 +141,18 @@ def test_maps_are_drawn(picture, tmp_path):
   assert m.shape == (4, 8, 3)
 
 
+def test_figures_of_files_with_one_stem_are_apart(picture, tmp_path):
+  (tmp_path / "more").mkdir()
+  others = [picture.with_suffix(".bmp"), tmp_path / "more" / picture.name]
+  for other in others:
+    Image.open(picture).save(other)
+  paths = attention.attention(predictor(), [picture, *others], NAMES, tmp_path / "out")
+  assert [path.name for path in paths] == [
+    "attention_wide_png.png", "attention_wide_bmp.png", "attention_wide_png_2.png",
+  ]  # fmt: skip
+  assert sorted(paths) == sorted((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("size", [(60, 90), (90, 30)])
 def test_names_and_titles_lie_inside_the_figure(tmp_path, monkeypatch, size):
   figures = []

@@ -68,7 +68,7 @@ def test_every_file_that_is_returned_is_there(tmp_path, photos):
   assert inside >= {
     "coco/annotations.json", "labelme/ü 1.json", "yolo/data.yaml", "yolo/labels/turned.txt",
     "yolo/images/turned.png", "yolo/images/array.png", "voc/class_names.txt",
-    "voc/SegmentationClass/ü 1.png", "voc/JPEGImages/turned.png",
+    "voc/SegmentationClass/ü 1.png", "voc/JPEGImages/turned.png", "voc/sources/ü 1.json",
   }  # fmt: skip
 
 
@@ -126,6 +126,17 @@ def test_labelme_names_the_image_or_holds_it(tmp_path, photos):
     else:
       with Image.open(io.BytesIO(base64.b64decode(content["imageData"]))) as file:
         np.testing.assert_array_equal(np.array(file), photo.image)
+
+
+def test_labelme_finds_the_image_from_below_a_link(tmp_path, photos):
+  (tmp_path / "disk/deep/er").mkdir(parents=True)
+  (tmp_path / "out").symlink_to("disk/deep/er")
+  (tmp_path / "link").symlink_to("my photos/more")
+  photo = Labeled(photos[1].image, photos[1].labels, tmp_path / "link/turned.jpg")
+  collected(tmp_path / "out", [photo], ["labelme"])
+  folder = tmp_path / "disk/deep/er/labelme"
+  name = json.loads((folder / f"{STEMS[0]}.json").read_text(encoding="utf-8"))["imagePath"]
+  assert (folder / name).samefile(photos[1].file)
 
 
 def check_by_the_rules_of_ultralytics(path):
@@ -259,15 +270,24 @@ def test_threads_add_in_any_order(tmp_path):
   assert folder("one", 1) == folder("many", 6)
 
 
+def copied(out, labeled, stem):
+  Collection(out, NAMES, ["yolo"]).add(labeled, stem)
+  return sorted(path.name for path in (out / "yolo/images").iterdir())
+
+
 def test_images_are_copied_once_and_only_if_they_show_what_was_segmented(tmp_path, photos):
   out = tmp_path / "out"
-  path = photos[0].copy_to(out, "a")
-  inside = Labeled(photos[0].image, photos[0].labels, path)
-  assert inside.copy_to(out, "a") == path and [*out.iterdir()] == [path]
+  assert copied(out, photos[0], "a") == ["a.png"]
+  path = out / "yolo/images/b.png"
+  (out / "yolo/images/a.png").rename(path)
+  before = path.stat().st_mtime_ns
+  assert copied(out, Labeled(photos[0].image, photos[0].labels, path), "b") == ["b.png"]
+  assert path.stat().st_mtime_ns == before
   for file in ("gone.png", __file__, "gs://bucket/a.png"):
     assert Labeled(photos[0].image, photos[0].labels, file).plain_file() is None
   other = Labeled(photos[2].image, photos[2].labels, photos[0].file)  # of another size
-  with Image.open(other.copy_to(out, "b")) as image:
+  copied(out, other, "c")
+  with Image.open(out / "yolo/images/c.png") as image:
     np.testing.assert_array_equal(np.array(image), other.image)
 
 
@@ -292,20 +312,6 @@ def test_files_that_others_see_in_another_way_are_written_anew(tmp_path, photos)
     files[name].write_bytes(content)
   plain = [name for name in files if Labeled(photo.image, photo.labels, files[name]).plain_file()]
   assert plain == ["opaque.png", "palette.png"]
-
-
-def test_a_copy_of_another_format_does_not_stay(tmp_path, photos):
-  photo, out = photos[0], tmp_path / "out"
-  Image.fromarray(photo.image).save(tmp_path / "a.bmp")
-  first = Labeled(photo.image, photo.labels, tmp_path / "a.bmp").copy_to(out, "a.1")
-  assert [*out.iterdir()] == [first]
-  second = Labeled(photo.image, photo.labels).copy_to(out, "a.1")
-  assert [*out.iterdir()] == [second] and second.name == "a.1.png"
-  exif = Image.Exif()
-  exif[0x0112] = 3
-  Image.fromarray(photo.image[::-1, ::-1]).save(out / "own.jpg", exif=exif)  # is not a copy
-  Labeled(photo.image, photo.labels, out / "own.jpg").copy_to(out, "own")
-  assert {path.name for path in out.iterdir()} == {"a.1.png", "own.jpg", "own.png"}
 
 
 def test_names_of_yaml():

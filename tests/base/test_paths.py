@@ -1,4 +1,4 @@
-"""Folders that only look like those of a disk."""
+"""Folders that only look like those of a disk, and names that are as long as a disk takes them."""
 
 import errno
 import os
@@ -41,3 +41,13 @@ def test_where_folders_cannot_be_renamed(tmp_path, monkeypatch):
   with pytest.raises(InputError, match=r"expected a disk, .* got Too many open files, .* gs://BUC"):
     paths.check_renames(tmp_path)
   assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("length", [1, 70, 80, 85])  # three bytes each, of 255 at most
+def test_a_file_of_any_name_that_the_disk_takes(tmp_path, length):
+  path = tmp_path / ("雨" * length)
+  with paths.replacing(path) as temporary:
+    temporary.write_text("new")
+    assert [each.name[0] for each in tmp_path.iterdir()] == ["."] and temporary.suffix == ".tmp"
+    assert (f".{path.name}." in temporary.name) == (length <= 70)
+  assert [*tmp_path.iterdir()] == [path]

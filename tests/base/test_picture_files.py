@@ -7,9 +7,10 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from rpn_jax.base import picture_files, pictures
+from rpn_jax.base import paths, picture_files, pictures
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.picture_files import Found
+from rpn_jax.drawing import images
 
 
 @pytest.fixture
@@ -122,3 +123,19 @@ def test_a_name_is_found_in_either_form_of_its_letters(forms, tmp_path):
   assert pictures.read(str(tmp_path / typed)).shape == (2, 3, 3)
   Image.new("RGB", (5, 5)).save(tmp_path / typed)  # another file: now each is itself
   assert picture_files.find(str(tmp_path / typed)).files == [tmp_path / typed]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_results_of_names_that_look_the_same_do_not_meet(forms, tmp_path):
+  first, second = (unicodedata.normalize(form, "café") for form in forms)
+  names = [f"{first}.png", f"{second}.png"]
+  stems = Found(tmp_path, [tmp_path / name for name in names], []).stems()
+  assert len({unicodedata.normalize("NFC", str(stem)) for stem in stems}) == 2  # macOS, too
+  for text in (first, second):  # nor where each file is named by itself
+    paths.write_text(tmp_path / f"{text}.json", text)
+    images.save_png(tmp_path / f"{text}.png", Image.new("RGB", (3, 2)))
+  written = {path.name: path for path in tmp_path.iterdir()}
+  assert {*written} == {
+    f"{text}{suffix}" for text in (first, second) for suffix in (".json", ".png")
+  }
+  assert written[f"{first}.json"].read_text(encoding="utf-8") == first

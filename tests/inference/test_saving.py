@@ -60,7 +60,10 @@ def test_many_results_share_a_file(tmp_path):
   for file in files:
     Image.fromarray(scenes.image(scenes.nested())).save(file)
   written = save_results(map(result, files), tmp_path / "out", save=["labels", "coco", "yolo"])
-  assert [path.name for path in written if path.suffix == ".json"] == ["annotations.json"]
+  assert [path.name for path in written if path.suffix == ".json"] == [
+    "b.json", "a.json", "annotations.json",
+  ]  # fmt: skip
+  assert {*(tmp_path / "out/yolo/sources").iterdir()} < {*written}
   images = json.loads((tmp_path / "out/coco/annotations.json").read_text())["images"]
   assert [image["file_name"] for image in images] == ["a.png", "b.png"]
   arrays = save_results([result(), result()], tmp_path / "arrays")
@@ -69,6 +72,7 @@ def test_many_results_share_a_file(tmp_path):
   ]  # fmt: skip
   for others, message in [
     ([result("a.png"), result("x/a.png")], "x/a.png: expected images with different names, got a "),
+    ([result("\xfc.png"), result("u\u0308.png")], "expected images with different names, got u"),
     ([result("a"), result("b", names=NAMES[::-1])], "b: expected a result with the names of the"),
   ]:
     with pytest.raises(InputError, match=message):
@@ -116,6 +120,40 @@ def test_a_folder_with_an_unreadable_image_and_an_interruption(tmp_path, capsys)
   # Of two images that were segmented those that were written: the file is of them, and whole.
   done = [path.name.replace("_labels", "") for path in sorted(out.glob("*_labels.png"))]
   assert [image["file_name"] for image in images()] == done and "0.png" in done
+
+
+def test_images_of_another_folder_with_names_that_are_taken(tmp_path):
+  for name in ("A/1.png", "B/1.jpg", "B/2.png"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (9, 8), "red").save(tmp_path / name)
+  segmenter, out = _Segmenter(), tmp_path / "out"
+
+  def save(folder):
+    found = picture_files.find(str(tmp_path / folder))
+    predict.save_all(segmenter, found, "cat, dog, grass", out, save="json,yolo,voc")
+
+  save("A")
+  before = {path: path.read_bytes() for path in out.rglob("1.*")}
+  segmenter.images = 1  # the network runs for one of two images
+  with pytest.raises(InputError, match=r"1 of 2 images were skipped, such as .*B/1\.jpg: expected"):
+    save("B")
+  assert {path: path.read_bytes() for path in out.rglob("1.*")} == before
+  assert len([*out.rglob("2.*")]) == 7 and "1.json" in {path.name for path in before}
+  save("A")  # again
+
+
+def test_names_that_are_long_for_the_disk(tmp_path):
+  names = ["雨" * 76, "雨" * 82, "a"]  # of 228 and 246 bytes, where 255 are the most
+  (tmp_path / "in").mkdir()
+  for name in names:
+    Image.new("RGB", (9, 8)).save(tmp_path / "in" / f"{name}.png")
+  found, out = picture_files.find(str(tmp_path / "in")), tmp_path / "out"
+  with pytest.raises(
+    InputError, match=r"1 of 3 .* room for the ends .*, got 82 characters; rename"
+  ):
+    predict.save_all(_Segmenter(), found, "cat, dog, grass", out, save="overlay,json,coco,yolo")
+  for name in names[::2]:
+    assert (out / f"{name}_overlay.png").exists() and (out / f"yolo/images/{name}.png").exists()
 
 
 def test_what_is_wrong_is_said_before_the_network_runs(tmp_path):

@@ -1,5 +1,6 @@
 """One line from a picture and words to a segmentation."""
 
+import io
 import json
 import os
 import subprocess
@@ -128,6 +129,22 @@ def test_every_kind_of_picture_gives_the_same(model, result, scene, tmp_path):
   assert [r.file for r in several] == [path, ""]
   for one in several:
     np.testing.assert_array_equal(one.labels, result.labels)
+
+
+def test_results_are_called_like_what_was_opened(model, scene, tmp_path):
+  path = tmp_path / "a.png"
+  Image.fromarray(scene[0]).save(path)
+
+  class Place:
+    def __fspath__(self):
+      return str(path)
+
+  in_memory = [io.BytesIO(path.read_bytes()) for _ in range(3)]
+  in_memory[1].name = "uploaded.png"
+  in_memory[2].name = str(path)  # which may be another image
+  with path.open("rb") as opened, open(os.open(path, os.O_RDONLY), "rb") as number:
+    results = model([Place(), opened, *in_memory, number], NAMES)
+  assert [one.file for one in results] == [str(path), str(path), "", "uploaded.png", "", ""]
 
 
 def test_inputs_are_those_of_the_evaluation(scene):

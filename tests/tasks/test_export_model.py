@@ -259,6 +259,8 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch, capsys):
     ("--to=onnx --words=a|b,c --synonyms=max", "a file has one row a class"),
     ("--to=onnx --words=a,a", "duplicate class name 'a'"),
     ("--to=onnx --words=a,b --out=nowhere/m.onnx", "in a folder that exists"),
+    ("--to=onnx --words=a,b --out=m.json", "expected another ending, since .json is that of a fil"),
+    ("--to=onnx --words=a,b --text-input --out=m.NPY", "since .NPY is that of a file which is wri"),
     pytest.param(
       "--to=onnx --words=a,b --dtype=bfloat16", "use another --dtype", marks=pytest.mark.slow
     ),
@@ -276,6 +278,24 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
   error = capsys.readouterr().err
   assert message in error and error.count("\n") == 1
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("other", ["package.json", "package.npy"])
+def test_files_that_no_export_wrote_stay(other, tmp_path, monkeypatch, capsys):
+  segmenter = small(tmp_path, "lpm")
+  monkeypatch.setattr(Segmenter, "load", lambda *_, **__: segmenter)
+  (tmp_path / other).write_text('{"name": "package"}')
+  arguments = ["--words=sand, sea, sky", "--to=onnx", "--size=32,32", "--text-input"]
+  arguments.append(f"--out={tmp_path}/package.onnx")
+  assert cli.main(["export", "shapes", *arguments]) == 2
+  assert f"would replace {tmp_path / other}, which is not of an exp" in capsys.readouterr().err
+  assert (tmp_path / other).read_text() == '{"name": "package"}'
+  (tmp_path / other).unlink()
+  for _ in range(2):  # again
+    assert cli.main(["export", "shapes", *arguments]) == 0
+  assert sorted(path.name for path in tmp_path.glob("package.*")) == [
+    "package.json", "package.npy", "package.onnx",
+  ]  # fmt: skip
 
 
 def test_a_missing_converter_is_named(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """A folder of images: read and written by threads beside the network."""
 
+import contextlib
 import signal
 import threading
 
@@ -65,8 +66,27 @@ def test_what_cannot_be_read_is_told_in_order_after_the_rest(model, files, tmp_p
   with pytest.raises(InputError, match=r"2 of 14 images were skipped, such as .*x3\.png"):
     predict.save_all(model, found, NAMES, tmp_path / "out")
   assert len(saved(tmp_path / "out")) == COUNT
-  told = (tmp_path / "out/skipped.txt").read_text().splitlines()
+  head, *told = (tmp_path / "out/skipped.txt").read_text().splitlines()
+  assert head == f"# left out by rpn, of {tmp_path}/in"
   assert [str(path) in line for path, line in zip(broken, told, strict=True)] == [True, True]
+
+
+def test_lists_of_other_images_and_notes_of_the_user_stay(tmp_path):
+  out, error = tmp_path / "out", [InputError("a.png: damaged")]
+
+  def listed(folder, unreadable, total=3):
+    with contextlib.suppress(InputError):
+      predict.check_skipped(unreadable, total, out, tmp_path / folder)
+    return {path.name: path.read_text().split("\n")[0] for path in out.iterdir()}
+
+  a, b = (f"# left out by rpn, of {tmp_path}/{name}" for name in "ab")
+  assert listed("a", error) == {"skipped.txt": a}
+  assert listed("a/one.png", [], total=1) == listed("a/one.png", error, total=1) == listed("b", [])
+  assert listed("b", error) == {"skipped.txt": a, "skipped_2.txt": b} == listed("a", error)
+  assert listed("b", []) == {"skipped.txt": a} and listed("a", []) == {}
+  (out / "skipped.txt").write_text("my own notes")
+  assert listed("a", []) == {"skipped.txt": "my own notes"}
+  assert listed("a", error) == {"skipped.txt": "my own notes", "skipped_2.txt": a}
 
 
 def test_names_that_results_cannot_have(model, files, tmp_path):
@@ -76,7 +96,7 @@ def test_names_that_results_cannot_have(model, files, tmp_path):
   with pytest.raises(InputError, match=r"1 of 1 images .*dcff.png: expected a file name in UTF-8"):
     predict.save_all(model, found, NAMES, tmp_path / "out")
   told = (tmp_path / "out/skipped.txt").read_text(encoding="utf-8").splitlines()
-  assert len(told) == 2 and told[1].endswith("dcfe: left out, hidden")
+  assert len(told) == 3 and told[2].endswith("dcfe: left out, hidden")
   root = files.root.parent
   inside = picture_files.Found(root, [root / "labelme" / "x.png"], [])
   with pytest.raises(

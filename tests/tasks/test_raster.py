@@ -308,6 +308,27 @@ def test_labels_do_not_replace_their_own_raster(model, scene, tmp_path):
     raster.segment_raster(model, raster.Raster(link), NAMES, tmp_path)
 
 
+def test_results_of_another_raster_stay(scene, tmp_path, capsys, monkeypatch):
+  first, second = (write(tmp_path / name, scene[:64, :64]) for name in ("m.tif", "m.tiff"))
+  out = tmp_path / "out"
+
+  def run(path):
+    return cli.main(["segment", str(path), "grass, sand", f"--out={out}"])
+
+  assert run(first) == 0
+  monkeypatch.chdir(tmp_path)
+  assert run("m.tif") == 0  # again
+  before = {path: path.read_bytes() for path in out.iterdir()}
+  assert run(second) == 2
+  assert f"than {second}, got {out}/m.json, which is of m.tif; use anoth" in capsys.readouterr().err
+  assert {path: path.read_bytes() for path in out.iterdir()} == before
+  for content, of in (('{"image": "m.png"}', "m.png"), ("[]", "something else")):
+    (out / "m.json").write_text(content)
+    assert run(first) == 2 and f"which is of {of}; use" in capsys.readouterr().err
+  (out / "m.json").unlink()
+  assert run(first) == 2 and "m_labels.tif, which is of no raster" in capsys.readouterr().err
+
+
 def test_a_protocol_that_needs_the_whole_image(model, scene):
   with pytest.raises(InputError, match=r"one scale, .* refine=pamr: use another model or method"):
     next(model.blocks((80, 80), lambda top, n: scene[top : top + n, :80], NAMES, refine="pamr"))
