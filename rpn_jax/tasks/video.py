@@ -132,7 +132,8 @@ class FrameFolder:
     self.done: list[tuple[int, float]] = []
     self.mean: list[np.ndarray] | None = None
     lines = self._continued() if self._begun(options) else []
-    write_text(table, self._line("frame", "seconds", *names, "no class") + "".join(lines))
+    head = self._line("frame", "seconds", *names, rest_title(names))
+    write_text(table, head + "".join(lines))
     write_json(path / OPTIONS, options)
 
   def labels(self, number: int) -> pathlib.Path:
@@ -147,15 +148,13 @@ class FrameFolder:
       file.write(self._row(frame.number, frame.seconds))
     self.done.append((frame.number, frame.seconds))
 
-  def mean_shares(self) -> dict[str, float]:
-    """Name -> mean share of the frames."""
+  def mean_shares(self) -> list[float]:
+    """Mean shares over the frames: of the C classes, then of the pixels without one."""
+    sums = np.zeros(len(self.names) + 1)
     with self.table.open(encoding="utf-8", newline="") as file:
-      rows = csv.reader(file)
-      names = next(rows)[2:]
-      sums = np.zeros(len(names))
-      for row in rows:
+      for row in itertools.islice(csv.reader(file), 1, None):
         sums += np.array(row[2:], float)
-    return dict(zip(names, (sums / len(self.done)).round(6).tolist()))
+    return (sums / len(self.done)).round(6).tolist()
 
   def _begun(self, options: dict) -> bool:
     """Whether an earlier call, with the same options, has left frames."""
@@ -219,6 +218,14 @@ class FrameFolder:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue()
+
+
+def rest_title(names: Sequence[str]) -> str:
+  """Title of the table's last column, of the pixels without a class, which no class has."""
+  title = "no class"
+  while title in names:
+    title = f"[{title}]"
+  return title
 
 
 def segment_film(
@@ -364,8 +371,7 @@ def _summary(segmenter: Segmenter, film: Film, folder: FrameFolder, settings: di
   with Image.open(folder.labels(folder.done[0][0])) as file:
     width, height = file.size
   colors = class_colors(folder.names).tolist()
-  shares = folder.mean_shares()
-  rest = shares.pop("no class")
+  *shares, rest = folder.mean_shares()
   return {
     "film": str(film.path),
     "width": width,
@@ -376,7 +382,7 @@ def _summary(segmenter: Segmenter, film: Film, folder: FrameFolder, settings: di
     "options": settings,
     "classes": [
       {"name": name, "id": i, "share": share, "color": colors[i]}
-      for i, (name, share) in enumerate(shares.items())
+      for i, (name, share) in enumerate(zip(folder.names, shares))
     ],
     "other": {"id": no_class_id(len(folder.names)), "share": rest},
   }

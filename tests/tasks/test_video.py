@@ -83,6 +83,20 @@ def test_each_frame_is_segmented_as_an_image_would_be(model, clip, tmp_path, cap
   assert (summary["frames"], summary["width"], summary["height"]) == (8, WIDTH, HEIGHT)
 
 
+def test_a_class_may_be_called_as_the_rest_is(model, clip, tmp_path):
+  names = ("sand", "no class", "[no class]", "water")
+  video.segment_film(model, clip[0], names, tmp_path, every=4, other=0.3)
+  head, *rows = rows_in(tmp_path)
+  assert head == ["frame", "seconds", *names, "[[no class]]"]
+  means = np.array([row[2:] for row in rows], float).mean(0)
+  summary = json.loads((tmp_path / "clip.json").read_text())
+  assert [(row["name"], row["id"]) for row in summary["classes"]] == [
+    (name, i) for i, name in enumerate(names)
+  ]
+  found = [*(row["share"] for row in summary["classes"]), summary["other"]["share"]]
+  np.testing.assert_allclose(found, means, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", drawing.CODECS)
 def test_the_film_shows_the_classes_above_one_legend(clip, tmp_path, kind, capfd):
   frames = clip[1]
