@@ -316,7 +316,20 @@ def test_opaque_images_say_nothing_of_transparency():
   assert picture.notes == ()
 
 
-@pytest.mark.parametrize("matte", ["no color", "#12", (1, 2), (1, 2, 300), None])
+@pytest.mark.parametrize(
+  "matte",
+  [
+    "no color",
+    "#12",
+    (1, 2),
+    (1, 2, 300),
+    None,
+    (1.0, 1.0, 1.0),
+    "rgb(300,0,0)",
+    (-1, 0, 0),
+    "rgb",
+  ],
+)
 def test_a_matte_that_is_no_color(matte):
   with pytest.raises(InputError, match=r"^matte=.*: expected the name of a color"):
     pictures.load(UPPER, matte=matte)
@@ -432,7 +445,8 @@ def test_arrays():
   np.testing.assert_array_equal(pictures.read(DEEP), UPPER)
   np.testing.assert_array_equal(pictures.read(UPPER / 255), UPPER)
   hidden = np.dstack([UPPER, np.zeros((5, 7), np.uint8)])
-  np.testing.assert_array_equal(pictures.read(hidden, matte=(1, 2, 3))[0, 0], [1, 2, 3])
+  for matte in ((1, 2, 3), [1, 2, 3], np.uint8([1, 2, 3]), "rgb(1,2,3)"):
+    np.testing.assert_array_equal(pictures.read(hidden, matte=matte)[0, 0], [1, 2, 3])
 
 
 @pytest.mark.parametrize(
