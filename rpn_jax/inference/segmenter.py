@@ -28,7 +28,7 @@ from rpn_jax.inference import strips
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.process import check_process
 from rpn_jax.inference.refinement import REFINEMENTS
-from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
+from rpn_jax.inference.segmentation import ClassScores, Segmentation, checked_adjustment
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.inference.smoothing import Smoothing
 from rpn_jax.inference.views import round_up
@@ -250,7 +250,8 @@ class Segmenter:
       A Segmentation, or a list of them.
 
     Raises:
-      InputError: an invalid image or name, or two names that CLIP cannot tell apart.
+      InputError: an invalid image or name, two names that CLIP cannot tell apart, or a threshold
+        or emphasis out of its range.
     """
     options: dict[str, Any] = {
       "other": other, "background": background, "emphasis": emphasis, "refine": refine,
@@ -273,7 +274,7 @@ class Segmenter:
     """
     names = parse_names(names)
     words = self._background_words(names, background)
-    check_adjustment(names, other, emphasis or {})  # before the network runs
+    other, emphasis = checked_adjustment(names, other, emphasis)  # before the network runs
     if refine is not None:
       check_known("refine=", refine, REFINEMENTS)
     window, class_of_row, fillers = self._window(names, words, refine)
@@ -321,7 +322,7 @@ class Segmenter:
     """
     names = parse_names(names)
     words = self._background_words(names, background)
-    check_adjustment(names, other, {})
+    other, _ = checked_adjustment(names, other, None)
     window, class_of_row, fillers = self._window(names, words, refine)
     mean, std = self.predictor.protocol.mean, self.predictor.protocol.std
 

@@ -200,6 +200,33 @@ def test_emphasis_on_a_name_in_another_form_of_its_letters():
   assert segmented.emphasis == {"caf\u00e9": 0.5}
 
 
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"emphasis": {"sand": float("nan")}}, r"an emphasis on 'sand' in \[-1, 1\], got nan"),
+    ({"emphasis": {"sand": 50}}, r"an emphasis on 'sand' in \[-1, 1\], got 50"),
+    ({"emphasis": {"sand": "0.5"}}, r"an emphasis on 'sand' in \[-1, 1\], got '0.5'"),
+    ({"emphasis": {"sand": None}}, "got None"),
+    ({"emphasis": {3: 0.5}}, "emphasis on 3: expected one of striped red"),
+    ({"emphasis": ["sand"]}, "an emphasis by name, as in {'striped red': 0.5}, got list"),
+    ({"other": "0.5"}, r"an `other` threshold in \[0, 1\], got '0.5'"),
+    ({"other": float("nan")}, r"an `other` threshold in \[0, 1\], got nan"),
+    ({"other": [0.5]}, r"an `other` threshold in \[0, 1\], got \[0.5\]"),
+  ],
+)
+def test_thresholds_and_emphasis_out_of_range(model, scene, result, options, message):
+  for call in (lambda: model(scene[0], NAMES, **options), lambda: result.adjusted(**options)):
+    with pytest.raises(InputError, match=message):
+      call()
+
+
+def test_numbers_of_any_library_are_saved(result, tmp_path):
+  adjusted = result.adjusted(other=np.float32(0.5), emphasis={"sand": jax.numpy.float32(0.5)})
+  adjusted.save(tmp_path, "x", save="json")
+  content = json.loads((tmp_path / "x.json").read_text())
+  assert content["emphasis"] == {"sand": 0.5} and content["other"]["threshold"] == 0.5
+
+
 def test_saved_files_agree(model, scene, tmp_path):
   Image.fromarray(scene[0]).save(tmp_path / "photo.png")
   result = model(tmp_path / "photo.png", NAMES, other=0.2)
