@@ -253,6 +253,20 @@ def test_wrong_arguments(scene, tmp_path, arguments, message):
     raster.Raster(path, **arguments)
 
 
+@pytest.mark.parametrize("kind", ["tif", "jpg", "png"])
+def test_what_viewers_turn_is_refused(scene, tmp_path, kind):
+  for orientation in (0, 1, 6):
+    turned = Image.Exif()
+    turned[274] = orientation
+    path = tmp_path / f"{orientation}.{kind}"
+    Image.fromarray(scene).save(path, exif=turned)
+    if orientation < 2:
+      raster.Raster(path)
+      continue
+    with pytest.raises(InputError, match=rf"6\.{kind}: expected .* got orientation 6.*--no-raster"):
+      raster.Raster(path)
+
+
 def test_values_that_are_no_colors_are_refused(scene, tmp_path):
   path = write(tmp_path / "p.tif", scene[..., 0])
   with rasterio.open(path, "r+") as file:
