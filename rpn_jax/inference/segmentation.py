@@ -176,9 +176,9 @@ class Segmentation:
     """
     return overlay_with_legend(self.image, self.labels, self.names, alpha=alpha, palette=palette)
 
-  def summary(self) -> dict:
-    """The content of the JSON file that `save` writes."""
-    colors = class_colors(self.names).tolist()
+  def summary(self, palette: str = "default") -> dict:
+    """The content of the JSON file that `save` writes, with the colors of a palette."""
+    colors = class_colors(self.names, palette).tolist()
     rows = []
     for name, share in self.shares().items():
       i = self.names.index(name)
@@ -229,7 +229,7 @@ class Segmentation:
       directory: created if missing.
       stem: start of the file names; None uses that of the image's file.
       save: forms, as a list or as "overlay,coco".
-      alpha, palette: of `overlay`.
+      alpha, palette: of `overlay`; the palette is that of the labels and the JSON, too.
       collection: of many images, which gets the annotations in place of one for this image alone;
         its `finish` writes what is about all of them.
       **options: of `annotations.options.Options`.
@@ -252,7 +252,7 @@ class Segmentation:
     if "json" in forms:
       written.append(directory / f"{stem}.json")
       written[-1].parent.mkdir(parents=True, exist_ok=True)
-      write_json(written[-1], self.summary())
+      write_json(written[-1], self.summary(palette))
     if "scores" in forms:
       written += score_files.save(directory, stem, self.image, self.scores, self.names)
     if {*forms} & {*ANNOTATIONS}:

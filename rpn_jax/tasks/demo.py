@@ -110,11 +110,11 @@ def segment(
   return result
 
 
-def files(result: Segmentation, folder: pathlib.Path) -> list[str]:
+def files(result: Segmentation, folder: pathlib.Path, palette: str = "default") -> list[str]:
   """Paths of the mask and the JSON for download."""
   stem = pathlib.PurePath(result.file).stem
-  mask = save_png(folder / f"{stem}_labels.png", result.mask())
-  write_json(folder / f"{stem}.json", result.summary())
+  mask = save_png(folder / f"{stem}_labels.png", result.mask(palette))
+  write_json(folder / f"{stem}.json", result.summary(palette))
   return [str(mask), str(folder / f"{stem}.json")]
 
 
@@ -179,7 +179,7 @@ def build(models: Models, root: pathlib.Path):
 
   def shown(result, alpha, safe, form, request):
     palette, own = "colorblind" if safe else "default", folder(request)
-    downloads = [*files(result, own), packed(result, form, own)]
+    downloads = [*files(result, own, palette), packed(result, form, own)]
     return [result.overlay(alpha, palette), table(result), *downloads]
 
   def packed(result, form, own):

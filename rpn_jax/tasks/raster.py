@@ -383,7 +383,7 @@ def segment_raster(
     raster.overview, reduced, names, palette=palette, areas=(counts[1:], int(counts[0]))
   )
   picture = save_png(directory / f"{stem}_overlay.png", overlay)
-  summary = _summary(segmenter, raster, names, options, counts, sums, missing)
+  summary = _summary(segmenter, raster, names, options, palette, counts, sums, missing)
   write_json(directory / f"{stem}.json", summary)
   written = [label_file, picture, directory / f"{stem}.json"]
   print("\n".join([segmenter.method, *map(str, written)]))
@@ -409,13 +409,13 @@ def category_names(names: Sequence[str]) -> str:
 
 
 def _summary(
-  segmenter: Segmenter, raster: Raster, names: Sequence[str], options: dict, counts: np.ndarray,
-  sums: np.ndarray, missing: int,
+  segmenter: Segmenter, raster: Raster, names: Sequence[str], options: dict, palette: str,
+  counts: np.ndarray, sums: np.ndarray, missing: int,
 ) -> dict:  # fmt: skip
   """Shares are of the pixels with data."""
   height, width = raster.size
   total = max(1, int(counts.sum()))
-  colors = class_colors(names).tolist()
+  colors = class_colors(names, palette).tolist()
   order = np.argsort(-counts[1:], kind="stable").tolist()
   return {
     "raster": str(raster.path),

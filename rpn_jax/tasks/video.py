@@ -254,7 +254,7 @@ def segment_film(
     every: each `every`-th frame, from the first one on.
     smooth: weight of the past, see `Smoothing`; 0: each frame by itself.
     kind: of the overlay film, one of CODECS.
-    palette: color palette.
+    palette: color palette, of the film, the labels and the JSON alike.
     told: options that the model was loaded with; with others a call is not continued.
     **options: other arguments of `Segmenter.__call__`.
 
@@ -272,7 +272,8 @@ def segment_film(
   film, stem = Film(path), path.stem
   settings = {
     "film": film.digest(), "model": segmenter.method, "names": list(names), "every": every,
-    "smooth": smooth, **(told or {}), **{key: value or None for key, value in options.items()},
+    "smooth": smooth, "palette": palette, **(told or {}),
+    **{key: value or None for key, value in options.items()},
   }  # fmt: skip
   labels, overlay = directory / f"{stem}_labels", directory / f"{stem}_overlay.{kind}"
   labels.mkdir(parents=True, exist_ok=True)
@@ -290,7 +291,7 @@ def segment_film(
       raise KeyboardInterrupt(
         f"interrupted; {len(folder.done)} frames are done and kept, the same command continues"
       ) from None
-    summary = _summary(segmenter, film, folder, settings)
+    summary = _summary(segmenter, film, folder, palette, settings)
     write_json(directory / f"{stem}.json", summary)
   written = [overlay, folder.path, folder.table, directory / f"{stem}.json"]
   print("\n".join([segmenter.method, *map(str, written)]))
@@ -367,10 +368,12 @@ def repeats(seconds: Sequence[float], rate: float) -> list[int]:
   return np.minimum(counts, max(1, int(MAX_HOLD_SECONDS * rate))).tolist()
 
 
-def _summary(segmenter: Segmenter, film: Film, folder: FrameFolder, settings: dict) -> dict:
+def _summary(
+  segmenter: Segmenter, film: Film, folder: FrameFolder, palette: str, settings: dict
+) -> dict:
   with Image.open(folder.labels(folder.done[0][0])) as file:
     width, height = file.size
-  colors = class_colors(folder.names).tolist()
+  colors = class_colors(folder.names, palette).tolist()
   *shares, rest = folder.mean_shares()
   return {
     "film": str(film.path),

@@ -244,6 +244,9 @@ def test_saved_files_agree(model, scene, tmp_path):
   assert result._repr_png_().startswith(b"\x89PNG")
   colors = np.asarray(result.overlay(alpha=1.0, palette="colorblind")).reshape(-1, 3)
   assert (colors == class_colors(NAMES, "colorblind")[row["id"]]).all(1).any()
+  result.save(tmp_path / "out", save="json", palette="colorblind")
+  for row in json.loads(paths[2].read_text())["classes"]:
+    assert row["color"] == class_colors(NAMES, "colorblind")[row["id"]].tolist()
 
 
 @pytest.fixture
