@@ -70,13 +70,16 @@ def find(
     results: a folder that is left out, since it is written to.
 
   Raises:
-    InputError: there are none, or the results would be images of the folder the next time.
+    InputError: there are none, `recursive` is asked for of a file, or the results would be images
+      of the folder the next time.
   """
   root = paths.expand(path)
   if recursive and buckets.is_bucket(root):
     raise InputError(f"{path}: expected a local folder for --recursive; copy it, or name a file")
   if not root.exists():
     raise InputError(f"{path}: expected an image or a folder of images, no such file or folder")
+  if recursive and root.is_file():
+    raise InputError(f"{path}: expected a folder for --recursive, got a file; leave it out")
   if root.is_file():
     return Found(root.parent, [root], [])
   if results is not None and os.path.realpath(results) == os.path.realpath(root):

@@ -9,7 +9,7 @@ import functools
 import os
 import pathlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -154,6 +154,10 @@ class Segmenter:
       )
     if method in NETWORKS:
       raise InputError(f"method={method!r} needs a training run or its prompts, got {model}")
+    if checkpoint != "last":
+      raise InputError(
+        f"checkpoint={checkpoint!r} is for a training run, {model} is CLIP itself: leave it out"
+      )
     if clip is not None:
       raise InputError(
         f"clip={clip!r} is for a trained model, {model} is CLIP itself: leave it out"
@@ -238,8 +242,8 @@ class Segmenter:
       images: a path, a PIL image or an array, see `pictures.load`; or a list of these.
       names: any words, trained on or not; see `words.parse_names`.
       other: threshold (0 to 1); pixels whose best score is lower belong to no class.
-      background: words that compete with the names; their pixels belong to no class. "stuff": the
-        words of BACKGROUNDS, without those that are names.
+      background: words that compete with the names; their pixels belong to no class. "stuff" among
+        them stands for the words of BACKGROUNDS, without those that are given themselves.
       emphasis: {name: -1 … 1}, raises or lowers the scores of a class.
       refine: "pamr" follows the edges of the image (PAMR, at the size of the image), "none" does
         not; None is what the model's protocol does.
@@ -336,11 +340,19 @@ class Segmenter:
       yield LabeledBlock(block.top, block.left, label, probability)
 
   def _background_words(self, names: tuple[str, ...], background: Names) -> tuple[str, ...]:
-    if not (isinstance(background, str) and background in BACKGROUNDS):
-      return parse_names(background) if background else ()
+    """Background words, with those of a list in its place unless they are given themselves."""
+    if background is None or (isinstance(background, Sized) and not len(background)):
+      return ()
+    words = parse_names(background)
     mode = self.predictor.encoder.synonyms
-    named = {embedding_key(name, mode) for name in names}
-    return tuple(word for word in BACKGROUNDS[background] if embedding_key(word, mode) not in named)
+    single = [word for word in words if word.casefold() not in BACKGROUNDS]
+    given = {embedding_key(name, mode) for name in (*names, *single)}
+    found: dict[str, None] = {}  # in their order, each once
+    for word in words:
+      listed = BACKGROUNDS.get(word.casefold())
+      own = [word] if listed is None else [x for x in listed if embedding_key(x, mode) not in given]
+      found |= dict.fromkeys(own)
+    return tuple(found)
 
   def _window(
     self, names: tuple[str, ...], background: tuple[str, ...], refine: str | None

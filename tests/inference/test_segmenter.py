@@ -307,6 +307,7 @@ def test_fillers_change_nothing(scene):
     ("none", {}, "model='none': expected the workdir of a run, a file of prompts or CLIP weights"),
     ("shapes_clip", {"method": "rpn"}, "needs a training run or its prompts"),
     ("shapes_clip", {"method": "scilp"}, "did you mean 'sclip'"),
+    ("shapes_clip", {"checkpoint": "best"}, "'best' is for a training run, shapes_clip is CLIP it"),
     ("{tmp}", {}, "expected the workdir of a run, with a config.json"),
     ("{tmp}/photo.jpg", {}, "photo.jpg"),
     ("shapes_clip", {"templates": "imagenet8"}, "did you mean 'imagenet80'"),
