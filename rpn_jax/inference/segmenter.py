@@ -84,6 +84,10 @@ class Segmenter:
     self.predictor, self.method, self.step = predictor, method, step
     self._text_rows = functools.lru_cache(64)(self._distinct_rows)
 
+  def __reduce__(self) -> tuple:
+    """Pickled and copied without what it keeps of earlier words."""
+    return Segmenter, (self.predictor, self.method, self.step)
+
   @classmethod
   def load(
     cls,

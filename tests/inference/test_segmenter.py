@@ -1,7 +1,9 @@
 """One line from a picture and words to a segmentation."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -225,6 +227,20 @@ def test_numbers_of_any_library_are_saved(result, tmp_path):
   adjusted.save(tmp_path, "x", save="json")
   content = json.loads((tmp_path / "x.json").read_text())
   assert content["emphasis"] == {"sand": 0.5} and content["other"]["threshold"] == 0.5
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("name", ["shapes", "shapes_clip"])
+def test_results_and_models_are_copied_and_pickled(scene, name, copied):
+  model = Segmenter.load(name)
+  result = model(scene[0], NAMES, refine="pamr", other=0.2)
+  again = copied(model)
+  assert again.method == model.method and again.predictor.network == model.predictor.network
+  assert again.predictor is not model.predictor
+  for same in (copied(result), again(scene[0], NAMES, refine="pamr", other=0.2)):
+    np.testing.assert_array_equal(same.labels, result.labels)
+    assert same.summary() == result.summary()
+    assert same.adjusted(emphasis={"sand": 1}).shares() != result.shares()
 
 
 def test_saved_files_agree(model, scene, tmp_path):
