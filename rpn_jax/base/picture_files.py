@@ -82,6 +82,10 @@ def find(
     raise InputError(f"{path}: expected a folder for --recursive, got a file; leave it out")
   if root.is_file():
     return Found(root.parent, [root], [])
+  if not root.is_dir():
+    raise InputError(
+      f"{path}: expected an image or a folder of images, got a pipe or device; write it to a file"
+    )
   if results is not None and os.path.realpath(results) == os.path.realpath(root):
     raise InputError(
       f"--out={results}: expected another folder than that of the images, which the next call "

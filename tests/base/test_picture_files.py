@@ -93,6 +93,12 @@ def test_results_among_the_images_would_be_images_the_next_time(folder):
   picture_files.find(str(folder / "a.png"), results=folder)  # one image is no folder of them
 
 
+def test_a_pipe_is_neither_an_image_nor_a_folder(folder):
+  for recursive in (None, True):
+    with pytest.raises(InputError, match=r"pipe\.png: expected an image or a folder .* a pipe or"):
+      picture_files.find(str(folder / "pipe.png"), recursive=recursive)
+
+
 def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path):
   for recursive in (False, True):
     with pytest.raises(FileNotFoundError):
