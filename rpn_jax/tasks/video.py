@@ -132,8 +132,8 @@ class FrameFolder:
     self.done: list[tuple[int, float]] = []
     self.mean: list[np.ndarray] | None = None
     lines = self._continued() if self._begun(options) else []
-    head = self._line("frame", "seconds", *names, rest_title(names))
-    write_text(table, head + "".join(lines))
+    number, seconds, rest = (free_title(x, names) for x in ("frame", "seconds", "no class"))
+    write_text(table, self._line(number, seconds, *names, rest) + "".join(lines))
     write_json(path / OPTIONS, options)
 
   def labels(self, number: int) -> pathlib.Path:
@@ -220,9 +220,8 @@ class FrameFolder:
     return text.getvalue()
 
 
-def rest_title(names: Sequence[str]) -> str:
-  """Title of the table's last column, of the pixels without a class, which no class has."""
-  title = "no class"
+def free_title(title: str, names: Sequence[str]) -> str:
+  """The title of a column of the table, in brackets where a class has that name."""
   while title in names:
     title = f"[{title}]"
   return title
