@@ -185,6 +185,10 @@ class Segmenter:
     """The segmenter of a run's config; `where` is its workdir, or what its prompts are called."""
     chosen = config.copy_and_resolve_references().unlock()
     if method in METHODS:
+      if checkpoint != "last":
+        raise InputError(
+          f"checkpoint={checkpoint!r} is for trained prompts, {method} uses none: leave it out"
+        )
       chosen.method, chosen.dense.method = "training_free", method
     elif method not in (None, config.method):
       raise InputError(

@@ -79,8 +79,9 @@ class Models:
       raise InputError(f"model {name!r} is not on offer here; choose {' or '.join(self.names)}")
     with self._lock:  # two users at once must not load it twice
       model, checkpoint = self._choices[name]
-      chosen = None if method == OWN_METHOD else method
-      return self._load(model, method=chosen, checkpoint=checkpoint)
+      if method == OWN_METHOD:
+        return self._load(model, checkpoint=checkpoint)
+      return self._load(model, method=method)  # without the prompts of a checkpoint
 
 
 def segment(

@@ -131,6 +131,8 @@ def test_both_checkpoints_of_a_run_are_on_offer(tmp_path, monkeypatch):
   assert models.names == ("shapes_clip", str(tmp_path), f"{tmp_path}, best checkpoint")
   models.get(models.names[2])
   assert [choices["checkpoint"] for choices in loaded] == ["last", "best"]
+  models.get(models.names[2], "sclip")  # which uses the prompts of neither
+  assert loaded[-1] == {"method": "sclip"}
 
 
 @pytest.mark.slow
