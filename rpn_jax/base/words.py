@@ -147,8 +147,8 @@ def read_names(source: str) -> tuple[str, ...]:
   except InputError as error:
     raise InputError(f"{path}: {error}") from None
   if noted := [name for name in names if re.search(r"\s#", name)]:
-    print(f"{path}: {noted[0]!r} is a name with all that stands behind the #: comments have lines "
-          "of their own", flush=True)  # fmt: skip
+    print(f"{path}: {noted[0]!r} is one class name; only a # at the beginning of a line begins a "
+          "comment", flush=True)  # fmt: skip
   used = sum(bool(line.strip(_BLANK)) for line in lines)
   if 1 < used < len(names) and not any(LIST in line for line in lines):
     print(f"{path}: {len(names)} classes on {used} lines; in a line, commas separate classes and "

@@ -152,7 +152,7 @@ def test_what_stands_behind_a_name_is_part_of_it(tmp_path, capsys):
   (tmp_path / "n.txt").write_text("# mine\nsand\nC# code\nwater # the sea\n")
   assert read_names(str(tmp_path / "n.txt")) == ("sand", "C# code", "water # the sea")
   out = capsys.readouterr().out
-  assert f"{tmp_path}/n.txt: 'water # the sea' is a name with all that" in out
+  assert f"{tmp_path}/n.txt: 'water # the sea' is one class name; only a #" in out
   assert out.count("\n") == 1
 
 
