@@ -158,7 +158,9 @@ def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) ->
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.set_xlabel(textwrap.fill(title, 30))
   axes[0, 0].set_ylabel("gain in hIoU (points)")
-  axes[0, 0].set_title("Each tower: seeds' mean, 95 % interval (hollow: one seed)", loc="left", fontsize=12)
+  axes[0, 0].set_title(
+    "Each tower: seeds' mean, 95 % interval (hollow: one seed)", loc="left", fontsize=12
+  )
   if series:
     legend_beside(axes[0, -1])
   save_png(path, fig)

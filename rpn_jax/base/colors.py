@@ -6,6 +6,7 @@ by `to_8_bits`, color profiles are applied, and what is transparent lies on a pl
 
 import functools
 import io
+import numbers
 import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -27,20 +28,22 @@ _SAME_COLOR = 2
 
 
 def parse_matte(matte: str | Color) -> Color:
-  """The color that transparent pixels lie on: a name, "#rrggbb", or three values 0 to 255.
+  """The color that transparent pixels lie on: a name, "#rrggbb", or three integers 0 to 255.
 
   Raises:
     InputError: anything else.
   """
   try:
-    if isinstance(matte, str):
-      return ImageColor.getrgb(matte)[:3]
-    red, green, blue = (int(np.uint8(value)) for value in matte)
-    return red, green, blue
-  except (ValueError, TypeError, OverflowError):
-    raise InputError(
-      f"matte={matte!r}: expected the name of a color, as white or slategray, or #rrggbb"
-    ) from None
+    red, green, blue = ImageColor.getrgb(matte)[:3] if isinstance(matte, str) else matte
+    # Not of floats, in which 1 is white to some; and "rgb(300,0,0)" has a value above 255.
+    if all(isinstance(x, numbers.Integral) and 0 <= x <= 255 for x in (red, green, blue)):
+      return int(red), int(green), int(blue)
+  except (ValueError, TypeError):
+    pass
+  raise InputError(
+    f"matte={matte!r}: expected the name of a color, as white or slategray, #rrggbb, or three "
+    "integers 0 to 255"
+  )
 
 
 def to_8_bits(values: np.ndarray, name: object) -> tuple[np.ndarray, list[Note]]:

@@ -3,7 +3,7 @@
 import collections
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from rpn_jax.base import buckets, paths
 from rpn_jax.base.errors import InputError
@@ -86,25 +86,32 @@ def find(
 
   Args:
     path: as somebody typed it.
-    recursive: also in subfolders, but for hidden ones; None where nobody can ask for it.
+    recursive: also in subfolders, but for hidden and linked ones; None where nobody can ask for it.
     results: a folder that is left out, since it is written to.
 
   Raises:
-    InputError: there are none, or the results would be images of the folder the next time.
+    InputError: there are none, `recursive` is asked for of a file, or the results would be images
+      of the folder the next time.
   """
   root = paths.expand(path)
   if recursive and buckets.is_bucket(root):
     raise InputError(f"{path}: expected a local folder for --recursive; copy it, or name a file")
   if not root.exists():
     raise InputError(f"{path}: expected an image or a folder of images, no such file or folder")
+  if recursive and root.is_file():
+    raise InputError(f"{path}: expected a folder for --recursive, got a file; leave it out")
   if root.is_file():
     return Found(root.parent, [root], [], root)
+  if not root.is_dir():
+    raise InputError(
+      f"{path}: expected an image or a folder of images, got a pipe or device; write it to a file"
+    )
   if results is not None and os.path.realpath(results) == os.path.realpath(root):
     raise InputError(
       f"--out={results}: expected another folder than that of the images, which the next call "
       f"would look for among these results; a folder in it will do: --out={root / 'predictions'}"
     )
-  files, left_out = _sorted_out(_walk(root, results) if recursive else root.iterdir(), SUFFIXES)
+  files, left_out = _images_in(root, SUFFIXES, bool(recursive), results)
   if not files:
     where = "in this folder or below" if recursive else "in this folder"
     folders = recursive is False and any(child.is_dir() for child in root.iterdir())
@@ -120,12 +127,12 @@ def list_images(
 
   A line is printed about what looks like an image and is left out: hidden files, as macOS puts
   beside the images on other disks and in archives (`._a.jpg`), folders named like images, and
-  images of other formats.
+  images of other formats; and about linked folders, where subfolders are looked into.
 
   Args:
     folders: existing folders.
     suffixes: of the files, in lower case; files may have them in upper case.
-    recursive: also take the files in subfolders, but for hidden ones.
+    recursive: also take the files in subfolders, but for hidden and linked ones.
 
   Raises:
     OSError: a folder that cannot be read.
@@ -133,7 +140,7 @@ def list_images(
   files: list[pathlib.Path] = []
   left_out: list[tuple[pathlib.Path, str]] = []
   for folder in folders:
-    found, others = _sorted_out(_walk(folder) if recursive else folder.iterdir(), suffixes)
+    found, others = _images_in(folder, suffixes, recursive)
     files += found
     left_out += others
   if left_out:
@@ -156,8 +163,22 @@ def _counts(left_out: LeftOut) -> dict[str, int]:
   return dict(collections.Counter(why for _, why in left_out))
 
 
+def _images_in(
+  folder: pathlib.Path,
+  suffixes: Sequence[str],
+  recursive: bool,
+  results: str | os.PathLike | None = None,
+) -> tuple[list[pathlib.Path], list[tuple[pathlib.Path, str]]]:
+  """The images of a folder, and what is left out; see `find`."""
+  if not recursive:
+    return _sorted_out(folder.iterdir(), suffixes)
+  children, linked = _walk(folder, results)
+  files, left_out = _sorted_out(children, suffixes)
+  return files, left_out + [(path, "linked folder") for path in linked]
+
+
 def _sorted_out(
-  children: Iterator[pathlib.Path], suffixes: Sequence[str]
+  children: Iterable[pathlib.Path], suffixes: Sequence[str]
 ) -> tuple[list[pathlib.Path], list[tuple[pathlib.Path, str]]]:
   """The images among files, and the others that look like some, with the reason."""
   files, left_out = [], []
@@ -177,17 +198,26 @@ def _sorted_out(
   return files, left_out
 
 
-def _walk(folder: pathlib.Path, without: str | os.PathLike | None = None) -> Iterator[pathlib.Path]:
-  """Files at any depth; unlike `Path.rglob` it does not pass over unreadable ones."""
+def _walk(
+  folder: pathlib.Path, without: str | os.PathLike | None
+) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+  """Files at any depth, and linked folders, which are not followed: they may lead back up.
+
+  Unlike `Path.rglob` it does not pass over unreadable folders.
+  """
 
   def refuse(error: OSError) -> None:
     raise error
 
   left = os.path.realpath(without) if without is not None else ""
+  found, linked = [], []
   for parent, folders, files in os.walk(folder, onerror=refuse):
     folders[:] = [
       name
-      for name in folders
+      for name in sorted(folders)
       if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) != left
     ]
-    yield from (pathlib.Path(parent, name) for name in files)
+    paths_of_folders = (pathlib.Path(parent, name) for name in folders)
+    linked += [path for path in paths_of_folders if path.is_symlink()]
+    found += [pathlib.Path(parent, name) for name in files]
+  return found, linked

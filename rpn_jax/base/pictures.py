@@ -10,8 +10,8 @@ import importlib
 import io
 import numbers
 import os
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -117,8 +117,8 @@ def load(
   """An image as uint8 RGB, and what had to be decided about it.
 
   Args:
-    image: a path, an open binary file, a PIL image, or an array: (H, W), (H, W, 3) or (H, W, 4),
-      uint8, uint16 or float in 0 … 1.
+    image: a path, an open binary file, a PIL image, or an array of NumPy or of what NumPy takes for
+      one, as JAX's: (H, W), (H, W, 3) or (H, W, 4), uint8, uint16 or float in 0 … 1.
     page: of a file with several pages or frames, from 1; None takes the one that viewers show, and
       says so.
     matte: the color that transparent pixels lie on: a name, "#rrggbb" or (red, green, blue).
@@ -132,6 +132,7 @@ def load(
       or values that are not understood.
   """
   color = colors.parse_matte(matte)
+  image = _checked_source(image)
   if isinstance(image, np.ndarray):
     if page not in (None, 1):
       raise InputError(f"page={page}: an array is one image; leave it out")
@@ -142,6 +143,23 @@ def load(
     return Picture(rgb, tuple(told), stored_size=rgb.shape[:2])
   with opened(image, page, max_pixels, name) as file:
     return converted(file, color, profiles=profiles, upright=upright)
+
+
+def _checked_source(image: Any) -> ImageSource:
+  """What `load` takes, arrays of other libraries as NumPy's; raises an InputError for the rest."""
+  if isinstance(image, str | os.PathLike | Image.Image | np.ndarray) or hasattr(image, "read"):
+    return image
+  if hasattr(image, "__array__"):
+    return np.asarray(image)
+  remedy = ""
+  if isinstance(image, bytes | bytearray | memoryview):
+    remedy = "; io.BytesIO makes a file of the content of one"
+  elif isinstance(image, Iterable):
+    remedy = "; several images are a list of them, or for Segmenter.stream"
+  raise InputError(
+    "expected an image as a path, an open binary file, a PIL image or an array, got "
+    f"{type(image).__name__}{remedy}"
+  )
 
 
 def converted(

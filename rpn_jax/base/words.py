@@ -6,6 +6,7 @@ import pathlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rpn_jax.base import paths, vocabularies
 from rpn_jax.base.errors import InputError
@@ -72,15 +73,15 @@ def parse_names(names: Names) -> tuple[str, ...]:
       `vocabularies.NAMES`. Or a list whose items are names or lists of synonyms.
 
   Raises:
-    InputError: no names, an empty one, a duplicate, a bracket or quote that is not closed, or an
-      unknown list.
+    InputError: no names, an empty one, a duplicate, a bracket or quote that is not closed, an
+      unknown list, or what is no text.
   """
-  classes: list[Sequence[str]]
+  classes: Sequence[Sequence[str]]
   if isinstance(names, str):
     lines = (line.strip(_BLANK) for line in _LINE_ENDS.split(names))
     classes = [synonyms for line in lines if line for synonyms in _parse_line(line)]
   else:
-    classes = [[name] if isinstance(name, str) else name for name in names]
+    classes = _listed(names)
   found: list[str] = []
   for parts in classes:
     stripped = [part.strip() for part in parts]
@@ -89,6 +90,29 @@ def parse_names(names: Names) -> tuple[str, ...]:
     else:
       found.append(SEPARATOR.join(stripped))
   return check_names(found)
+
+
+def _listed(names: Any) -> list[list[str]]:
+  """The synonyms of each class of a list; see `parse_names`."""
+  try:
+    items = None if isinstance(names, Mapping | bytes) else list(names)
+  except TypeError:
+    items = None
+  if items is None:
+    raise InputError(
+      'expected class names as text, as in "cat | kitten, grass", or as a list of texts, got '
+      f"{type(names).__name__}"
+    )
+  classes = []
+  for i, name in enumerate(items):
+    single = isinstance(name, str | bytes | Mapping) or not isinstance(name, Iterable)
+    synonyms = [name] if single else [*name]
+    if wrong := [part for part in synonyms if not isinstance(part, str)]:
+      raise InputError(
+        f"class name {i + 1}: expected text, or a list of synonyms, got {wrong[0]!r}"
+      )
+    classes.append(synonyms)
+  return classes
 
 
 def read_list(name: str) -> tuple[str, ...]:
@@ -122,6 +146,9 @@ def read_names(source: str) -> tuple[str, ...]:
     names = parse_names("\n".join(lines))
   except InputError as error:
     raise InputError(f"{path}: {error}") from None
+  if noted := [name for name in names if re.search(r"\s#", name)]:
+    print(f"{path}: {noted[0]!r} is one class name; only a # at the beginning of a line begins a "
+          "comment", flush=True)  # fmt: skip
   used = sum(bool(line.strip(_BLANK)) for line in lines)
   if 1 < used < len(names) and not any(LIST in line for line in lines):
     print(f"{path}: {len(names)} classes on {used} lines; in a line, commas separate classes and "

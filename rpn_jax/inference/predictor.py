@@ -118,6 +118,10 @@ class Predictor:
       check_whole_patches("config.eval.crop", protocol.crop, "the CLIP weights", multiple)
     self._encoded: collections.OrderedDict[Hashable, jax.Array] = collections.OrderedDict()
 
+  def __reduce__(self) -> tuple:
+    """Pickled and copied without what it keeps of earlier words, and of where its weights lie."""
+    return Predictor, (self.network, self.params, self.prompts, self.encoder, self.protocol)
+
   @classmethod
   def from_config(cls, config: ml_collections.ConfigDict) -> "Predictor":
     """The predictor of a run's config, still without prompts; see `with_prompts`.

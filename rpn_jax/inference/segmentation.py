@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,9 +100,7 @@ class Segmentation:
     self.notes = tuple(notes)
     self.image, self.names, self.method, self.file = image, names, method, file
     self.class_scores = class_scores
-    self.other = float(other)
-    self.emphasis = {composed(name): value for name, value in (emphasis or {}).items()}
-    check_adjustment(names, self.other, self.emphasis)
+    self.other, self.emphasis = checked_adjustment(names, other, emphasis)
 
   def adjusted(
     self, *, other: float | None = None, emphasis: Mapping | None = None
@@ -177,9 +176,9 @@ class Segmentation:
     """
     return overlay_with_legend(self.image, self.labels, self.names, alpha=alpha, palette=palette)
 
-  def summary(self) -> dict:
-    """The content of the JSON file that `save` writes."""
-    colors = class_colors(self.names).tolist()
+  def summary(self, palette: str = "default") -> dict:
+    """The content of the JSON file that `save` writes, with the colors of a palette."""
+    colors = class_colors(self.names, palette).tolist()
     rows = []
     for name, share in self.shares().items():
       i = self.names.index(name)
@@ -230,7 +229,7 @@ class Segmentation:
       directory: created if missing.
       stem: start of the file names; None uses that of the image's file.
       save: forms, as a list or as "overlay,coco".
-      alpha, palette: of `overlay`.
+      alpha, palette: of `overlay`; the palette is that of the labels and the JSON, too.
       collection: of many images, which gets the annotations in place of one for this image alone;
         its `finish` writes what is about all of them.
       **options: of `annotations.options.Options`.
@@ -259,7 +258,7 @@ class Segmentation:
     if "json" in forms:
       written.append(directory / f"{stem}.json")
       written[-1].parent.mkdir(parents=True, exist_ok=True)
-      write_json(written[-1], self.summary())
+      write_json(written[-1], self.summary(palette))
     if "scores" in forms:
       written += score_files.save(directory, stem, self.image, self.scores, self.names)
     written += annotated
@@ -331,10 +330,35 @@ def save_results(
   return written
 
 
-def check_adjustment(names: Sequence[str], other: float, emphasis: Mapping) -> None:
-  """Raises an InputError for an emphasis on an unknown name or a threshold outside [0, 1]."""
-  unknown = [name for name in emphasis if composed(name) not in names]
-  if unknown:
-    raise InputError(f"emphasis on {unknown[0]!r}: expected one of {', '.join(names)}")
-  if not 0 <= other <= 1:
-    raise InputError(f"expected an `other` threshold in [0, 1], got {other}")
+def checked_adjustment(
+  names: Sequence[str], other: float, emphasis: Mapping[str, float] | None
+) -> tuple[float, dict[str, float]]:
+  """Threshold and emphasis as Python's floats, which JSON takes; the names are in NFC.
+
+  Raises:
+    InputError: a threshold outside [0, 1], an emphasis on an unknown name or outside [-1, 1].
+  """
+  threshold = _within("an `other` threshold", other, 0, 1)
+  if not isinstance(emphasis, Mapping | None):
+    raise InputError(
+      f"expected an emphasis by name, as in {{{names[0]!r}: 0.5}}, got {type(emphasis).__name__}"
+    )
+  found = {}
+  for name, value in (emphasis or {}).items():
+    known = composed(name) if isinstance(name, str) else name
+    if known not in names:
+      raise InputError(f"emphasis on {name!r}: expected one of {', '.join(names)}")
+    found[known] = _within(f"an emphasis on {name!r}", value, -1, 1)
+  return threshold, found
+
+
+def _within(what: str, value: Any, low: int, high: int) -> float:
+  """A number of any library as a float."""
+  try:
+    number = math.nan if isinstance(value, str | bytes) else float(value)
+  except (TypeError, ValueError, OverflowError):
+    number = math.nan
+  if not low <= number <= high:
+    shown = repr(value) if isinstance(value, str | bytes) else value
+    raise InputError(f"expected {what} in [{low}, {high}], got {shown}")
+  return number

@@ -9,7 +9,7 @@ import functools
 import os
 import pathlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -28,7 +28,7 @@ from rpn_jax.inference import strips
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.process import check_process
 from rpn_jax.inference.refinement import REFINEMENTS
-from rpn_jax.inference.segmentation import ClassScores, Segmentation, check_adjustment
+from rpn_jax.inference.segmentation import ClassScores, Segmentation, checked_adjustment
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.inference.smoothing import Smoothing
 from rpn_jax.inference.views import round_up
@@ -83,6 +83,10 @@ class Segmenter:
   def __init__(self, predictor: Predictor, method: str, step: int = 0):
     self.predictor, self.method, self.step = predictor, method, step
     self._text_rows = functools.lru_cache(64)(self._distinct_rows)
+
+  def __reduce__(self) -> tuple:
+    """Pickled and copied without what it keeps of earlier words."""
+    return Segmenter, (self.predictor, self.method, self.step)
 
   @classmethod
   def load(
@@ -154,6 +158,10 @@ class Segmenter:
       )
     if method in NETWORKS:
       raise InputError(f"method={method!r} needs a training run or its prompts, got {model}")
+    if checkpoint != "last":
+      raise InputError(
+        f"checkpoint={checkpoint!r} is for a training run, {model} is CLIP itself: leave it out"
+      )
     if clip is not None:
       raise InputError(
         f"clip={clip!r} is for a trained model, {model} is CLIP itself: leave it out"
@@ -177,6 +185,10 @@ class Segmenter:
     """The segmenter of a run's config; `where` is its workdir, or what its prompts are called."""
     chosen = config.copy_and_resolve_references().unlock()
     if method in METHODS:
+      if checkpoint != "last":
+        raise InputError(
+          f"checkpoint={checkpoint!r} is for trained prompts, {method} uses none: leave it out"
+        )
       chosen.method, chosen.dense.method = "training_free", method
     elif method not in (None, config.method):
       raise InputError(
@@ -238,8 +250,8 @@ class Segmenter:
       images: a path, a PIL image or an array, see `pictures.load`; or a list of these.
       names: any words, trained on or not; see `words.parse_names`.
       other: threshold (0 to 1); pixels whose best score is lower belong to no class.
-      background: words that compete with the names; their pixels belong to no class. "stuff": the
-        words of BACKGROUNDS, without those that are names.
+      background: words that compete with the names; their pixels belong to no class. "stuff" among
+        them stands for the words of BACKGROUNDS, without those that are given themselves.
       emphasis: {name: -1 … 1}, raises or lowers the scores of a class.
       refine: "pamr" follows the edges of the image (PAMR, at the size of the image), "none" does
         not; None is what the model's protocol does.
@@ -250,7 +262,8 @@ class Segmenter:
       A Segmentation, or a list of them.
 
     Raises:
-      InputError: an invalid image or name, or two names that CLIP cannot tell apart.
+      InputError: an invalid image or name, two names that CLIP cannot tell apart, or a threshold
+        or emphasis out of its range.
     """
     options: dict[str, Any] = {
       "other": other, "background": background, "emphasis": emphasis, "refine": refine,
@@ -273,7 +286,7 @@ class Segmenter:
     """
     names = parse_names(names)
     words = self._background_words(names, background)
-    check_adjustment(names, other, emphasis or {})  # before the network runs
+    other, emphasis = checked_adjustment(names, other, emphasis)  # before the network runs
     if refine is not None:
       check_known("refine=", refine, REFINEMENTS)
     window, class_of_row, fillers = self._window(names, words, refine)
@@ -321,7 +334,7 @@ class Segmenter:
     """
     names = parse_names(names)
     words = self._background_words(names, background)
-    check_adjustment(names, other, {})
+    other, _ = checked_adjustment(names, other, None)
     window, class_of_row, fillers = self._window(names, words, refine)
     mean, std = self.predictor.protocol.mean, self.predictor.protocol.std
 
@@ -335,11 +348,19 @@ class Segmenter:
       yield LabeledBlock(block.top, block.left, label, probability)
 
   def _background_words(self, names: tuple[str, ...], background: Names) -> tuple[str, ...]:
-    if not (isinstance(background, str) and background in BACKGROUNDS):
-      return parse_names(background) if background else ()
+    """Background words, with those of a list in its place unless they are given themselves."""
+    if background is None or (isinstance(background, Sized) and not len(background)):
+      return ()
+    words = parse_names(background)
     mode = self.predictor.encoder.synonyms
-    named = {embedding_key(name, mode) for name in names}
-    return tuple(word for word in BACKGROUNDS[background] if embedding_key(word, mode) not in named)
+    single = [word for word in words if word.casefold() not in BACKGROUNDS]
+    given = {embedding_key(name, mode) for name in (*names, *single)}
+    found: dict[str, None] = {}  # in their order, each once
+    for word in words:
+      listed = BACKGROUNDS.get(word.casefold())
+      own = [word] if listed is None else [x for x in listed if embedding_key(x, mode) not in given]
+      found |= dict.fromkeys(own)
+    return tuple(found)
 
   def _window(
     self, names: tuple[str, ...], background: tuple[str, ...], refine: str | None

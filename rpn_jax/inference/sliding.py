@@ -38,14 +38,16 @@ class WindowLogits:
   """The logits of an image's windows: small, and sufficient to merge any map of the image.
 
   Attributes:
-    window: the SlidingWindow that computed them.
     views: views of the image.
     logits: for each view, the logits of its windows.
+    penalty_C: subtracted from the scores.
+    activation: logits -> scores.
   """
 
-  window: "SlidingWindow"
   views: list[View]
   logits: list[jax.Array]
+  penalty_C: np.ndarray
+  activation: Callable
 
   @property
   def nbytes(self) -> int:
@@ -61,10 +63,9 @@ class WindowLogits:
       InputError: `check_process` refuses the process.
     """
     check_process()
-    w = self.window
-    penalty_C = np.asarray(w.penalty_C - bias_C, np.float32)
+    penalty_C = np.asarray(self.penalty_C - bias_C, np.float32)
     return merge_views(
-      self.views, self.logits, penalty_C, size, activation=w.activation, output=output, more=more
+      self.views, self.logits, penalty_C, size, activation=self.activation, output=output, more=more
     )
 
 
@@ -226,7 +227,7 @@ class SlidingWindow:
         padding = max(MIN_WINDOWS, 1 << (count - 1).bit_length()) - count
       # Stacked by NumPy: JAX would compile and keep a program for every number of windows.
       parts.append(jax.device_put(np.stack([*part, *part[:1] * padding])))
-    return WindowLogits(self, views, parts)
+    return WindowLogits(views, parts, self.penalty_C, self.activation)
 
   def _start(self, windows: list[np.ndarray]) -> tuple[jax.Array, int]:
     """Logits of up to `window_batch` windows, which are padded to that number, and how many."""

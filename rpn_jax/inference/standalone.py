@@ -16,7 +16,7 @@ import numpy as np
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import SEPARATOR, check_names, without_articles
 from rpn_jax.inference.segmenter import Segmenter
-from rpn_jax.models import kernels
+from rpn_jax.models import heads, kernels
 from rpn_jax.models.kernels import portable
 from rpn_jax.models.trained import in_compute_type, join
 
@@ -154,7 +154,7 @@ def _metadata(
   predictor, protocol = segmenter.predictor, segmenter.predictor.protocol
   network = predictor.network
   # Of trained networks scores are averaged over windows, of cosines the logits.
-  known: dict[Any, str] = {jax.nn.sigmoid: "sigmoid", jax.nn.softmax: "softmax"}
+  known: dict[Any, str] = {heads.sigmoid: "sigmoid", heads.softmax: "softmax"}
   trained = known.get(network.scores)
   return {
     "model": segmenter.method,

@@ -17,14 +17,19 @@ def unchanged(scores: jax.Array) -> jax.Array:
   return scores
 
 
+def sigmoid(logits: jax.Array) -> jax.Array:
+  """`jax.nn.sigmoid`, which is compiled already and for that cannot be pickled."""
+  return jax.nn.sigmoid(logits)
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+  """`jax.nn.softmax` over the last axis; see `sigmoid`."""
+  return jax.nn.softmax(logits)
+
+
 # Logits (..., C) to scores, by the loss that the logits were trained with; cosines are compared as
 # they are. Named functions, since a function is part of a compiled program's key.
-SCORES = {
-  "sigmoid": jax.nn.sigmoid,
-  "bce": jax.nn.sigmoid,
-  "softmax": jax.nn.softmax,
-  "cosine": unchanged,
-}
+SCORES = {"sigmoid": sigmoid, "bce": sigmoid, "softmax": softmax, "cosine": unchanged}
 
 
 def text_branch(cls_BxE: jax.Array, text_CxE: jax.Array, letter: str) -> tuple[jax.Array, ...]:

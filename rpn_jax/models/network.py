@@ -66,4 +66,11 @@ def as_record(settings: Any) -> Any:
 
 @functools.cache  # one class for equal names, so that records are comparable
 def _record_class(names: tuple[str, ...]) -> type:
-  return dataclasses.make_dataclass("Settings", names, frozen=True)
+  return dataclasses.make_dataclass(
+    "Settings", names, frozen=True, namespace={"__reduce__": _reduced}
+  )
+
+
+def _reduced(record: Any) -> tuple:
+  """How a record is pickled and copied: its class has no name to find it by."""
+  return as_record, ({f.name: getattr(record, f.name) for f in dataclasses.fields(record)},)

@@ -18,7 +18,7 @@ becomes theirs; CAT-Seg's has the whole CLIP in it:
 
 import argparse
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -57,13 +57,15 @@ def main(arguments=None) -> int:
   parser.add_argument(
     "destination", type=paths.expand, help="the safetensors (or, of prompts, .pth) file to write"
   )
-  parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
+  parser.add_argument("--dtype", choices=("float16", "float32"), help="of weights (float32)")
   parser.add_argument(
     "--activation", choices=("quick_gelu", "gelu"), help="if neither file nor config tell it"
   )
   parser.add_argument("--vision_heads", type=int, help="if nothing tells them")
   parser.add_argument("--text_heads", type=int, help="if nothing tells them")
-  parser.add_argument("--verify", action="store_true", help="checksum, and similarities of texts")
+  parser.add_argument(
+    "--verify", action="store_const", const=True, help="checksum, and similarities of texts"
+  )
   parser.add_argument(
     "--clip", help="with a checkpoint of RPN or CAT-Seg: the CLIP it was trained around"
   )
@@ -71,19 +73,30 @@ def main(arguments=None) -> int:
 
   def convert() -> None:
     file = read_arrays(clip_file.find_weights(args.source))
+    names = ("dtype", "activation", "vision_heads", "text_heads", "verify", "clip")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if authors.is_authors(file.arrays):
+      _check_flags(given, "a checkpoint of RPN", ("clip",))
       lines = _authors_to_prompts(file, args.destination, args.clip)
     elif cat_seg.is_cat_seg(file.arrays):
+      _check_flags(given, "a checkpoint of CAT-Seg", ("clip",))
       lines = _cat_seg_to_prompts(file, args.destination, args.clip)
     elif file.metadata.get("format") == prompts_file.FORMAT:
+      _check_flags(given, "a file of prompts", ("clip",))
       lines = _prompts_to_authors(file.path, args.destination, args.clip)
     else:
-      names = ("activation", "vision_heads", "text_heads")
-      given = {name: value for name in names if (value := getattr(args, name)) is not None}
-      lines = _convert_clip(file, args.destination, args.dtype, given, args.verify)
+      _check_flags(given, "weights of CLIP", names[:-1])
+      dtype, verify = given.pop("dtype", "float32"), given.pop("verify", False)
+      lines = _convert_clip(file, args.destination, dtype, given, verify)
     print("\n".join(lines))
 
   return run_command(convert)
+
+
+def _check_flags(given: Mapping, source: str, used: Sequence[str]) -> None:
+  """Raises an InputError for a flag that a source of this kind does not use."""
+  if unused := [name for name in given if name not in used]:
+    raise InputError(f"--{unused[0]} is not for {source}, which the source is: leave it out")
 
 
 def _convert_clip(
@@ -204,6 +217,10 @@ def _prompts_to_authors(
     if changed := cat_seg.unwritten(official, run):
       lines.append(f"no checkpoint holds these settings (official -> yours): {'; '.join(changed)}")
     return lines
+  if clip_path is not None:
+    raise InputError(
+      f"--clip={clip_path} is not for prompts of RPN, whose checkpoint holds no CLIP: leave it out"
+    )
   arrays = authors.save(destination, content.prompts, notes)
   return [
     f"wrote {arrays} arrays by the authors' names to {destination}: load them over a model "

@@ -79,8 +79,9 @@ class Models:
       raise InputError(f"model {name!r} is not on offer here; choose {' or '.join(self.names)}")
     with self._lock:  # two users at once must not load it twice
       model, checkpoint = self._choices[name]
-      chosen = None if method == OWN_METHOD else method
-      return self._load(model, method=chosen, checkpoint=checkpoint)
+      if method == OWN_METHOD:
+        return self._load(model, checkpoint=checkpoint)
+      return self._load(model, method=method)  # without the prompts of a checkpoint
 
 
 def segment(
@@ -110,11 +111,11 @@ def segment(
   return result
 
 
-def files(result: Segmentation, folder: pathlib.Path) -> list[str]:
+def files(result: Segmentation, folder: pathlib.Path, palette: str = "default") -> list[str]:
   """Paths of the mask and the JSON for download."""
   stem = pathlib.PurePath(result.file).stem
-  mask = save_png(folder / f"{stem}_labels.png", result.mask())
-  write_json(folder / f"{stem}.json", result.summary())
+  mask = save_png(folder / f"{stem}_labels.png", result.mask(palette))
+  write_json(folder / f"{stem}.json", result.summary(palette))
   return [str(mask), str(folder / f"{stem}.json")]
 
 
@@ -179,7 +180,7 @@ def build(models: Models, root: pathlib.Path):
 
   def shown(result, alpha, safe, form, request):
     palette, own = "colorblind" if safe else "default", folder(request)
-    downloads = [*files(result, own), packed(result, form, own)]
+    downloads = [*files(result, own, palette), packed(result, form, own)]
     return [result.overlay(alpha, palette), table(result), *downloads]
 
   def packed(result, form, own):

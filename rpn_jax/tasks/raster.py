@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import TiffImagePlugin
+from PIL import Image, TiffImagePlugin
 
 from rpn_jax.base import pictures
 from rpn_jax.base.console import progress
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".tif", ".tiff")
 # Tags of TIFF by which a file has a place on earth: scale, tie points, matrix, keys.
 GEO_TAGS = (33550, 33922, 34264, 34735)
-WIDTH_TAG, HEIGHT_TAG = 256, 257
+WIDTH_TAG, HEIGHT_TAG, ORIENTATION_TAG = 256, 257, 274
 # Values of an overview that become black and white, where there are more than 8 bits.
 PERCENTILES = (2, 98)
 # What GDAL may keep of decoded tiles: a row of them, since rows of windows overlap and are read
@@ -52,17 +52,34 @@ def is_raster(path: pathlib.Path, asked: bool | None = None) -> bool:
   if asked is not None or path.suffix.lower() not in SUFFIXES:
     return bool(asked)
   try:
-    with path.open("rb") as file:
-      header = file.read(8)
-      header += file.read(8) if header[2:4] in (b"\x2b\0", b"\0\x2b") else b""  # BigTIFF
-      tags = TiffImagePlugin.ImageFileDirectory_v2(header)
-      file.seek(tags.next)
-      tags.load(file)
-      if any(tag in tags for tag in GEO_TAGS):
-        return True
-      return int(tags[WIDTH_TAG]) * int(tags[HEIGHT_TAG]) > pictures.MAX_PIXELS
+    tags = _tiff_tags(path)
+    if any(tag in tags for tag in GEO_TAGS):
+      return True
+    return int(tags[WIDTH_TAG]) * int(tags[HEIGHT_TAG]) > pictures.MAX_PIXELS
   except Exception:  # who reads it as an image says what is wrong with it
     return False
+
+
+def _tiff_tags(path: pathlib.Path) -> TiffImagePlugin.ImageFileDirectory_v2:
+  """The tags of a TIFF's first page; all kinds of errors for other files."""
+  with path.open("rb") as file:
+    header = file.read(8)
+    header += file.read(8) if header[2:4] in (b"\x2b\0", b"\0\x2b") else b""  # BigTIFF
+    tags = TiffImagePlugin.ImageFileDirectory_v2(header)
+    file.seek(tags.next)
+    tags.load(file)
+  return tags
+
+
+def _orientation(path: pathlib.Path) -> int:
+  """What a file says of how its rows are shown, which GDAL passes over; 1 is as they are stored."""
+  with contextlib.suppress(Exception):
+    return int(_tiff_tags(path).get(ORIENTATION_TAG, 1))
+  with contextlib.suppress(Exception), warnings.catch_warnings():
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded
+    with Image.open(path) as file:
+      return int(file.getexif().get(ORIENTATION_TAG, 1))
+  return 1  # who opens it as a raster says what is wrong with it
 
 
 def _rasterio(path: pathlib.Path) -> Any:
@@ -97,7 +114,8 @@ class Raster:
     scale: factor of the resolution; None is 1.
 
   Raises:
-    InputError: rasterio is missing, no such file, or an argument that does not fit.
+    InputError: rasterio is missing, no such file, one that viewers turn or mirror, or an argument
+      that does not fit.
   """
 
   def __init__(
@@ -112,6 +130,12 @@ class Raster:
     self._package = _rasterio(self.path)
     if not self.path.is_file():
       raise InputError(f"{path}: expected a raster, no such file")
+    if 2 <= (orientation := _orientation(self.path)) <= 8:
+      raise InputError(
+        f"{path}: expected a raster that is shown as it is stored, got orientation {orientation}, "
+        "by which viewers turn or mirror it: --no-raster segments it upright, as an image; if its "
+        f"place on earth counts, remove that field: exiftool -n -Orientation=1 {self.path.name}"
+      )
     with self._one_line():
       self.dataset = self._open(self.path)
     self.scale = 1.0 if scale is None else scale
@@ -359,7 +383,7 @@ def segment_raster(
     raster.overview, reduced, names, palette=palette, areas=(counts[1:], int(counts[0]))
   )
   picture = save_png(directory / f"{stem}_overlay.png", overlay)
-  summary = _summary(segmenter, raster, names, options, counts, sums, missing)
+  summary = _summary(segmenter, raster, names, options, palette, counts, sums, missing)
   write_json(directory / f"{stem}.json", summary)
   written = [label_file, picture, directory / f"{stem}.json"]
   print("\n".join([segmenter.method, *map(str, written)]))
@@ -385,13 +409,13 @@ def category_names(names: Sequence[str]) -> str:
 
 
 def _summary(
-  segmenter: Segmenter, raster: Raster, names: Sequence[str], options: dict, counts: np.ndarray,
-  sums: np.ndarray, missing: int,
+  segmenter: Segmenter, raster: Raster, names: Sequence[str], options: dict, palette: str,
+  counts: np.ndarray, sums: np.ndarray, missing: int,
 ) -> dict:  # fmt: skip
   """Shares are of the pixels with data."""
   height, width = raster.size
   total = max(1, int(counts.sum()))
-  colors = class_colors(names).tolist()
+  colors = class_colors(names, palette).tolist()
   order = np.argsort(-counts[1:], kind="stable").tolist()
   return {
     "raster": str(raster.path),

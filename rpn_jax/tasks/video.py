@@ -132,7 +132,8 @@ class FrameFolder:
     self.done: list[tuple[int, float]] = []
     self.mean: list[np.ndarray] | None = None
     lines = self._continued() if self._begun(options) else []
-    write_text(table, self._line("frame", "seconds", *names, "no class") + "".join(lines))
+    number, seconds, rest = (free_title(x, names) for x in ("frame", "seconds", "no class"))
+    write_text(table, self._line(number, seconds, *names, rest) + "".join(lines))
     write_json(path / OPTIONS, options)
 
   def labels(self, number: int) -> pathlib.Path:
@@ -147,15 +148,13 @@ class FrameFolder:
       file.write(self._row(frame.number, frame.seconds))
     self.done.append((frame.number, frame.seconds))
 
-  def mean_shares(self) -> dict[str, float]:
-    """Name -> mean share of the frames."""
+  def mean_shares(self) -> list[float]:
+    """Mean shares over the frames: of the C classes, then of the pixels without one."""
+    sums = np.zeros(len(self.names) + 1)
     with self.table.open(encoding="utf-8", newline="") as file:
-      rows = csv.reader(file)
-      names = next(rows)[2:]
-      sums = np.zeros(len(names))
-      for row in rows:
+      for row in itertools.islice(csv.reader(file), 1, None):
         sums += np.array(row[2:], float)
-    return dict(zip(names, (sums / len(self.done)).round(6).tolist()))
+    return (sums / len(self.done)).round(6).tolist()
 
   def _begun(self, options: dict) -> bool:
     """Whether an earlier call, with the same options, has left frames."""
@@ -221,6 +220,13 @@ class FrameFolder:
     return text.getvalue()
 
 
+def free_title(title: str, names: Sequence[str]) -> str:
+  """The title of a column of the table, in brackets where a class has that name."""
+  while title in names:
+    title = f"[{title}]"
+  return title
+
+
 def segment_film(
   segmenter: Segmenter,
   path: pathlib.Path,
@@ -247,7 +253,7 @@ def segment_film(
     every: each `every`-th frame, from the first one on.
     smooth: weight of the past, see `Smoothing`; 0: each frame by itself.
     kind: of the overlay film, one of CODECS.
-    palette: color palette.
+    palette: color palette, of the film, the labels and the JSON alike.
     told: options that the model was loaded with; with others a call is not continued.
     **options: other arguments of `Segmenter.__call__`.
 
@@ -265,7 +271,8 @@ def segment_film(
   film, stem = Film(path), path.stem
   settings = {
     "film": film.digest(), "model": segmenter.method, "names": list(names), "every": every,
-    "smooth": smooth, **(told or {}), **{key: value or None for key, value in options.items()},
+    "smooth": smooth, "palette": palette, **(told or {}),
+    **{key: value or None for key, value in options.items()},
   }  # fmt: skip
   labels, overlay = directory / f"{stem}_labels", directory / f"{stem}_overlay.{kind}"
   labels.mkdir(parents=True, exist_ok=True)
@@ -283,7 +290,7 @@ def segment_film(
       raise KeyboardInterrupt(
         f"interrupted; {len(folder.done)} frames are done and kept, the same command continues"
       ) from None
-    summary = _summary(segmenter, film, folder, settings)
+    summary = _summary(segmenter, film, folder, palette, settings)
     write_json(directory / f"{stem}.json", summary)
   written = [overlay, folder.path, folder.table, directory / f"{stem}.json"]
   print("\n".join([segmenter.method, *map(str, written)]))
@@ -360,12 +367,13 @@ def repeats(seconds: Sequence[float], rate: float) -> list[int]:
   return np.minimum(counts, max(1, int(MAX_HOLD_SECONDS * rate))).tolist()
 
 
-def _summary(segmenter: Segmenter, film: Film, folder: FrameFolder, settings: dict) -> dict:
+def _summary(
+  segmenter: Segmenter, film: Film, folder: FrameFolder, palette: str, settings: dict
+) -> dict:
   with Image.open(folder.labels(folder.done[0][0])) as file:
     width, height = file.size
-  colors = class_colors(folder.names).tolist()
-  shares = folder.mean_shares()
-  rest = shares.pop("no class")
+  colors = class_colors(folder.names, palette).tolist()
+  *shares, rest = folder.mean_shares()
   return {
     "film": str(film.path),
     "width": width,
@@ -376,7 +384,7 @@ def _summary(segmenter: Segmenter, film: Film, folder: FrameFolder, settings: di
     "options": settings,
     "classes": [
       {"name": name, "id": i, "share": share, "color": colors[i]}
-      for i, (name, share) in enumerate(shares.items())
+      for i, (name, share) in enumerate(zip(folder.names, shares))
     ],
     "other": {"id": no_class_id(len(folder.names)), "share": rest},
   }

@@ -60,6 +60,31 @@ def test_images_of_subfolders_but_not_those_of_the_results(folder):
   assert folder / "out/deep/x_overlay.png" not in without.files and len(without.files) == 4
 
 
+def test_linked_folders_are_left_out_and_named(tmp_path, capsys):
+  images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+  for path in (images / "top.png", images / "sub/x.png", elsewhere / "y.png"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+  for name, target in {"sub/link": elsewhere, "up": "..", ".hidden": elsewhere}.items():
+    (images / name).symlink_to(target)
+  (images / "out").symlink_to(tmp_path / "results")
+  (tmp_path / "results").mkdir()
+  found = picture_files.find(str(images), recursive=True, results=tmp_path / "results")
+  assert found.files == [images / "sub/x.png", images / "top.png"]
+  assert found.left_out == [
+    (images / "up", "linked folder"),
+    (images / "sub/link", "linked folder"),
+  ]
+  picture_files.list_images(images / "sub", recursive=True)
+  assert capsys.readouterr().out == (
+    f"left out of the images: 1 linked folder, such as {images}/sub/link\n"
+  )
+  assert picture_files.find(str(images / "sub/link")).files == [images / "sub/link/y.png"]
+  (images / "sub/x.png").unlink()
+  with pytest.raises(InputError, match=r"no image in this folder or below \(1 linked folder\)"):
+    picture_files.find(str(images / "sub"), recursive=True)
+
+
 def test_results_among_the_images_would_be_images_the_next_time(folder):
   (folder / "link").symlink_to(folder)
   with pytest.raises(
@@ -67,6 +92,12 @@ def test_results_among_the_images_would_be_images_the_next_time(folder):
   ):
     picture_files.find(str(folder), results=folder / "link")
   picture_files.find(str(folder / "a.png"), results=folder)  # one image is no folder of them
+
+
+def test_a_pipe_is_neither_an_image_nor_a_folder(folder):
+  for recursive in (None, True):
+    with pytest.raises(InputError, match=r"pipe\.png: expected an image or a folder .* a pipe or"):
+      picture_files.find(str(folder / "pipe.png"), recursive=recursive)
 
 
 def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path):

@@ -5,6 +5,7 @@ import sys
 import zlib
 
 import cv2
+import jax
 import numpy as np
 import pillow_heif
 import pytest
@@ -316,7 +317,20 @@ def test_opaque_images_say_nothing_of_transparency():
   assert picture.notes == ()
 
 
-@pytest.mark.parametrize("matte", ["no color", "#12", (1, 2), (1, 2, 300), None])
+@pytest.mark.parametrize(
+  "matte",
+  [
+    "no color",
+    "#12",
+    (1, 2),
+    (1, 2, 300),
+    None,
+    (1.0, 1.0, 1.0),
+    "rgb(300,0,0)",
+    (-1, 0, 0),
+    "rgb",
+  ],
+)
 def test_a_matte_that_is_no_color(matte):
   with pytest.raises(InputError, match=r"^matte=.*: expected the name of a color"):
     pictures.load(UPPER, matte=matte)
@@ -432,7 +446,8 @@ def test_arrays():
   np.testing.assert_array_equal(pictures.read(DEEP), UPPER)
   np.testing.assert_array_equal(pictures.read(UPPER / 255), UPPER)
   hidden = np.dstack([UPPER, np.zeros((5, 7), np.uint8)])
-  np.testing.assert_array_equal(pictures.read(hidden, matte=(1, 2, 3))[0, 0], [1, 2, 3])
+  for matte in ((1, 2, 3), [1, 2, 3], np.uint8([1, 2, 3]), "rgb(1,2,3)"):
+    np.testing.assert_array_equal(pictures.read(hidden, matte=matte)[0, 0], [1, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -460,6 +475,34 @@ def test_other_arrays_are_refused_with_a_remedy(array, how):
 
 
 # What is said
+
+
+@pytest.mark.parametrize(
+  ("image", "said"),
+  [
+    (b"\x89PNG", "got bytes; io.BytesIO makes a file of the content"),
+    (bytearray(3), "got bytearray; io.BytesIO"),
+    ((x for x in [UPPER]), "got generator; several images are a list of them"),
+    ([UPPER], "got list; several images"),
+    (None, "got NoneType"),
+    (3, "got int"),
+  ],
+)
+def test_what_is_no_image_at_all(image, said):
+  with pytest.raises(InputError) as error:
+    pictures.load(image)
+  assert str(error.value).startswith("expected an image as a path, ") and said in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_arrays_of_other_libraries():
+  np.testing.assert_array_equal(pictures.load(jax.numpy.asarray(UPPER)).image, UPPER)
+  floats = jax.numpy.asarray(UPPER, jax.numpy.float32) / 255
+  np.testing.assert_array_equal(pictures.load(floats).image, UPPER)
+  with pytest.raises(InputError, match=r"uint8, uint16 or float in 0 to 1, got .* int32"):
+    pictures.load(jax.numpy.asarray(UPPER, jax.numpy.int32))
+  with pytest.raises(InputError, match=r"float in 0 to 1, got .* bfloat16; image.astype"):
+    pictures.load(jax.numpy.asarray(UPPER, jax.numpy.bfloat16))
 
 
 def test_each_kind_of_decision_is_told_once(capsys):

@@ -3,6 +3,7 @@
 import json
 import unicodedata
 
+import numpy as np
 import pytest
 
 from rpn_jax.base import vocabularies
@@ -83,6 +84,35 @@ def test_what_is_not_understood(typed, said):
   assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  ("names", "said"),
+  [
+    (
+      None,
+      'expected class names as text, as in "cat | kitten, grass", or as a list of texts, got N',
+    ),
+    (3, "got int"),
+    (np.array("sand"), "got ndarray"),
+    (b"sand", "got bytes"),
+    ({"sand": ["beach"]}, "got dict"),
+    (["sand", 3], "class name 2: expected text, or a list of synonyms, got 3"),
+    ([b"sand"], "class name 1: expected text, or a list of synonyms, got b'sand'"),
+    ([["sea", None]], "class name 1: expected text, or a list of synonyms, got None"),
+    ([{"sea": 1}], "class name 1: expected text, or a list of synonyms, got {'sea': 1}"),
+    (np.array([1, 2]), "class name 1: expected text"),
+  ],
+)
+def test_what_is_no_text(names, said):
+  with pytest.raises(InputError) as error:
+    parse_names(names)
+  assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, iter, lambda names: (x for x in names)])
+def test_any_list_of_texts(kind):
+  assert parse_names(kind(["sand", "water | sea"])) == ("sand", "water | sea")
+
+
 def test_without_articles_within_brackets():
   assert without_articles("a screen (the lcd, a tv), an eye") == "screen (the lcd, a tv), eye"
 
@@ -116,6 +146,14 @@ def test_commas_in_the_lines_of_a_file_are_told(tmp_path, capsys):
   path.write_text("sea, ocean\ngrass\n")
   assert read_names(str(path)) == ("sea", "ocean", "grass")
   assert capsys.readouterr().out.startswith(f"{path}: 3 classes on 2 lines; in a line, commas")
+
+
+def test_what_stands_behind_a_name_is_part_of_it(tmp_path, capsys):
+  (tmp_path / "n.txt").write_text("# mine\nsand\nC# code\nwater # the sea\n")
+  assert read_names(str(tmp_path / "n.txt")) == ("sand", "C# code", "water # the sea")
+  out = capsys.readouterr().out
+  assert f"{tmp_path}/n.txt: 'water # the sea' is one class name; only a #" in out
+  assert out.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """One line from a picture and words to a segmentation."""
 
+import copy
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -217,6 +219,47 @@ def test_emphasis_on_a_name_in_another_form_of_its_letters():
   assert segmented.emphasis == {"caf\u00e9": 0.5}
 
 
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"emphasis": {"sand": float("nan")}}, r"an emphasis on 'sand' in \[-1, 1\], got nan"),
+    ({"emphasis": {"sand": 50}}, r"an emphasis on 'sand' in \[-1, 1\], got 50"),
+    ({"emphasis": {"sand": "0.5"}}, r"an emphasis on 'sand' in \[-1, 1\], got '0.5'"),
+    ({"emphasis": {"sand": None}}, "got None"),
+    ({"emphasis": {3: 0.5}}, "emphasis on 3: expected one of striped red"),
+    ({"emphasis": ["sand"]}, "an emphasis by name, as in {'striped red': 0.5}, got list"),
+    ({"other": "0.5"}, r"an `other` threshold in \[0, 1\], got '0.5'"),
+    ({"other": float("nan")}, r"an `other` threshold in \[0, 1\], got nan"),
+    ({"other": [0.5]}, r"an `other` threshold in \[0, 1\], got \[0.5\]"),
+  ],
+)
+def test_thresholds_and_emphasis_out_of_range(model, scene, result, options, message):
+  for call in (lambda: model(scene[0], NAMES, **options), lambda: result.adjusted(**options)):
+    with pytest.raises(InputError, match=message):
+      call()
+
+
+def test_numbers_of_any_library_are_saved(result, tmp_path):
+  adjusted = result.adjusted(other=np.float32(0.5), emphasis={"sand": jax.numpy.float32(0.5)})
+  adjusted.save(tmp_path, "x", save="json")
+  content = json.loads((tmp_path / "x.json").read_text())
+  assert content["emphasis"] == {"sand": 0.5} and content["other"]["threshold"] == 0.5
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("name", ["shapes", "shapes_clip"])
+def test_results_and_models_are_copied_and_pickled(scene, name, copied):
+  model = Segmenter.load(name)
+  result = model(scene[0], NAMES, refine="pamr", other=0.2)
+  again = copied(model)
+  assert again.method == model.method and again.predictor.network == model.predictor.network
+  assert again.predictor is not model.predictor
+  for same in (copied(result), again(scene[0], NAMES, refine="pamr", other=0.2)):
+    np.testing.assert_array_equal(same.labels, result.labels)
+    assert same.summary() == result.summary()
+    assert same.adjusted(emphasis={"sand": 1}).shares() != result.shares()
+
+
 def test_saved_files_agree(model, scene, tmp_path):
   Image.fromarray(scene[0]).save(tmp_path / "photo.png")
   result = model(tmp_path / "photo.png", NAMES, other=0.2)
@@ -234,6 +277,9 @@ def test_saved_files_agree(model, scene, tmp_path):
   assert result._repr_png_().startswith(b"\x89PNG")
   colors = np.asarray(result.overlay(alpha=1.0, palette="colorblind")).reshape(-1, 3)
   assert (colors == class_colors(NAMES, "colorblind")[row["id"]]).all(1).any()
+  result.save(tmp_path / "out", save="json", palette="colorblind")
+  for row in json.loads(paths[2].read_text())["classes"]:
+    assert row["color"] == class_colors(NAMES, "colorblind")[row["id"]].tolist()
 
 
 @pytest.fixture
@@ -294,6 +340,7 @@ def test_fillers_change_nothing(scene):
     ("none", {}, "model='none': expected the workdir of a run, a file of prompts or CLIP weights"),
     ("shapes_clip", {"method": "rpn"}, "needs a training run or its prompts"),
     ("shapes_clip", {"method": "scilp"}, "did you mean 'sclip'"),
+    ("shapes_clip", {"checkpoint": "best"}, "'best' is for a training run, shapes_clip is CLIP it"),
     ("{tmp}", {}, "expected the workdir of a run, with a config.json"),
     ("{tmp}/photo.jpg", {}, "photo.jpg"),
     ("shapes_clip", {"templates": "imagenet8"}, "did you mean 'imagenet80'"),

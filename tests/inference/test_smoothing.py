@@ -7,6 +7,11 @@ import pytest
 
 from rpn_jax.inference.sliding import WindowLogits
 from rpn_jax.inference.smoothing import Smoothing, mean_of
+from rpn_jax.models.heads import unchanged
+
+
+def logits(z):
+  return WindowLogits([], [z], np.zeros(z.shape[-1], np.float32), unchanged)
 
 
 def test_the_formula():
@@ -14,18 +19,18 @@ def test_the_formula():
   z = rng.normal(size=(5, 2, 3, 3, 4)).astype(np.float32)
   smoothing, means = Smoothing(0.75), []
   for t in range(5):
-    smoothed = smoothing(WindowLogits(None, [], [z[t]]))
+    smoothed = smoothing(logits(z[t]))
     means.append(mean_of(smoothed)[0])
     # By its weights: those of a geometric series, and of the first frame what is left.
     weights = [0.25 * 0.75 ** (t - k) if k else 0.75**t for k in range(t + 1)]
     np.testing.assert_allclose(means[t], np.tensordot(weights, z[: t + 1], 1), rtol=1e-5, atol=1e-6)
   again = Smoothing(0.75, [means[2]])
-  np.testing.assert_array_equal(mean_of(again(WindowLogits(None, [], [z[3]])))[0], means[3])
+  np.testing.assert_array_equal(mean_of(again(logits(z[3])))[0], means[3])
 
 
 def test_another_size_begins_anew():
   smoothing = Smoothing(0.5)
-  first = WindowLogits(None, [], [np.ones((2, 3, 3, 4), np.float32)])
+  first = logits(np.ones((2, 3, 3, 4), np.float32))
   smoothing(first)
   larger = dataclasses.replace(first, logits=[np.zeros((3, 3, 3, 4), np.float32)])
   assert not mean_of(smoothing(larger))[0].any()

@@ -1,7 +1,9 @@
 """What every network of the registry answers; trained and frozen parameters kept apart."""
 
+import copy
 import functools
 import inspect
+import pickle
 
 import flax
 import jax
@@ -105,8 +107,11 @@ def test_equal_networks_share_programs(name, settings):
   first, second = (NETWORKS[name].create(CLIP, settings) for _ in range(2))
   assert first == second and hash(first) == hash(second)
   assert first.scores is second.scores and first.probabilities is second.probabilities
-  cpu = NETWORKS[name].create(CLIP, settings, kernels=kernels.for_platform("cpu"))
-  assert first != cpu
+  for platform in ("cpu", "gpu", "tpu", "another"):
+    own = NETWORKS[name].create(CLIP, settings, kernels=kernels.for_platform(platform))
+    assert first != own
+    assert pickle.loads(pickle.dumps(own)) == copy.deepcopy(own) == own
+  assert pickle.loads(pickle.dumps(first)) == copy.deepcopy(first) == first
 
 
 @pytest.mark.parametrize("name, settings", CASES)

@@ -80,6 +80,24 @@ def test_verify(tmp_path, capsys, monkeypatch):
   assert "no similarities of texts: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+  ("source", "flag", "said"),
+  [
+    ("shapes_clip", "--clip=x", "--clip is not for weights of CLIP, which the source is"),
+    ("shapes_prompts", "--dtype=float32", "--dtype is not for a file of prompts"),
+    ("shapes_prompts", "--vision_heads=0", "--vision_heads is not for a file of prompts"),
+    ("shapes_prompts", "--verify", "--verify is not for a file of prompts"),
+    ("shapes_prompts", "--clip=x", "--clip=x is not for prompts of RPN"),
+  ],
+)
+def test_flags_of_another_kind_of_source(tmp_path, capsys, source, flag, said):
+  source = clip_file.find_weights(f"{source}.safetensors")
+  assert convert.main([str(source), str(tmp_path / "x.pth"), flag]) == 2
+  err = capsys.readouterr().err
+  assert said in err and err.endswith("leave it out\n") and err.count("\n") == 1
+  assert not list(tmp_path.iterdir())
+
+
 def test_an_mmcv_checkpoint_becomes_prompts_and_goes_back(tmp_path, capsys):
   """By way of files, with every array of the recorded ones equal at the end."""
   recorded = dict(np.load(GOLDEN / "params.npz"))
@@ -105,6 +123,8 @@ def test_an_mmcv_checkpoint_becomes_prompts_and_goes_back(tmp_path, capsys):
   assert convert.main([str(source), str(ours)]) == 2
   assert "pass --clip=FILE" in capsys.readouterr().err
   option = f"--clip={tmp_path}/clip.safetensors"
+  assert convert.main([str(source), str(ours), option, "--dtype=float16"]) == 2
+  assert "--dtype is not for a checkpoint of RPN" in capsys.readouterr().err
   assert convert.main([str(source), str(ours), option]) == 0, capsys.readouterr().err
   content = prompts_file.load(ours)
   same(content.prompts, prompts)

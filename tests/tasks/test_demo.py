@@ -56,7 +56,14 @@ def test_a_picture_and_words(models, tmp_path):
   assert result.labels.shape == (192, 256) and result.file == "scene.png"
   rows = demo.table(result)
   assert [row[0] for row in rows] == list(result.shares())
-  mask, record = demo.files(result, tmp_path)
+  for palette in ("colorblind", "default"):
+    mask, record = demo.files(result, tmp_path, palette)
+    with Image.open(mask) as picture:
+      colors = np.reshape(picture.getpalette(), (-1, 3)).tolist()
+    for row in json.loads(pathlib.Path(record).read_text())["classes"]:
+      assert (
+        row["color"] == colors[row["id"]] == class_colors(result.names, palette).tolist()[row["id"]]
+      )
   with Image.open(mask) as picture:
     np.testing.assert_array_equal(np.asarray(picture), result.labels)
   assert json.loads(pathlib.Path(record).read_text())["names"] == WORDS.split(", ")
@@ -124,6 +131,8 @@ def test_both_checkpoints_of_a_run_are_on_offer(tmp_path, monkeypatch):
   assert models.names == ("shapes_clip", str(tmp_path), f"{tmp_path}, best checkpoint")
   models.get(models.names[2])
   assert [choices["checkpoint"] for choices in loaded] == ["last", "best"]
+  models.get(models.names[2], "sclip")  # which uses the prompts of neither
+  assert loaded[-1] == {"method": "sclip"}
 
 
 @pytest.mark.slow

@@ -199,6 +199,14 @@ def test_a_raster_without_a_place(model, scene, tmp_path):
   assert json.loads((tmp_path / "out/a.json").read_text())["crs"] is None
 
 
+def test_colors_of_another_palette(model, scene, tmp_path):
+  source = raster.Raster(write(tmp_path / "a.tif", scene))
+  raster.segment_raster(model, source, NAMES, tmp_path / "out", palette="colorblind")
+  wanted = class_colors(NAMES, "colorblind").tolist()
+  for row in json.loads((tmp_path / "out/a.json").read_text())["classes"]:
+    assert row["color"] == wanted[row["id"]]
+
+
 def test_an_empty_raster_and_one_of_one_value(tmp_path):
   flat = raster.Raster(write(tmp_path / "f.tif", np.full((40, 40), 7, np.uint16)))
   assert not flat.rows(0, 40).any()
@@ -251,6 +259,20 @@ def test_wrong_arguments(scene, tmp_path, arguments, message):
   path = write(tmp_path / "a.tif", scene[:20, :20])
   with pytest.raises(InputError, match=message):
     raster.Raster(path, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["tif", "jpg", "png"])
+def test_what_viewers_turn_is_refused(scene, tmp_path, kind):
+  for orientation in (0, 1, 6):
+    turned = Image.Exif()
+    turned[274] = orientation
+    path = tmp_path / f"{orientation}.{kind}"
+    Image.fromarray(scene).save(path, exif=turned)
+    if orientation < 2:
+      raster.Raster(path)
+      continue
+    with pytest.raises(InputError, match=rf"6\.{kind}: expected .* got orientation 6.*--no-raster"):
+      raster.Raster(path)
 
 
 def test_values_that_are_no_colors_are_refused(scene, tmp_path):

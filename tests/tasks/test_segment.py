@@ -113,6 +113,8 @@ def test_pages_and_transparency(folder, model):
     (["photos", "sand", "--out=photos"], "--out=photos: expected another folder than that of"),
     (["photos", "sand", "--out=photos/raw.nef"], "expected a folder to write to, got a file"),
     (["photos", "sand", "--raster"], "--raster is for one file, got the folder photos"),
+    (["photos/plain.png", "sand", "--recursive"], "expected a folder for --recursive, got a file"),
+    (["photos/plain.png", "sand", "--checkpoint=best"], "checkpoint='best' is for a training run"),
     (
       ["photos/plain.png", "sand", "--raster", "--matte=red"],
       "--matte is for images, photos/plain",
@@ -165,6 +167,22 @@ def test_background_words_that_clip_takes_for_a_name_are_left_out(model, asked):
   names, background = asked(lambda: model(SCENE, ["The Sky", "sand"], background="stuff"))
   assert names == ("The Sky", "sand")
   assert set(BACKGROUNDS["stuff"]) - set(background) == {"sky"}
+
+
+@pytest.mark.parametrize("typed", ["stuff", "Stuff ", ["stuff"], np.array(["stuff"])])
+def test_stuff_in_any_form_stands_for_its_words(asked, model, typed):
+  assert asked(lambda: model(SCENE, "sand", background=typed))[1] == BACKGROUNDS["stuff"]
+
+
+def test_stuff_among_other_background_words(asked, model):
+  _, background = asked(lambda: model(SCENE, "sea", background="red, stuff, a wall, Stuff"))
+  rest = tuple(word for word in BACKGROUNDS["stuff"] if word not in ("sea", "wall"))
+  assert background == ("red", *rest, "a wall")
+
+
+@pytest.mark.parametrize("typed", ["", (), [], np.array([], str), None])
+def test_no_background_words(asked, model, typed):
+  assert asked(lambda: model(SCENE, "sand", background=typed))[1] == ()
 
 
 def test_the_page_reads_the_same(model):

@@ -476,6 +476,8 @@ def test_a_run_is_loaded_by_its_folder(finished):
   assert Segmenter.load(workdir, checkpoint="best").step == best
   with pytest.raises(InputError, match='"last" or "best", got \'newest\''):
     Segmenter.load(workdir, checkpoint="newest")
+  with pytest.raises(InputError, match="'best' is for trained prompts, maskclip uses none"):
+    Segmenter.load(workdir, method="maskclip", checkpoint="best")
   free = Segmenter.load(workdir, method="maskclip")
   assert free.method == "training-free maskclip on clip, no trained prompts"
   assert free(image, "sand").labels.max() == 0

@@ -83,6 +83,29 @@ def test_each_frame_is_segmented_as_an_image_would_be(model, clip, tmp_path, cap
   assert (summary["frames"], summary["width"], summary["height"]) == (8, WIDTH, HEIGHT)
 
 
+def test_colors_of_another_palette(model, clip, tmp_path):
+  video.segment_film(model, clip[0], NAMES, tmp_path, every=4, palette="colorblind")
+  with Image.open(tmp_path / "clip_labels/000000.png") as labels:
+    colors = np.reshape(labels.getpalette(), (-1, 3))[: len(NAMES)]
+  summary = json.loads((tmp_path / "clip.json").read_text())
+  for found in (colors, [row["color"] for row in summary["classes"]]):
+    np.testing.assert_array_equal(found, class_colors(NAMES, "colorblind"))
+
+
+def test_a_class_may_be_called_as_a_column_is(model, clip, tmp_path):
+  names = ("sand", "no class", "[no class]", "frame")
+  video.segment_film(model, clip[0], names, tmp_path, every=4, other=0.3)
+  head, *rows = rows_in(tmp_path)
+  assert head == ["[frame]", "seconds", *names, "[[no class]]"]
+  means = np.array([row[2:] for row in rows], float).mean(0)
+  summary = json.loads((tmp_path / "clip.json").read_text())
+  assert [(row["name"], row["id"]) for row in summary["classes"]] == [
+    (name, i) for i, name in enumerate(names)
+  ]
+  found = [*(row["share"] for row in summary["classes"]), summary["other"]["share"]]
+  np.testing.assert_allclose(found, means, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", drawing.CODECS)
 def test_the_film_shows_the_classes_above_one_legend(clip, tmp_path, kind, capfd):
   frames = clip[1]
@@ -188,6 +211,8 @@ def test_other_options_are_no_continuation(model, clip, tmp_path):
     video.segment_film(model, path, NAMES, tmp_path, every=2, smooth=0.5)
   with pytest.raises(InputError, match=r"names: .* -> .*another --out, or remove that folder"):
     video.segment_film(model, path, NAMES[1:], tmp_path, every=4)
+  with pytest.raises(InputError, match="palette: default -> colorblind"):
+    video.segment_film(model, path, NAMES, tmp_path, every=4, palette="colorblind")
   other = tmp_path / "other" / "clip.mp4"
   other.parent.mkdir()
   write(other, 3)

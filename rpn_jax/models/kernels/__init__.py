@@ -38,6 +38,15 @@ class Kernels:
   product: Callable = jnp.matmul
   convolve: Callable = layers.convolve
 
+  def __reduce__(self) -> str | tuple:
+    """Pickled and copied by a name: some of the functions have none to find them by."""
+    if self is TEXTBOOK:
+      return "TEXTBOOK"
+    for platform in (*PLATFORMS, "others"):
+      if for_platform(platform) == self:
+        return for_platform, (platform,)
+    return Kernels, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
 
 def by(attend: Callable) -> dict[str, Any]:
   """The two fields of attention, both by `attend`."""
