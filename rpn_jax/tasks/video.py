@@ -271,7 +271,8 @@ def segment_film(
   film, stem = Film(path), path.stem
   settings = {
     "film": film.digest(), "model": segmenter.method, "names": list(names), "every": every,
-    "smooth": smooth, "palette": palette, **(told or {}),
+    "smooth": smooth, "palette": palette,
+    "dtype": np.dtype(segmenter.predictor.network.dtype).name, **(told or {}),
     **{key: value or None for key, value in options.items()},
   }  # fmt: skip
   labels, overlay = directory / f"{stem}_labels", directory / f"{stem}_overlay.{kind}"

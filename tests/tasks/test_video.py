@@ -213,6 +213,13 @@ def test_other_options_are_no_continuation(model, clip, tmp_path):
     video.segment_film(model, path, NAMES[1:], tmp_path, every=4)
   with pytest.raises(InputError, match="palette: default -> colorblind"):
     video.segment_film(model, path, NAMES, tmp_path, every=4, palette="colorblind")
+  # As "auto" is on two machines.
+  half, whole = (
+    Segmenter.load("shapes_clip", templates="single", dtype=t) for t in ("bfloat16", "float32")
+  )
+  video.segment_film(half, path, NAMES, tmp_path / "half", every=4)
+  with pytest.raises(InputError, match="dtype: bfloat16 -> float32"):
+    video.segment_film(whole, path, NAMES, tmp_path / "half", every=4)
   other = tmp_path / "other" / "clip.mp4"
   other.parent.mkdir()
   write(other, 3)
