@@ -3,8 +3,11 @@
     make study            every run of it, resumable; docs/study.md has what was found
     python main.py --config=configs/study.py:base_rpn --workdir=…       a single run
 
-The argument is TABLE_ROW; `runlocal` is passed on. Hardware: two CPU cores; docs/study.md has the
-hours. The rate of every row is chosen by `sweep --tune-lr` from one grid.
+The argument is TABLE_ROW; `runlocal` is passed on.
+
+Hardware: two CPU cores; docs/study.md has the hours and scores (hIoU of 3,000 steps around the
+shipped tower, three seeds: RPN 48.0 %, only the head 47.5 %). The rate of every row is chosen by
+`sweep --tune-lr` from one grid.
 """
 
 from ml_collections import config_dict

@@ -39,7 +39,7 @@ def changed(path: str, value) -> dict:
 
 def families():
   for name in reference.FAMILIES:
-    words = "table5_rpn" if name == "ablations" else ""
+    words = {"ablations": "table5_rpn", "study": "base_rpn"}.get(name, "")
     for preset in ("", "released") if name not in NO_PRESET else ("",):
       c = importlib.import_module(f"configs.{name}").get_config(
         ",".join(filter(None, (words, preset)))
