@@ -141,6 +141,7 @@ def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) ->
   series = list(dict.fromkeys(gain.series for gain in found))
   for ax, (measure, title) in zip(axes[0], MEASURES.items()):
     named: set[str] = set()
+    ax.margins(x=0.2)  # for names, and for series beside each other
     for i, name in enumerate(series):
       points = [
         (100 * towers[gain.place][measure], *gain.point, gain.place)
