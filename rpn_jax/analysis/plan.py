@@ -132,6 +132,10 @@ class Plan:
       return None
     return directory(self.root, {**changes, **fields}, seed)
 
+  def workdirs(self, changes: Mapping, seeds: int) -> dict[int, pathlib.Path | None]:
+    """Seed -> `workdir`, of as many seeds as a row has."""
+    return {s: self.workdir(changes, s) for s in range(1 if is_free(changes) else seeds)}
+
   def command(
     self, name: str, workdir: pathlib.Path, seed: int, free: bool, flags: Sequence[str] = ()
   ) -> list[str]:
@@ -163,8 +167,8 @@ class Plan:
     found = {
       label: [
         seed
-        for seed in range(seeds)
-        if (workdir := self.workdir(changes, seed)) and self.results.diverged(workdir)
+        for seed, workdir in self.workdirs(changes, seeds).items()
+        if workdir and self.results.diverged(workdir)
       ]
       for label, changes in rows.items()
     }
@@ -242,8 +246,8 @@ class Plan:
     for name, changes in self.rows(tables):
       asked = {trial.workdir: (trial.fields, tuning) for trial in trials.get(name, ())}
       chosen = {} if is_free(changes) else self.chosen.get(key(changes), {})
-      for seed in range(1 if is_free(changes) else seeds):
-        if workdir := self.workdir(changes, seed):
+      for seed, workdir in self.workdirs(changes, seeds).items():
+        if workdir:
           asked[workdir] = ({**chosen, "seed": seed}, ())
       there = {w: of_run for w, of_run in asked.items() if self.results.is_done(w)}
       configs = {
@@ -280,7 +284,7 @@ class Plan:
       if changes.get("clip") in self.content.get("WEIGHTS", {}):
         runs = found.setdefault(expand(changes["clip"]).parent, [])
         runs += [trial.workdir for trial in trials.get(name, ())]
-        runs += [self.workdir(changes, s) for s in range(1 if is_free(changes) else seeds)]
+        runs += self.workdirs(changes, seeds).values()
     return found
 
 

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rpn_jax.analysis import kept, paired, rates, report
-from rpn_jax.analysis.plan import Plan, is_free, read_tables
+from rpn_jax.analysis.plan import Plan, read_tables
 from rpn_jax.analysis.runs import Row
 from rpn_jax.analysis.sweep import compared
 from rpn_jax.base.console import table
@@ -267,8 +267,7 @@ def missing_runs(plan: Plan, table: str, there: Sequence[Row], seeds: int) -> st
     if plan.workdir(changes, 0) is None:
       lines.append(f"{label} (no rate yet)")
       continue
-    wanted = range(1 if is_free(changes) else seeds)
-    absent = [seed for seed in wanted if seed not in found.get(label, ())]
+    absent = [seed for seed in plan.workdirs(changes, seeds) if seed not in found.get(label, ())]
     texts = [f"{s} (diverged)" if s in given_up.get(label, ()) else str(s) for s in absent]
     if texts:
       lines.append(f"{label} {', '.join(texts)}")
@@ -278,7 +277,7 @@ def missing_runs(plan: Plan, table: str, there: Sequence[Row], seeds: int) -> st
 def _of_no_row(plan: Plan, trials: Mapping[str, Sequence[rates.Trial]], seeds: int) -> list[str]:
   """Names of kept runs that no row asks for, as after a change of a row or of its chosen rate."""
   rows = plan.rows(list(plan.content["TABLES"]))
-  asked = [plan.workdir(changes, seed) for _, changes in rows for seed in range(seeds)]
+  asked = [w for _, changes in rows for w in plan.workdirs(changes, seeds).values()]
   asked += [trial.workdir for of_row in trials.values() for trial in of_row]
   names = {plan.results.name(workdir) for workdir in asked if workdir is not None}
   return [name for name in plan.results.runs() if name not in names]

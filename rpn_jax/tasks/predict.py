@@ -97,8 +97,8 @@ def save_all(
 
   Raises:
     InputError: some images could not be read, or their results would replace files of others;
-      raised after the others have been written. A subfolder has
-      the name of a form, whose folder its results would be mixed with.
+      raised after the others have been written. A subfolder has the name of a form, whose folder
+      its results would be mixed with.
   """
   forms, names, directory = parse_forms(save), parse_names(names), expand(directory)
   stems = found.stems()
