@@ -34,6 +34,10 @@ COMMANDS = {
   "locality": ("rpn_jax.analysis.locality", "how local a frozen tower's patches are; in a clone"),
   "prepare": ("data_pipelines.prepare", "raw files of a data set into checked records; in a clone"),
   "sweep": ("rpn_jax.analysis.sweep", "a table of ablations, run by run; in a clone"),
+  "train_together": (
+    "rpn_jax.tasks.train_together",
+    "runs of other seeds and rates, as one program",
+  ),
   "study": ("rpn_jax.analysis.study", "tables and figures of a sweep's kept runs; in a clone"),
   "reproduce": (
     "rpn_jax.reproduce",
@@ -41,7 +45,7 @@ COMMANDS = {
   ),
 }
 # Training and data sets are in the project's folder, not in the installed package.
-IN_CLONE = ("locality", "prepare", "sweep", "study", "reproduce")
+IN_CLONE = ("locality", "prepare", "sweep", "train_together", "study", "reproduce")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,6 +73,8 @@ def _run(arguments: list[str]) -> int:
     return module.main(rest, lambda config: _training_data(config, arguments))
   if command == "locality":
     return module.main(rest, _scenes)
+  if command == "train_together":
+    return module.main(rest, _training_set)
   return module.main(rest)
 
 
@@ -89,6 +95,13 @@ def _training_data(config, arguments: list[str]) -> tuple:
   from data_pipelines import datasets, registry
 
   return datasets.load(config, names_only=True), registry.license_of(config.data.name)
+
+
+def _training_set(config, process: tuple[int, int]):
+  """That of a config, of a clone."""
+  from data_pipelines import datasets
+
+  return datasets.load(config, process)
 
 
 def _scenes(data_dir: str) -> dict:

@@ -2,19 +2,47 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import os
 import pathlib
 import queue
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from rpn_jax.analysis.kept import LOG
 from rpn_jax.base.console import Progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.config.stored import read_config
+from rpn_jax.training.loop import LOG
 
 SHOWN_LOG_LINES = 3  # of a failed run
+
+
+# What runs that `train_together` takes may have of their own.
+OWN_FLAGS = tuple(
+  f"--config.{field}=" for field in ("seed", "optimizer.base_lr", "optimizer.groups")
+)
+SEVERAL, LOG_OF_SEVERAL = "train_together", "train_together.txt"
+TRAIN = "--mode=train"
+BETWEEN = "+"  # the arguments of two runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A process that makes one run, or several side by side.
+
+  Attributes:
+    workdirs: of the runs.
+    command: of the process.
+  """
+
+  workdirs: tuple[pathlib.Path, ...]
+  command: tuple[str, ...]
+
+  @property
+  def log(self) -> pathlib.Path:
+    """What the process prints; a run's own log must not tell of others."""
+    return self.workdirs[0] / (LOG if len(self.workdirs) == 1 else LOG_OF_SEVERAL)
 
 
 def run_all(
@@ -23,19 +51,24 @@ def run_all(
   bar: Progress,
   ended: Callable[[pathlib.Path], bool],
   keep: Callable[[Sequence[pathlib.Path]], None] = lambda _: None,
+  together: int = 1,
+  alone: Collection[pathlib.Path] = (),
 ) -> list[str]:
   """Runs the commands of what has not come to an end; returns what failed.
 
   Args:
     runs: workdir -> command.
-    jobs: runs at a time.
+    jobs: processes at a time.
     bar: counts them.
     ended: whether what belongs into a workdir has come to an end that counts.
     keep: called with workdirs whose runs have ended.
+    together, alone: see `grouped`.
   """
   there = [workdir for workdir in runs if ended(workdir)]
   keep(there)
-  todo = [workdir for workdir in runs if workdir not in set(there)]
+  todo = grouped(
+    {w: command for w, command in runs.items() if w not in set(there)}, together, alone
+  )
   bar.update(len(there), earlier=len(there))
   shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
   for share in core_shares(jobs):
@@ -48,23 +81,23 @@ def run_all(
     if share := shares.get():
       os.sched_setaffinity(0, share)
 
-  def job(workdir):
-    bar.set_postfix(run=workdir.name)
-    earlier = share_done(workdir)
-    code = run(runs[workdir], workdir, running)
-    done = ended(workdir)
-    return workdir, earlier, "" if done else failure(code, workdir)
+  def work(job):
+    bar.set_postfix(run=job.workdirs[0].name)
+    earlier = [share_done(workdir) for workdir in job.workdirs]
+    code = run(job, jobs, running)
+    return job, earlier, code
 
   running: set[subprocess.Popen] = set()
   pool = concurrent.futures.ThreadPoolExecutor(jobs, initializer=pin_thread)
   try:
-    for done in concurrent.futures.as_completed([pool.submit(job, w) for w in todo]):
-      workdir, earlier, failed = done.result()
-      if failed:
-        failures.append(failed)
-      else:
-        keep([workdir])
-      bar.update(earlier=earlier)
+    for done in concurrent.futures.as_completed([pool.submit(work, job) for job in todo]):
+      job, earlier, code = done.result()
+      well = [workdir for workdir in job.workdirs if ended(workdir)]
+      if well:
+        keep(well)
+      failures += [failure(code, w, job.log) for w in job.workdirs if w not in set(well)]
+      for share in earlier:
+        bar.update(earlier=share)
   except KeyboardInterrupt:
     pool.shutdown(wait=False, cancel_futures=True)
     print("\nending the runs under way, which save; Ctrl-C ends at once", file=sys.stderr)
@@ -79,15 +112,16 @@ def run_all(
   return failures
 
 
-def run(command: Sequence[str], workdir: pathlib.Path, running: set[subprocess.Popen]) -> int:
-  """Runs a command with its output in the workdir's log; returns its exit status.
-
-  The process is in `running` meanwhile.
-  """
-  workdir.mkdir(parents=True, exist_ok=True)
+def run(job: Job, jobs: int, running: set[subprocess.Popen]) -> int:
+  """Runs a process, which is in `running` meanwhile; returns its exit status."""
+  for workdir in job.workdirs:
+    workdir.mkdir(parents=True, exist_ok=True)
+  env = dict(os.environ)
+  if jobs > 1:  # the first one would take most of a GPU's memory
+    env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   with (
-    open(workdir / LOG, "w", encoding="utf-8") as log,
-    subprocess.Popen(command, stdout=log, stderr=log) as process,
+    open(job.log, "w", encoding="utf-8") as log,
+    subprocess.Popen(job.command, stdout=log, stderr=log, env=env) as process,
   ):
     running.add(process)
     code = process.wait()
@@ -95,11 +129,43 @@ def run(command: Sequence[str], workdir: pathlib.Path, running: set[subprocess.P
   return code
 
 
-def failure(code: int, workdir: pathlib.Path) -> str:
+def failure(code: int, workdir: pathlib.Path, log: pathlib.Path) -> str:
   """What went wrong in a run, in a line."""
-  log_text = (workdir / LOG).read_text(encoding="utf-8", errors="replace")
-  lines = log_text.strip().splitlines()[-SHOWN_LOG_LINES:]
-  return f"{workdir}: exit status {code}, see {workdir / LOG}: {' / '.join(lines)}"
+  lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-SHOWN_LOG_LINES:]
+  return f"{workdir}: exit status {code}, see {log}: {' / '.join(lines)}"
+
+
+def grouped(
+  runs: Mapping[pathlib.Path, Sequence[str]], most: int, alone: Collection[pathlib.Path] = ()
+) -> list[Job]:
+  """The processes that make runs, in the order of the first run of each.
+
+  Training runs that differ by seed and learning rate only and have not begun go together.
+
+  Args:
+    runs: workdir -> command of main.py.
+    most: runs of a process.
+    alone: those that cannot be trained with others.
+  """
+  groups: dict[tuple, list[pathlib.Path]] = {}
+  for workdir, command in runs.items():
+    shared = tuple(
+      argument for argument in command if not argument.startswith(("--workdir=", *OWN_FLAGS))
+    )
+    begun = (workdir / "checkpoints").exists()
+    single = most == 1 or workdir in alone or TRAIN not in command or begun
+    groups.setdefault((workdir,) if single else shared, []).append(workdir)
+  found = []
+  for workdirs in groups.values():
+    parts = -(-len(workdirs) // most)
+    for part in (workdirs[i::parts] for i in range(parts)):
+      command = list(runs[part[0]])
+      if len(part) > 1:
+        of_each = [[a for a in runs[workdir][2:] if a != TRAIN] for workdir in part]
+        several = [argument for one in of_each for argument in (BETWEEN, *one)][1:]
+        command = [command[0], "-m", "rpn_jax", SEVERAL, *several]
+      found.append(Job(tuple(part), tuple(command)))
+  return found
 
 
 def core_shares(jobs: int) -> list[list[int]]:

@@ -18,12 +18,11 @@ from collections.abc import Collection, Mapping, Sequence
 from rpn_jax.analysis.runs import FinishedRun, flatten, numbers, read_run
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, locked, write_text
-from rpn_jax.training.loop import NOT_FINITE
+from rpn_jax.training.loop import LOG, NOT_FINITE
 
 SUFFIX, FORMAT = ".json", "rpn_jax runs 1"
 # Digits of the points of a curve.
 DIGITS = 6
-LOG = "log.txt"  # of the process of a sweep's run
 
 
 @dataclasses.dataclass

@@ -265,6 +265,17 @@ class Plan:
             "in --keep"
           )
 
+  def alone(
+    self, tables: Sequence[str], trials: Mapping[str, Sequence[rates.Trial]], seeds: int
+  ) -> set[pathlib.Path]:
+    """Workdirs of the runs that `train_together` does not take: a teacher labels their images."""
+    found: set[pathlib.Path] = set()
+    for name, changes in self.rows(tables):
+      if self.config(name, self.passed_on).get("data.setting") == "annotation_free":
+        found |= {trial.workdir for trial in trials.get(name, ())}
+        found |= set(filter(None, self.workdirs(changes, seeds).values()))
+    return found
+
   def weights(self) -> dict[pathlib.Path, list[str]]:
     """Workdir -> command of the pre-training of CLIP weights: the config file's WEIGHTS, a file
     clip.safetensors in that workdir -> the config that makes it."""

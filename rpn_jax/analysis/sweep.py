@@ -12,6 +12,8 @@ use it. The scores by rate are in ROOT/report/rates.
 
 --keep=FILE.json adds the scores of each run that ends to a small file, and takes those that it has
 for done: with it a sweep goes on where its workdirs are not, on another machine or another day.
+--together=N trains up to N runs that differ by seed or learning rate only as one program, see `rpn
+train_together --help`: on an accelerator, which one small run would leave idle.
 Weights that the config file has under WEIGHTS are pre-trained first, where a run needs them.
 
 At the end the table is printed, with the paper's scores where they are known, and written to
@@ -112,6 +114,7 @@ def main(arguments: list[str]) -> int:
   parser.add_argument("--config", default="configs/ablations.py", help="file with TABLES[:words]")
   parser.add_argument("--seeds", type=int, default=3, help="runs of every row (default 3)")
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
+  parser.add_argument("--together", type=int, default=1, help="runs of a process (default 1)")
   parser.add_argument("--root", default="runs/sweep", help="where the runs go")
   parser.add_argument("--tune-lr", action="store_true", help="choose a learning rate for every row")
   parser.add_argument(
@@ -128,8 +131,8 @@ def main(arguments: list[str]) -> int:
   wrong = [flag for flag in passed_on if not flag.startswith("--config.")]
   if wrong:
     raise InputError(f"unknown argument {wrong[0]!r}; only --config.… flags are passed on")
-  if args.seeds < 1 or args.jobs < 1:
-    raise InputError("--seeds and --jobs: expected 1 or more")
+  if min(args.seeds, args.jobs, args.together) < 1:
+    raise InputError("--seeds, --jobs and --together: expected 1 or more")
   if not os.path.exists("main.py"):
     raise InputError("no main.py here: run this in the folder of a clone of the project")
   if args.keep and not args.keep.endswith(kept.SUFFIX):
@@ -223,10 +226,12 @@ def _run_all(
   with progress(total, "sweep", "run") as bar:
     failures = run_all(weights, args.jobs, bar, is_made)
     check_weights(results, around)
-    failures += run_all(first, args.jobs, bar, ended, results.keep)
+    several = (ended, results.keep, args.together, plan.alone(tables, trials, args.seeds))
+    failures += run_all(first, args.jobs, bar, *several)
     plan.choose(trials)
     runs = plan.runs(tables, args.seeds)
-    return failures + run_all(runs, args.jobs, bar, ended, results.keep)
+    several = (*several[:3], plan.alone(tables, trials, args.seeds))
+    return failures + run_all(runs, args.jobs, bar, *several)
 
 
 def compared(plan: Plan, table: str, seeds: int) -> tuple[list[Row], list[str]]:

@@ -22,6 +22,8 @@ from rpn_jax.training.step import TrainState
 
 # A failed save is retried at a later step; after the last step, by waiting.
 FINAL_SAVE_TRIES, FINAL_SAVE_PAUSE_SECONDS = 3, 20.0
+# What a sweep's run prints goes there, into its workdir.
+LOG = "log.txt"
 # How the error begins that ends a run after too many skipped steps, for whoever reads its log.
 NOT_FINITE = "loss or gradients were NaN or infinite"
 RERUN = "mend the cause, said above, and rerun the command; it resumes from the last checkpoint"

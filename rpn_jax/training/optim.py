@@ -2,7 +2,8 @@
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax
 import jax
@@ -20,7 +21,7 @@ DECAYS = {
 
 
 def make_schedule(
-  base: float,
+  base: jax.typing.ArrayLike,
   steps: int,
   *,
   decay: str = "poly",
@@ -80,15 +81,23 @@ def assign_groups(tree: dict, rules: Sequence[tuple[str, str, float]]) -> dict:
   return flax.traverse_util.unflatten_dict(groups, sep="/")
 
 
-def schedules(config: ml_collections.ConfigDict) -> dict[str, Callable]:
+def peak_rates(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """Group name -> the rate that its schedule starts from."""
+  return {name: config.base_lr * factor for name, _, factor in config.groups}
+
+
+def schedules(
+  config: ml_collections.ConfigDict, peaks: Mapping[str, Any] | None = None
+) -> dict[str, Callable]:
   """Group name -> learning rate by step.
 
   Args:
     config: has schedule, base_lr, min_lr, power, warmup_steps, warmup_ratio, steps, groups.
+    peaks: in place of `peak_rates(config)`; they may be traced.
   """
   return {
     name: make_schedule(
-      config.base_lr * factor,
+      peak,
       config.steps,
       decay=getattr(config, "schedule", "poly"),  # runs of 0.2.0 lack it
       power=config.power,
@@ -96,12 +105,12 @@ def schedules(config: ml_collections.ConfigDict) -> dict[str, Callable]:
       warmup_steps=config.warmup_steps,
       warmup_ratio=config.warmup_ratio,
     )
-    for name, _, factor in config.groups
+    for name, peak in (peak_rates(config) if peaks is None else peaks).items()
   }
 
 
 def make_optimizer(
-  config: ml_collections.ConfigDict, prompts: dict
+  config: ml_collections.ConfigDict, prompts: dict, peaks: Mapping[str, Any] | None = None
 ) -> optax.GradientTransformation:
   """AdamW over the groups of `config.groups`.
 
@@ -109,6 +118,7 @@ def make_optimizer(
     config: as for `schedules`, and weight_decay, no_decay, a regular expression of whole paths
       that it leaves out, and clip_norm, the largest global norm of the gradients; 0 does not clip.
     prompts: the trained parameters, or their shapes.
+    peaks: as for `schedules`.
   """
   groups = flax.traverse_util.flatten_dict(assign_groups(prompts, config.groups), sep="/")
   no_decay = getattr(config, "no_decay", "")  # runs of 0.2.0 lack it
@@ -118,7 +128,7 @@ def make_optimizer(
     for path, group in groups.items()
   }
   transforms = {}
-  for name, schedule in schedules(config).items():
+  for name, schedule in schedules(config, peaks).items():
     adamw = functools.partial(optax.adamw, schedule, b1=0.9, b2=0.999)
     transforms[name] = adamw(weight_decay=config.weight_decay)
     if (undecayed := f"{name}, no decay") in labels.values():

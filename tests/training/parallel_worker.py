@@ -10,6 +10,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 
@@ -22,6 +23,7 @@ from rpn_jax.models.rpn import RPN
 from rpn_jax.models.trained import init_prompts
 from rpn_jax.models.training_free import DenseCLIP
 from rpn_jax.training import losses, optim, pseudo_labels, sharding
+from rpn_jax.training.side_by_side import SideBySide, states_of
 from rpn_jax.training.step import TrainState, train_step
 
 TINY = CLIPConfig(
@@ -136,8 +138,35 @@ def main(out: pathlib.Path, cases: list[str]) -> None:
         "step": int(after.step),
       })  # fmt: skip
     facts.setdefault("poisoned", {})[case] = told
+  facts["side_by_side"] = side_by_side(model, settings, prompts, (params, text), record)
   (out / "facts.json").write_text(json.dumps(facts))
   np.savez(out / "prompts.npz", **arrays)
+
+
+def side_by_side(model, settings, prompts, constants, record) -> list[str]:
+  """Trains four runs at once on four of the devices: "side_0" and "side_2" as "plain", "side_1"
+  with another key, "side_3" at a tenth of the rate. Returns the collectives of the program."""
+  optimizer = optim.make_optimizer(settings, prompts)
+  start = jax.device_get(TrainState(jnp.int32(0), prompts, optimizer.init(prompts)))
+  peaks = optim.peak_rates(settings)
+  lower = {name: peak / 10 for name, peak in peaks.items()}
+  shared = ConfigDict({"loss": {"name": "sigmoid", "mask_ignored": False}, "data": {"setting": ""}})
+  shared.optimizer = settings
+  record("initial", start, [])
+  step = SideBySide(shared, model, None, [peaks, peaks, peaks, lower], [0, 0, 1, 1])
+  state = step.place_states([start] * 4)
+  keys = step.place_keys([jax.random.key(key) for key in (3, 4, 3, 3)])
+  fixed, metrics = step.place_constant(constants), []
+  for batch in batches():
+    arguments = (*fixed, step.place_batches([batch, batch]), keys)
+    if not metrics:
+      program = step.lower(state, *arguments).compile().as_text()
+    state, values = step.step(state, *arguments)
+    metrics.append(jax.device_get(values))
+  for i, of_run in enumerate(states_of(state, 4)):
+    record(f"side_{i}", of_run, [{k: v[i] for k, v in values.items()} for values in metrics])
+  assert len(jax.tree.leaves(state)[0].sharding.device_set) == 4
+  return re.findall(r"all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute", program)
 
 
 def elements(shape: str) -> int:

@@ -75,6 +75,27 @@ def test_a_nan_on_one_device_is_applied_on_none(computed, case):
   assert [x["step"] for x in (first, second, good)] == [4, 5, 6]
 
 
+@pytest.mark.parametrize(("run", "alone"), [(0, "plain"), (1, "other_key"), (2, "plain")])
+def test_runs_side_by_side_train_as_alone(results, run, alone):
+  facts, prompts = results
+  for name, value in prompts.items():
+    if name.startswith(f"{alone}|"):
+      got = prompts[name.replace(alone, f"side_{run}")]
+      np.testing.assert_allclose(got, value, rtol=0, atol=1e-6, err_msg=name)
+  np.testing.assert_allclose(facts[f"side_{run}"]["loss"], facts[alone]["loss"], rtol=1e-5)
+
+
+def test_runs_side_by_side_have_their_own_rates_and_exchange_nothing(results):
+  facts, prompts = results
+  moved = {
+    run: sum(np.abs(value - prompts[name.replace(run, "initial")]).sum()
+             for name, value in prompts.items() if name.startswith(f"{run}|"))
+    for run in ("side_2", "side_3")
+  }  # fmt: skip
+  assert moved["side_3"] == pytest.approx(moved["side_2"] / 10, rel=0.1)
+  assert facts["side_by_side"] == []
+
+
 def test_the_noise_is_really_there(results):
   facts, _ = results
   assert abs(facts["plain"]["loss"][0] - facts["other_key"]["loss"][0]) > 1e-4
