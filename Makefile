@@ -45,9 +45,13 @@ ablations: $(VENV)/.run
 	$(RUN) -m rpn_jax sweep all --jobs=2
 
 # docs/study.md: towers, rates, runs, then tables and figures; a day and more on two cores. What has
-# ended is kept in docs/study/runs.json, here or on another machine, and is not repeated.
+# ended is kept in docs/study/runs.json, here or on another machine, and is not repeated. On a GPU:
+# make study JOBS=12 TOGETHER=24
+JOBS ?= 2
+TOGETHER ?= 1
 study: $(VENV)/.run
-	$(RUN) -m rpn_jax sweep all --config=configs/study.py --tune-lr --tune-steps=1000 --jobs=2 \
+	$(RUN) -m rpn_jax sweep all --config=configs/study.py --tune-lr --tune-steps=1000 \
+	  --jobs=$(JOBS) --together=$(TOGETHER) \
 	  --root=runs/study --keep=docs/study/runs.json --config.steps=3000 --config.eval_every=1000
 	mkdir -p runs/study/towers/base  # whose weights are shipped
 	for tower in runs/study/towers/*; do \

@@ -2,9 +2,9 @@
 
     python -m rpn_jax train_together --config=FILE --workdir=A --config.seed=0 + --config=FILE …
 
-The arguments are those of main.py for each run, with a plus sign between runs. Small networks use
-a tenth of a GPU or less; side by side, a dozen runs take little longer than one. `rpn sweep
---together=N` calls it.
+The arguments are those of main.py for each run, with a plus sign between runs. A small network
+leaves an accelerator idle most of the time; here it computes a step of all runs at once, and there
+is one program to compile. Several devices share the runs. `rpn sweep --together=N` calls it.
 
 Each run trains as it would alone, up to the rounding of sums, on the same batches, and its workdir
 has the same files but for the figures. They are written when all have ended: of an interrupted call
