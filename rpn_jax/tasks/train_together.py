@@ -29,7 +29,7 @@ from rpn_jax import devices
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json, write_text
-from rpn_jax.config import check, check_whole_patches, expand_paths
+from rpn_jax.config import check, check_whole_patches, expand_paths, notes_on_schedule
 from rpn_jax.config.flags import define_config, parse
 from rpn_jax.inference.evaluation import evaluate
 from rpn_jax.inference.predictor import Predictor, open_run
@@ -58,6 +58,7 @@ class Member:
     curves: (step, metrics).
     last, best: scores; {} before the first evaluation.
     best_state: the state that the best scores are of.
+    skipped: steps that were not applied.
     diverged: why it was given up, if it was.
   """
 
@@ -67,6 +68,7 @@ class Member:
   last: dict = dataclasses.field(default_factory=dict)
   best: dict = dataclasses.field(default_factory=dict)
   best_state: TrainState | None = None
+  skipped: int = 0
   diverged: str = ""
 
 
@@ -96,6 +98,8 @@ def train_together(
     raise InputError(f"method {first.method!r} has nothing to train: use main.py --mode=eval")
   multiple = predictor.network.input_multiple
   check_whole_patches("config.data.crop", first.data.crop, first.clip, multiple)
+  for note in notes_on_schedule(first):
+    print(note, flush=True)
   by_seed: dict[int, Any] = {}
   members = []
   for config, workdir in zip(configs, workdirs, strict=True):
@@ -185,6 +189,11 @@ def _train(members: Sequence[Member], predictor: Predictor) -> dict[str, dict]:
   for member in members:
     if member.diverged:
       print(f"{member.run.workdir}: {member.diverged}")
+    elif member.skipped:
+      print(
+        f"{member.run.workdir}: loss or gradients were NaN or infinite in {member.skipped} of "
+        f"{config.steps} steps, which were not applied"
+      )
   return scores
 
 
@@ -194,7 +203,8 @@ def _log(members: Sequence[Member], done: int, metrics: dict) -> str:
     if member.diverged:
       continue
     own = {name: float(values[i]) for name, values in metrics.items()}
-    applied = done - 1 - int(own["skipped"])
+    member.skipped = int(own["skipped"])
+    applied = done - 1 - member.skipped
     schedules = optim.schedules(member.run.config.optimizer)
     rates = {f"{name}/learning_rate": float(rate(applied)) for name, rate in schedules.items()}
     if (consecutive := int(own.pop("consecutive_skips"))) >= member.run.config.max_skipped:
