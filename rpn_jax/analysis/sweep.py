@@ -48,6 +48,9 @@ from rpn_jax.base.paths import expand, expand_local
 from rpn_jax.inference import published
 
 HELD_OUT = 0.2  # share of the training images
+# Points of hIoU between the last two evaluations; a row that moves less has converged.
+CONVERGED = 1.0
+LATE_CHANGE = "hIoU since the evaluation before"
 
 
 def interrupt(*_: object) -> None:
@@ -84,6 +87,16 @@ def table_rows(
   return found, missing
 
 
+def late_change(row: Row) -> str:
+  """How much the mean hIoU moved between the last two evaluations, in points, and whether that is
+  more than CONVERGED; "-" where there are not two."""
+  curve = row.curve("hiou")
+  if curve is None or len(curve[0]) < 2:
+    return "-"
+  change = round(100 * float(curve[1][-1] - curve[1][-2]), 1) + 0.0  # no "-0.0"
+  return f"{change:+.1f}" + (", not converged" if abs(change) >= CONVERGED else "")
+
+
 def extra_columns(
   table: str, row: Row, references: Mapping[str, Row], diverged: Mapping[str, Sequence[int]]
 ) -> dict[str, str]:
@@ -95,7 +108,10 @@ def extra_columns(
     references: label -> row to which differences are taken.
     diverged: label -> seeds of which there is no score; there is a column if there are any.
   """
-  columns = {"trained": f"{row.runs[0].trained_parameters or 0:,}"}
+  columns = {
+    "trained": f"{row.runs[0].trained_parameters or 0:,}",
+    LATE_CHANGE: late_change(row),
+  }
   for label, reference in references.items():
     columns[f"hIoU less {label}'s [95 %]"] = paired.mean_and_interval(
       paired.differences(row, reference), len(row.runs)

@@ -13,7 +13,8 @@ import pytest
 
 from configs import ablations, shapes
 from rpn_jax import cli
-from rpn_jax.analysis import jobs, kept, paired, plan
+from rpn_jax.analysis import jobs, kept, paired, plan, sweep
+from rpn_jax.analysis.runs import FinishedRun, Row
 from rpn_jax.base.errors import InputError
 from rpn_jax.weights import arrays, clip_file
 from tests import ROOT, tiny
@@ -503,3 +504,24 @@ def test_long_changes_have_short_names_that_differ(word):
   ]
   assert names[0] != names[1] and max(len(name.encode()) for name in names) < 220
   assert all(name.startswith("unseen=") and name.endswith("_seed0") for name in names)
+
+
+@pytest.mark.parametrize(
+  ("curves", "says"),
+  [
+    ([[(1, 0.3), (2, 0.402)], [(1, 0.3), (2, 0.4)]], "+10.1, not converged"),
+    ([[(2, 0.4), (3, 0.409)], [(1, 0.1), (2, 0.4), (3, 0.4)]], "+0.4"),  # 0.45 rounds to even
+    ([[(2, 0.4), (3, 0.38)]], "-2.0, not converged"),
+    ([[(2, 0.4), (3, 0.3999)]], "+0.0"),
+    ([[(3, 0.4)]], "-"),
+    ([[]], "-"),
+  ],
+)
+def test_whether_a_row_has_converged(curves, says):
+  runs = [
+    FinishedRun(
+      pathlib.Path(str(i)), {"data": {"name": "shapes"}}, {}, {}, {"eval/hiou": curve}, {}
+    )
+    for i, curve in enumerate(curves)
+  ]
+  assert sweep.late_change(Row("a", tuple(runs))) == says
