@@ -100,7 +100,8 @@ def run_all(
         bar.update(earlier=share)
   except KeyboardInterrupt:
     pool.shutdown(wait=False, cancel_futures=True)
-    print("\nending the runs under way, which save; Ctrl-C ends at once", file=sys.stderr)
+    begin = "; those side by side will begin again" if together > 1 else ""
+    print(f"\nending the runs under way, which save{begin}; Ctrl-C ends at once", file=sys.stderr)
     for process in tuple(running):
       process.terminate()  # a terminal's Ctrl-C has reached them, too; what `kill` sends has not
     raise
