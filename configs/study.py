@@ -107,6 +107,7 @@ REFERENCES = {"RPN": "rpn", "LPM alone": "lpm"}
 # Series of the figures -> a row, and the row of the same table that it is to be ahead of.
 GAINS = {
   "RPN less LPM alone": ("rpn", "lpm"),
+  "RPN less itself without relationship prompts": ("rpn", "rpn_without"),
   "RPN (released) less LPM alone": ("released", "lpm"),
   "RPN (released) less itself without relationship prompts": ("released", "released_without"),
 }

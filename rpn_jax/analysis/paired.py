@@ -36,6 +36,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
   return float(percent.mean()), float(half)
 
 
+def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+  """Slope of the line through points by least squares, and half of its 95 % interval; NaN for what
+  fewer than two different x, or than three points, do not tell."""
+  from scipy import stats
+
+  if len(set(x)) < 2:
+    return math.nan, math.nan
+  fit = stats.linregress(x, y)
+  half = stats.t.ppf(0.975, len(x) - 2) * fit.stderr if len(x) > 2 else math.nan
+  return float(fit.slope), float(half)
+
+
 def mean_and_interval(values: Sequence[float], seeds: int = 0) -> str:
   """Percent: "1.6 [0.4, 2.8]", see `interval`; "1.6" for one value, "-" for none.
 
@@ -45,9 +57,14 @@ def mean_and_interval(values: Sequence[float], seeds: int = 0) -> str:
   """
   if not values:
     return "-"
-  mean, half = interval(values)
-  rounded = lambda x: f"{round(x, 1) + 0.0:.1f}"  # no "-0.0"
-  text = rounded(mean)
-  if not math.isnan(half):
-    text += f" [{rounded(mean - half)}, {rounded(mean + half)}]"
+  text = with_interval(*interval(values))
   return text if len(values) >= seeds else f"{text}, {len(values)} of {seeds} seeds"
+
+
+def with_interval(value: float, half: float) -> str:
+  """ "1.6 [0.4, 2.8]"; "1.6" if half an interval is NaN, "-" if the value is."""
+  if math.isnan(value):
+    return "-"
+  rounded = lambda x: f"{round(x, 1) + 0.0:.1f}"  # no "-0.0"
+  between = "" if math.isnan(half) else f" [{rounded(value - half)}, {rounded(value + half)}]"
+  return rounded(value) + between

@@ -135,6 +135,29 @@ def tower_table(
   return table(cells, heads, markdown=True)
 
 
+def trend_table(towers: Mapping[str, Mapping], found: Sequence[Gain]) -> str:
+  """Over all towers: the mean gain, and how it grows with each measure, as Markdown; "" if there
+  are not two."""
+  cells = []
+  for name in dict.fromkeys(gain.series for gain in found):
+    means = {g.place: g.point[0] for g in found if g.series == name and g.place in towers}
+    slopes = []
+    for key in MEASURES:
+      points = [
+        (10 * towers[tower][key], mean)
+        for tower, mean in means.items()
+        if towers[tower].get(key) is not None
+      ]
+      x, y = ([point[i] for point in points] for i in range(2))
+      slopes.append(paired.with_interval(*paired.slope(x, y)))
+    if len(means) > 1:
+      gained = paired.mean_and_interval([mean / 100 for mean in means.values()])
+      cells.append([name, len(means), gained, *slopes])
+  heads = ["over towers", "towers", "mean [95 %]"]
+  heads += [f"points for 10 more of: {title} [95 %]" for title in MEASURES.values()]
+  return table(cells, heads, markdown=True) if cells else ""
+
+
 def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) -> None:
   """Writes a PNG: gains by each measure of locality, a point for each tower."""
   fig, axes = figure((13, 4.4), 1, len(MEASURES), sharey=True)
@@ -320,6 +343,8 @@ def write(plan: Plan, folder: pathlib.Path, out: pathlib.Path, seeds: int) -> li
   _check_towers(folder / "towers.json", known, rows)
   found = gains(rows, content.get("GAINS", {}), list(tables))
   head = ["# Tables of the study", "", tower_table(towers, rows, found)]
+  if trends := trend_table(towers, found):
+    head += ["", trends]
   if plan.tuned:
     tried = {row: t for row, t in trials.items() if any(x.score is not None for x in t)}
     notes = [f"- {note}" for note in rates.notes(tried)]

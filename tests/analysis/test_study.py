@@ -10,7 +10,7 @@ import pytest
 from configs import ablations, shapes_clip, study
 from data_pipelines.shapes import world
 from rpn_jax import cli
-from rpn_jax.analysis import kept, sweep
+from rpn_jax.analysis import kept, paired, sweep
 from rpn_jax.analysis import study as study_module
 from rpn_jax.analysis.plan import key
 from rpn_jax.analysis.study import open_plan, read_towers
@@ -113,6 +113,9 @@ def test_tables_and_figures_are_made_from_kept_scores(folder, capsys):
   line = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
   assert "2.0 [-0.5, 4.5]" in line["base"] and "93.5" in line["base"] and "6.0" in line["base"]
   assert "7.0 [2.0, 12.0]" in line["deep"] and "40.0" in line["deep"] and "25.0" in line["deep"]
+  # Over both towers: the line through (60 %, 2) and (40 %, 7); two points tell no interval.
+  trend = [cell.strip() for cell in line["RPN less LPM"].split("|")]
+  assert trend[2:-1] == ["2", "4.5 [-27.3, 36.3]", "-2.5", "-", "3.3"]
   assert text.endswith(
     "## Missing runs, by their seeds\n\n- deep: free 0\n- few: rpn 1, 2; lpm 1, 2\n"
   )
@@ -127,6 +130,14 @@ def test_tables_and_figures_are_made_from_kept_scores(folder, capsys):
   (made / "locality.json").write_text(json.dumps({**record, "fingerprint": "def"}))
   with pytest.raises(InputError, match=r"is of a tower with fingerprint def, .* has abc"):
     read_towers(folder, {"deep": made})
+
+
+def test_the_slope_of_a_line():
+  # Residuals 0.5, -1, 0.5 around y = 2 x: 1.5 in squares, one degree of freedom, x spread by 2.
+  slope, half = paired.slope([0, 1, 2], [0 + 0.5, 2 - 1, 4 + 0.5])
+  assert slope == pytest.approx(2) and half == pytest.approx(12.706 * (1.5 / 2) ** 0.5, rel=1e-4)
+  assert paired.with_interval(*paired.slope([1, 2], [3, 5])) == "2.0"
+  assert paired.with_interval(*paired.slope([1, 1], [3, 5])) == "-"
 
 
 def edit(folder, change):
