@@ -163,7 +163,7 @@ def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) ->
   fig, axes = figure((13, 4.4), 1, len(MEASURES), sharey=True)
   series = list(dict.fromkeys(gain.series for gain in found))
   for ax, (measure, title) in zip(axes[0], MEASURES.items()):
-    named: set[str] = set()
+    at_place: dict[str, float] = {}
     ax.margins(x=0.2)  # for names, and for series beside each other
     for i, name in enumerate(series):
       points = [
@@ -175,12 +175,16 @@ def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) ->
         continue
       x, y, half, places = zip(*points)
       _points(ax, x, y, half, i, name, line=False)
-      for at, place in zip(zip(x, y), places):
-        if place not in named:  # once, whichever series has it first
-          named.add(place)
-          ax.annotate(place, at, (-5, 5), textcoords="offset points", ha="right", fontsize=9)
+      at_place |= dict(zip(places, x))
+    # A line for each, since several may be at one place.
+    for i, place in enumerate(sorted(at_place, key=lambda place: at_place[place])):
+      at = at_place[place], 0.98 - 0.055 * i
+      ax.annotate(place, at, xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=9)
+      ax.axvline(at[0], color="0.85", linewidth=0.8, zorder=0)
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.set_xlabel(textwrap.fill(title, 30))
+  bottom, top = axes[0, 0].get_ylim()
+  axes[0, 0].set_ylim(bottom, top + 0.06 * len(towers) * (top - bottom))  # for the names
   axes[0, 0].set_ylabel("gain in hIoU (points)")
   axes[0, 0].set_title(
     "Each tower: seeds' mean, 95 % interval (hollow: one seed)", loc="left", fontsize=12
