@@ -7,8 +7,8 @@ Hardware: two CPU cores, 30 minutes on an AMD EPYC. Zero-shot accuracy on single
 The weights are shipped in `rpn_jax/assets/`, with a record of their training beside them.
 
 A word behind the colon makes one of a family of towers, each with one change of the first
-(docs/study.md). Hours of one core of the same machine: base 0.8, whole 1.4, deep 1.4, wide 1.4,
-long 2.1, crowded 1.7; reckoned from a few steps, none but base was trained in full.
+(docs/study.md). Hours of one core of an AMD EPYC with AVX-512: whole 0.9, deep 0.8, wide 0.5,
+long 1.6; crowded was not trained in full, and is reckoned to take a fifth longer than whole.
 
     base       the tower that is shipped
     whole      no patches are dropped: what dropping them does to patches, which must then make do

@@ -199,6 +199,7 @@ def draw_axes(path, axes_of: Mapping[str, Mapping[int, str]], found: Sequence[Ga
   fig, axes = figure((4.6 * len(axes_of) + 3, 4.4), 1, len(axes_of), sharey=True)
   series = list(dict.fromkeys(gain.series for gain in found))
   for ax, (title, places) in zip(axes[0], axes_of.items()):
+    ax.margins(x=0.12)  # for series beside each other
     for i, name in enumerate(series):
       by_place = {gain.place: gain.point for gain in found if gain.series == name}
       points = [(x, *by_place[place]) for x, place in sorted(places.items()) if place in by_place]
