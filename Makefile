@@ -46,7 +46,7 @@ ablations: $(VENV)/.run
 
 # docs/study.md: towers, rates, runs, then tables and figures; a day and more on two cores. What has
 # ended is kept in docs/study/runs.json, here or on another machine, and is not repeated. On a GPU:
-# make study JOBS=12 TOGETHER=24
+# make study JOBS=16 TOGETHER=24
 JOBS ?= 2
 TOGETHER ?= 1
 study: $(VENV)/.run

@@ -14,17 +14,15 @@ from rpn_jax.base.console import Progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.config.stored import read_config
 from rpn_jax.training.loop import LOG
+from rpn_jax.training.side_by_side import BETWEEN, OWN_FIELDS
 
 SHOWN_LOG_LINES = 3  # of a failed run
 
 
 # What runs that `train_together` takes may have of their own.
-OWN_FLAGS = tuple(
-  f"--config.{field}=" for field in ("seed", "optimizer.base_lr", "optimizer.groups")
-)
+OWN_FLAGS = tuple(f"--config.{field}=" for field in OWN_FIELDS)
 SEVERAL, LOG_OF_SEVERAL = "train_together", "train_together.txt"
 TRAIN = "--mode=train"
-BETWEEN = "+"  # the arguments of two runs
 
 
 @dataclasses.dataclass(frozen=True)

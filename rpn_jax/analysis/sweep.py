@@ -242,12 +242,15 @@ def _run_all(
   with progress(total, "sweep", "run") as bar:
     failures = run_all(weights, args.jobs, bar, is_made)
     check_weights(results, around)
-    several = (ended, results.keep, args.together, plan.alone(tables, trials, args.seeds))
-    failures += run_all(first, args.jobs, bar, *several)
+
+    def alone() -> set[pathlib.Path]:  # of workdirs that are known by now
+      return plan.alone(tables, trials, args.seeds) if args.together > 1 else set()
+
+    several = (ended, results.keep, args.together)
+    failures += run_all(first, args.jobs, bar, *several, alone())
     plan.choose(trials)
     runs = plan.runs(tables, args.seeds)
-    several = (*several[:3], plan.alone(tables, trials, args.seeds))
-    return failures + run_all(runs, args.jobs, bar, *several)
+    return failures + run_all(runs, args.jobs, bar, *several, alone())
 
 
 def compared(plan: Plan, table: str, seeds: int) -> tuple[list[Row], list[str]]:

@@ -15,6 +15,7 @@ which its log.txt says; the others go on.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,16 +37,20 @@ from rpn_jax.inference.predictor import Predictor, open_run
 from rpn_jax.tasks.evaluate import score_table, split_notes, write_metrics
 from rpn_jax.training import optim
 from rpn_jax.training.identity import identity
-from rpn_jax.training.loop import LOG, NOT_FINITE, selection_score
+from rpn_jax.training.loop import (
+  LOG,
+  NOT_FINITE,
+  evaluation_scalars,
+  selection_score,
+  training_scalars,
+)
 from rpn_jax.training.metric_log import METRICS, MetricWriter
 from rpn_jax.training.run import BEST, Run, classes_of, held_workdir
-from rpn_jax.training.side_by_side import SideBySide, states_of
+from rpn_jax.training.side_by_side import BETWEEN, OWN_FIELDS, SideBySide, states_of
 from rpn_jax.training.step import TrainState
 from rpn_jax.weights.clip_file import with_normalization
 
-SEPARATOR = "+"
-# Of the config, what runs that are trained together may have of their own.
-OWN = frozenset({"seed", "base_lr", "groups"})
+OWN = frozenset(path.rpartition(".")[2] for path in OWN_FIELDS)
 
 
 @dataclasses.dataclass
@@ -70,6 +75,11 @@ class Member:
   best_state: TrainState | None = None
   skipped: int = 0
   diverged: str = ""
+
+  @functools.cached_property
+  def rates(self) -> dict[str, Callable]:
+    """See `optim.schedules`."""
+    return optim.schedules(self.run.config.optimizer)
 
 
 def train_together(
@@ -204,15 +214,12 @@ def _log(members: Sequence[Member], done: int, metrics: dict) -> str:
       continue
     own = {name: float(values[i]) for name, values in metrics.items()}
     member.skipped = int(own["skipped"])
-    applied = done - 1 - member.skipped
-    schedules = optim.schedules(member.run.config.optimizer)
-    rates = {f"{name}/learning_rate": float(rate(applied)) for name, rate in schedules.items()}
-    if (consecutive := int(own.pop("consecutive_skips"))) >= member.run.config.max_skipped:
+    if (consecutive := int(own["consecutive_skips"])) >= member.run.config.max_skipped:
       member.diverged = (
         f"{NOT_FINITE} in {consecutive} steps in a row, up to step {done}, and none was applied "
         f"(config.max_skipped={member.run.config.max_skipped})"
       )
-    member.curves.append((done, {f"train/{name}": v for name, v in own.items()} | rates))
+    member.curves.append((done, training_scalars(done, own, member.rates)))
   losses = [float(loss) for loss in metrics["loss"] if np.isfinite(loss)]
   return f"{min(losses):.3f} to {max(losses):.3f}" if losses else "nan"
 
@@ -229,8 +236,7 @@ def _evaluate(
       examples[id(data)] = list(data.eval_examples())
     window = predictor.with_prompts(state.prompts).for_data(data)
     member.last = {"step": done, **evaluate(window, examples[id(data)], data).scores}
-    scalars = {f"eval/{k}": v for k, v in member.last.items() if isinstance(v, float)}
-    member.curves.append((done, scalars))
+    member.curves.append((done, evaluation_scalars(member.last)))
     if not member.best or selection_score(member.last) >= selection_score(member.best):
       member.best, member.best_state = member.last, state
 
@@ -265,7 +271,7 @@ def main(
   _, given = parser.parse_known_args(arguments)
   runs: list[list[str]] = [[]]
   for argument in given:
-    if argument == SEPARATOR:
+    if argument == BETWEEN:
       runs.append([])
     else:
       runs[-1].append(argument)

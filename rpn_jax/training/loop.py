@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -131,8 +131,7 @@ class Loop:
       self.best = scores
     self.run.check_workdir(step)
     if self.writer:
-      scalars = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, float)}
-      self.writer.write(step, scalars)
+      self.writer.write(step, evaluation_scalars(scores))
       with warn_on_oserror(BEST):
         write_json(self.run.workdir / BEST, {"best": self.best})
 
@@ -167,12 +166,8 @@ class Loop:
       self._check_skipped(int(self.stepper.fetch_metrics(skips)["skips"]), done)
 
   def _log(self, bar: Progress, step: int, metrics: dict) -> None:
-    # Skipped steps do not advance the schedule.
-    applied = step - 1 - int(metrics["skipped"])
-    rates = {f"{k}/learning_rate": float(rate(applied)) for k, rate in self._rates.items()}
-    metrics = {k: v for k, v in metrics.items() if k != "consecutive_skips"}
     if self.writer:
-      self.writer.write(step, {f"train/{k}": v for k, v in metrics.items()} | rates)
+      self.writer.write(step, training_scalars(step, metrics, self._rates))
     skipped = {"skipped": int(metrics["skipped"])} if metrics["skipped"] else {}
     bar.set_postfix(loss=f"{metrics['loss']:.3f}", **skipped)
 
@@ -198,6 +193,20 @@ class Loop:
 
 def _is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
+
+
+def training_scalars(
+  step: int, metrics: Mapping[str, float], rates: Mapping[str, Callable]
+) -> dict[str, float]:
+  """What the curves have of a step: its metrics, and its learning rates by `optim.schedules`."""
+  applied = step - 1 - int(metrics["skipped"])  # skipped steps do not advance the schedule
+  scalars = {f"train/{k}": v for k, v in metrics.items() if k != "consecutive_skips"}
+  return scalars | {f"{k}/learning_rate": float(rate(applied)) for k, rate in rates.items()}
+
+
+def evaluation_scalars(scores: Mapping[str, Any]) -> dict[str, float]:
+  """What the curves have of an evaluation."""
+  return {f"eval/{k}": v for k, v in scores.items() if isinstance(v, float)}
 
 
 def selection_score(scores: dict) -> float:

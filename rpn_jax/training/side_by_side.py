@@ -18,6 +18,10 @@ from rpn_jax.models import Network
 from rpn_jax.training import losses, optim, pseudo_labels, step
 from rpn_jax.training.step import TrainState
 
+# Of the config, what runs side by side may have of their own.
+OWN_FIELDS = ("seed", "optimizer.base_lr", "optimizer.groups")
+BETWEEN = "+"  # the arguments of two runs, on the command line
+
 
 class SideBySide:
   """The step of K runs.

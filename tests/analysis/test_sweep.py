@@ -525,3 +525,17 @@ def test_whether_a_row_has_converged(curves, says):
     for i, curve in enumerate(curves)
   ]
   assert sweep.late_change(Row("a", tuple(runs))) == says
+
+
+def test_runs_with_a_teacher_are_trained_alone(tmp_path):
+  content = plan.read_tables(str(ROOT / "configs/ablations.py"))
+  results = kept.Results(tmp_path, None, {})
+  of_all = plan.Plan("configs/ablations.py", "dataset=shapes", content, tmp_path, [], results)
+  found = of_all.alone(["table4", "annotation_free"], {}, 2)
+  taught = [
+    changes
+    for changes in content["TABLES"]["annotation_free"].values()
+    if changes.get("data.setting") == "annotation_free"
+  ]
+  assert found == {of_all.workdir(changes, seed) for changes in taught for seed in (0, 1)}
+  assert len(found) == 2 * len(taught) > 0

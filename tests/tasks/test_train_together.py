@@ -75,10 +75,8 @@ def test_runs_differ_by_what_is_their_own(together):
 
 def test_a_run_can_be_used_and_is_not_repeated(home, together):
   workdirs, _ = together
-  assert Segmenter.load(workdirs[0])(np.zeros((32, 32, 3), np.uint8), ["sand"]).labels.shape == (
-    32,
-    32,
-  )
+  found = Segmenter.load(workdirs[0])(np.zeros((32, 32, 3), np.uint8), ["sand"])
+  assert found.labels.shape == (32, 32)
   config = make_config(home, **STEPS, **own(*SEEDS_AND_RATES[0]))
   with pytest.raises(InputError, match="has a run"):
     train_together.train_together([config], workdirs[:1], datasets.load)
