@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpn_jax import chips
+from rpn_jax.analysis import largest_batch
 from rpn_jax.analysis.arguments import parse
 from rpn_jax.analysis.costs import BACKBONES, RandomEncoder, init_towers
 from rpn_jax.base.console import table
@@ -47,8 +48,6 @@ TITLES = {
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
-# Compilations of one search: batches are doubled, then halved between the last two.
-SEARCH_TRIES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +208,7 @@ def measure(program: Program, chip: chips.Chip, what: str) -> dict[str, Any]:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    raise TooLarge(_too_large(str(error), what)) from None
+    raise _too_large(str(error), what) from None
   finally:
     jax.config.update("jax_enable_compilation_cache", kept)
   seconds = time.perf_counter() - began
@@ -236,16 +235,37 @@ def measure(program: Program, chip: chips.Chip, what: str) -> dict[str, Any]:
 
 
 class TooLarge(InputError):
-  """A program that does not fit into a chip's memory."""
+  """A program that does not fit into a chip's memory.
+
+  Attributes:
+    share: of the memory, above 1, or None where the compiler does not tell it.
+  """
+
+  share: float | None = None
 
 
-def _too_large(error: str, what: str) -> str:
-  used = re.search(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG])", error)
-  needs = f"needs {used[1]} of {used[2]}" if used else "does not fit into the chip's memory"
-  return (
+# How the compiler says what a program needs and what there is, when all that it would hold is too
+# much, and when its temporaries alone are.
+_NEEDS = (
+  r"Used (?P<used>[\d.]+[KMG]) of (?P<limit>[\d.]+[KMG])",
+  r"temporaries \((?P<used>[\d.]+[KMG])\) exceeds available HBM \((?P<limit>[\d.]+[KMG])\)",
+)
+
+
+def _too_large(error: str, what: str) -> TooLarge:
+  told = next(filter(None, (re.search(pattern, error) for pattern in _NEEDS)), None)
+  needs = (
+    f"needs {told['used']} of {told['limit']}" if told else "does not fit into the chip's memory"
+  )
+  found = TooLarge(
     f"the {what} {needs}: lower config.data.batch_size or config.eval.window_batch, set "
     'config.remat="full", or let --find-batch look'
   )
+  if told:
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}
+    used, limit = (float(told[key][:-1]) * unit[told[key][-1]] for key in ("used", "limit"))
+    found.share = used / limit
+  return found
 
 
 def collectives(program: str) -> dict[str, dict[str, int]]:
@@ -263,35 +283,27 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
   return found
 
 
-def largest_batch(fits: Callable[[int], bool], start: int) -> int:
-  """The largest batch that fits, 0 if 1 does not; `fits` is asked at most SEARCH_TRIES times."""
-  low, high, tried = 0, 0, 0
-  batch = max(1, start)
-  while tried < SEARCH_TRIES and (not high or high - low > 1):
-    tried += 1
-    low, high = (batch, high) if fits(batch) else (low, batch)
-    batch = 2 * low if not high else (low + high) // 2
-  return low
-
-
 def find_batches(config: Any, clip: CLIPConfig, data: Any, pod: chips.Pod) -> Iterator[tuple]:
-  """(remat, largest batch per chip) for each of REMAT_POLICIES."""
+  """(remat, what `measure` tells of the largest batch, or None) for each of REMAT_POLICIES."""
   start = max(1, config.data.batch_size // pod.mesh.size)
   for remat in REMAT_POLICIES:
+    measured: dict[int, dict] = {}
 
-    def fits(batch: int, remat: str = remat) -> bool:
+    def share(batch: int, remat: str = remat, measured: dict = measured) -> float:
       changed = config.copy_and_resolve_references()
       with changed.unlocked():
         changed.remat, changed.data.batch_size = remat, batch * pod.mesh.size
+      program = programs(changed, clip, data, pod)["train"]
       try:
-        measure(programs(changed, clip, data, pod)["train"], pod.chip, TITLES["train"])
-      except TooLarge:
-        print(f"remat={remat}, {batch} a chip: too large", flush=True)
-        return False
-      print(f"remat={remat}, {batch} a chip: fits", flush=True)
-      return True
+        measured[batch] = measure(program, pod.chip, TITLES["train"])
+        found = measured[batch]["share_of_memory"]
+      except TooLarge as error:
+        found = error.share or math.inf
+      said = f"{100 * found:.0f} % of the memory" if math.isfinite(found) else "too large"
+      print(f"remat={remat}, {batch} a chip: {said}", flush=True)
+      return found
 
-    yield remat, largest_batch(fits, start)
+    yield remat, measured.get(largest_batch.search(share, start))
 
 
 def report(
@@ -383,7 +395,15 @@ def text_of(result: dict) -> str:
   ]
   lines = [table(rows, [result["topology"], *(TITLES[name] for name in parts)])]
   if found := result.get("largest_batch"):
-    lines.append(table([[k, str(v)] for k, v in found.items()], ["remat", "largest batch a chip"]))
+    cells = lambda p: [
+      str(p["count"]),
+      number(each(p, "flops") / 1e9),
+      number(each(p, "bytes") / 1e9),
+      number(p["per_second_per_chip"]),
+    ]
+    rows = [[remat, *(cells(p) if p else ["none", "", "", ""])] for remat, p in found.items()]
+    titles = ["largest batch a chip", "GFLOP each", "GB each", "at most, chip and second"]
+    lines.append(table(rows, ["remat", *titles]))
   lines.append(
     f"{result['chips']} chips, JAX {result['versions']['jax']}: compiled, not run. Arithmetic and "
     "memory are operations and bytes, by XLA's count, over the published limits of the chip in "

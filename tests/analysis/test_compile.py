@@ -1,6 +1,7 @@
 """`rpn compile`: what needs no chip's compiler here; what does is in tests/tpu."""
 
 import json
+import math
 
 import jax
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from configs import cat_seg, shapes
 from rpn_jax import chips, devices
 from rpn_jax.analysis import compile as analysis
+from rpn_jax.analysis import largest_batch
 from rpn_jax.base.errors import InputError
 from rpn_jax.models import kernels
 from rpn_jax.models.clip import CLIPConfig
@@ -33,13 +35,30 @@ def test_what_is_sent_between_chips_is_counted():
   }
 
 
+# How memory may grow with the batch: by the image, and what a chip's memory holds besides; not
+# quite; where too much is refused without a number; and hardly, up to a cliff.
+SHARES = {
+  "proportional": lambda batch, limit: batch / limit,
+  "line": lambda batch, limit: 0.3 + 0.7 * batch / limit,
+  "bent": lambda batch, limit: (batch / limit) ** 1.4,
+  "steps": lambda batch, limit: batch / limit + 0.02 * (batch % 3 - 2),
+  "refused": lambda batch, limit: 0.2 + 0.8 * batch / limit if batch <= limit else math.inf,
+  "cliff": lambda batch, limit: 0.01 if batch <= limit else 5.0,
+}
+
+
 @pytest.mark.parametrize("largest", [0, 1, 7, 16, 23, 100])
 @pytest.mark.parametrize("start", [1, 16])
-def test_the_largest_batch_is_found(largest, start):
+@pytest.mark.parametrize("name", SHARES)
+def test_the_largest_batch_is_found(largest, start, name):
+  share = lambda batch: SHARES[name](batch, largest + 0.5)
   asked = []
-  fits = lambda batch: asked.append(batch) or batch <= largest
-  assert analysis.largest_batch(fits, start) == largest
-  assert len(asked) == len(set(asked)) <= analysis.SEARCH_TRIES
+  found = largest_batch.search(lambda batch: asked.append(batch) or share(batch), start)
+  assert len(asked) == len(set(asked)) <= largest_batch.TRIES
+  # The steps of one batch may go over the limit where the next one does not.
+  assert share(found) <= 1 < share(found + 1) if found else share(1) > 1
+  if name in ("proportional", "line"):
+    assert len(asked) <= 7  # where doubling and halving alone takes up to 14
 
 
 @pytest.mark.parametrize(
@@ -62,10 +81,18 @@ def test_without_the_compiler_the_package_is_named(monkeypatch):
 
 
 def test_a_program_that_is_too_large_is_one_line():
-  error = "RESOURCE_EXHAUSTED: ... Used 18.20G of 15.75G hbm. Exceeded ..."
-  assert analysis._too_large(error, "train step").startswith(
-    "the train step needs 18.20G of 15.75G: lower config.data.batch_size"
+  error = analysis._too_large(
+    "RESOURCE_EXHAUSTED: ... Used 18.20G of 15.75G hbm. Exceeded ...", "step"
   )
+  assert str(error).startswith("the step needs 18.20G of 15.75G: lower config.data.batch_size")
+  assert error.share == pytest.approx(18.2 / 15.75)
+  temporaries = "temporaries (18.38G) exceeds available HBM (15.75G)."
+  error = analysis._too_large(f"RESOURCE_EXHAUSTED: required for HLO {temporaries}", "step")
+  assert str(error).startswith("the step needs 18.38G of 15.75G")
+  assert error.share == pytest.approx(18.38 / 15.75)
+  megabytes = analysis._too_large("RESOURCE_EXHAUSTED: Used 900.00M of 0.50G hbm.", "step")
+  assert megabytes.share == pytest.approx(900 / 512)
+  assert analysis._too_large("RESOURCE_EXHAUSTED: no numbers", "step").share is None
 
 
 @pytest.mark.parametrize(
