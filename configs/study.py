@@ -81,6 +81,8 @@ WIDTHS = {
   },
 }
 _PAIR = {name: METHODS[name] for name in ("lpm", "rpn")}
+# Of the paper, around the base tower at this study's length and rates; the row of all parts is rpn.
+PAPER = (4, 5, 6, 7, 10, 11, 13, 14)
 
 # table -> row -> {field: value}
 TABLES = {
@@ -101,6 +103,10 @@ TABLES = {
     for scenes in (100, 400)
   },
   **WIDTHS,
+  **{
+    f"table{n}": {**_PAIR, **{row: c for row, c in ablations.TABLES[f"table{n}"].items() if c}}
+    for n in PAPER
+  },
 }
 # Rows of the same table that the others are compared with, seed by seed.
 REFERENCES = {"RPN": "rpn", "LPM alone": "lpm"}
