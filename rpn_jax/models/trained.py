@@ -109,16 +109,20 @@ def init_prompts(network: Any, params: Mapping, text: Any, key: jax.Array, image
     key: random key.
     image_size: side of a training crop, pixels.
   """
-  keys = dict(zip(("prompts", "dropout", "gate"), jax.random.split(key, 3)))
-
-  def init(params: Mapping, text: Any) -> dict:
-    image = jnp.zeros((1, image_size, image_size, 3))
-    _, variables = network.apply({"params": params}, image, text, rngs=keys, mutable=["prompts"])
-    return variables.get("prompts", {})
-
   trained, _ = split(params, network.trained)
   # A copy: the training step donates its state.
-  return {**jax.jit(init)(params, text), **jax.tree.map(jnp.copy, trained)}
+  copied = jax.tree.map(jnp.copy, trained)
+  return {**_init(network, params, text, key, image_size), **copied}
+
+
+# The key is an argument: one program for all seeds, and XLA need not draw the numbers of a constant
+# key to compile it.
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _init(network: Any, params: Mapping, text: Any, key: jax.Array, image_size: int) -> dict:
+  keys = dict(zip(("prompts", "dropout", "gate"), jax.random.split(key, 3)))
+  image = jnp.zeros((1, image_size, image_size, 3))
+  _, variables = network.apply({"params": params}, image, text, rngs=keys, mutable=["prompts"])
+  return variables.get("prompts", {})
 
 
 def prompt_shapes(network: Any, params: Mapping, text: Any, image_size: int) -> dict:
