@@ -62,9 +62,16 @@ def exact(path: str | os.PathLike) -> pathlib.Path:
     return buckets.open_path(path)
   if _ADDRESS.match(os.fspath(path)):
     raise InputError(f"{path}: expected a local path or gs://BUCKET/NAME; correct the address")
+  local = pathlib.Path(path)
+  if not str(local).startswith("~"):
+    return local
+  if not os.fspath(path).startswith("~"):  # "./~a.png", of which pathlib makes "~a.png"
+    return local.absolute()
   try:
-    return pathlib.Path(path).expanduser()
+    return local.expanduser()
   except RuntimeError as error:
+    if os.path.lexists(local):  # what the shell makes of "*.png" where a picture is called so
+      return local.absolute()
     raise InputError(f"{path}: expected a path, {error}; write the whole path") from None
 
 

@@ -27,6 +27,21 @@ def test_a_bucket_that_gcsfuse_shows_is_known_by_its_mount(tmp_path, monkeypatch
   assert not paths.is_gcsfuse(tmp_path / "my bucket")
 
 
+def test_a_name_that_begins_with_a_tilde(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  assert paths.expand("~") == tmp_path / "home"
+  assert paths.expand("~/a.png") == tmp_path / "home/a.png"
+  for typed in ("./~a.png", "./~", "./~/a.png"):
+    found = paths.expand(typed)
+    assert found == paths.expand(found) == tmp_path / typed
+  with pytest.raises(InputError, match="write the whole path"):
+    paths.expand("~no-such-user.png")
+  (tmp_path / "~no-such-user.png").touch()
+  found = paths.expand("~no-such-user.png")
+  assert found == paths.expand(found) == tmp_path / "~no-such-user.png"
+
+
 def test_where_folders_cannot_be_renamed(tmp_path, monkeypatch):
   paths.check_renames(tmp_path)
   paths.check_renames(tmp_path / "none")  # whoever writes there will say so
