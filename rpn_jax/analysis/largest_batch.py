@@ -19,7 +19,7 @@ def search(share: Callable[[int], float], start: int) -> int:
     start: the first batch to ask for.
   """
   known = {0: 0.0}
-  batch = max(1, start)
+  batch, before = max(1, start), math.inf
   while len(known) <= TRIES:
     known[batch] = share(batch)
     *_, below, low = [0, *sorted(b for b in known if known[b] <= 1)]
@@ -28,10 +28,12 @@ def search(share: Callable[[int], float], start: int) -> int:
       break
     batch = (low + high) // 2 if high else 2 * low
     # Better where the line through the batches next to the limit meets it, since memory grows by
-    # the image, unless that contradicts what is known.
+    # the image, unless that contradicts what is known or gained little the last time.
+    width = high - low if high else math.inf
+    gained, before = width <= before / 2, width
     left, right = (low, high) if high and math.isfinite(known[high]) else (below, low)
     rise = known[right] - known[left]
-    if rise > 0:
+    if rise > 0 and gained:
       meets = left + math.floor((1 - known[left]) * (right - left) / rise)
       if low <= meets <= (high or 8 * low):
         batch = min(max(meets, low + 1), high - 1 if high else meets + 1)
