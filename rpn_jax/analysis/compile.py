@@ -264,7 +264,7 @@ def _too_large(error: str, what: str) -> TooLarge:
   if told:
     unit = {"K": 2**10, "M": 2**20, "G": 2**30}
     used, limit = (float(told[key][:-1]) * unit[told[key][-1]] for key in ("used", "limit"))
-    found.share = used / limit
+    found.share = max(used / limit, math.nextafter(1, 2))  # both are rounded
   return found
 
 

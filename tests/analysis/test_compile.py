@@ -92,6 +92,8 @@ def test_a_program_that_is_too_large_is_one_line():
   error = analysis._too_large(f"RESOURCE_EXHAUSTED: required for HLO {temporaries}", "step")
   assert str(error).startswith("the step needs 18.38G of 15.75G")
   assert error.share == pytest.approx(18.38 / 15.75)
+  rounded = "RESOURCE_EXHAUSTED: Used 15.75G of 15.75G hbm. Exceeded hbm capacity by 1.2M."
+  assert analysis._too_large(rounded, "step").share > 1
   megabytes = analysis._too_large("RESOURCE_EXHAUSTED: Used 900.00M of 0.50G hbm.", "step")
   assert megabytes.share == pytest.approx(900 / 512)
   assert analysis._too_large("RESOURCE_EXHAUSTED: no numbers", "step").share is None
