@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 from rpn_jax.models import prompts
 from rpn_jax.models.clip import CLIPConfig
@@ -37,9 +36,7 @@ class SideBlock(nn.Module):
     width, kernels, dense = x_BxNxD.shape[-1], self.kernels, dense_of(self)
     norm = lambda name, x: prompts.LayerNorm(function=kernels.layer_norm, name=name)(x)
     qkv = dense(3 * width, "in_proj")(norm("ln_1", x_BxNxD))
-    q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
-    attended = rearrange(kernels.attend(q, k, v), "b n h d -> b n (h d)")
-    x = x_BxNxD + dense(width, "out_proj")(attended)
+    x = x_BxNxD + dense(width, "out_proj")(kernels.self_attend(qkv, None, self.heads))
     hidden = dense(4 * width, "c_fc")(norm("ln_2", x))
     return x + dense(width, "c_proj")(kernels.activations[self.activation](hidden))
 

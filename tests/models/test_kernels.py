@@ -63,30 +63,33 @@ def test_causal_attention_is_the_textbooks(platform, by_head):
   close(attend(q, k, v)[:, :3], first)  # later tokens are not attended to
 
 
-# Tokens, extra tokens, heads, causal: no size but that of the channels is one of the chip's.
+# Tokens, extra tokens, heads, channels of one, causal.
 FUSED = {
-  "chunks of queries": (33, 5, 2, False),
-  "causal": (20, 0, 4, True),
-  "more classes than tokens": (9, 21, 1, False),
-  "one class": (9, 1, 2, False),
+  "chunks of queries": (33, 5, 2, 64, False),
+  "causal": (20, 0, 4, 32, True),
+  "a block that heads do not fill": (9, 3, 3, 32, False),
+  "more classes than tokens": (9, 21, 1, 128, False),
+  "one class": (9, 1, 2, 64, False),
 }
 SLOW = ("more classes than tokens", "one class")
 
 
 @pytest.mark.parametrize(
-  "tokens, more, heads, causal",
+  "tokens, more, heads, width, causal",
   [
     pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
     for name, case in FUSED.items()
   ],
 )
-def test_the_kernel_of_tpus_is_the_textbooks(tokens, more, heads, causal, monkeypatch):
+def test_the_kernel_of_tpus_is_the_textbooks(tokens, more, heads, width, causal, monkeypatch):
   """In Pallas' interpreter."""
   monkeypatch.setattr(tpu, "CHUNK_SCORES", 2**9)
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  qkv, g = draw(1, tokens, 3 * tpu.LANES), draw(1, tokens, tpu.LANES)
-  extra = draw(1, more, 3 * tpu.LANES) if more else None
+  wide = heads * width
+  qkv, g = draw(1, tokens, 3 * wide), draw(1, tokens, wide)
+  extra = draw(1, more, 3 * wide) if more else None
+  assert tpu.fits(qkv, extra, heads)
 
   attend = lambda f: lambda qkv, extra: f(qkv, extra, heads, causal)
   textbook = attend(functools.partial(layers.self_attend, layers.attend))

@@ -37,21 +37,31 @@ ARRAY_BYTES = 8 * 2**20
 def self_attend(
   qkv_BxNxF: jax.Array, extra_BxPxF: jax.Array | None, heads: int, causal: bool = False
 ) -> jax.Array:
-  """`layers.self_attend` by the kernel where its blocks fit, by `lean.attend` elsewhere."""
+  """`layers.self_attend` by the kernel where its blocks fit, by `lean.attend` elsewhere.
+
+  A last block that heads do not fill, as of the narrow tower of `ladder.LadderSide`, has heads of
+  zeros beside them.
+  """
   if not fits(qkv_BxNxF, extra_BxPxF, heads):
     return layers.self_attend(lean.attend, qkv_BxNxF, extra_BxPxF, heads, causal)
-  return attend(qkv_BxNxF, () if extra_BxPxF is None else (extra_BxPxF,), heads, causal)
+  wide = qkv_BxNxF.shape[-1] // 3
+  missing = -wide % LANES
+  extra = () if extra_BxPxF is None else (extra_BxPxF,)
+  if not missing:
+    return attend(qkv_BxNxF, extra, heads, causal)
+  fill = lambda x: jnp.pad(x.reshape(*x.shape[:2], 3, wide), ((0, 0),) * 3 + ((0, missing),))
+  qkv_BxNxF, *extra = (fill(x).reshape(*x.shape[:2], -1) for x in (qkv_BxNxF, *extra))
+  return attend(qkv_BxNxF, tuple(extra), heads + missing * heads // wide, causal)[..., :wide]
 
 
 def fits(qkv_BxNxF: jax.Array, extra_BxPxF: jax.Array | None, heads: int) -> bool:
-  """Whether whole heads make up blocks of 128 lanes, and the backward pass fits on the chip."""
+  """Whether a block of 128 lanes has whole heads, and the backward pass fits on the chip."""
   _, tokens, channels = qkv_BxNxF.shape
   width = channels // 3 // heads
   extra = 0 if extra_BxPxF is None else extra_BxPxF.shape[1]
   # What is read and written, twice since the next block is under way, and sums in float32.
   arrays = 2 * (5 * tokens + 3 * extra) * qkv_BxNxF.dtype.itemsize + 2 * 4 * (tokens + extra)
-  blocks = LANES % width == 0 and channels // 3 % LANES == 0
-  return blocks and arrays * LANES <= ARRAY_BYTES
+  return LANES % width == 0 and arrays * LANES <= ARRAY_BYTES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
