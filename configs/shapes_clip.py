@@ -8,7 +8,7 @@ The weights are shipped in `rpn_jax/assets/`, with a record of their training be
 
 A word behind the colon makes one of a family of towers, each with one change of the first
 (docs/study.md). Hours of one core of an AMD EPYC with AVX-512: whole 0.9, deep 0.8, wide 0.5,
-long 1.6; crowded was not trained in full, and is reckoned to take a fifth longer than whole.
+long 1.6, crowded 0.65 with the core to itself.
 
     base       the tower that is shipped
     whole      no patches are dropped: what dropping them does to patches, which must then make do
