@@ -63,6 +63,35 @@ def test_the_largest_batch_is_found(largest, start, name):
     assert len(asked) <= 7  # where doubling and halving alone takes up to 14
 
 
+def test_the_largest_batches_are_told_with_what_they_cost(monkeypatch):
+  limits = {"none": 100, "dots": 0, "full": 300}
+
+  def programs(config, clip, data, pod):
+    batch, rest = divmod(config.data.batch_size, pod.mesh.size)
+    assert not rest
+    return {"train": (batch, config.remat)}
+
+  def measure(program, chip, what):
+    batch, remat = program
+    if batch > limits[remat]:
+      raise analysis.TooLarge(what)
+    # What fits without recomputing anything takes 500 GFLOP an image, the rest a tenth more.
+    return {
+      "share_of_memory": batch / limits[remat], "count": batch, "bytes": batch * 2e9,
+      "flops": batch * (500e9 if batch < 70 else 550e9), "per_second_per_chip": 384.0,
+    }  # fmt: skip
+
+  monkeypatch.setattr(analysis, "programs", programs)
+  monkeypatch.setattr(analysis, "measure", measure)
+  config, pod = shapes.get_config(), chips.Pod("", None, devices.data_mesh(jax.devices()), None)
+  found = dict(analysis.find_batches(config, SMALL, None, pod))
+  assert {remat: p and p["count"] for remat, p in found.items()} == limits | {"dots": None}
+  told = {"topology": "v5e:2x2", "chips": 4, "programs": {}, "versions": {"jax": "1"}}
+  text = analysis.text_of(told | {"largest_batch": json.loads(json.dumps(found))})
+  lines = [line.split() for line in text.splitlines()]
+  assert ["none", "100", "550", "2", "384"] in lines and ["dots", "none"] in lines
+
+
 @pytest.mark.parametrize(
   "name, message",
   [
