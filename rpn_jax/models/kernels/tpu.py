@@ -46,12 +46,12 @@ def self_attend(
     return layers.self_attend(lean.attend, qkv_BxNxF, extra_BxPxF, heads, causal)
   wide = qkv_BxNxF.shape[-1] // 3
   missing = -wide % LANES
-  extra = () if extra_BxPxF is None else (extra_BxPxF,)
+  arrays = [qkv_BxNxF] if extra_BxPxF is None else [qkv_BxNxF, extra_BxPxF]
   if not missing:
-    return attend(qkv_BxNxF, extra, heads, causal)
+    return attend(arrays[0], tuple(arrays[1:]), heads, causal)
   fill = lambda x: jnp.pad(x.reshape(*x.shape[:2], 3, wide), ((0, 0),) * 3 + ((0, missing),))
-  qkv_BxNxF, *extra = (fill(x).reshape(*x.shape[:2], -1) for x in (qkv_BxNxF, *extra))
-  return attend(qkv_BxNxF, tuple(extra), heads + missing * heads // wide, causal)[..., :wide]
+  qkv, *extra = (fill(x).reshape(*x.shape[:2], -1) for x in arrays)
+  return attend(qkv, tuple(extra), heads + missing * heads // wide, causal)[..., :wide]
 
 
 def fits(qkv_BxNxF: jax.Array, extra_BxPxF: jax.Array | None, heads: int) -> bool:
