@@ -117,11 +117,13 @@ def test_a_network_that_trains_both_towers(monkeypatch):
   assert "class names, once" in costs.text_of(result)
 
 
-def test_operations_of_loops_and_of_what_is_computed_again():
+@pytest.mark.parametrize("elements", [0, 2**21])
+def test_operations_of_loops_and_of_what_is_computed_again(elements, monkeypatch):
   """One head after another is as many products as all at once; a gradient has two for each."""
+  monkeypatch.setattr(cpu, "MAX_MAP_ELEMENTS", elements)
   q = jnp.ones((2, 7, 4, 8))
   count = lambda f, *a: costs.operations(jax.make_jaxpr(f)(*a).jaxpr)
-  by_head = lambda q: cpu.attend_by_head(*[q.reshape(8, 7, 8)] * 3)
+  by_head = lambda q: cpu.attend_heads(*[q.reshape(8, 7, 8)] * 3, False)
   products = 2 * (2 * 4) * 7 * 7 * 8
   assert count(by_head, q) == count(lambda q: layers.attend(q, q, q), q) == 2 * products
   # Forward two, and of the backward pass one that computes the map again and four.

@@ -19,10 +19,13 @@ from rpn_jax.models.rpn import RPN
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def by_head(monkeypatch):
-  """Every attention goes head by head on CPUs, however small."""
-  monkeypatch.setattr(cpu, "MAX_MAP_ELEMENTS", 0)
+@pytest.fixture(params=[*kernels.PLATFORMS, "cpu, head by head"])
+def attend(request, monkeypatch):
+  """The attention of each platform, of CPUs also head by head, however small."""
+  platform, *way = request.param.split(", ")
+  monkeypatch.setattr(cpu, "MAX_MAP_ELEMENTS", 0 if way else cpu.MAX_MAP_ELEMENTS)
+  # A function of its own, for programs of its own.
+  return functools.partial(kernels.for_platform(platform).attend)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -41,9 +44,8 @@ def queries_keys_values():
   return q[:, :4], k, v
 
 
-@pytest.mark.parametrize("platform", kernels.PLATFORMS)
-def test_attention_is_the_textbooks(platform, by_head):
-  qkv, attend = queries_keys_values(), kernels.for_platform(platform).attend
+def test_attention_is_the_textbooks(attend):
+  qkv = queries_keys_values()
   want = out_and_pulled(layers.attend, qkv)
   jax.tree.map(close, out_and_pulled(attend, qkv), want)
   half = tuple(x.astype(jnp.bfloat16) for x in qkv)
@@ -54,13 +56,13 @@ def test_attention_is_the_textbooks(platform, by_head):
     np.testing.assert_allclose(np.float32(got), exact, atol=0.1)
 
 
-@pytest.mark.parametrize("platform", kernels.PLATFORMS)
-def test_causal_attention_is_the_textbooks(platform, by_head):
+def test_causal_attention_is_the_textbooks(attend):
   q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 9, 4, 8))
-  attend = jax.jit(functools.partial(kernels.for_platform(platform).attend, causal=True))
-  close(attend(q, k, v), jax.jit(functools.partial(layers.attend, causal=True))(q, k, v))
-  first = attend(q[:, :3], k[:, :3], v[:, :3])
-  close(attend(q, k, v)[:, :3], first)  # later tokens are not attended to
+  want = out_and_pulled(functools.partial(layers.attend, causal=True), (q, k, v))
+  causal = functools.partial(attend, causal=True)
+  jax.tree.map(close, out_and_pulled(causal, (q, k, v)), want)
+  first = causal(q[:, :3], k[:, :3], v[:, :3])
+  close(want[0][:, :3], first)  # later tokens are not attended to
 
 
 # Tokens, extra tokens, heads, channels of one, causal.
@@ -149,11 +151,10 @@ def test_what_does_not_fit_on_the_chip_goes_another_way():
   assert not tpu.fits(shape(9, jnp.float32), None, 3)  # heads of 256 channels
 
 
-def test_large_scores_do_not_overflow(by_head):
+def test_large_scores_do_not_overflow(attend):
   q = 100 * jax.random.normal(jax.random.key(0), (1, 5, 1, 8))
-  for attend in (layers.attend, cpu.attend):
-    for x in jax.tree.leaves(out_and_pulled(attend, (q, q, q), jnp.ones_like(q))):
-      assert np.isfinite(x).all()
+  for x in jax.tree.leaves(out_and_pulled(attend, (q, q, q), jnp.ones_like(q))):
+    assert np.isfinite(x).all()
 
 
 @pytest.mark.parametrize("platform", kernels.PLATFORMS)
@@ -242,8 +243,9 @@ def test_kernels_are_part_of_a_programs_key():
   assert len(own) == 3 and versions == {kernels.TEXTBOOK, kernels.LEAN, *own}
 
 
-def test_a_program_has_the_kernels_of_its_platform(by_head):
+def test_a_program_has_the_kernels_of_its_platform(monkeypatch):
   """Whatever the process runs on: a CPU compiles for TPUs, too."""
+  monkeypatch.setattr(cpu, "MAX_MAP_ELEMENTS", 0)
   clip = CLIPConfig(
     embed_dim=8, image_size=16, patch_size=8, vision_width=128, vision_layers=2, vision_heads=2
   )

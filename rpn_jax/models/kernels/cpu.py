@@ -7,16 +7,18 @@ Shape letters: N tokens, M tokens attended to, H heads of all images, d width of
 channels in and out of a product; in a convolution as in `layers`.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from rpn_jax.models import layers
-from rpn_jax.models.kernels import lean
 
-# A layer whose attention maps have more elements than this, 16 MB, goes head by head.
-MAX_MAP_ELEMENTS = 2**22
+# A layer whose attention maps have more elements than this, 8 MB, goes head by head.
+MAX_MAP_ELEMENTS = 2**21
 
 
 def product(x: jax.Array, w_KxF: jax.Array) -> jax.Array:
@@ -54,15 +56,9 @@ def attend(
   q_BxNxHxd: jax.Array, k_BxMxHxd: jax.Array, v_BxMxHxd: jax.Array, causal: bool = False
 ) -> jax.Array:
   """`layers.attend`, head by head where all maps at once are too large for the cache."""
-  batch, tokens, heads, _ = q_BxNxHxd.shape
-  large = batch * heads * tokens * k_BxMxHxd.shape[1] > MAX_MAP_ELEMENTS
-  if causal or not large:
-    # JAX's own function rounds the second product to its operands' type.
-    at_once = layers.attend if q_BxNxHxd.dtype == jnp.bfloat16 else lean.attend
-    return at_once(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, causal)
   split = lambda x: rearrange(x, "b n h d -> (b h) n d")
-  out = attend_by_head(split(q_BxNxHxd), split(k_BxMxHxd), split(v_BxMxHxd))
-  return rearrange(out, "(b h) n d -> b n h d", h=heads)
+  out = attend_heads(split(q_BxNxHxd), split(k_BxMxHxd), split(v_BxMxHxd), causal)
+  return rearrange(out, "(b h) n d -> b n h d", h=q_BxNxHxd.shape[2])
 
 
 def dot(a_NxK: jax.Array, b_MxK: jax.Array) -> jax.Array:
@@ -70,36 +66,50 @@ def dot(a_NxK: jax.Array, b_MxK: jax.Array) -> jax.Array:
   return layers.wide_einsum("nk,mk->nm", a_NxK, b_MxK)
 
 
-@jax.custom_vjp
-def attend_by_head(q_HxNxd: jax.Array, k_HxMxd: jax.Array, v_HxMxd: jax.Array) -> jax.Array:
-  """softmax(q kᵀ / √d) v, one head after another: (H, N, d).
+def each_head(function: Any, q_HxNxd: jax.Array, k_HxMxd: jax.Array, *more: jax.Array) -> Any:
+  """`function` of the arrays of each head: of all of them at once, or of one after another."""
+  heads, tokens, _ = q_HxNxd.shape
+  large = heads * tokens * k_HxMxd.shape[1] > MAX_MAP_ELEMENTS
+  every = functools.partial(jax.lax.map, function) if large else jax.vmap(function)
+  return every((q_HxNxd, k_HxMxd, *more))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend_heads(
+  q_HxNxd: jax.Array, k_HxMxd: jax.Array, v_HxMxd: jax.Array, causal: bool
+) -> jax.Array:
+  """softmax(q kᵀ / √d) v of every head: (H, N, d).
 
   A map's rows are stored as the logarithms of their sums; the backward pass computes the map again
   from these, without its product with v (FlashAttention, Dao et al., 2022).
   """
-  return attend_forward(q_HxNxd, k_HxMxd, v_HxMxd)[0]
+  return attend_forward(q_HxNxd, k_HxMxd, v_HxMxd, causal)[0]
 
 
 def attend_forward(
-  q_HxNxd: jax.Array, k_HxMxd: jax.Array, v_HxMxd: jax.Array
+  q_HxNxd: jax.Array, k_HxMxd: jax.Array, v_HxMxd: jax.Array, causal: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   def one_head(qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     q, k, v = qkv
     # The scale is applied last, so that XLA does it in the loop of the exponential, and in that of
     # the product where no gradient is wanted.
     scores, scale = dot(q, k), q.shape[-1] ** -0.5
+    if causal:
+      scores = jnp.where(jnp.tril(jnp.ones(scores.shape, bool)), scores, -jnp.inf)
     largest = scores.max(-1, keepdims=True)
     weights = jnp.exp((scores - largest) * scale).astype(v.dtype)
     total = weights.astype(jnp.float32).sum(-1, keepdims=True)
     return product(weights, v) / total, (largest * scale + jnp.log(total))[:, 0]
 
-  out, log_total = jax.lax.map(one_head, (q_HxNxd, k_HxMxd, v_HxMxd))
+  out, log_total = each_head(one_head, q_HxNxd, k_HxMxd, v_HxMxd)
   # The name is the one that the policy "dots" of `remat.REMAT_POLICIES` stores.
   stored = q_HxNxd, k_HxMxd, v_HxMxd, checkpoint_name(log_total, "attention")
   return out.astype(v_HxMxd.dtype), stored
 
 
-def attend_backward(stored: tuple[jax.Array, ...], g_HxNxd: jax.Array) -> tuple[jax.Array, ...]:
+def attend_backward(
+  causal: bool, stored: tuple[jax.Array, ...], g_HxNxd: jax.Array
+) -> tuple[jax.Array, ...]:
   # Maps as M x N and keys transposed beforehand, so that no product contains a transposed map:
   # these have a slower kernel. The barrier keeps that copy of the keys out of the forward pass.
   q_HxNxd, k_HxMxd, v_HxMxd, log_total_HxN = stored
@@ -108,18 +118,21 @@ def attend_backward(stored: tuple[jax.Array, ...], g_HxNxd: jax.Array) -> tuple[
 
   def one_head(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     q, k, v, log_total, g, k_dxM = arrays
-    weights = jnp.exp(dot(k, q) * scale - log_total).astype(g.dtype)
+    logits = dot(k, q) * scale - log_total
+    if causal:
+      logits = jnp.where(jnp.triu(jnp.ones(logits.shape, bool)), logits, -jnp.inf)
+    weights = jnp.exp(logits).astype(g.dtype)
     wide, slopes = weights.astype(jnp.float32), dot(v, g)
     slopes = (wide * (slopes - (wide * slopes).sum(0))).astype(q.dtype)
     return product(k_dxM, slopes) * scale, product(slopes, q) * scale, product(weights, g)
 
-  dq_HxdxN, dk, dv = jax.lax.map(
-    one_head, (q_HxNxd, k_HxMxd, v_HxMxd, log_total_HxN, g_HxNxd, k_HxMxd.swapaxes(1, 2))
+  dq_HxdxN, dk, dv = each_head(
+    one_head, q_HxNxd, k_HxMxd, v_HxMxd, log_total_HxN, g_HxNxd, k_HxMxd.swapaxes(1, 2)
   )
   return tuple(x.astype(q_HxNxd.dtype) for x in (dq_HxdxN.swapaxes(1, 2), dk, dv))
 
 
-attend_by_head.defvjp(attend_forward, attend_backward)
+attend_heads.defvjp(attend_forward, attend_backward)
 
 
 @jax.custom_vjp
