@@ -158,7 +158,7 @@ def _segment(arguments: list[str]) -> int:
   add("--synonyms", help="how synonyms are joined: first, mean, max or joined")
   add(
     "--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-    help="compute type; auto: bfloat16 on devices with units for it, else float32",
+    help="compute type; auto: bfloat16 where it is the faster one, else float32",
   )  # fmt: skip
   add("--palette", default="default", choices=tuple(PALETTES), help="(%(default)s)")
   add(

@@ -36,6 +36,8 @@ TPU_PORT = 8476
 MAX_WAIT_SECONDS = 86400
 # How Linux names the units of x86 processors that multiply bfloat16.
 BFLOAT16_UNITS = {"avx512_bf16", "amx_bf16"}
+# CLIPs of fewer parameters than this are too small for these units to pay.
+LARGE = 10_000_000
 # In place of a coordinator: join no other process.
 ALONE = ("none",)
 
@@ -138,14 +140,20 @@ def platform_of(mesh: jax.sharding.Mesh) -> str:
   return mesh.devices.flat[0].platform
 
 
-def fast_type(device: jax.Device) -> str:
+def fast_type(device: jax.Device, parameters: int) -> str:
   """The compute type for inference on a device: "bfloat16" where its products are faster.
 
   They are on TPUs, on NVIDIA's GPUs from Ampere on (compute capability 8.0), and on CPUs that have
-  units for them (docs/benchmarks.md).
+  units for them, where a tiny network gains nothing and takes longer to compile
+  (docs/benchmarks.md).
+
+  Args:
+    device: where it runs.
+    parameters: number of parameters of the whole CLIP.
   """
   if device.platform == "cpu":
-    return "bfloat16" if BFLOAT16_UNITS & set(processor_features()) else "float32"
+    units = BFLOAT16_UNITS & set(processor_features())
+    return "bfloat16" if units and parameters >= LARGE else "float32"
   if device.platform == "tpu":
     return "bfloat16"
   capability = str(getattr(device, "compute_capability", ""))

@@ -136,7 +136,7 @@ def test_the_fast_type_of_a_device(platform, capability, dtype):
   device = types.SimpleNamespace(platform=platform)
   if capability:
     device.compute_capability = capability
-  assert devices.fast_type(device) == dtype
+  assert devices.fast_type(device, 1000) == dtype
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,9 @@ def test_the_fast_type_of_a_device(platform, capability, dtype):
 )
 def test_the_fast_type_of_a_cpu(features, dtype, monkeypatch):
   monkeypatch.setattr(devices, "processor_features", lambda: features)
-  assert devices.fast_type(types.SimpleNamespace(platform="cpu")) == dtype
+  cpu = types.SimpleNamespace(platform="cpu")
+  assert devices.fast_type(cpu, 100_000_000) == dtype
+  assert devices.fast_type(cpu, 4_000_000) == "float32"  # too small for that to pay
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")

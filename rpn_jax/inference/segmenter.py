@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from typing import Any, NamedTuple, overload
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -26,7 +27,6 @@ from rpn_jax.base.words import Names, check_known, check_names, parse_names, wit
 from rpn_jax.config.stored import read_config
 from rpn_jax.inference import strips
 from rpn_jax.inference.predictor import Predictor
-from rpn_jax.inference.process import check_process
 from rpn_jax.inference.refinement import REFINEMENTS
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, checked_adjustment
 from rpn_jax.inference.sliding import SlidingWindow
@@ -117,7 +117,7 @@ class Segmenter:
         setting, and "mean" for weights.
       clip: the CLIP weights of a run or of prompts, if they are not where they were in training.
       dtype: compute type: "float32", "bfloat16", or "auto", which is the faster one here, see
-        `devices.fast_type`.
+        `devices.fast_type`, whatever a run was trained in.
 
     Raises:
       InputError: no such model, or a damaged one.
@@ -130,8 +130,11 @@ class Segmenter:
       raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
     check_known("dtype=", dtype, TYPES)
     if dtype == "auto":
-      check_process()
-      dtype = devices.fast_type(jax.local_devices()[0])
+      exact = cls.load(
+        model, method=method, checkpoint=checkpoint, templates=templates, synonyms=synonyms,
+        clip=clip, dtype="float32",
+      )  # fmt: skip
+      return cls(_in_fast_type(exact.predictor), exact.method, exact.step)
     path, name, own_templates = expand(model), str(model), "imagenet80"
     choices = {"templates": templates, "synonyms": synonyms, "clip": clip, "dtype": dtype}
     prompts = _shipped_prompts(model) or exported.find_prompts(model)
@@ -383,6 +386,15 @@ class Segmenter:
 
   def __repr__(self) -> str:
     return f"Segmenter({self.method})"
+
+
+def _in_fast_type(predictor: Predictor) -> Predictor:
+  """The same predictor in the compute type that is the faster one here."""
+  dtype = devices.fast_type(jax.local_devices()[0], predictor.clip_parameters)
+  network = predictor.network.clone(dtype=jnp.dtype(dtype))
+  return Predictor(
+    network, predictor.params, predictor.prompts, predictor.encoder, predictor.protocol
+  )
 
 
 def _training_free(predictor: Predictor, clip: str) -> str:

@@ -55,6 +55,10 @@ class Network(Hashable, Protocol):
     """Of the Flax module: a call, or another method, with its variables."""
     ...
 
+  def clone(self, *, dtype: Any) -> "Network":
+    """Of the Flax module: the same with another compute type."""
+    ...
+
   @property
   def towers(self) -> tuple[str, ...]: ...
 

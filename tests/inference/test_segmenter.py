@@ -434,7 +434,7 @@ def test_the_type_is_the_fast_one_of_the_device_unless_it_is_given(monkeypatch, 
   load = lambda **given: Segmenter.load(tmp_path / "clip.safetensors", **given)
   monkeypatch.setattr(segmenter.devices, "processor_features", lambda: ("avx2",))
   assert load().predictor.network.dtype == np.float32  # on a CPU without units for bfloat16
-  monkeypatch.setattr(segmenter.devices, "fast_type", lambda device: "bfloat16")
+  monkeypatch.setattr(segmenter.devices, "fast_type", lambda device, parameters: "bfloat16")
   halves, exact = load(), load(dtype="float32")
   assert halves.predictor.network.dtype == "bfloat16"
   assert exact.predictor.network.dtype == np.float32
