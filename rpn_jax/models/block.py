@@ -46,7 +46,8 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values, each (B, N, H, d)."""
     qkv = self.project_fused(x_BxNxD, tune)
-    return tuple(rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads))
+    q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
+    return q, k, v
 
   def project_fused(self, x_BxNxD: jax.Array, tune: Callable) -> jax.Array:
     """Queries, keys and values side by side: (B, N, 3 D)."""

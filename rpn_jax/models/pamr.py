@@ -4,6 +4,7 @@ edges of an image, without training.
 Shape letters: H/W pixels, C classes, S shifts, c classes of a chunk.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -61,7 +62,7 @@ def pamr(
 
   def step(_: jax.Array, scores_HxWxc: jax.Array) -> jax.Array:
     pairs = zip(weights_SxHxW, neighbors(scores_HxWxc))
-    return sum(weight[..., None] * neighbor for weight, neighbor in pairs)
+    return functools.reduce(jnp.add, (weight[..., None] * neighbor for weight, neighbor in pairs))
 
   def refine(i: jax.Array, refined_HxWxC: jax.Array) -> jax.Array:
     # The last chunk overlaps the one before it, so that all have one shape.
