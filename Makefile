@@ -1,5 +1,5 @@
-# make demo        install, train on the shapes data set, evaluate, draw (about five minutes)
-# make test        install, lint, run the tests (about nine minutes on two cores)
+# make demo        install, train on the shapes data set, evaluate, draw (two to five minutes)
+# make test        install, lint, run the tests (six to nine minutes on two cores)
 # make test-slow   the tests that `make test` leaves out
 # make test-tpu    what the TPU's own compiler makes of the programs; no TPU is needed
 # make test-consumers  annotations read by the programs that they are made for
