@@ -184,7 +184,8 @@ def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) ->
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.set_xlabel(textwrap.fill(title, 30))
   bottom, top = axes[0, 0].get_ylim()
-  axes[0, 0].set_ylim(bottom, top + 0.06 * len(towers) * (top - bottom))  # for the names
+  below = max(0.1, 0.97 - 0.055 * len(towers))  # the part of the axis that names leave
+  axes[0, 0].set_ylim(bottom, bottom + (top - bottom) / below)
   axes[0, 0].set_ylabel("gain in hIoU (points)")
   axes[0, 0].set_title(
     "Each tower: seeds' mean, 95 % interval (hollow: one seed)", loc="left", fontsize=12
