@@ -3,6 +3,7 @@
 import ast
 import collections
 import email
+import gc
 import importlib.metadata
 import json
 import os
@@ -299,6 +300,8 @@ def test_quiet_prints_nothing(tmp_path, capfd, monkeypatch):
   """Of main.py, in a process of its own: test_main.py."""
   monkeypatch.setattr(console, "_silent", False)
   monkeypatch.setattr(sys, "stdout", sys.stdout)
+  gc.collect()  # what earlier tests left open is complained about now
+  capfd.readouterr()
   command = ["segment", str(SCENE), "sand, water", "--quiet", "--out", str(tmp_path)]
   assert cli.main(command) == 0
   sys.stdout.close()  # nowhere, where it goes from now on
