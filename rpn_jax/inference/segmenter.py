@@ -27,6 +27,7 @@ from rpn_jax.base.words import Names, check_known, check_names, parse_names, wit
 from rpn_jax.config.stored import read_config
 from rpn_jax.inference import strips
 from rpn_jax.inference.predictor import Predictor
+from rpn_jax.inference.process import check_process
 from rpn_jax.inference.refinement import REFINEMENTS
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, checked_adjustment
 from rpn_jax.inference.sliding import SlidingWindow
@@ -130,6 +131,7 @@ class Segmenter:
       raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
     check_known("dtype=", dtype, TYPES)
     if dtype == "auto":
+      check_process()  # before anything is fetched
       exact = cls.load(
         model, method=method, checkpoint=checkpoint, templates=templates, synonyms=synonyms,
         clip=clip, dtype="float32",

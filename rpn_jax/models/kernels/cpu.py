@@ -8,6 +8,7 @@ channels in and out of a product; in a convolution as in `layers`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,7 +67,7 @@ def dot(a_NxK: jax.Array, b_MxK: jax.Array) -> jax.Array:
   return layers.wide_einsum("nk,mk->nm", a_NxK, b_MxK)
 
 
-def each_head(function: Any, q_HxNxd: jax.Array, k_HxMxd: jax.Array, *more: jax.Array) -> Any:
+def each_head(function: Callable, q_HxNxd: jax.Array, k_HxMxd: jax.Array, *more: jax.Array) -> Any:
   """`function` of the arrays of each head: of all of them at once, or of one after another."""
   heads, tokens, _ = q_HxNxd.shape
   large = heads * tokens * k_HxMxd.shape[1] > MAX_MAP_ELEMENTS
