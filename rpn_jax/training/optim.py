@@ -13,10 +13,10 @@ import optax
 
 from rpn_jax.base.errors import InputError
 
-# Share of the rate that is left when a share of the steps is done.
+# Share of the rate that is left when a share of the steps is.
 DECAYS = {
-  "poly": lambda done, power: jnp.maximum(1 - done, 0.0) ** power,
-  "cosine": lambda done, power: (1 + jnp.cos(jnp.pi * jnp.minimum(done, 1.0))) / 2,
+  "poly": lambda left, power: left**power,
+  "cosine": lambda left, power: jnp.sin(jnp.pi * left / 2) ** 2,  # (1 - cos(pi left)) / 2
 }
 
 
@@ -39,7 +39,9 @@ def make_schedule(
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
     t = jnp.asarray(step, jnp.float32)
-    rate = (base - minimum) * DECAYS[decay](t / steps, power) + minimum
+    # Not 1 - t / T, of which rounding leaves three digits in the last steps.
+    left = jnp.maximum(steps - t, 0.0) / steps
+    rate = (base - minimum) * DECAYS[decay](left, power) + minimum
     # u + r(1 - u) is accurate in float32 for small r, where 1 - (1 - u)(1 - r) cancels.
     done = t / max(warmup_steps, 1)
     return jnp.where(t < warmup_steps, rate * (done + warmup_ratio * (1 - done)), rate)

@@ -40,6 +40,17 @@ def test_what_is_no_regular_expression_is_refused(field, value):
     optim.make_optimizer(settings, {"h": jnp.ones(2)})
 
 
+@pytest.mark.parametrize(
+  "decay, exact",
+  [("poly", lambda t: (1 - t) ** 0.9), ("cosine", lambda t: np.sin(np.pi * (1 - t) / 2) ** 2)],
+)
+def test_the_last_rates_are_those_of_float64(decay, exact):
+  """1 - t / T in float32 is wrong by up to a thousandth there."""
+  rate = optim.make_schedule(1.0, 80_000, decay=decay, power=0.9)
+  steps = np.arange(79_990, 80_000)
+  np.testing.assert_allclose(rate(steps), exact(steps / 80_000), rtol=2e-6)
+
+
 def test_gradients_are_clipped_by_their_norm_over_all_groups():
   tree = {"h": jnp.ones(2), "head": {"kernel": jnp.ones(3)}}
   grads = {"h": jnp.full(2, 3.0), "head": {"kernel": jnp.full(3, -4.0)}}
