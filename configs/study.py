@@ -81,6 +81,21 @@ WIDTHS = {
   },
 }
 _PAIR = {name: METHODS[name] for name in ("lpm", "rpn")}
+
+
+def at(rate: float, changes: dict, variant: str = "") -> dict:
+  """A row at one rate of the grid, whichever is its best."""
+  config = ablations.changed(shapes, {"row": changes}, "row")
+  return {**changes, **ablations.rate_grid(config)[variant][rate]}
+
+
+# What the others' rates would make of a row: rates of rows that are compared differ.
+RATES = {
+  "lpm_0.02": at(0.02, METHODS["lpm"]),
+  "rpn_0.06": at(0.06, {}, "h 0.1"),
+  "rpn_0.06_h": at(0.06, {}, "h 1"),
+  "rpm_lpm_0.02": at(0.02, ablations.TABLES["table4"]["rpm_lpm"], "h 0.1"),
+}
 # Of the paper, around the base tower at this study's length and rates; the row of all parts is rpn.
 PAPER = (4, 5, 6, 7, 10, 11, 13, 14)
 
@@ -103,6 +118,7 @@ TABLES = {
     for scenes in (100, 400)
   },
   **WIDTHS,
+  "base_rates": {**_PAIR, "rpm_lpm": ablations.TABLES["table4"]["rpm_lpm"], **RATES},
   **{
     f"table{n}": {**_PAIR, **{row: c for row, c in ablations.TABLES[f"table{n}"].items() if c}}
     for n in PAPER

@@ -25,8 +25,9 @@ from rpn_jax.weights import arrays, clip_file
 
 # Bytes; with the seed below the 255 that file systems have for a name.
 LONGEST_NAME = 200
-# What --tune-lr sets.
-TUNED = ("optimizer.base_lr", "optimizer.groups", "data.held_out")
+# What --tune-lr chooses for the rows that do not say it, and what its trials set.
+RATE = ("optimizer.base_lr", "optimizer.groups")
+TUNED = (*RATE, "data.held_out")
 
 
 def read_tables(path: str) -> dict:
@@ -91,6 +92,11 @@ def is_free(changes: Mapping) -> bool:
   return changes.get("method") == "training_free"
 
 
+def is_tuned(changes: Mapping) -> bool:
+  """Whether --tune-lr chooses a row's rate: it trains something, and has none of its own."""
+  return not is_free(changes) and not any(field in changes for field in RATE)
+
+
 @dataclasses.dataclass
 class Plan:
   """Which runs a sweep makes, by what commands.
@@ -126,7 +132,7 @@ class Plan:
 
   def workdir(self, changes: Mapping, seed: int) -> pathlib.Path | None:
     """See `directory`; None if a rate is to be chosen and none was."""
-    if not self.tuned or is_free(changes):
+    if not self.tuned or not is_tuned(changes):
       return directory(self.root, changes, seed)
     if (fields := self.chosen.get(key(changes))) is None:
       return None
@@ -187,7 +193,7 @@ class Plan:
       )
     found, there = {}, set()
     for name, changes in self.rows(tables):
-      if is_free(changes) or key(changes) in there:
+      if not is_tuned(changes) or key(changes) in there:
         continue
       there.add(key(changes))
       grid = self.content["rate_grid"](self._parsed(name, self.passed_on))

@@ -8,7 +8,8 @@ command continues them. A failed run is listed with its log and tried again by t
 
 --tune-lr first finds a learning rate for every row, see `rpn_jax.analysis.rates`: of the grid of
 the config file the one with the best score on held-out training images; the runs of the table then
-use it. The scores by rate are in ROOT/report/rates.
+use it. A row that sets optimizer.base_lr or optimizer.groups keeps them. The scores by rate are in
+ROOT/report/rates.
 
 --keep=FILE.json adds the scores of each run that ends to a small file, and takes those that it has
 for done: with it a sweep goes on where its workdirs are not, on another machine or another day.

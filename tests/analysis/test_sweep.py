@@ -186,6 +186,16 @@ def test_every_row_gets_the_rate_that_is_best_on_held_out_images(here, capsys):
   assert calls() == made  # nothing twice, not even what diverged
 
 
+def test_a_row_keeps_the_rate_that_it_sets(here, capsys):
+  fixed = CONFIG.replace('"rpn": {},', '"rpn": {}, "slow": {"optimizer.base_lr": 1e-4},')
+  (here / "tables.py").write_text(fixed)
+  assert call("table10", "--tune-lr") == 0
+  made = [c for c in calls() if "table10_slow" in c["config"]]
+  assert sorted(c["workdir"] for c in made) == [f"out/base_lr=0.0001_seed{s}" for s in (0, 1)]
+  assert not any(c.keys() & {"config.optimizer.base_lr", "config.data.held_out"} for c in made)
+  assert "missing" not in capsys.readouterr().out
+
+
 def test_rates_chosen_on_other_images_need_another_folder(here, capsys):
   assert call("table1", "--tune-lr") == 0
   made = calls()
