@@ -8,20 +8,20 @@ import numpy as np
 from rpn_jax.analysis.runs import Row
 
 
-def differences(row: Row, reference: Row) -> list[float]:
-  """hIoU of a row less that of another one, seed by seed; [] for the same one.
+def differences(row: Row, reference: Row, metric: str = "hiou") -> list[float]:
+  """A score of a row less that of another one, seed by seed; [] for the same one.
 
   Runs of a seed see the same images in the same order: differences spread less than scores do.
   """
   if row.runs[0].config.get("method") == "training_free":
     return []
   scores = [
-    {run.config["seed"]: hiou for run in r.runs if (hiou := run.last.get("hiou")) is not None}
+    {run.config["seed"]: score for run in r.runs if (score := run.last.get(metric)) is not None}
     for r in (row, reference)
   ]
   if [run.directory for run in row.runs] == [run.directory for run in reference.runs]:
     return []
-  return [hiou - scores[1][seed] for seed, hiou in scores[0].items() if seed in scores[1]]
+  return [score - scores[1][seed] for seed, score in scores[0].items() if seed in scores[1]]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

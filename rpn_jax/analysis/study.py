@@ -7,13 +7,13 @@ GAINS and AXES what is compared with what. Beside the scores, a towers.json in t
 of each tower: its zero-shot accuracy and how local its patches are. Records of towers that were
 made here, runs/study/towers/NAME/metrics.json and locality.json, are added to it.
 
-Written: study.md, all tables, and which runs are missing; locality.png, the gain of relationship
+Written: study.md, all tables, gains by groups of classes and at equal rates, and which runs are
+missing; locality.png, the gain of relationship
 prompts around each tower by the measures of locality; data.png, by seen classes and training
 scenes.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
@@ -22,48 +22,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rpn_jax.analysis import kept, paired, rates, report
+from rpn_jax.analysis import gains, kept, rates, report
+from rpn_jax.analysis.gains import MEASURES, Gain
 from rpn_jax.analysis.plan import Plan, read_tables
 from rpn_jax.analysis.runs import Row
 from rpn_jax.analysis.sweep import compared
-from rpn_jax.base.console import table
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json, write_text
 from rpn_jax.drawing.images import save_png
 from rpn_jax.drawing.plots import figure, legend_beside, line_style
 
-# Measures of a tower, as `rpn_jax.analysis.locality` and the pre-training call them -> titles.
-MEASURES = {
-  "probe_miou": "linear probe on patches, mIoU (%)",
-  "attention_distance_share": "attention distance, % of uniform attention's",
-  "far_changed": "patches whose class far pixels change (%)",
-}
 # Where `make study` makes the towers.
 TOWERS = "runs/study/towers"
 RECORDS = {
   "metrics.json": ("top1", "images", "seconds"),
   "locality.json": (*MEASURES, "fingerprint"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Gain:
-  """By how much one row of a table is ahead of another in hIoU, seed by seed.
-
-  Attributes:
-    series: what stands for both.
-    place: the table, as a tower.
-    values: fractions.
-  """
-
-  series: str
-  place: str
-  values: Sequence[float]
-
-  @property
-  def point(self) -> tuple[float, float]:
-    """Mean and half of Student's 95 % interval, NaN for one seed; percent."""
-    return paired.interval(self.values)
 
 
 def open_plan(path: pathlib.Path) -> Plan:
@@ -89,73 +63,6 @@ def open_plan(path: pathlib.Path) -> Plan:
   if tuned:
     plan.choose(plan.trials(list(content["TABLES"])))
   return plan
-
-
-def gains(
-  rows: Mapping[str, Sequence[Row]], pairs: Mapping[str, tuple[str, str]], places: Sequence[str]
-) -> list[Gain]:
-  """Of every pair of rows in every table that has both.
-
-  Args:
-    rows: table -> its rows.
-    pairs: series -> (row, row that it is compared with).
-    places: tables.
-  """
-  found = []
-  for series, (ahead, behind) in pairs.items():
-    for place in places:
-      by_label = {row.label: row for row in rows.get(place, ())}
-      if ahead in by_label and behind in by_label:
-        values = paired.differences(by_label[ahead], by_label[behind])
-        if values:
-          found.append(Gain(series, place, values))
-  return found
-
-
-def tower_table(
-  towers: Mapping[str, Mapping], rows: Mapping[str, Sequence[Row]], found: Sequence[Gain]
-) -> str:
-  """What is known of each tower, as Markdown."""
-  series = list(dict.fromkeys(gain.series for gain in found))
-  most = max((len(gain.values) for gain in found), default=0)
-  cells = []
-  for tower, measures in towers.items():
-    hiou = {row.label: row.values("last", "hiou") for row in rows.get(tower, ())}
-    gain_of = {gain.series: gain.values for gain in found if gain.place == tower}
-    cells.append(
-      [
-        tower,
-        *(_percent(measures.get(key)) for key in ("top1", *MEASURES)),
-        *(report.mean_and_deviation(hiou.get(row, [])) for row in ("training_free", "lpm")),
-        *(paired.mean_and_interval(gain_of.get(name, []), most) for name in series),
-      ]
-    )
-  heads = ["tower", "zero-shot top-1 (%)", *MEASURES.values()]
-  heads += ["training-free hIoU", "LPM alone hIoU", *(f"{name} [95 %]" for name in series)]
-  return table(cells, heads, markdown=True)
-
-
-def trend_table(towers: Mapping[str, Mapping], found: Sequence[Gain]) -> str:
-  """Over all towers: the mean gain, and how it grows with each measure, as Markdown; "" if there
-  are not two."""
-  cells = []
-  for name in dict.fromkeys(gain.series for gain in found):
-    means = {g.place: g.point[0] for g in found if g.series == name and g.place in towers}
-    slopes = []
-    for key in MEASURES:
-      points = [
-        (10 * towers[tower][key], mean)
-        for tower, mean in means.items()
-        if towers[tower].get(key) is not None
-      ]
-      x, y = ([point[i] for point in points] for i in range(2))
-      slopes.append(paired.with_interval(*paired.slope(x, y)))
-    if len(means) > 1:
-      gained = paired.mean_and_interval([mean / 100 for mean in means.values()])
-      cells.append([name, len(means), gained, *slopes])
-  heads = ["over towers", "towers", "mean [95 %]"]
-  heads += [f"points for 10 more of: {title} [95 %]" for title in MEASURES.values()]
-  return table(cells, heads, markdown=True) if cells else ""
 
 
 def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) -> None:
@@ -275,10 +182,6 @@ def _read_object(path: pathlib.Path) -> dict:
     raise InputError(f"{path}: expected JSON with the records of towers, got {error}") from None
 
 
-def _percent(value: float | None) -> str:
-  return "-" if value is None else f"{100 * value:.1f}"
-
-
 def missing_runs(plan: Plan, table: str, there: Sequence[Row], seeds: int) -> str:
   """ "lpm 0, 1, 2; rpn 2": labels and seeds of a table's runs that are not there, and why.
 
@@ -347,17 +250,23 @@ def write(plan: Plan, folder: pathlib.Path, out: pathlib.Path, seeds: int) -> li
     if missing := missing_runs(plan, name, rows[name], seeds):
       absent.append(f"- {name}: {missing}")
   _check_towers(folder / "towers.json", known, rows)
-  found = gains(rows, content.get("GAINS", {}), list(tables))
-  head = ["# Tables of the study", "", tower_table(towers, rows, found)]
-  if trends := trend_table(towers, found):
-    head += ["", trends]
+  pairs = content.get("GAINS", {})
+  found = gains.gains(rows, pairs, list(tables))
+  head = ["# Tables of the study", "", gains.tower_table(towers, rows, found)]
+  others = (
+    gains.trend_table(towers, found),
+    gains.group_table(rows, pairs, towers),
+    gains.rate_table(plan, trials, pairs, towers),
+  )
+  for text in filter(None, others):
+    head += ["", text]
   if plan.tuned:
     tried = {row: t for row, t in trials.items() if any(x.score is not None for x in t)}
     notes = [f"- {note}" for note in rates.notes(tried)]
     head += ["", "## Rates", "", rates.rate_table(tried, markdown=True), "", *notes]
   last = ["", "## Missing runs, by their seeds", "", *absent] if absent else []
-  if others := _of_no_row(plan, trials, most):
-    last += ["", "## Kept runs of no row", "", *(f"- {name}" for name in others)]
+  if strays := _of_no_row(plan, trials, most):
+    last += ["", "## Kept runs of no row", "", *(f"- {name}" for name in strays)]
   out.mkdir(parents=True, exist_ok=True)
   files = [out / "study.md"]
   write_text(files[0], "\n".join([*head, *sections, *last]) + "\n")

@@ -58,6 +58,9 @@ SCORES = {
   ("few", "lpm"): (0.32,),
 }
 
+# Of a row's trials, where it is not 0.5.
+HELD_OUT = {"base_rpn": 0.52, "deep_rpn": 0.54, "few_rpn": 0.9}
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -71,9 +74,9 @@ def folder(tmp_path, monkeypatch):
   trials = plan.trials(list(content["TABLES"]))
   workdirs = []
 
-  def add(workdir, config, hiou):
+  def add(workdir, config, hiou, held_out=0.5):
     workdir.mkdir(parents=True)
-    last = {"step": 5, "pAcc": 0.9, "miou_gt": 0.5, "miou_union": 0.5, "miou_seen": 0.5,
+    last = {"step": 5, "pAcc": 0.9, "miou_gt": held_out, "miou_union": 0.5, "miou_seen": 2 * hiou,
             "miou_unseen": 0.4, "hiou": hiou}  # fmt: skip
     content = {"last": last, "best": last, "config": config, "trained_parameters": 7}
     (workdir / "metrics.json").write_text(json.dumps(content))
@@ -86,7 +89,7 @@ def folder(tmp_path, monkeypatch):
 
   for name, of_row in trials.items():
     for trial in of_row:
-      add(trial.workdir, config(name, 0, **trial.fields), 0.3)
+      add(trial.workdir, config(name, 0, **trial.fields), 0.3, HELD_OUT.get(name, 0.5))
   plan.choose(trials)
   for (table, row), values in {**SCORES, ("base", "free"): (0.06,)}.items():
     changes = content["TABLES"][table][row]
@@ -114,8 +117,12 @@ def test_tables_and_figures_are_made_from_kept_scores(folder, capsys):
   assert "2.0 [-0.5, 4.5]" in line["base"] and "93.5" in line["base"] and "6.0" in line["base"]
   assert "7.0 [2.0, 12.0]" in line["deep"] and "40.0" in line["deep"] and "25.0" in line["deep"]
   # Over both towers: the line through (60 %, 2) and (40 %, 7); two points tell no interval.
-  trend = [cell.strip() for cell in line["RPN less LPM"].split("|")]
-  assert trend[2:-1] == ["2", "4.5 [-27.3, 36.3]", "-2.5", "-", "3.3"]
+  of_gain = [line for line in text.splitlines() if line.startswith("| RPN less LPM ")]
+  trend, seen, unseen, at_rates = ([c.strip() for c in line.split("|")[2:-1]] for line in of_gain)
+  assert trend == ["2", "4.5 [-27.3, 36.3]", "-2.5", "-", "3.3"]
+  assert seen == ["seen", "4.0 [-1.0, 9.0]", "14.0 [4.1, 23.9]", "9.0 [-54.5, 72.5]"]
+  assert unseen == ["unseen", *["0.0 [0.0, 0.0]"] * 3]
+  assert at_rates == ["", *["3.0 [-9.7, 15.7]"] * 2]  # two points, and four around the other tower
   assert text.endswith(
     "## Missing runs, by their seeds\n\n- deep: free 0\n- few: rpn 1, 2; lpm 1, 2\n"
   )
