@@ -99,6 +99,8 @@ _NO_M2OE = ablations.TABLES["table4"]["rpm_lpm"]
 RATES = {
   "rpm_lpm": _NO_M2OE,
   "rpm_lpm_0.02": at(0.02, _NO_M2OE),
+  "rpn_0.006_h": at(0.006, {}, "h 1"),
+  "rpn_0.02_h": at(0.02, {}, "h 1"),
   "rpn_0.06": at(0.06, {}),
   "rpn_0.06_h": at(0.06, {}, "h 1"),
 }
@@ -132,6 +134,8 @@ TABLES = {
 }
 # Rows of the same table that the others are compared with, seed by seed.
 REFERENCES = {"RPN": "rpn", "LPM alone": "lpm"}
+# The same, but trained at the rate of the row that is compared.
+SAME_RATE = {"equal-rate RPN": "rpn"}
 # Series of the figures -> a row, and the row of the same table that it is to be ahead of.
 GAINS = {
   "RPN less LPM alone": ("rpn", "lpm"),

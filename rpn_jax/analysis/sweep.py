@@ -33,10 +33,12 @@ from collections.abc import Callable, Mapping, Sequence
 from rpn_jax.analysis import kept, paired, rates, report
 from rpn_jax.analysis.jobs import run_all
 from rpn_jax.analysis.plan import (
+  RATE,
   Plan,
   check_passed_on,
   check_weights,
   claim,
+  directory,
   is_free,
   is_made,
   key,
@@ -99,14 +101,17 @@ def late_change(row: Row) -> str:
 
 
 def extra_columns(
-  table: str, row: Row, references: Mapping[str, Row], diverged: Mapping[str, Sequence[int]]
+  table: str,
+  row: Row,
+  references: Mapping[str, Row | None],
+  diverged: Mapping[str, Sequence[int]],
 ) -> dict[str, str]:
   """Further columns of a row: title -> text.
 
   Args:
     table: its name.
     row: what the columns are of.
-    references: label -> row to which differences are taken.
+    references: label -> row to which differences are taken; None if it is not there.
     diverged: label -> seeds of which there is no score; there is a column if there are any.
   """
   columns = {
@@ -114,9 +119,8 @@ def extra_columns(
     LATE_CHANGE: late_change(row),
   }
   for label, reference in references.items():
-    columns[f"hIoU less {label}'s [95 %]"] = paired.mean_and_interval(
-      paired.differences(row, reference), len(row.runs)
-    )
+    values = paired.differences(row, reference) if reference else []
+    columns[f"hIoU less {label}'s [95 %]"] = paired.mean_and_interval(values, len(row.runs))
   if diverged:
     columns["diverged seeds"] = ", ".join(map(str, diverged.get(row.label, ()))) or "-"
   if table == "table10":
@@ -259,10 +263,29 @@ def compared(plan: Plan, table: str, seeds: int) -> tuple[list[Row], list[str]]:
   changes = plan.content["TABLES"][table]
   rows, missing = table_rows(changes, plan.workdir, seeds, plan.results.read)
   others, diverged = references(plan, seeds, changes), plan.diverged(changes, seeds)
-  return [
-    dataclasses.replace(row, extra_columns=extra_columns(table, row, others, diverged))
-    for row in rows
-  ], missing
+  found = []
+  for row in rows:
+    all_others = {**others, **at_its_rate(plan, seeds, changes, row.label)}
+    columns = extra_columns(table, row, all_others, diverged)
+    found.append(dataclasses.replace(row, extra_columns=columns))
+  return found, missing
+
+
+def at_its_rate(
+  plan: Plan, seeds: int, rows: Mapping[str, Mapping], label: str
+) -> dict[str, Row | None]:
+  """What a table's row is compared with at its own rate, whichever is the other's: the config
+  file's SAME_RATE, title -> row of each table, as far as there are such runs; else None."""
+  own = {field: value for field, value in rows[label].items() if field in RATE}
+  rate = own or plan.chosen.get(key(rows[label]), {})
+  workdir = lambda changes, seed: directory(plan.root, {**changes, **rate}, seed)
+  found: dict[str, Row | None] = {}
+  for title, name in plan.content.get("SAME_RATE", {}).items():
+    if name in rows:
+      wanted = {title: rows[name]} if rate else {}
+      there, _ = table_rows(wanted, workdir, seeds, plan.results.read)
+      found[title] = there[0] if there else None
+  return found
 
 
 def references(plan: Plan, seeds: int, rows: Mapping[str, Mapping]) -> dict[str, Row]:

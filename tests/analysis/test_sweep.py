@@ -196,6 +196,29 @@ def test_a_row_keeps_the_rate_that_it_sets(here, capsys):
   assert "missing" not in capsys.readouterr().out
 
 
+def test_rows_are_compared_at_equal_rates(here, capsys):
+  """Where there is such a run: lora's best rate is 0.001 at h 1, at which one row has RPN."""
+  row = '"rpn": {}, "slow": {"optimizer.base_lr": 1e-3, "model.h": 1},'
+  fixed = CONFIG.replace('"rpn": {},', row) + 'SAME_RATE = {"equal-rate RPN": "rpn"}'
+  (here / "tables.py").write_text(fixed)
+  main = MAIN.replace('"hiou": 0.4', '"hiou": 0.4 - 0.1 * (rate == 1e-2)')  # the best of RPN
+  (here / "main.py").write_text(main)
+  assert call("table10", "--tune-lr") == 0
+  assert "missing" not in capsys.readouterr().out
+  with (here / "out/report/table10/report.csv").open() as file:
+    of_row = {line["label"]: line for line in csv.DictReader(file)}
+  less = {
+    row: [line[f"hIoU less {other}'s [95 %]"] for other in ("rpn", "equal-rate RPN")]
+    for row, line in of_row.items()
+  }
+  assert less == {
+    "lora": ["5.0 [5.0, 5.0]", "-5.0 [-5.0, -5.0]"],
+    "rpn": ["-", "-"],
+    "slow": ["10.0 [10.0, 10.0]", "-"],
+    "free": ["-", "-"],
+  }
+
+
 def test_rates_chosen_on_other_images_need_another_folder(here, capsys):
   assert call("table1", "--tune-lr") == 0
   made = calls()
