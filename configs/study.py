@@ -121,7 +121,7 @@ TABLES = {
   },
   **{
     f"{scenes}_scenes": {
-      row: {**changes, "data.train_images": scenes} for row, changes in _PAIRS.items()
+      row: {**changes, "data.train_images": scenes} for row, changes in _PAIR.items()
     }
     for scenes in (100, 400)
   },

@@ -8,9 +8,8 @@ of each tower: its zero-shot accuracy and how local its patches are. Records of 
 made here, runs/study/towers/NAME/metrics.json and locality.json, are added to it.
 
 Written: study.md, all tables, gains by groups of classes and at equal rates, and which runs are
-missing; locality.png, the gain of relationship
-prompts around each tower by the measures of locality; data.png, by seen classes and training
-scenes.
+missing; locality.png, the gain of relationship prompts around each tower by the measures of
+locality; data.png, by seen classes and training scenes.
 """
 
 import argparse
@@ -67,7 +66,7 @@ def open_plan(path: pathlib.Path) -> Plan:
 
 def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) -> None:
   """Writes a PNG: gains by each measure of locality, a point for each tower."""
-  fig, axes = figure((13, 4.4), 1, len(MEASURES), sharey=True)
+  fig, axes = figure((16, 5), 1, len(MEASURES), sharey=True)
   series = list(dict.fromkeys(gain.series for gain in found))
   for ax, (measure, title) in zip(axes[0], MEASURES.items()):
     at_place: dict[str, float] = {}
@@ -105,7 +104,11 @@ def draw_locality(path, towers: Mapping[str, Mapping], found: Sequence[Gain]) ->
 def draw_axes(path, axes_of: Mapping[str, Mapping[int, str]], found: Sequence[Gain]) -> None:
   """Writes a PNG: gains by a number, such as that of seen classes: title -> number -> table."""
   fig, axes = figure((4.6 * len(axes_of) + 3, 4.4), 1, len(axes_of), sharey=True)
-  series = list(dict.fromkeys(gain.series for gain in found))
+  places_of: dict[str, set[str]] = {}
+  for gain in found:
+    places_of.setdefault(gain.series, set()).add(gain.place)
+  # Beside lines, a point of its own shows nothing of what the axes are about.
+  series = [name for name, there in places_of.items() if len(there) > 1] or list(places_of)
   for ax, (title, places) in zip(axes[0], axes_of.items()):
     ax.margins(x=0.12)  # for series beside each other
     for i, name in enumerate(series):
