@@ -6,8 +6,8 @@
 The argument is TABLE_ROW; `runlocal` is passed on.
 
 Hardware: two CPU cores; docs/study.md has the hours and scores (hIoU of 3,000 steps around the
-shipped tower, five seeds: RPN 46.6 %, only the head 46.3 %). The rate of every row that does not set
-one is chosen by `sweep --tune-lr` from one grid.
+shipped tower, five seeds: RPN 46.6 %, only the head 46.3 %). The rate of every row that does not
+set one is chosen by `sweep --tune-lr` from one grid.
 """
 
 from ml_collections import config_dict
