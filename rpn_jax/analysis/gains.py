@@ -138,7 +138,8 @@ def rate_table(
   of_changes = {key(changes[name]): of_row for name, of_row in trials.items()}
 
   def scores(tower: str, row: str) -> dict[tuple[str, float], float]:
-    of_row = of_changes.get(key(changes.get(f"{tower}_{row}", {"": None})), ())
+    own = changes.get(f"{tower}_{row}")
+    of_row = () if own is None else of_changes.get(key(own), ())
     return {(t.variant, t.rate): t.score for t in of_row if t.score is not None}
 
   cells, every = [], sorted({t.rate for of_row in trials.values() for t in of_row})
