@@ -220,6 +220,19 @@ class Plan:
       if best := rates.choose(of_row):
         self.chosen[key(rows[name])] = best.fields
 
+  def rate(self, changes: Mapping) -> Mapping:
+    """The fields of a row's rate: those that it sets, or that were chosen for it; {} if neither."""
+    own = {field: value for field, value in changes.items() if field in RATE}
+    return own or self.chosen.get(key(changes), {})
+
+  def check_run(self, name: str, fields: Mapping, run: FinishedRun) -> None:
+    """That a run is of the row called TABLE_ROW with other values of some fields.
+
+    Raises:
+      InputError: its config is another.
+    """
+    _check_config(run, {**self.config(name, self.passed_on), **fields})
+
   def _parsed(self, name: str, flags: Sequence[str]) -> Any:
     """What main.py makes of the row called TABLE_ROW and flags."""
     if not flags:

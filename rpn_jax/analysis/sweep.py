@@ -33,7 +33,6 @@ from collections.abc import Callable, Mapping, Sequence
 from rpn_jax.analysis import kept, paired, rates, report
 from rpn_jax.analysis.jobs import run_all
 from rpn_jax.analysis.plan import (
-  RATE,
   Plan,
   check_passed_on,
   check_weights,
@@ -265,19 +264,21 @@ def compared(plan: Plan, table: str, seeds: int) -> tuple[list[Row], list[str]]:
   others, diverged = references(plan, seeds, changes), plan.diverged(changes, seeds)
   found = []
   for row in rows:
-    all_others = {**others, **at_its_rate(plan, seeds, changes, row.label)}
+    all_others = {**others, **at_its_rate(plan, table, seeds, row.label)}
     columns = extra_columns(table, row, all_others, diverged)
     found.append(dataclasses.replace(row, extra_columns=columns))
   return found, missing
 
 
-def at_its_rate(
-  plan: Plan, seeds: int, rows: Mapping[str, Mapping], label: str
-) -> dict[str, Row | None]:
+def at_its_rate(plan: Plan, table: str, seeds: int, label: str) -> dict[str, Row | None]:
   """What a table's row is compared with at its own rate, whichever is the other's: the config
-  file's SAME_RATE, title -> row of each table, as far as there are such runs; else None."""
-  own = {field: value for field, value in rows[label].items() if field in RATE}
-  rate = own or plan.chosen.get(key(rows[label]), {})
+  file's SAME_RATE, title -> row of each table, as far as there are such runs; else None.
+
+  Raises:
+    InputError: a run in the place of such a one has another config.
+  """
+  rows = plan.content["TABLES"][table]
+  rate = plan.rate(rows[label])
   workdir = lambda changes, seed: directory(plan.root, {**changes, **rate}, seed)
   found: dict[str, Row | None] = {}
   for title, name in plan.content.get("SAME_RATE", {}).items():
@@ -285,6 +286,9 @@ def at_its_rate(
       wanted = {title: rows[name]} if rate else {}
       there, _ = table_rows(wanted, workdir, seeds, plan.results.read)
       found[title] = there[0] if there else None
+      for run in there[0].runs if there else ():
+        # No row need have asked for it, so nothing else has looked at more than its name.
+        plan.check_run(f"{table}_{name}", {**rate, "seed": run.config["seed"]}, run)
   return found
 
 

@@ -217,6 +217,14 @@ def test_rows_are_compared_at_equal_rates(here, capsys):
     "slow": ["10.0 [10.0, 10.0]", "-"],
     "free": ["-", "-"],
   }
+  # What no row asks for counts if it is RPN at that rate, and nothing else.
+  (here / "tables.py").write_text(fixed.replace(row, '"rpn": {},'))
+  assert call("table10", "--tune-lr") == 0
+  assert "-5.0 [-5.0, -5.0]" in capsys.readouterr().out
+  path = here / "out/h=1,base_lr=0.001_seed0/metrics.json"
+  path.write_text(path.read_text().replace('"width": 1', '"width": 2'))
+  assert call("table10", "--tune-lr") == 2
+  assert "config.model.width is 2 there, and its row asks for 1" in capsys.readouterr().err
 
 
 def test_rates_chosen_on_other_images_need_another_folder(here, capsys):
