@@ -19,7 +19,7 @@ def at(rate: float, changes: dict, h: str = "h 0.1") -> dict:
   """A row at one rate of the grid, whichever is its best; the recipe's h has a tenth of it."""
   config = ablations.changed(shapes, {"row": changes}, "row")
   grid = ablations.rate_grid(config)
-  return {**changes, **grid.get(h, grid.get("", {}))[rate]}
+  return {**changes, **grid[h if h in grid else ""][rate]}
 
 
 # What is compared around every tower. Without relationship prompts the paper's preset has no
