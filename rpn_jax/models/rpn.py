@@ -233,16 +233,19 @@ class RPN(Defaults, nn.Module):
       if "lst" in self.tuner_names and i == self.clip.vision_layers - 1:
         x = x + self.lst(hidden)
       z = self.read_out(x)
-      patches, cls = z[:, 1:], z[:, 0]
+      patches, cls = l2_normalize(z[:, 1:]), l2_normalize(z[:, 0])
       self.sow("intermediates", "patches", patches)
       self.sow("intermediates", "cls", cls)
       relationship = None
       if i in self.prompting:
         slot = self.prompting.index(i)
-        if c.m2oe != "none" and c.itp != "no_pixel":
+        if c.itp == "no_pixel":
+          m = rpm.itp(patches, cls, text_CxE, c.itp)
+        elif c.m2oe == "none":
+          m = self.relationship_map(z, cls, text_CxE)[:, 1:]
+        else:
           mixed = self.m2oe[slot](x[:, 1:], grid, train, example_offset)
-          patches = self.read_out(mixed)
-        m = rpm.itp(patches, cls, text_CxE, c.itp)
+          m = self.relationship_map(self.read_out(mixed), cls, text_CxE)
         relationship = rpm.apg(m, self.resized_h(slot, grid))
         if c.apg == "linear":
           relationship += self.h_bias if c.h_shared else self.h_bias[slot]
@@ -296,10 +299,6 @@ class RPN(Defaults, nn.Module):
       coupled = self.coupling[i](self.context[i])
       extra.insert(0, jnp.broadcast_to(coupled, (batch, *coupled.shape)))
     extra = [e.astype(x.dtype) for e in extra]
-    if train:
-      # Gradients of prompts are computed from the tokens' before these are passed on: XLA's CPU
-      # scheduler would keep the tokens' gradients of every layer to the end.
-      x, extra = jax.lax.optimization_barrier((x, extra))
     if relationship_BxCxD is not None and self.config.combine != "cat":
       mean = extra.pop().mean(1, keepdims=True)
       # A bare product would erase the patches, since prompts start small.
@@ -312,11 +311,19 @@ class RPN(Defaults, nn.Module):
     return x
 
   def read_out(self, x_BxNxD: jax.Array) -> jax.Array:
-    """z = L2norm(ln_post(prompt_norm(x)) proj) of every token: (B, N, E)."""
+    """z = ln_post(prompt_norm(x)) proj of every token, before it gets unit length: (B, N, E)."""
     z = self.project(x_BxNxD)
-    if self.clip.vision == "vit":
-      z = self.joint(z).astype(jnp.float32)
-    return l2_normalize(z)
+    return self.joint(z).astype(jnp.float32) if self.clip.vision == "vit" else z
+
+  def relationship_map(
+    self, z_BxNxE: jax.Array, cls_BxE: jax.Array, text_CxE: jax.Array
+  ) -> jax.Array:
+    """m of the tokens that `read_out` gives: (B, N, C).
+
+    The map is divided by their lengths, not they, which are of E numbers each, not of C.
+    """
+    m = rpm.itp(z_BxNxE, cls_BxE, text_CxE, self.config.itp)
+    return m / jnp.linalg.norm(z_BxNxE, axis=-1, keepdims=True)
 
   # The backward pass computes the first norm again for the second instead of storing it.
   @nn.remat
