@@ -123,7 +123,7 @@ def train(folder, case, config, network, tree, data) -> dict:
   def step(state, params, text, batch, key):
     return train_step(
       state, params, text, batch, key,
-      model=network, optimizer=optimizer, loss_fn=losses.make_loss(config.loss),
+      model=network, optimizer=optimizer, loss_fn=losses.make_loss(config.loss, 255),
     )  # fmt: skip
 
   options = devices.compiler_options(devices.data_mesh())

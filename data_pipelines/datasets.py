@@ -43,14 +43,14 @@ class SegmentationData:
       benchmarks are reported in each setting, as papers do.
     trained: rows of `names` that are prompted in training; training labels index this list.
     penalized: class ids whose scores are lowered at test (config.eval.seen_penalty).
-    ignore: evaluation label of pixels without a class.
+    ignore: label of pixels without a class.
     scored_as: scored class of every prompted name; the identity except where several names stand
       for the background.
     titles: what tables and legends call the scored classes where that is not what is prompted;
       () otherwise.
     unlabelled: training label of pixels that get pseudo-labels; None where none do.
     train_batches: start step -> endless batches {image float32 [B,H,W,3], label int32 [B,H,W]};
-      labels are positions in `trained`, `unlabelled`, or 255.
+      labels are positions in `trained`, `unlabelled`, or `ignore`.
     train_indices: step -> positions, in the training split, of the examples of its batch.
     eval_examples: () -> sized iterable of {image float32 [h,w,3], label int32 [H,W], id}; labels
       are scored classes, or `ignore`.
@@ -176,13 +176,15 @@ def _open(
     train_map = raw.then(transforms.LabelMap.seen(seen, count, ignore=vocabulary.ignore))
   elif setting == "transductive":
     # One value for all of them: which unseen class a pixel has never reaches the training step.
-    unlabelled = vocabulary.ignore - 1
+    unlabelled = _unlabelled(vocabulary)
     ids = {i: unlabelled if i in unseen else i for i in range(count)}
+    if config.self_training.pixels == "unlabelled":
+      ids[vocabulary.ignore] = unlabelled  # not so the padding, which comes later
     train_map = raw.then(transforms.LabelMap.from_ids(ids, ignore=vocabulary.ignore))
   elif setting == "annotation_free":
     # The same label on every pixel, whatever the mask says: only padding, which is no part of the
     # image, is ignored.
-    unlabelled = vocabulary.ignore - 1
+    unlabelled = _unlabelled(vocabulary)
     ids = dict.fromkeys(LABEL_VALUES, unlabelled)
     train_map = transforms.LabelMap.from_ids(ids, ignore=vocabulary.ignore)
 
@@ -299,6 +301,18 @@ def _vocabulary(c, data_set: registry.DataSet, naming: str) -> vocabularies.Voca
   if data_set.classes is None:
     return records.stored_vocabulary(data_set.prepared, c.data_dir, c.variant)
   return vocabularies.load(data_set.name, naming)
+
+
+def _unlabelled(vocabulary: vocabularies.Vocabulary) -> int:
+  """The training label of pixels that get pseudo-labels, which no class has."""
+  value, count = vocabulary.ignore - 1, len(vocabulary.names)
+  if count > value:
+    raise InputError(
+      f"{vocabulary.name}: with exactly {count} classes no label is left for pixels that get "
+      "pseudo-labels: prepare the set with a class less or more, or train with "
+      "config.data.setting='zero_shot' or 'supervised'"
+    )
+  return value
 
 
 def _own_split(

@@ -39,10 +39,10 @@ class LabelMap:
   def from_ids(
     cls, ids: Mapping[int, int], *, ignore: int = IGNORE, unlisted: str = "error"
   ) -> "LabelMap":
-    """Maps each raw value in `ids`; `ignore` always maps to itself.
+    """Maps each raw value in `ids`; `ignore` maps to itself unless it is listed.
 
     Args:
-      ids: raw value -> class id or `ignore`.
+      ids: raw value -> class id or `ignore`; `ignore` itself, too, if it is to be another value.
       ignore: value of pixels without a class; above every class id.
       unlisted: "ignore" turns all other raw values into `ignore`, "error" rejects them.
     """
@@ -78,9 +78,10 @@ class LabelMap:
     return cls.from_ids(ids, ignore=ignore)
 
   def then(self, after: "LabelMap") -> "LabelMap":
-    """This map followed by another one; ignored pixels stay ignored."""
+    """This map followed by another one; ignored pixels stay ignored, unless it lists them."""
     table = np.where(self.table < 0, -1, after.table[self.table])
-    table[self.table == self.ignore] = after.ignore
+    if self.ignore != after.ignore:
+      table[self.table == self.ignore] = after.ignore
     return LabelMap(table.astype(np.int32), after.ignore)
 
   def encode(self, label: np.ndarray, example_id: str = "?") -> np.ndarray:

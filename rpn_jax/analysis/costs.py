@@ -203,7 +203,7 @@ def costs(config, clip_config: CLIPConfig, params: Mapping, classes: int, batch:
   def one_step(state, params, text, batch, key):
     return train_step(
       state, params, text, batch, key,
-      model=model, optimizer=optimizer, loss_fn=losses.make_loss(config.loss),
+      model=model, optimizer=optimizer, loss_fn=losses.make_loss(config.loss, 255),
     )  # fmt: skip
 
   state = TrainState(jnp.int32(0), prompts, jax.jit(optimizer.init)(prompts))

@@ -73,7 +73,6 @@ def make_relabel(config: Any, data: Any) -> Callable | None:
     unlabelled=data.unlabelled,
     ignore=data.ignore,
     start=round(config.self_training.start * config.steps),
-    pixels=config.self_training.pixels,
   )
 
 
@@ -86,7 +85,6 @@ def relabel(
   unlabelled: int,
   ignore: int,
   start: int,
-  pixels: str,
 ) -> jax.Array:
   """The labels of one training step in the transductive setting.
 
@@ -94,20 +92,15 @@ def relabel(
 
   Args:
     logits_BxhxwxC: logits of the step's own forward pass.
-    label_BxHxW: class ids, `unlabelled` for pixels of unseen classes, `ignore` for pixels without
-      ground truth.
+    label_BxHxW: class ids; `unlabelled` for pixels to fill, which are those of unseen classes and,
+      by config.self_training.pixels, those without ground truth; `ignore` for others, as padding.
     step: steps done.
     unseen: ids of the unseen classes.
-    unlabelled: label of pixels of unseen classes.
-    ignore: label of pixels without ground truth.
+    unlabelled: label of the pixels to fill.
+    ignore: label of ignored pixels.
     start: first step with pseudo-labels.
-    pixels: "unseen" fills the pixels that the ground truth assigns to some unseen class (the
-      dagger rows of the literature); "unlabelled" also fills those without ground truth, so that
-      the positions of unseen classes are not revealed.
   """
   masked = jnp.where(label_BxHxW == unlabelled, ignore, label_BxHxW)
-  if pixels == "unlabelled":
-    label_BxHxW = jnp.where(label_BxHxW == ignore, unlabelled, label_BxHxW)
   filled = pseudo_labels(logits_BxhxwxC, label_BxHxW, unseen, unlabelled=unlabelled)
   return jnp.where(step < start, masked, filled)
 

@@ -219,7 +219,7 @@ def make_stepper(
     optimizer,
     shard_state=config.shard_state,
     model=network,
-    loss_fn=losses.make_loss(config.loss),
+    loss_fn=losses.make_loss(config.loss, data.ignore),
     relabel=pseudo_labels.make_relabel(config, data),
     labeler=labeler,
   )

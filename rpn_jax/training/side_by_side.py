@@ -55,7 +55,7 @@ class SideBySide:
     )
     settings = {
       "model": network,
-      "loss_fn": losses.make_loss(config.loss),
+      "loss_fn": losses.make_loss(config.loss, data.ignore),
       "relabel": pseudo_labels.make_relabel(config, data),
     }
 

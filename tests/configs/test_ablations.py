@@ -106,7 +106,7 @@ def one_step(row, changes=(), update=True):
   # Made up instead of initial: nothing to compile, and no zeros that hold gradients back.
   tree = jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), like)
   batch = {"image": image, "label": np.arange(2 * 64 * 64).reshape(2, 64, 64) // 700 % 5}
-  settings = {"model": model, "loss_fn": losses.make_loss(config.loss)}
+  settings = {"model": model, "loss_fn": losses.make_loss(config.loss, 255)}
   arguments = (params, text, batch, jax.random.key(4))
   if not update:  # gradients that nothing uses are not compiled
     state = step.TrainState(jnp.int32(20), tree, ())

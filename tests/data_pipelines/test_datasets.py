@@ -84,7 +84,6 @@ def test_raw_files_to_train_step(name, setting, data_dir):
     assert known <= set(data.seen)
     relabel = functools.partial(
       pseudo_labels.relabel, unseen=data.unseen, unlabelled=data.unlabelled, ignore=255, start=0,
-      pixels="unseen",
     )  # fmt: skip
   elif setting == "annotation_free":
     assert not known and len(data.trained) == len(data.names) and not data.penalized
@@ -95,6 +94,22 @@ def test_raw_files_to_train_step(name, setting, data_dir):
   classes = len(data.trained)
   value, gradient = step(np.zeros(classes, np.float32), batch["label"], classes, relabel)
   assert np.isfinite(value) and np.isfinite(gradient).all() and (gradient != 0).any()
+
+
+def test_pixels_without_a_label_are_filled_and_padding_is_not(data_dir):
+  same_crops = {"data.recipe": "detectron2", "data.ratio": (0.5, 2.0)}
+
+  def label(setting, **changes):
+    config = make(voc, data_dir, f"runlocal,setting={setting}", **same_crops, **changes)
+    return next(datasets.load(config).train_batches(0))["label"]
+
+  padding = label("annotation_free") == 255
+  seen, got = (
+    label("transductive", **{"self_training.pixels": which}) for which in ("unseen", "unlabelled")
+  )
+  unlabelled = (seen == 255) & ~padding
+  assert padding.any() and unlabelled.any() and (seen[padding] == 255).all()
+  np.testing.assert_array_equal(got, np.where(unlabelled, 254, seen))
 
 
 @pytest.mark.parametrize("name", ["voc20", "context60", "ade150"])

@@ -276,3 +276,20 @@ def test_a_split_of_ones_own_counts_only_where_classes_are_left_out(raw, tmp_pat
     "folder: setting=supervised trains on every class, also on those named as unseen (sky); "
     "setting=zero_shot leaves these out\n"
   )
+
+
+def test_pseudo_labels_need_a_label_that_no_class_has(raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  names = "\n".join(f"class {i}" for i in range(255))
+  (raw / "names.txt").write_text(names, encoding="utf-8")
+  (raw / "unseen.txt").write_text("class 3\n", encoding="utf-8")
+  prepare.prepare("folder", raw, tmp_path, config="mine")
+  for setting in ("zero_shot", "transductive", "annotation_free"):
+    config = folder_config.get_config(f"backbone=shapes,{setting}").unlock()
+    config.data.variant, config.data.data_dir = "mine", str(tmp_path)
+    config = with_normalization(config)
+    if setting == "zero_shot":
+      assert datasets.load(config).ignore == 255
+      continue
+    with pytest.raises(InputError, match="with exactly 255 classes no label is left"):
+      datasets.load(config)

@@ -244,6 +244,21 @@ def test_zero_shot_labels_never_show_an_unseen_class(home):
   assert labels.max() == 255 and set(np.unique(labels)) - {255} <= set(range(len(data.trained)))
 
 
+def test_the_loss_ignores_the_label_that_the_data_set_ignores(home):
+  """Sets of more than 255 classes have 65535 for it."""
+  config = small_config(home, **{"loss.name": "softmax", "steps": 1, "log_every": 1})
+  data, histories = datasets.load(config), []
+  wide = lambda batch: batch | {"label": np.where(batch["label"] == 255, 65535, batch["label"])}
+  batches = lambda start: map(wide, data.train_batches(start))
+  assert (next(data.train_batches(0))["label"] == 255).any()
+  for given in (data, dataclasses.replace(data, ignore=65535, train_batches=batches)):
+    train.train(config, home / f"ignore{given.ignore}", given)
+    history = read_history(home / f"ignore{given.ignore}/metrics.jsonl")
+    histories.append(np.array(history["train/loss"]))
+  assert np.isfinite(histories[0]).all()
+  np.testing.assert_array_equal(*histories)
+
+
 def test_transductive_labels_hide_which_unseen_class(home):
   data = datasets.load(make_config(home, "runlocal,transductive"))
   labels = np.concatenate([next(data.train_batches(k))["label"] for k in range(4)])
@@ -546,7 +561,7 @@ def test_unknown_names_are_refused_with_the_nearest(home):
 def test_softmax_loss_trains(home):
   config = make_config(home, **{"loss.name": "softmax"})
   logits = np.zeros((1, 4, 4, 3), np.float32)
-  terms = losses.make_loss(config.loss)(logits, np.zeros((1, 8, 8), np.int32))
+  terms = losses.make_loss(config.loss, 255)(logits, np.zeros((1, 8, 8), np.int32))
   np.testing.assert_allclose(terms["loss_ce"].value, np.log(3), rtol=1e-6)
   scores = Predictor.from_config(config).network.scores(logits)
   np.testing.assert_allclose(scores, 1 / 3, rtol=1e-6)

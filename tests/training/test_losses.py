@@ -139,6 +139,24 @@ def test_a_loss_takes_the_fields_of_its_config():
     for mask_ignored in (False, True):
       fields = ConfigDict({"name": name, "mask_ignored": mask_ignored})
       want = compiled(losses.LOSSES[name], logits, label, mask_ignored=mask_ignored)[term]
-      got = compiled(losses.make_loss(fields), logits, label)[term]
+      got = compiled(losses.make_loss(fields, 255), logits, label)[term]
       assert got.total == want.total and got.normalizer == want.normalizer
     assert got.total != compiled(losses.LOSSES[name], logits, label)[term].total
+
+
+@pytest.mark.parametrize("mask_ignored", [False, True])
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_more_classes_than_eight_bits(name, mask_ignored):
+  """255 is a class there, and costs what it would in another place."""
+  rng = np.random.default_rng(0)
+  logits = np.float32(rng.normal(size=(2, 2, 3, 300)))
+  label = rng.choice([3, 255, 299, 65535], (2, 6, 9))
+  swapped = np.arange(300)
+  swapped[[7, 255]] = 255, 7
+  fields = ConfigDict({"name": name, "mask_ignored": mask_ignored})
+  got = compiled(losses.make_loss(fields, 65535), logits, label)
+  moved = np.where(label == 255, 7, np.where(label == 65535, -1, label))
+  want = compiled(losses.make_loss(fields, -1), logits[..., swapped], moved)
+  for term in want:
+    assert np.isfinite(got[term].total) and got[term].normalizer == want[term].normalizer
+    np.testing.assert_allclose(got[term].total, want[term].total, rtol=1e-5)
