@@ -64,7 +64,9 @@ class Decision:
         kept_R = ~small[class_of_row]
         row, probability = scores.merge(best_kept_row(probabilities), size, more=(kept_R,))
         label = class_of_row[row].astype(np.int32)
-    return np.where(probability < self.probability, 0, label).astype(np.int32)
+    if self.probability:  # penalized scores may be below 0, which is no threshold then
+      label = np.where(probability < self.probability, 0, label).astype(np.int32)
+    return label
 
 
 # Without thresholds.
@@ -80,10 +82,10 @@ def best_row(probabilities: Callable) -> Callable:
 
 @functools.cache
 def best_kept_row(probabilities: Callable) -> Callable:
-  """(scores, kept_R) -> the same, among the rows that are kept; the others have probability 0."""
+  """(scores, kept_R) -> the same, among the rows that are kept."""
 
   def best(scores: jax.Array, kept_R: jax.Array) -> tuple[jax.Array, jax.Array]:
-    kept = jnp.where(kept_R, probabilities(scores), 0)
+    kept = jnp.where(kept_R, probabilities(scores), -jnp.inf)
     return kept.argmax(-1), kept.max(-1)
 
   return best

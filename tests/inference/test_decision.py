@@ -76,6 +76,14 @@ def test_small_classes_leave_their_pixels_to_the_next_best(scores):
   assert (got[np.isin(base, small)] > 0).any()  # not only the background
 
 
+def test_pixels_of_a_small_class_go_to_the_best_of_the_others_whatever_its_score():
+  """As those of RPN, from whose probabilities the penalty of seen classes is subtracted."""
+  scores = np.full((1, 40, 3), np.float32([-0.1, -0.05, -0.2]))
+  scores[0, 0, 2] = 0.5
+  got = Decision(area=0.1)(Whole(scores), (1, 40), unchanged, np.arange(3))
+  np.testing.assert_array_equal(got, np.ones((1, 40)))
+
+
 def test_a_class_scores_as_its_best_name_and_not_as_their_sum():
   # Two names at 0.3 each lose against one of 0.4.
   p = np.log(np.float32([[[0.1, 0.1, 0.4, 0.3, 0.3, 0.1, 0.1, 0.1]]])) / 40
