@@ -221,8 +221,20 @@ def _prompts_to_authors(
     raise InputError(
       f"--clip={clip_path} is not for prompts of RPN, whose checkpoint holds no CLIP: leave it out"
     )
+  if changed := authors.other_settings(content.prompts, content.config.get("model", {})):
+    raise InputError(
+      f"{source} was trained with settings that the official code does not have (official -> "
+      f"yours: {'; '.join(changed)}), and would predict something else there: train with "
+      "preset=released, or keep the file as it is"
+    )
   arrays = authors.save(destination, content.prompts, notes)
-  return [
+  lines = [
     f"wrote {arrays} arrays by the authors' names to {destination}: load them over a model "
-    "with CLIP's weights, not strictly, for the frozen towers are not in it"
+    "with CLIP's weights, not strictly, for the frozen towers are not in it; h is for crops of "
+    f"{len(content.prompts['h'])} patches"
   ]
+  config = content.config
+  known = {**config.get("data", {}), "templates": config.get("templates")}
+  if said := [f"{name} {known[name]}" for name in ("templates", "mean", "std") if known.get(name)]:
+    lines.append(f"no checkpoint holds these settings, give them there: {', '.join(said)}")
+  return lines

@@ -1,5 +1,6 @@
 """Checkpoints of the official RPN code (`liblacklucy/RPN`), both ways."""
 
+import json
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.words import differences
 from rpn_jax.models.clip import CLIPConfig, resize_positions
 from rpn_jax.weights import torch_archive
 from rpn_jax.weights.architecture import check_parameters, complete_config, fields_from_shapes
@@ -84,6 +86,27 @@ def model_fields(prompts: Mapping) -> dict:
     "deep_tokens": prompts["deep_tokens"].shape[1], "h_grid": [side, side], "head": "released",
     "class_embedding_copies": 2,
   }  # fmt: skip
+
+
+def other_settings(prompts: Mapping, model: Mapping) -> list[str]:
+  """Settings of `config.model` that change what these prompts compute in the official code.
+
+  Args:
+    prompts: see `to_authors_prompts`, which says first if they have no names there.
+    model: as far as it is known.
+
+  Returns:
+    Lines `field: official -> given`.
+
+  Raises:
+    InputError: see `to_authors_prompts`.
+  """
+  to_authors_prompts(prompts)
+  official = model_fields(prompts)
+  rows, side = len(prompts["h"]), official["h_grid"][0]
+  given = {name: model[name] for name in official if model.get(name) is not None}
+  lines = differences({name: official[name] for name in given}, json.loads(json.dumps(given)))
+  return lines if side**2 == rows else [*lines, f"h: a square grid -> {rows} tokens"]
 
 
 def check_same_clip(theirs: Mapping, clip: Mapping, where: str) -> None:

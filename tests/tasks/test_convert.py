@@ -130,7 +130,17 @@ def test_an_mmcv_checkpoint_becomes_prompts_and_goes_back(tmp_path, capsys):
   same(content.prompts, prompts)
   assert content.clip == arrays.fingerprint(params)
   assert content.config["model"]["deep_tokens"] == prompts["deep_tokens"].shape[1]
+  # Settings of which the official code has others, and those that no checkpoint holds.
+  other = content.config["model"] | {"itp": "no_image", "class_embedding_copies": 1}
+  prompts_file.save(tmp_path / "other.safetensors", content._replace(config={"model": other}))
+  assert convert.main([str(tmp_path / "other.safetensors"), str(back)]) == 2
+  said = capsys.readouterr().err
+  assert "class_embedding_copies: 2 -> 1; itp: image_to_pixel -> no_image), and would" in said
+  assert said.count("\n") == 1 and not back.exists()
+  told = {**content.config, "templates": "imagenet", "data": {"mean": [0.5] * 3}}
+  prompts_file.save(ours, content._replace(config=told))
   assert convert.main([str(ours), str(back)]) == 0
+  assert "give them there: templates imagenet, mean [0.5, 0.5, 0.5]\n" in capsys.readouterr().out
   kind, state, _ = torch_archive.read(back)
   trainable = json.loads((GOLDEN / "meta.json").read_text())["trainable"]
   assert kind == torch_archive.STATE_DICT
