@@ -176,12 +176,18 @@ def _train(members: Sequence[Member], predictor: Predictor) -> dict[str, dict]:
     for of_set in sets:
       streams.append(of_set.train_batches(0))
       stack.callback(getattr(streams[-1], "close", lambda: None))
+    metrics = None
     bar = progress(config.steps, f"train on {devices.devices_text()}", "step")
     stack.enter_context(bar)
     for done in range(1, config.steps + 1):
       batches = side_by_side.place_batches([next(stream) for stream in streams])
+      before = metrics  # looked at once the devices have the next step to compute
       state, metrics = side_by_side.step(state, params, text, batches, key)
+      if before is not None:
+        _check_skipped(members, done - 1, before)
       ending = done == config.steps
+      if ending:
+        _check_skipped(members, done, metrics)
       if done % config.log_every == 0 or ending:
         bar.set_postfix(loss=_log(members, done, jax.device_get(metrics)))
       if ending or (config.eval_every > 0 and done % config.eval_every == 0):
@@ -207,6 +213,16 @@ def _train(members: Sequence[Member], predictor: Predictor) -> dict[str, dict]:
   return scores
 
 
+def _check_skipped(members: Sequence[Member], done: int, metrics: dict) -> None:
+  """Gives up the runs that skipped too many steps in a row."""
+  for member, consecutive in zip(members, jax.device_get(metrics["consecutive_skips"])):
+    if consecutive >= member.run.config.max_skipped and not member.diverged:
+      member.diverged = (
+        f"{NOT_FINITE} in {consecutive} steps in a row, up to step {done}, and none was applied "
+        f"(config.max_skipped={member.run.config.max_skipped})"
+      )
+
+
 def _log(members: Sequence[Member], done: int, metrics: dict) -> str:
   """Adds to the curves; returns the smallest and the largest loss."""
   for i, member in enumerate(members):
@@ -214,11 +230,6 @@ def _log(members: Sequence[Member], done: int, metrics: dict) -> str:
       continue
     own = {name: float(values[i]) for name, values in metrics.items()}
     member.skipped = int(own["skipped"])
-    if (consecutive := int(own["consecutive_skips"])) >= member.run.config.max_skipped:
-      member.diverged = (
-        f"{NOT_FINITE} in {consecutive} steps in a row, up to step {done}, and none was applied "
-        f"(config.max_skipped={member.run.config.max_skipped})"
-      )
     member.curves.append((done, training_scalars(done, own, member.rates)))
   losses = [float(loss) for loss in metrics["loss"] if np.isfinite(loss)]
   return f"{min(losses):.3f} to {max(losses):.3f}" if losses else "nan"

@@ -184,7 +184,7 @@ class Loop:
     steps = self.checkpoints.steps()
     last_good = f"{self.checkpoints.directory}/{steps[0]}" if steps else "none yet"
     raise InputError(
-      f"loss or gradients were NaN or infinite in {consecutive} steps in a row, {start + 1} to "
+      f"{NOT_FINITE} in {consecutive} steps in a row, {start + 1} to "
       f"{done}, and none was applied (config.max_skipped={self.config.max_skipped}); step "
       f"{start + 1} had the training examples {indices}; last good checkpoint: {last_good}. Lower "
       "config.optimizer.base_lr, set config.optimizer.clip_norm, or look at these examples"
@@ -199,7 +199,8 @@ def training_scalars(
   step: int, metrics: Mapping[str, float], rates: Mapping[str, Callable]
 ) -> dict[str, float]:
   """What the curves have of a step: its metrics, and its learning rates by `optim.schedules`."""
-  applied = step - 1 - int(metrics["skipped"])  # skipped steps do not advance the schedule
+  # Skipped steps do not advance the schedule, and the first one may be among them.
+  applied = max(0, step - 1 - int(metrics["skipped"]))
   scalars = {f"train/{k}": v for k, v in metrics.items() if k != "consecutive_skips"}
   return scalars | {f"{k}/learning_rate": float(rate(applied)) for k, rate in rates.items()}
 

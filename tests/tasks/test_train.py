@@ -130,16 +130,17 @@ def with_nan(data, steps):
 def test_a_step_gone_wrong_is_left_out_and_counted(home, capsys):
   config = small_config(home, max_skipped=2, log_every=1)
   workdir = home / "nan"
-  data = with_nan(datasets.load(config), {3, 6})
+  data = with_nan(datasets.load(config), {1, 3, 6})
   train.train(config, workdir, data)
   history = read_history(workdir / "metrics.jsonl")
-  assert [v for _, v in history["train/skipped"]] == [0, 0, 1, 1, 1, 2, 2, 2]
+  assert [v for _, v in history["train/skipped"]] == [1, 1, 2, 2, 2, 3, 3, 3]
   assert np.isnan(history["train/loss"][2][1]) and np.isfinite(history["train/loss"][3][1])
   out = capsys.readouterr().out
   assert "step 3: loss or gradients are NaN or infinite: not applied" in out
   # A step that was not applied does not move the schedule on either.
   rates = [v for _, v in history["h/learning_rate"]]
-  assert rates[2] == rates[1] and rates[5] == rates[4] and len(set(rates)) == 6
+  assert rates[1] == rates[0] > 0
+  assert rates[2] == rates[1] and rates[5] == rates[4] and len(set(rates)) == 5
 
 
 def test_too_many_in_a_row_end_the_run(home):
