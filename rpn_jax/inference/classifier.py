@@ -23,8 +23,17 @@ def class_probabilities(predictor: Predictor, names: Sequence[str]) -> Callable:
   Returns:
     (B, side, side, 3) normalized images -> softmax(scale * cosine) (B, C), as numpy. It raises an
     InputError if they are NaN.
+
+  Raises:
+    InputError: a vision tower that is not CLIP's own; see also `check_distinct`.
   """
   check_process()
+  if predictor.clip.vision != "clip":
+    raise InputError(
+      "expected weights whose vision tower is CLIP's own, got a plain vision transformer, whose "
+      "tokens are compared with words by trained prompts alone: use --mode=predict with these, or "
+      "other weights"
+    )
   encoder, network = predictor.encoder, predictor.network
   check_distinct(names, encoder.synonyms)
   prompted, class_of_row = expand(names, range(len(names)), encoder.synonyms)

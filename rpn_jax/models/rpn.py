@@ -72,9 +72,10 @@ class RPN(Defaults, nn.Module):
 
   @classmethod
   def windows(cls, clip: CLIPConfig) -> Windows:
-    """Short side and windows of 512, every 426 pixels, for a tower of 224."""
+    """Short side and windows of 512 pixels, which overlap by 86, for a tower of 224."""
     crop = round(512 / 224 * clip.image_size / clip.patch_size) * clip.patch_size
-    return Windows(short_side=crop, crop=crop, stride=round(426 / 512 * crop))
+    overlap = round(86 / 224 * clip.image_size)
+    return Windows(short_side=crop, crop=crop, stride=crop - overlap)
 
   @property
   def title(self) -> str:

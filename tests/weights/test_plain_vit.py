@@ -1,5 +1,7 @@
 """Plain vision transformers under RPN: names, numbers, refusals."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.config import RPNConfig
+from rpn_jax.inference.classifier import class_probabilities
 from rpn_jax.models.clip import VisionTransformer, l2_normalize
 from rpn_jax.models.rpn import RPN
 from rpn_jax.models.trained import init_prompts
@@ -107,6 +110,8 @@ def test_it_computes_what_the_original_does(state, clip):
   image = np.random.default_rng(1).normal(size=(1, PATCH * GRID, PATCH * GRID, 3))
   apply = jax.jit(VisionTransformer(config).apply)
   got = apply({"params": params["visual"]}, jnp.float32(image))
+  with pytest.raises(InputError, match="got a plain vision transformer"):
+    class_probabilities(types.SimpleNamespace(clip=config), ["sand", "water"])
   np.testing.assert_allclose(got[0], reference(timm_state(), image[0])[0], rtol=1e-4, atol=1e-4)
 
 
