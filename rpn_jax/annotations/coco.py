@@ -1,5 +1,8 @@
 """COCO's annotations: one JSON file for many images."""
 
+import json
+import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -7,6 +10,22 @@ import numpy as np
 from rpn_jax.annotations import polygons
 from rpn_jax.annotations.options import Options
 from rpn_jax.annotations.regions import Instance
+from rpn_jax.base.origins import FIELD
+
+DESCRIPTION = "segmented by rpn_jax"
+# How a file begins, and more bytes than that takes.
+_INFO, _INFO_BYTES = re.compile(r'{"info": ({"description": "segmented by rpn_jax".*?})'), 1 << 14
+
+
+def source_of(path: pathlib.Path) -> str | None:
+  """What `document` was told of the input; None of a file that it did not make."""
+  try:
+    # The beginning is enough: files of many images are large.
+    with path.open("rb") as file:
+      info = _INFO.match(file.read(_INFO_BYTES).decode("utf-8", "ignore"))
+    return json.loads(info[1])[FIELD] if info else None
+  except (OSError, ValueError, KeyError):
+    return None
 
 
 def annotation(instance: Instance, size: tuple[int, int], options: Options) -> dict:
@@ -58,21 +77,23 @@ def run_lengths(instance: Instance, size: tuple[int, int]) -> dict:
 
 
 def document(
-  images: Sequence[Mapping], annotations: Sequence[Sequence[Mapping]], names: Sequence[str]
-) -> dict:
+  images: Sequence[Mapping], annotations: Sequence[Sequence[Mapping]], names: Sequence[str],
+  source: str = "",
+) -> dict:  # fmt: skip
   """The content of the file.
 
   Args:
     images: `file_name`, `width` and `height` of each.
     annotations: of each image, from `annotation`.
     names: C class names.
+    source: of a file for one image, see `source_of`.
   """
   numbered: list[dict] = []
   for image_id, found in enumerate(annotations, 1):
     for each in found:
       numbered.append({"id": len(numbered) + 1, "image_id": image_id, **each})
   return {
-    "info": {"description": "segmented by rpn_jax"},
+    "info": {"description": DESCRIPTION, FIELD: source},
     "licenses": [],
     "images": [{"id": i, **image} for i, image in enumerate(images, 1)],
     "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(names, 1)],

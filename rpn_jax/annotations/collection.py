@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from rpn_jax.annotations import coco, labelme, voc, yolo
-from rpn_jax.annotations.images import Labeled, relative_path
+from rpn_jax.annotations.images import Labeled
 from rpn_jax.annotations.options import ANNOTATIONS, Options
 from rpn_jax.annotations.regions import Instance, find_instances
 from rpn_jax.annotations.sources import Sources
 from rpn_jax.base import buckets
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import expand, write_text
+from rpn_jax.base.origins import Origin, check_same, exists
+from rpn_jax.base.paths import expand, relative_path, write_text
 from rpn_jax.drawing.images import save_png
 
 
@@ -30,7 +31,7 @@ class Collection:
     directory: created if missing.
     names: C class names.
     forms: of ANNOTATIONS; others are ignored.
-    coco_name: of COCO's file, without the suffix.
+    only: stem of the one image that it is for, after which COCO's file is called; None: many.
     **options: of `Options`.
 
   Raises:
@@ -44,16 +45,16 @@ class Collection:
     names: Sequence[str],
     forms: Sequence[str] = ANNOTATIONS,
     *,
-    coco_name: str = "annotations",
+    only: str | None = None,
     **options: Any,
   ):
     self._directory, self._names = expand(directory), tuple(names)
     self._forms = tuple(form for form in ANNOTATIONS if form in forms)
     self._options = Options(**options)
     self._options.check_used(forms)
-    self._coco_path = self._directory / "coco" / f"{coco_name}.json"
-    # Stem -> file, size, annotations; not the pixels, which would fill the memory.
-    self._coco: dict[str, tuple[str | os.PathLike, tuple[int, int], list[dict]]] = {}
+    self._only, self._coco_path = only, self._directory / "coco" / f"{only or 'annotations'}.json"
+    # Stem -> origin, size, annotations; not the pixels, which would fill the memory.
+    self._coco: dict[str, tuple[Origin, tuple[int, int], list[dict]]] = {}
     self._lock = threading.Lock()
     # File -> its content, which says what the class ids of the files around it mean.
     self._class_files: dict[pathlib.Path, str] = {}
@@ -73,11 +74,25 @@ class Collection:
           f"{path}: expected the classes of this call, since other label files are there, got "
           f"others; remove {path.parent} or name another folder"
         )
+    path = self._coco_path
+    if "coco" in self._forms and exists(path) and coco.source_of(path) is None:
+      raise InputError(
+        f"{path}: expected no file but that of an earlier call, which would be replaced, got "
+        "another; rename it, or name another folder"
+      )
 
-  def check(self, file: str | os.PathLike, stem: str) -> None:
-    """Checks that `add` would replace no file of another image; see `Sources.check`."""
+  def check(self, origin: Origin, stem: str) -> None:
+    """Checks that `add` would replace no file of another image, or one that somebody has edited.
+
+    Raises:
+      Occupied: it would.
+    """
     for sources in self._sources.values():
-      sources.check(file, stem)
+      sources.check(origin, stem)
+    if "labelme" in self._forms and exists(path := self._labelme_path(stem)):
+      check_same(path, labelme.source_of(path), origin, path.parent)
+    if self._only and "coco" in self._forms and exists(path := self._coco_path):
+      check_same(path, coco.source_of(path), origin, path.parent)
 
   def add(self, labeled: Labeled, stem: str) -> list[pathlib.Path]:
     """Writes what is about one image; several threads may do so at once.
@@ -90,9 +105,9 @@ class Collection:
       The paths written.
 
     Raises:
-      InputError: see `Sources.add`; nothing was written of this image to that data set.
+      InputError: see `check` and `Sources.add`; nothing was written of this image to that data set.
     """
-    self.check(labeled.file, stem)
+    self.check(labeled.origin, stem)
     with self._lock:  # before the first label file, so that the class ids of none are unknown
       written = [_write(path, text) for path, text in self._class_files.items()]
       self._class_files = {}
@@ -112,19 +127,22 @@ class Collection:
     if "coco" in self._forms:
       found = [coco.annotation(instance, labeled.size, options) for instance in instances]
       with self._lock:
-        self._coco[stem] = (labeled.file, labeled.size, found)
+        self._coco[stem] = (labeled.origin, labeled.size, found)
     return written
+
+  def _labelme_path(self, stem: str) -> pathlib.Path:
+    return self._directory / "labelme" / f"{stem}.json"
 
   def _add_labelme(
     self, labeled: Labeled, stem: str, instances: Sequence[Instance]
   ) -> pathlib.Path:
-    path = self._directory / "labelme" / f"{stem}.json"
+    path = self._labelme_path(stem)
     source = None if buckets.is_bucket(path) else labeled.plain_file()
     embedded = source is None
     image_path = relative_path(source, path.parent) if source else f"{stem}.png"
     content = labelme.document(
       instances, self._names, labeled.size, self._options, image_path,
-      labeled.image if embedded else None,
+      labeled.image if embedded else None, labeled.origin.name(path.parent),
     )  # fmt: skip
     return _write(path, json.dumps(content, ensure_ascii=False) + "\n")
 
@@ -134,12 +152,13 @@ class Collection:
       return []
     with self._lock:
       stems = sorted(self._coco)
-      files, sizes, annotations = zip(*(self._coco[stem] for stem in stems))
+      origins, sizes, annotations = zip(*(self._coco[stem] for stem in stems))
     images = [
       {"file_name": name, "width": width, "height": height}
-      for name, (height, width) in zip(_file_names(files, stems), sizes)
+      for name, (height, width) in zip(_file_names([o.file for o in origins], stems), sizes)
     ]
-    content = coco.document(images, annotations, self._names)
+    source = origins[0].name(self._coco_path.parent) if self._only else ""
+    content = coco.document(images, annotations, self._names, source)
     return [_write(self._coco_path, json.dumps(content, ensure_ascii=False) + "\n")]
 
 

@@ -1,6 +1,7 @@
 """The images that annotations belong to."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 
@@ -8,6 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from rpn_jax.base import buckets, deep_images
+from rpn_jax.base.origins import Origin, origin_of
 from rpn_jax.base.paths import expand
 from rpn_jax.base.pictures import ON_ITS_SIDE
 
@@ -25,11 +27,18 @@ class Labeled:
     image: (H, W, 3) uint8.
     labels: class ids (H, W); -1 is no class.
     file: path of the image, or "".
+    page: see `Origin`.
   """
 
   image: np.ndarray
   labels: np.ndarray
   file: str | os.PathLike = ""
+  page: int = 0
+
+  @functools.cached_property
+  def origin(self) -> Origin:
+    """Which image it is of."""
+    return origin_of(self.image, self.file, self.page)
 
   @property
   def size(self) -> tuple[int, int]:
@@ -60,16 +69,6 @@ class Labeled:
     if not plain:
       return None
     return path if size == self.size and (orientation == _UPRIGHT or not upright) else None
-
-
-def relative_path(image: pathlib.Path, folder: pathlib.Path) -> str:
-  """The path of a local image from a local folder, with "/".
-
-  Neither is below a link, as `..` leads out of what the link points to.
-  """
-  image, folder = image.absolute(), folder.absolute()
-  path = os.path.relpath(image.parent.resolve() / image.name, folder.resolve())
-  return pathlib.PurePath(path).as_posix()
 
 
 def _is_plain(file: Image.Image) -> bool:

@@ -1,7 +1,10 @@
 """labelme's JSON: a file for each image, with polygons or masks."""
 
 import base64
+import hashlib
 import io
+import json
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +16,8 @@ from rpn_jax.annotations.regions import Instance, Region
 
 # Of the format; masks came with 5.2.
 VERSION = "5.5.0"
+# Field beside those of the format, which labelme keeps: the input, and a digest of the shapes.
+MARK = "rpn_jax"
 
 
 def document(
@@ -22,6 +27,7 @@ def document(
   options: Options,
   image_path: str,
   image: np.ndarray | None,
+  source: str,
 ) -> dict:
   """The content of a file.
 
@@ -34,6 +40,7 @@ def document(
     options: `instances`, `labelme` and `simplify`.
     image_path: from the folder of the file, with "/".
     image: (H, W, 3) uint8, to be embedded; None if the file at `image_path` is to be read.
+    source: see `source_of`.
   """
   shapes = []
   for instance in instances:
@@ -47,8 +54,22 @@ def document(
   return {
     "version": VERSION, "flags": {}, "shapes": shapes, "imagePath": image_path,
     "imageData": None if image is None else _png(image), "imageHeight": size[0],
-    "imageWidth": size[1],
+    "imageWidth": size[1], MARK: {"source": source, "digest": _digest(shapes)},
   }  # fmt: skip
+
+
+def source_of(path: pathlib.Path) -> str | None:
+  """The input of a file that is as `document` made it; None of one that was edited, or another."""
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    mark = content[MARK]
+    return mark["source"] if mark["digest"] == _digest(content["shapes"]) else None
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+
+
+def _digest(shapes: Sequence[dict]) -> str:
+  return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _polygon(region: Region, tolerance: float) -> dict:

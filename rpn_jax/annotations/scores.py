@@ -16,6 +16,7 @@ def save(
   image_HxWx3: np.ndarray,
   scores_hxwxC: np.ndarray,
   names: Sequence[str],
+  source: str | None = None,
 ) -> list[pathlib.Path]:
   """Writes `<stem>_scores.npz` and `<stem>_scores.png`, and makes the folder.
 
@@ -28,11 +29,13 @@ def save(
     image_HxWx3: uint8.
     scores_hxwxC: in [0, 1].
     names: C class names.
+    source: see `save_png`.
 
   Returns:
     Both paths.
   """
-  picture = save_png(directory / f"{stem}_scores.png", score_grid(image_HxWx3, scores_hxwxC, names))
+  grid = score_grid(image_HxWx3, scores_hxwxC, names)
+  picture = save_png(directory / f"{stem}_scores.png", grid, source)
   path = directory / f"{stem}_scores.npz"
   with replacing(path) as temporary, open(temporary, "wb") as file:
     np.savez_compressed(

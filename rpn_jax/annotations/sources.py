@@ -1,16 +1,15 @@
 """Which image the files of a data set are of, so that those of another one are never replaced."""
 
 import json
-import os
 import pathlib
 import shutil
 
 from PIL import Image
 
-from rpn_jax.annotations.images import PLAIN_SUFFIXES, Labeled, relative_path
-from rpn_jax.base import buckets
+from rpn_jax.annotations.images import PLAIN_SUFFIXES, Labeled
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.paths import exact, name_key, replacing, write_json
+from rpn_jax.base.origins import Origin, check_same, exists, is_same
+from rpn_jax.base.paths import replacing, write_json
 from rpn_jax.drawing.images import save_png
 
 
@@ -28,31 +27,25 @@ class Sources:
   def __init__(self, folder: pathlib.Path, images: str, label: str):
     self._folder, self._images, self._label = folder, images, label
 
-  def check(self, file: str | os.PathLike, stem: str) -> None:
+  def check(self, origin: Origin, stem: str) -> None:
     """Checks that no file of another image would be replaced.
 
     Args:
-      file: path of the image, or "".
+      origin: of the image.
       stem: of the names of its files.
 
     Raises:
-      InputError: there are files of that stem which were not made of this image.
+      Occupied: there are files of that stem which were not made of this image.
     """
     known = self._read(stem)
-    mine = known.get("source") == self._source(file)
+    mine = known.get("source") == origin.name(self._folder)
     there = [self._image(stem, suffix) for suffix in PLAIN_SUFFIXES]
     there = [path for path in there if not (mine and path.name in known["copies"])]
     if not mine:
       there.append(self._folder / self._label.format(stem))
     for path in there:
-      if _exists(path) and not _is_same(path, file):
-        of = "no earlier call has made of it"
-        if known and not mine:
-          of = f"is of {known['source'] or 'an image without a file'}"
-        raise InputError(
-          f"{file or stem}: expected a name that is free in {self._folder}, got {path}, which "
-          f"{of}; rename one of them, or write to another folder"
-        )
+      if exists(path) and not is_same(path, origin.file):
+        check_same(path, None if mine else known.get("source"), origin, self._folder)
 
   def add(self, labeled: Labeled, stem: str) -> list[pathlib.Path]:
     """Copies the image's file, or writes a PNG of what was segmented; `check` comes before.
@@ -68,7 +61,7 @@ class Sources:
     """
     plain = labeled.plain_file(upright=True)
     path = self._image(stem, plain.suffix.lower() if plain else ".png")
-    own = _is_same(path, labeled.file)
+    own = is_same(path, labeled.file)
     if own and plain is None:
       raise InputError(
         f"{path}: expected an image that other programs see as it was segmented (docs/masks.md), "
@@ -77,7 +70,7 @@ class Sources:
     old = self._read(stem).get("copies", [])
     copies = [] if own else [path.name]
     # Before the copy: whoever comes after a process that was killed knows whose it is.
-    written = self._write(labeled.file, stem, sorted({*old, *copies}))
+    written = self._write(labeled.origin, stem, sorted({*old, *copies}))
     if plain is None:
       save_png(path, Image.fromarray(labeled.image))
     elif not own:
@@ -86,24 +79,13 @@ class Sources:
         shutil.copyfile(plain, temporary)
     if stale := [name for name in old if name != path.name]:
       for name in stale:
-        if not _is_same(path.with_name(name), labeled.file):
+        if not is_same(path.with_name(name), labeled.file):
           path.with_name(name).unlink(missing_ok=True)
-      self._write(labeled.file, stem, copies)
+      self._write(labeled.origin, stem, copies)
     return [path, written]
 
   def _image(self, stem: str, suffix: str) -> pathlib.Path:
     return self._folder / self._images / f"{stem}{suffix}"
-
-  def _source(self, file: str | os.PathLike) -> str:
-    """What a file is called here: its place, or its name where no file is."""
-    if not str(file):
-      return ""
-    path = exact(file)
-    if buckets.is_bucket(path) or not path.is_file():
-      return str(path) if buckets.is_bucket(path) else path.name
-    if buckets.is_bucket(self._folder):
-      return str(path.absolute())
-    return name_key(relative_path(path, self._folder))
 
   def _record(self, stem: str) -> pathlib.Path:
     return self._folder / "sources" / f"{stem}.json"
@@ -116,20 +98,8 @@ class Sources:
       return {}
     return known if isinstance(known, dict) and {"source", "copies"} <= {*known} else {}
 
-  def _write(self, file: str | os.PathLike, stem: str, copies: list[str]) -> pathlib.Path:
+  def _write(self, origin: Origin, stem: str, copies: list[str]) -> pathlib.Path:
     path = self._record(stem)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"source": self._source(file), "copies": copies})
+    write_json(path, {"source": origin.name(self._folder), "copies": copies})
     return path
-
-
-def _exists(path: pathlib.Path) -> bool:
-  # Unlike a path's method, os.path takes a name that is too long for one of no file.
-  return path.exists() if buckets.is_bucket(path) else os.path.exists(path)
-
-
-def _is_same(path: pathlib.Path, file: str | os.PathLike) -> bool:
-  """Whether a path is the file of an image."""
-  if not str(file) or buckets.is_bucket(path) or buckets.is_bucket(file):
-    return str(path) == str(file)
-  return os.path.exists(path) and os.path.exists(exact(file)) and path.samefile(exact(file))

@@ -80,6 +80,16 @@ def name_key(path: str | os.PathLike) -> str:
   return unicodedata.normalize("NFC", os.fspath(path))
 
 
+def relative_path(image: pathlib.Path, folder: pathlib.Path) -> str:
+  """The path of a local image from a local folder, with "/".
+
+  Neither is below a link, as `..` leads out of what the link points to.
+  """
+  image, folder = image.absolute(), folder.absolute()
+  path = os.path.relpath(image.parent.resolve() / image.name, folder.resolve())
+  return pathlib.PurePath(path).as_posix()
+
+
 def expand_local(path: str | os.PathLike, what: str) -> pathlib.Path:
   """`expand` of a path that cannot be in a bucket.
 

@@ -56,6 +56,7 @@ class Picture:
     mode: of the file, by Pillow's names; "" where it has none of them.
     orientation: the EXIF field; 2 to 8 turn or mirror the stored pixels.
     stored_size: (height, width) of the stored pixels.
+    page: of a file with several pages or frames, from 1; 0 of others.
   """
 
   image: np.ndarray
@@ -64,6 +65,7 @@ class Picture:
   mode: str = ""
   orientation: int = 1
   stored_size: tuple[int, int] = (0, 0)
+  page: int = 0
 
   @property
   def texts(self) -> list[str]:
@@ -180,7 +182,7 @@ def converted(
     size = rgb.shape[:2]
     if upright and orientation in _UPRIGHT and file.format == "PNG":  # OpenCV turns a TIFF
       rgb = np.ascontiguousarray(_UPRIGHT[orientation](rgb))
-  return Picture(rgb, (*notes, *more), file.format, file.mode, orientation, size)
+  return Picture(rgb, (*notes, *more), file.format, file.mode, orientation, size, file.page)
 
 
 @dataclasses.dataclass
@@ -194,6 +196,7 @@ class Opened:
     profile: ICC profile that belongs to `values`.
     format: by Pillow's names.
     notes: what had to be decided.
+    page: see `Picture`.
   """
 
   name: object
@@ -202,6 +205,7 @@ class Opened:
   profile: bytes | None = None
   format: str = ""
   notes: tuple[Note, ...] = ()
+  page: int = 0
 
   @property
   def pillow(self) -> Image.Image:
@@ -238,7 +242,7 @@ def opened(
       if isinstance(image, Image.Image):
         notes = _turn_to(image, page, name)
         check_size(name, image.size, max_pixels)
-        yield Opened(name, image, format=image.format or "", notes=notes)
+        yield Opened(name, image, format=image.format or "", notes=notes, page=_page(image))
       else:
         stream = _stream(image) if isinstance(image, (str, os.PathLike)) else image
         if stream is not image:
@@ -303,7 +307,12 @@ def _open(
     if values.shape[:2] != file.size[::-1]:
       raise ValueError(f"values of {values.shape}")
     return Opened(name, file, values, file.info.get("icc_profile"), "PNG", notes)
-  return Opened(name, file, format=file.format or "", notes=notes)
+  return Opened(name, file, format=file.format or "", notes=notes, page=_page(file))
+
+
+def _page(file: Image.Image) -> int:
+  """See `Picture.page`."""
+  return file.tell() + 1 if getattr(file, "n_frames", 1) > 1 else 0
 
 
 def _deep_tiff(
@@ -322,7 +331,8 @@ def _deep_tiff(
     notes = _page_note(tiff.pages, page, 1, name)
   check_size(name, tiff.size, max_pixels)
   tiff.check(name, max_pixels)
-  return Opened(name, file, tiff.read(), tiff.profile, "TIFF", notes)
+  shown = (page or 1) if tiff.pages > 1 else 0
+  return Opened(name, file, tiff.read(), tiff.profile, "TIFF", notes, shown)
 
 
 def _turn_to(file: Image.Image, page: int | None, name: object) -> tuple[Note, ...]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from rpn_jax.base.origins import PNG_KEYWORD, png_with
 from rpn_jax.base.paths import exact, replacing
 from rpn_jax.drawing.fonts import load_font, wrap
 from rpn_jax.drawing.legend import draw_legend, legend_entries
@@ -264,12 +265,21 @@ def index_image(
   return index
 
 
-def save_png(path: str | os.PathLike, image: Image.Image | Figure) -> pathlib.Path:
+def save_png(
+  path: str | os.PathLike, image: Image.Image | Figure, source: str | None = None
+) -> pathlib.Path:
   """Writes an image or a figure, see `replacing`, and makes its folder.
+
+  Args:
+    path: of the file.
+    image: of PIL, or a figure.
+    source: of an image, what it was made of, see `base.origins`.
 
   Returns:
     The path.
   """
+  from PIL.PngImagePlugin import PngInfo
+
   path = exact(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with replacing(path) as temporary:
@@ -280,10 +290,14 @@ def save_png(path: str | os.PathLike, image: Image.Image | Figure) -> pathlib.Pa
         cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP,
       ]  # fmt: skip
       bgr = cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2BGR)
-      temporary.write_bytes(cv2.imencode(".png", bgr, options)[1].tobytes())
+      png = cv2.imencode(".png", bgr, options)[1].tobytes()
+      temporary.write_bytes(png if source is None else png_with(png, source))
     else:
+      text = PngInfo()
+      if source is not None:
+        text.add_itxt(PNG_KEYWORD, source)
       # Level 6 takes seconds on a 12-megapixel label for a few per cent.
-      image.save(temporary, format="PNG", compress_level=4)
+      image.save(temporary, format="PNG", compress_level=4, pnginfo=text)
   return path
 
 

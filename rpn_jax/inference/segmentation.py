@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from rpn_jax.annotations.collection import Collection
 from rpn_jax.annotations.images import Labeled
 from rpn_jax.annotations.options import ANNOTATIONS, DEFAULT_FORMS, parse_forms
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.origins import FIELD, Occupied, Origin, check_free, origin_of
 from rpn_jax.base.paths import expand, name_key, write_json
 from rpn_jax.base.words import composed, split_synonyms
 from rpn_jax.drawing.images import index_image, no_class_id, overlay_with_legend, save_png
@@ -25,6 +27,13 @@ from rpn_jax.inference.decision import best_row
 from rpn_jax.inference.refinement import Scores
 from rpn_jax.models import Network
 
+# Forms that are files of an image's own -> how their names end.
+_ENDS = {
+  "overlay": ("_overlay.png",),
+  "labels": ("_labels.png",),
+  "json": (".json",),
+  "scores": ("_scores.png", "_scores.npz"),
+}
 # Bias of rows that only pad a program's shape: lower than any score.
 FILLER_SCORE = -1e4
 
@@ -71,6 +80,11 @@ class ClassScores:
     return rows
 
 
+def ends_of(forms: Sequence[str]) -> list[str]:
+  """How the names of an image's own files end, in some forms."""
+  return [end for form in forms for end in _ENDS.get(form, ())]
+
+
 class Segmentation:
   """The segmentation of one image. Maps are computed when first accessed.
 
@@ -83,6 +97,7 @@ class Segmentation:
     other: threshold; pixels whose best score is lower belong to no class.
     emphasis: {name: -1 … 1}, raises or lowers the scores of a class.
     notes: what had to be decided when the image was read, see `pictures.load`.
+    page: of a file with several pages, see `pictures.Picture`.
   """
 
   def __init__(
@@ -96,8 +111,9 @@ class Segmentation:
     other: float = 0.0,
     emphasis: Mapping[str, float] | None = None,
     notes: Sequence[str] = (),
+    page: int = 0,
   ):
-    self.notes = tuple(notes)
+    self.notes, self.page = tuple(notes), page
     self.image, self.names, self.method, self.file = image, names, method, file
     self.class_scores = class_scores
     self.other, self.emphasis = checked_adjustment(names, other, emphasis)
@@ -115,6 +131,7 @@ class Segmentation:
       other=self.other if other is None else other,
       emphasis=self.emphasis if emphasis is None else emphasis,
       notes=self.notes,
+      page=self.page,
     )
 
   @property
@@ -189,6 +206,7 @@ class Segmentation:
     height, width = self.labels.shape
     return {
       "image": str(self.file),
+      **({"page": self.page} if self.page else {}),
       "width": width,
       "height": height,
       "method": self.method,
@@ -227,7 +245,8 @@ class Segmentation:
 
     Args:
       directory: created if missing.
-      stem: start of the file names; None uses that of the image's file.
+      stem: start of the file names, whose files are replaced, but for those of `Collection.check`;
+        None uses that of the image's file, or `picture`, with a number where that is taken.
       save: forms, as a list or as "overlay,coco".
       alpha, palette: of `overlay`; the palette is that of the labels and the JSON, too.
       collection: of many images, which gets the annotations in place of one for this image alone;
@@ -238,31 +257,67 @@ class Segmentation:
       The paths.
 
     Raises:
+      Occupied: of the image's file, but not of this image, there are such files.
       InputError: an unknown form, or see `Collection` and its `add`.
     """
     forms, directory = parse_forms(save), expand(directory)
-    stem = stem or pathlib.PurePath(self.file).stem or "picture"
-    own = collection or Collection(directory, self.names, forms, coco_name=stem, **options)
-    written = []
-    # First, since it may be refused, and then there is nothing of this image.
-    annotated = (
-      own.add(Labeled(self.image, self.labels, self.file), stem)
-      if {*forms} & {*ANNOTATIONS}
-      else []
-    )
+    alone = functools.partial(Collection, directory, self.names, forms, **options)
+    if stem is None:
+      check = lambda stem: alone(only=stem).check(self.origin, stem)
+      stem = self.free_stem(directory, forms, check)
+    own = collection or alone(only=stem)
+    source, written = self.origin.name(directory), []
+    # Before anything is written, since it may be refused.
+    own.check(self.origin, stem)
     if "overlay" in forms:
       overlay = self.overlay(alpha, palette)
-      written.append(save_png(directory / f"{stem}_overlay.png", overlay))
+      written.append(save_png(directory / f"{stem}_overlay.png", overlay, source))
     if "labels" in forms:
-      written.append(save_png(directory / f"{stem}_labels.png", self.mask(palette)))
+      written.append(save_png(directory / f"{stem}_labels.png", self.mask(palette), source))
     if "json" in forms:
       written.append(directory / f"{stem}.json")
       written[-1].parent.mkdir(parents=True, exist_ok=True)
-      write_json(written[-1], self.summary(palette))
+      write_json(written[-1], {**self.summary(palette), FIELD: source})
     if "scores" in forms:
-      written += score_files.save(directory, stem, self.image, self.scores, self.names)
-    written += annotated
+      written += score_files.save(directory, stem, self.image, self.scores, self.names, source)
+    if {*forms} & {*ANNOTATIONS}:
+      written += own.add(Labeled(self.image, self.labels, self.file, self.page), stem)
     return written if collection else written + own.finish()
+
+  @functools.cached_property
+  def origin(self) -> Origin:
+    """Which image it is of."""
+    return origin_of(self.image, self.file, self.page)
+
+  def free_stem(
+    self,
+    directory: pathlib.Path,
+    forms: Sequence[str],
+    check: Callable[[str], None],
+    default: str = "picture",
+  ) -> str:
+    """The start of the names of this image's files; see `save`.
+
+    Args:
+      directory: of all results.
+      forms: see `save`.
+      check: refuses a stem by Occupied, for what is in folders of forms.
+      default: of an image without a name.
+
+    Raises:
+      Occupied: see `save`.
+    """
+    name = pathlib.PurePath(self.file).stem or default
+    for number in itertools.count(1):
+      stem = name if number == 1 else f"{name}_{number}"
+      try:
+        check(stem)
+        check_free(self.origin, directory, stem, ends_of(forms))
+        return stem
+      except Occupied:
+        if not self.origin.digest:
+          raise
+    raise AssertionError
 
   def __repr__(self) -> str:
     height, width = self.labels.shape
@@ -322,6 +377,8 @@ def save_results(
           f"{result.file}: expected images with different names, got {stem} twice; rename one"
         )
       stems.add(key)
+      check = functools.partial(collection.check, result.origin)
+      stem = result.free_stem(expand(directory), forms, check, stem)
       written += result.save(
         directory, stem, save=forms, alpha=alpha, palette=palette, collection=collection
       )

@@ -315,7 +315,7 @@ class Segmenter:
       scores = ClassScores(self.predictor.network, scored, size, class_of_row, fillers)
       yield Segmentation(
         picture.image, names, self.method, scores, file=file, other=other, emphasis=emphasis,
-        notes=picture.texts,
+        notes=picture.texts, page=picture.page,
       )  # fmt: skip
 
   def blocks(

@@ -13,11 +13,12 @@ from rpn_jax.base import overlap, picture_files, pictures
 from rpn_jax.base.colors import Color
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.origins import Origin, check_free
 from rpn_jax.base.paths import expand, write_text
 from rpn_jax.base.words import parse_names
 from rpn_jax.devices import devices_text
 from rpn_jax.inference.predictor import open_run
-from rpn_jax.inference.segmentation import Segmentation
+from rpn_jax.inference.segmentation import Segmentation, ends_of
 from rpn_jax.inference.segmenter import Segmenter
 
 # More files than these are counted, not listed: those of four images.
@@ -51,15 +52,16 @@ def predict(
   if not image:
     raise InputError("--mode=predict needs --image=FILE_OR_FOLDER")
   check(save, annotations or {})
-  given, found = None if classes is None else parse_names(classes), picture_files.find(image)
+  given = None if classes is None else parse_names(classes)
   predictor, run = open_run(config, workdir)
+  directory = run.workdir / "predictions"
+  found = picture_files.find(image, results=directory)
   if not (names := given or run.stored_classes().get("names")):
     raise InputError(
       f'--mode=predict needs --classes="a, b": {run.workdir} does not say which it was trained on'
     )
   return save_all(
-    Segmenter.from_run(predictor, run), found, names, run.workdir / "predictions", save=save,
-    annotations=annotations,
+    Segmenter.from_run(predictor, run), found, names, directory, save=save, annotations=annotations,
   )  # fmt: skip
 
 
@@ -123,8 +125,11 @@ def save_all(
     try:
       if (shown := _readable(file)) != str(file):
         raise InputError(f"{shown}: expected a file name in UTF-8, which results have: rename it")
-      collection.check(file, stem.as_posix())
-      return pictures.load(file, page=page, matte=matte)
+      picture = pictures.load(file, page=page, matte=matte)
+      origin = Origin(file, picture.page)
+      collection.check(origin, stem.as_posix())
+      check_free(origin, directory, stem.as_posix(), ends_of(forms))
+      return picture
     except InputError as error:
       return error
 
@@ -158,7 +163,11 @@ def save_all(
       return error
     except OSError as error:
       if error.errno != errno.ENAMETOOLONG:
-        raise
+        raise InputError(
+          f"{directory}: expected room and leave to write the results of {result.file}, got "
+          f"{error.strerror or error}; {len(written)} files are there: free some disk space, or "
+          "name another --out"
+        ) from None
       return InputError(
         f"{result.file}: expected a name that leaves room for the ends of its results' names, got "
         f"{len(stem.name)} characters; rename it"

@@ -19,6 +19,7 @@ from PIL import Image, TiffImagePlugin
 from rpn_jax.base import pictures
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.origins import FIELD, Origin
 from rpn_jax.base.paths import expand_local, replacing, write_json, write_text
 from rpn_jax.devices import devices_text
 from rpn_jax.drawing.images import MAX_OVERLAY_SIDE, no_class_id, overlay_with_legend, save_png
@@ -35,8 +36,7 @@ GEO_TAGS = (33550, 33922, 34264, 34735)
 WIDTH_TAG, HEIGHT_TAG, ORIENTATION_TAG = 256, 257, 274
 # Values of an overview that become black and white, where there are more than 8 bits.
 PERCENTILES = (2, 98)
-# What GDAL may keep of decoded tiles: a row of them, since rows of windows overlap and are read
-# again. rasterio counts bytes here, where GDAL's own pages count megabytes.
+# What GDAL may keep of decoded tiles, bytes: a row of them, which overlapping windows read again.
 CACHE_BYTES = 256 << 20
 # Side of the tiles of written files, pixels; it divides the sides of blocks.
 TILE = 256
@@ -335,7 +335,7 @@ def segment_raster(
   palette: str = "default",
   **options: Any,
 ) -> list[pathlib.Path]:
-  """Writes `<stem>_labels.tif`, `<stem>_overlay.png` and `<stem>.json`.
+  """Writes `<stem>_labels.tif`, `<stem>_overlay.png`, `<stem>.json`, in place of earlier ones.
 
   The labels have the georeference of the raster, a palette and the names; pixels without data and
   of no class are nodata. Memory depends on the width of the raster, not on its height.
@@ -382,9 +382,10 @@ def segment_raster(
   overlay = overlay_with_legend(
     raster.overview, reduced, names, palette=palette, areas=(counts[1:], int(counts[0]))
   )
-  picture = save_png(directory / f"{stem}_overlay.png", overlay)
+  source = Origin(raster.path).name(directory)
+  picture = save_png(directory / f"{stem}_overlay.png", overlay, source)
   summary = _summary(segmenter, raster, names, options, palette, counts, sums, missing)
-  write_json(directory / f"{stem}.json", summary)
+  write_json(directory / f"{stem}.json", {**summary, FIELD: source})
   written = [label_file, picture, directory / f"{stem}.json"]
   print("\n".join([segmenter.method, *map(str, written)]))
   return written

@@ -4,8 +4,6 @@ Images and folders of them, films and rasters have each a module: `predict`, `vi
 """
 
 import argparse
-import json
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -14,6 +12,7 @@ from rpn_jax.annotations.options import DEFAULT_FORMS, check, parse_forms
 from rpn_jax.annotations.options import FLAGS as ANNOTATION_FLAGS
 from rpn_jax.base import buckets, colors, console, picture_files
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.origins import Origin, check_free
 from rpn_jax.base.paths import expand
 from rpn_jax.base.words import parse_names, read_names
 from rpn_jax.inference.segmenter import Segmenter
@@ -21,6 +20,8 @@ from rpn_jax.tasks import raster, video
 from rpn_jax.tasks.predict import save_all
 
 MATTE = "white"
+# How the names of the files end that are written of a raster.
+RASTER_ENDS = (".json", "_labels.tif", "_overlay.png")
 # Flags of one kind of input, which are not passed over without a word with another.
 FLAGS = {
   "images": ("page", "matte"),
@@ -51,7 +52,8 @@ def segment(args: argparse.Namespace) -> int:
       kind = _kind(args, path)
       found = picture_files.find(args.image, recursive=args.recursive, results=out)
       if kind == "a raster":
-        _check_results(path, out)
+        if not buckets.is_bucket(out):  # which is refused for another reason
+          check_free(Origin(path), out, path.stem, RASTER_ENDS)
         source = raster.Raster(path, bands=args.bands, limits=args.range, scale=args.scale)
       elif path.is_dir() and args.raster is None:
         _tell_of_rasters(found.files)
@@ -86,31 +88,6 @@ def _tell_of_rasters(files: Sequence[pathlib.Path]) -> None:
       "ordinary images, without their place on earth; name one by itself for a map of it "
       "(--no-raster drops this line)",
       flush=True,
-    )
-
-
-def _check_results(path: pathlib.Path, out: pathlib.Path) -> None:
-  """Checks that the results of a raster would replace none of another raster, or of an image.
-
-  Raises:
-    InputError: the folder has results of that name, and they are not known to be of the raster.
-  """
-  if buckets.is_bucket(out):  # which is refused for another reason
-    return
-  summary, labels = out / f"{path.stem}.json", out / f"{path.stem}_labels.tif"
-  try:
-    content = json.loads(summary.read_text(encoding="utf-8"))
-    of = str(content.get("raster") or content.get("image") or "something else")
-  except FileNotFoundError:
-    if not labels.exists() or labels.samefile(path):  # who would replace the latter says so
-      return
-    summary, of = labels, "no raster that is known"
-  except (OSError, ValueError, AttributeError):
-    of = "something else"
-  if os.path.realpath(of) != os.path.realpath(path):
-    raise InputError(
-      f"--out={out}: expected no results of another file than {path}, got {summary}, which is of "
-      f"{of}; use another --out, or rename one"
     )
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 from rpn_jax.base import overlap, pictures
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.origins import FIELD, Origin, check_free
 from rpn_jax.base.paths import expand_local, locked, replacing, write_json, write_text
 from rpn_jax.devices import devices_text
 from rpn_jax.drawing.film import FilmPainter, film_writer, quiet_opencv
@@ -268,7 +269,7 @@ def segment_film(
   if not 0 <= smooth < 1:
     raise InputError(f"--smooth: expected a weight of at least 0 and below 1, got {smooth}")
   path, directory = expand_local(path, "a film"), expand_local(directory, "--out of a film")
-  film, stem = Film(path), path.stem
+  film, stem, origin = Film(path), path.stem, Origin(path)
   settings = {
     "film": film.digest(), "model": segmenter.method, "names": list(names), "every": every,
     "smooth": smooth, "palette": palette,
@@ -276,6 +277,8 @@ def segment_film(
     **{key: value or None for key, value in options.items()},
   }  # fmt: skip
   labels, overlay = directory / f"{stem}_labels", directory / f"{stem}_overlay.{kind}"
+  if not labels.exists():  # which says itself what it is of
+    check_free(origin, directory, stem, (".json",))
   labels.mkdir(parents=True, exist_ok=True)
   with locked(labels / ".lock", str(labels), "use another --out"):
     folder = FrameFolder(labels, directory / f"{stem}_shares.csv", names, settings)
@@ -292,7 +295,7 @@ def segment_film(
         f"interrupted; {len(folder.done)} frames are done and kept, the same command continues"
       ) from None
     summary = _summary(segmenter, film, folder, palette, settings)
-    write_json(directory / f"{stem}.json", summary)
+    write_json(directory / f"{stem}.json", {**summary, FIELD: origin.name(directory)})
   written = [overlay, folder.path, folder.table, directory / f"{stem}.json"]
   print("\n".join([segmenter.method, *map(str, written)]))
   return written

@@ -62,7 +62,7 @@ def test_another_image_of_the_same_name_is_refused(tmp_path, form):
   add(out, form, photo(tmp_path / "A/IMG_1.jpg"), "IMG_1")
   before = content(out)
   for other in ("B/IMG_1.png", "B/IMG_1.jpg", "A/IMG_1.png"):
-    with pytest.raises(InputError, match=r"is free .*IMG_1\.jpg, which is of \S+A/IMG_1\.jpg; ren"):
+    with pytest.raises(InputError, match=r"are free .*IMG_1\.jpg, which is of \S+A/IMG_1\.jpg; "):
       add(out, form, photo(tmp_path / other, 1), "IMG_1")
     assert content(out) == before
   for path in before:  # moved to a split of the user's

@@ -94,7 +94,9 @@ class _Segmenter:
     for i, image in enumerate(images):
       if i == self.images:
         raise KeyboardInterrupt
-      yield result(label=scenes.noise(*image.image.shape[:2], i), names=names)
+      made = result(label=scenes.noise(*image.image.shape[:2], i), names=names)
+      made.page = image.page
+      yield made
 
 
 def test_a_folder_with_an_unreadable_image_and_an_interruption(tmp_path, capsys):
@@ -168,3 +170,72 @@ def test_what_is_wrong_is_said_before_the_network_runs(tmp_path):
     given = {"found": found, "names": "cat", "directory": tmp_path, **arguments}
     with pytest.raises(InputError, match=message):
       predict.save_all(nothing, **given)
+
+
+FORMS = ("overlay", "labels", "json", "scores", "coco", "labelme", "yolo", "voc")
+
+
+def contents(folder):
+  return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_results_of_another_image_stay(tmp_path, form):
+  """By its stem the next image of that name is refused, and the same one replaces its own."""
+  for name in ("A/x.png", "B/x.png"):
+    (tmp_path / name).parent.mkdir()
+    Image.new("RGB", (50, 40), "red").save(tmp_path / name)
+  out, mine = tmp_path / "out", result(tmp_path / "A/x.png")
+  mine.save(out, save=form)
+  before = contents(out)
+  with pytest.raises(InputError, match=r"B/x\.png: expected names .*A/x\.png; rename"):
+    result(tmp_path / "B/x.png").save(out, save=form)
+  assert contents(out) == before
+  result(tmp_path / "A/x.png", np.zeros((40, 50), np.int32)).save(out, save=form)
+  assert contents(out).keys() == before.keys()
+  assert form == "scores" or contents(out) != before  # which are the same for all labels here
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_images_without_a_file_get_names_that_are_free(tmp_path, form):
+  first, second = result(), result(label=scenes.nested()[:-1])
+  for one in (first, second, first):
+    one.save(tmp_path, save=form)
+  found = {path.name for path in contents(tmp_path)}
+  assert any(name.startswith("picture_2") for name in found)
+  assert not any(name.startswith("picture_3") for name in found)
+  save_results([first], tmp_path / "many", save=form)
+  before = contents(tmp_path / "many")
+  save_results([second], tmp_path / "many", save=form)
+  shared = {"annotations.json"}
+  after = contents(tmp_path / "many")
+  assert all(after[path] == data for path, data in before.items() if path.name not in shared)
+  assert form == "coco" or len(after) > len(before)
+
+
+def test_shapes_that_somebody_has_edited_stay(tmp_path):
+  Image.new("RGB", (50, 40)).save(tmp_path / "x.png")
+  mine = result(tmp_path / "x.png")
+  (path,) = mine.save(tmp_path / "out", save="labelme")
+  (again,) = mine.save(tmp_path / "out", save="labelme")
+  content = json.loads(again.read_text())
+  content["shapes"].pop()
+  path.write_text(json.dumps(content))
+  with pytest.raises(InputError, match=r"labelme/x\.json, which no earlier call has made of it"):
+    mine.save(tmp_path / "out", save="labelme")
+  (tmp_path / "out/coco").mkdir()
+  (tmp_path / "out/coco/annotations.json").write_text('{"images": []}')
+  with pytest.raises(InputError, match=r"annotations\.json: expected no file but that"):
+    save_results([mine], tmp_path / "out", save="coco")
+
+
+def test_pages_of_a_file_are_told_apart(tmp_path):
+  pages = [Image.new("L", (50, 40), color) for color in (0, 200)]
+  pages[0].save(tmp_path / "scan.tif", save_all=True, append_images=pages[1:])
+  found, out = picture_files.find(str(tmp_path / "scan.tif")), tmp_path / "out"
+  save = lambda page: predict.save_all(_Segmenter(), found, "cat, dog, grass", out, page=page)
+  save(2)
+  assert json.loads((out / "scan.json").read_text())["page"] == 2
+  with pytest.raises(InputError, match=r"is of \S*scan\.tif page 2; rename"):
+    save(1)
+  save(2)

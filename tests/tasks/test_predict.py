@@ -124,7 +124,7 @@ def test_a_full_disk_ends_the_command_and_what_was_done_is_whole(
 
   fail_at(monkeypatch, "05", full)
   before = threading.active_count()
-  with pytest.raises(OSError, match="No space left"):
+  with pytest.raises(InputError, match=r"results of .*05\.png, got No space left .*: free"):
     predict.save_all(model, files, NAMES, tmp_path)
   done = saved(tmp_path)
   assert set(range(5)) <= set(done) and 5 not in done

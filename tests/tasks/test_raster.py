@@ -342,13 +342,19 @@ def test_results_of_another_raster_stay(scene, tmp_path, capsys, monkeypatch):
   assert run("m.tif") == 0  # again
   before = {path: path.read_bytes() for path in out.iterdir()}
   assert run(second) == 2
-  assert f"than {second}, got {out}/m.json, which is of m.tif; use anoth" in capsys.readouterr().err
+  said = f"{second}: expected names that are free in {out}, got {out}/m.json, which is of ../m.tif;"
+  assert said in capsys.readouterr().err
   assert {path: path.read_bytes() for path in out.iterdir()} == before
-  for content, of in (('{"image": "m.png"}', "m.png"), ("[]", "something else")):
-    (out / "m.json").write_text(content)
-    assert run(first) == 2 and f"which is of {of}; use" in capsys.readouterr().err
+  old = json.loads((out / "m.json").read_text())
+  for content, of in (
+    ({**old, "source": None, "raster": "m.png"}, "is of m.png"),  # as of earlier versions
+    ({"image": "m.png"}, "no earlier call has made of it"),
+    ([], "no earlier call has made of it"),
+  ):
+    (out / "m.json").write_text(json.dumps(content))
+    assert run(first) == 2 and f"m.json, which {of}; rename" in capsys.readouterr().err
   (out / "m.json").unlink()
-  assert run(first) == 2 and "m_labels.tif, which is of no raster" in capsys.readouterr().err
+  assert run(first) == 2 and "m_labels.tif, which no earlier call" in capsys.readouterr().err
 
 
 def test_a_protocol_that_needs_the_whole_image(model, scene):
