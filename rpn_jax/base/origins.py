@@ -139,6 +139,12 @@ def is_result(path: pathlib.Path) -> bool:
   return path.name.endswith(PICTURE_ENDS) and recorded(path, path.parent) is not None
 
 
+def is_results_folder(path: pathlib.Path) -> bool:
+  """Whether a folder is a data set, or has the labels of a film's frames, by an earlier call."""
+  data_set = path.name in ("yolo", "voc") and (path / "sources").is_dir()
+  return data_set or (path.name.endswith("_labels") and (path / "options.json").is_file())
+
+
 def png_with(png: bytes, source: str) -> bytes:
   """A PNG file with a text chunk that names its input, before the first chunk of pixels."""
   body = b"iTXt" + PNG_KEYWORD.encode() + b"\0\0\0\0\0" + source.encode()

@@ -1,27 +1,32 @@
 """Which files of a folder are images, and where the results of each belong."""
 
 import collections
+import contextlib
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from rpn_jax.base import buckets, paths
+from rpn_jax.base import buckets, origins, paths
 from rpn_jax.base.errors import InputError
 
 SUFFIXES = (
   ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif",
-  ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif", ".ppm", ".pgm", ".pbm",
-  ".pnm", ".tga", ".ico",
+  ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c", ".heic", ".heif",
+  ".hif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".pcx",
 )  # fmt: skip
 # Of images that are not read, and are said to be left out: raw photographs, drawings, documents,
-# high dynamic range, medical images, JPEG XL.
+# high dynamic range, medical images, JPEG XL, textures, icons.
 _OTHER_SUFFIXES = (
   ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2", ".svg", ".eps", ".ai", ".pdf",
-  ".psd", ".xcf", ".exr", ".hdr", ".dcm", ".nii", ".jxl", ".czi", ".lif", ".nd2", ".svs",
+  ".psd", ".xcf", ".exr", ".hdr", ".dcm", ".nii", ".jxl", ".czi", ".lif", ".nd2", ".svs", ".dds",
+  ".sgi", ".icns", ".pfm", ".qoi", ".cur", ".fits", ".wmf", ".emf",
 )  # fmt: skip
 FILM_SUFFIXES = (
-  ".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".3gp",
+  ".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".3gp", ".flv", ".f4v",
+  ".mts", ".m2ts", ".ogv", ".vob", ".mxf",
 )  # fmt: skip
+# How the files of common formats begin, whatever they are called.
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 LeftOut = Sequence[tuple[pathlib.Path, str]]
 
 
@@ -112,12 +117,26 @@ def find(
       f"would look for among these results; a folder in it will do: --out={root / 'predictions'}"
     )
   files, left_out = _images_in(root, SUFFIXES, bool(recursive), results)
+  if files and recursive is False and not buckets.is_bucket(root):
+    below = folders_of_images(root, results)
+    left_out += [(path, "subfolder of images (--recursive)") for path in below]
   if not files:
     where = "in this folder or below" if recursive else "in this folder"
     folders = recursive is False and any(child.is_dir() for child in root.iterdir())
     hint = "; --recursive looks into its subfolders" if folders else ""
     raise InputError(f"{path}: no image {where}{_summary(left_out)}{hint}")
   return Found(root, files, left_out)
+
+
+def images_of(folders: Sequence[pathlib.Path]) -> Found:
+  """The image files in some folders of one folder, by the order of the folders and by path."""
+  files: list[pathlib.Path] = []
+  left_out: list[tuple[pathlib.Path, str]] = []
+  for folder in folders:
+    found, others = _sorted_out(folder.iterdir(), SUFFIXES)
+    files += found
+    left_out += others
+  return Found(folders[0].parent, files, left_out)
 
 
 def list_images(
@@ -189,13 +208,40 @@ def _sorted_out(
     elif suffix not in suffixes:
       if suffix in (*SUFFIXES, *_OTHER_SUFFIXES) and not hidden:
         left_out.append((path, "of another format"))
+      elif not hidden and _begins_like_an_image(path):
+        left_out.append((path, "without the suffix of an image"))
     elif hidden:
       left_out.append((path, "hidden"))
     elif path.exists() and not path.is_file():  # who reads a broken link names it
       left_out.append((path, "not a file"))
+    elif not buckets.is_bucket(path) and origins.is_result(path):
+      left_out.append((path, "written by an earlier call"))
     else:
       files.append(path)
   return files, left_out
+
+
+def _begins_like_an_image(path: pathlib.Path) -> bool:
+  if buckets.is_bucket(path) or not path.is_file():
+    return False
+  with contextlib.suppress(OSError), path.open("rb") as file:
+    return file.read(8).startswith(_BEGINNINGS)
+  return False
+
+
+def folders_of_images(
+  root: pathlib.Path, without: str | os.PathLike | None = None
+) -> list[pathlib.Path]:
+  """The subfolders that have images of their own, but for hidden ones, results and one of them."""
+  left = os.path.realpath(without) if without is not None else ""
+  found = []
+  for folder in sorted(root.iterdir()):
+    if folder.name.startswith(".") or not folder.is_dir() or os.path.realpath(folder) == left:
+      continue
+    with contextlib.suppress(OSError):
+      if not origins.is_results_folder(folder) and _sorted_out(folder.iterdir(), SUFFIXES)[0]:
+        found.append(folder)
+  return found
 
 
 def _walk(
@@ -203,7 +249,8 @@ def _walk(
 ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
   """Files at any depth, and linked folders, which are not followed: they may lead back up.
 
-  Unlike `Path.rglob` it does not pass over unreadable folders.
+  Data sets and films' frames by earlier calls are passed over; unreadable folders are not, as they
+  would be by `Path.rglob`.
   """
 
   def refuse(error: OSError) -> None:
@@ -215,7 +262,9 @@ def _walk(
     folders[:] = [
       name
       for name in sorted(folders)
-      if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) != left
+      if not name.startswith(".")
+      and os.path.realpath(os.path.join(parent, name)) != left
+      and not origins.is_results_folder(pathlib.Path(parent, name))
     ]
     paths_of_folders = (pathlib.Path(parent, name) for name in folders)
     linked += [path for path in paths_of_folders if path.is_symlink()]

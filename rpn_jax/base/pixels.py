@@ -5,7 +5,7 @@ OpenAI's for classification.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -89,6 +89,7 @@ def for_classification(
   mean: Sequence[float] = CLIP_MEAN,
   std: Sequence[float] = CLIP_STD,
   squash: bool = False,
+  told: Callable[[object, Sequence[colors.Note]], None] = lambda name, notes: None,
 ) -> np.ndarray:
   """OpenAI's preprocessing (`clip.load`) after EXIF rotation: normalized float32 (side, side, 3).
 
@@ -103,6 +104,7 @@ def for_classification(
     mean: subtracted per channel, in [0, 1].
     std: divided by per channel.
     squash: whether the model was trained on images squashed to a square, not on the middle ones.
+    told: gets what had to be decided about the image, such as a `pictures.Told`.
 
   Raises:
     InputError: see `pictures.load`.
@@ -112,9 +114,11 @@ def for_classification(
     return normalize(np.array(square(picture, side, squash)), mean, std)
   with pictures.opened(image) as file:
     if file.values is None and file.mode in _OWN_MODES:
-      picture = ImageOps.exif_transpose(file.pillow)
+      picture, notes = ImageOps.exif_transpose(file.pillow), file.notes
     else:
-      picture = Image.fromarray(pictures.converted(file, colors.WHITE).image)
+      read = pictures.converted(file, colors.WHITE)
+      picture, notes = Image.fromarray(read.image), read.notes
+    told(file.name, notes)
     return normalize(np.array(square(picture, side, squash).convert("RGB")), mean, std)
 
 

@@ -3,10 +3,11 @@
 import functools
 import itertools
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
-from rpn_jax.base import paths, picture_files, pixels
+from rpn_jax.base import colors, paths, picture_files, pictures, pixels
 from rpn_jax.base.console import progress, table
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_names, parse_names
@@ -23,10 +24,11 @@ TABLE_IMAGES, TABLE_CLASSES = 20, 5
 FILE_CLASSES = 20
 
 
-def find_labeled(folder: str) -> tuple[tuple[str, ...], list[tuple[pathlib.Path, int]]]:
-  """Class names and (file, class id) pairs of a folder with a subfolder per class, like ImageNet.
+def find_labeled(folder: str) -> tuple[tuple[str, ...], picture_files.Found, list[int]]:
+  """Class names, images and their class ids, of a folder with a subfolder per class, like ImageNet.
 
   The subfolder's name is the class name, with spaces for underscores; hidden ones are no classes.
+  Images elsewhere, beside the subfolders or below them, are left out.
 
   Raises:
     InputError: there are no subfolders, or one without images.
@@ -43,11 +45,16 @@ def find_labeled(folder: str) -> tuple[tuple[str, ...], list[tuple[pathlib.Path,
       "one subfolder per class"
     )
   names = check_names([p.name.replace("_", " ") for p in subfolders])
-  files = picture_files.list_images(*subfolders)
-  if empty := sorted({*subfolders} - {file.parent for file in files}):
+  found = picture_files.images_of(subfolders)
+  if empty := sorted({*subfolders} - {file.parent for file in found.files}):
     raise InputError(f"{empty[0]}: no image in this folder")
+  loose = picture_files.images_of([root]).files
+  found.left_out += [(file, "beside the folders of the classes") for file in loose]
+  for path in subfolders:
+    below = picture_files.folders_of_images(path)
+    found.left_out += [(each, "folder below that of a class") for each in below]
   ids = {path: i for i, path in enumerate(subfolders)}
-  return names, [(file, ids[file.parent]) for file in files]
+  return names, found, [ids[file.parent] for file in found.files]
 
 
 def classify(config, workdir, image: str | None, classes: str | None) -> dict:
@@ -63,8 +70,9 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
 
   Returns:
     The content of `classify.json`: `images` {file: {class: probability}} with the FILE_CLASSES most
-    likely classes, sorted; where something must be known of the weights, `note`; with known labels
-    `top1` and, for more than five classes, `top5`.
+    likely classes, sorted; where something had to be decided about images, `read` {file: what};
+    where something must be known of the weights, `note`; with known labels `top1` and, for more
+    than five classes, `top5`.
 
   Raises:
     InputError: no images, or no classes; or some could not be read, after the others are written.
@@ -72,11 +80,16 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
   if not image:
     raise InputError("--mode=classify needs --image=FILE_OR_FOLDER")
   if classes:
-    names = parse_names(classes)
-    files, labels = picture_files.find(image).files, None
+    names, found, labels = parse_names(classes), picture_files.find(image), None
   else:
-    names, pairs = find_labeled(image)
-    files, labels = [file for file, _ in pairs], [label for _, label in pairs]
+    names, found, labels = find_labeled(image)
+  files, told, decided = found.files, pictures.Told(), {}
+
+  def tell(name: object, notes: Sequence[colors.Note]) -> None:
+    told(name, notes)
+    if notes:
+      decided[str(name)] = [text for _, text in notes]
+
   predictor = Predictor.from_config(config)
   apply = class_probabilities(predictor, names)
   clip, workdir = predictor.clip, paths.expand(workdir)
@@ -86,6 +99,7 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
     mean=clip.mean or pixels.CLIP_MEAN,
     std=clip.std or pixels.CLIP_STD,
     squash=clip.squash,
+    told=tell,
   )
   orders, results, unreadable = [], {}, []
 
@@ -116,12 +130,14 @@ def classify(config, workdir, image: str | None, classes: str | None) -> dict:
       hits = [label in order[:k] for label, order in orders]
       content[f"top{k}"] = float(np.mean(hits))
   content["images"] = results
+  if decided:
+    content["read"] = decided
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / "classify.json"
   if results:
     paths.write_json(path, content)
     report(content, path)
-  check_skipped(unreadable, len(files), workdir, paths.expand(image))
+  check_skipped(unreadable, len(files), workdir, paths.expand(image), found.left_out)
   return content
 
 

@@ -170,3 +170,43 @@ def test_results_of_names_that_look_the_same_do_not_meet(forms, tmp_path):
     f"{text}{suffix}" for text in (first, second) for suffix in (".json", ".png")
   }
   assert written[f"{first}.json"].read_text(encoding="utf-8") == first
+
+
+def test_files_that_are_images_but_not_by_their_names(tmp_path):
+  Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
+  for name, kind in {"h": "PNG", "g.jpg_large": "JPEG", "x.scan": "TIFF"}.items():
+    Image.new("RGB", (9, 8)).save(tmp_path / name, kind)
+  (tmp_path / "notes").write_text("no image")
+  found = picture_files.find(str(tmp_path))
+  assert [path.name for path in found.files] == ["a.png"]
+  assert {(path.name, why) for path, why in found.left_out} == {
+    (name, "without the suffix of an image") for name in ("h", "g.jpg_large", "x.scan")
+  }
+
+
+def test_folders_that_are_not_looked_into(tmp_path):
+  for name in ("a.png", "more/b.png", "out/c.png", "notes/d.txt", ".hidden/e.png"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+  found = picture_files.find(str(tmp_path), recursive=False, results=tmp_path / "out")
+  assert found.left_out == [(tmp_path / "more", "subfolder of images (--recursive)")]
+  assert not picture_files.find(str(tmp_path)).left_out
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_results_of_earlier_calls_are_no_images(tmp_path, recursive):
+  out = tmp_path / "first" if recursive else tmp_path
+  (out / "yolo/sources").mkdir(parents=True)
+  picture = Image.new("RGB", (9, 8))
+  for name in ("a.png", "mine_labels.png"):
+    picture.save(tmp_path / name)
+  (out / "yolo/images").mkdir()
+  picture.save(out / "yolo/images/a.png")
+  results = [out / "a_overlay.png", out / "a_labels.png"]
+  for path in results:
+    images.save_png(path, picture, "a.png")
+  found = picture_files.find(str(tmp_path), recursive=recursive)
+  assert found.files == [tmp_path / "a.png", tmp_path / "mine_labels.png"]
+  assert sorted(found.left_out) == [
+    (path, "written by an earlier call") for path in sorted(results)
+  ]

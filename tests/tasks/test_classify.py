@@ -97,14 +97,20 @@ def test_one_file(folder, tmp_path, capsys):
   assert line.split() == [file.name, "plain", "red", f"{100 * scores['plain red']:.1f}"]
 
 
-def test_hidden_files_and_folders_are_no_images_and_no_classes(tmp_path, capsys):
-  for name in ("cafe\u0301/a.png", "cafe\u0301/._a.png", ".ipynb_checkpoints/b.png", "sea/c.png"):
+def test_what_is_no_image_of_a_class(tmp_path):
+  for name in (
+    "cafe\u0301/a.png", "cafe\u0301/._a.png", ".ipynb_checkpoints/b.png", "sea/c.png", "loose.png",
+    "sea/2024/d.png",
+  ):  # fmt: skip
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"")
-  names, files = classify.find_labeled(str(tmp_path))
+  names, found, labels = classify.find_labeled(str(tmp_path))
   assert names == ("caf\u00e9", "sea")
-  assert [(file.name, label) for file, label in files] == [("a.png", 0), ("c.png", 1)]
-  assert "left out of the images: 1 hidden, such as " in capsys.readouterr().out
+  assert [file.name for file in found.files] == ["a.png", "c.png"] and labels == [0, 1]
+  assert [(path.name, why) for path, why in found.left_out] == [
+    ("._a.png", "hidden"), ("loose.png", "beside the folders of the classes"),
+    ("2024", "folder below that of a class"),
+  ]  # fmt: skip
   (tmp_path / "sea/c.png").unlink()
   with pytest.raises(InputError, match=r"sea: no image in this folder"):
     classify.find_labeled(str(tmp_path))
@@ -195,3 +201,20 @@ def test_the_statistics_of_the_weights(folder, tmp_path):
   want = jax.nn.softmax(jax.jit(CLIP(config).apply)({"params": params}, image[None], tokens))
   np.testing.assert_allclose(list(scores.values()), want[0], atol=1e-4)
   assert Predictor.from_weights(settings.clip).protocol.mean == (0.5, 0.5, 0.5)
+
+
+def test_what_was_decided_and_left_out_is_said(tmp_path, capsys):
+  (tmp_path / "in").mkdir()
+  deep = np.linspace(0, 4095, 48 * 64).reshape(48, 64).astype(np.uint16)
+  Image.fromarray(deep).save(tmp_path / "in/deep.png")
+  pages = [Image.new("L", (64, 48), color) for color in (0, 200)]
+  pages[0].save(tmp_path / "in/scan.tif", save_all=True, append_images=pages[1:])
+  Image.new("RGB", (64, 48)).save(tmp_path / "in/plain.png")
+  (tmp_path / "in/raw.cr2").write_bytes(b"")
+  content = run(tmp_path / "run", tmp_path / "in", "sand, water")
+  read = {pathlib.Path(file).name: texts for file, texts in content["read"].items()}
+  assert read.keys() == {"deep.png", "scan.tif"} and "page 1 of 2" in read["scan.tif"][0]
+  said = capsys.readouterr().out
+  assert "page 1 of 2" in said and "0 … 4095" in said
+  assert "left out of the images: 1 of another format" in said
+  assert "raw.cr2: left out, of another format" in (tmp_path / "run/skipped.txt").read_text()
