@@ -15,7 +15,7 @@ import numpy as np
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.paths import expand
-from rpn_jax.config import FREE, defaults
+from rpn_jax.config import EVALUATION, FREE, defaults
 from rpn_jax.training.metric_log import read_history
 
 METRICS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
@@ -35,6 +35,7 @@ class FinishedRun:
     evaluations: data set -> metrics, of `--mode=eval` after the training or without any.
     trained_parameters: how many; None where the files do not say.
     clip: fingerprint of CLIP's weights; "" where nothing was trained.
+    evaluated_with: field -> value of the config of `evaluations`, where it is not the run's own.
   """
 
   directory: pathlib.Path
@@ -45,6 +46,7 @@ class FinishedRun:
   evaluations: Mapping[str, Mapping]
   trained_parameters: int | None = None
   clip: str = ""
+  evaluated_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def data_set(self) -> str:
@@ -128,9 +130,17 @@ def read_run(directory) -> FinishedRun:
   history = read_history(directory / "metrics.jsonl")
   # Without training the scores are those of --mode=eval, in the one file that it writes.
   evaluations = {config["data"]["name"]: last} if free else {}
-  path = directory / "eval.json"
+  path, others = directory / "eval.json", {}
   if path.exists():
-    evaluations = _read_evaluations(path, config["data"]["name"])
+    evaluations, evaluated = _read_evaluations(path, config["data"]["name"])
+    if file := evaluated.get("prompts"):
+      raise InputError(f"{path}: of the prompts {file}, not of this run's; repeat --mode=eval")
+    own = {**_defaults(), **flatten(config)}
+    others = {
+      name: value
+      for name, value in (complete(evaluated) if evaluated else {}).items()
+      if EVALUATION.intersection(name.split(".")) and not same(value, own.get(name))
+    }
     for evaluated in evaluations.values():
       if evaluated["step"] != last["step"]:
         raise InputError(
@@ -138,7 +148,7 @@ def read_run(directory) -> FinishedRun:
           "repeat --mode=eval"
         )
   clip = _read_fingerprint(directory / "config.json")
-  return FinishedRun(directory, config, last, best, history, evaluations, trained, clip)
+  return FinishedRun(directory, config, last, best, history, evaluations, trained, clip, others)
 
 
 def _read_fingerprint(path: pathlib.Path) -> str:
@@ -158,12 +168,12 @@ def _read_scores(path: pathlib.Path) -> tuple[dict, dict, dict, int | None]:
     return config, numbers(content["last"]), numbers(content["best"]), trained
 
 
-def _read_evaluations(path: pathlib.Path, trained_on: str) -> dict[str, dict]:
-  """Data set -> metrics of the last checkpoint, of one set or of `config.eval.sets`."""
+def _read_evaluations(path: pathlib.Path, trained_on: str) -> tuple[dict[str, dict], dict]:
+  """Data set -> metrics of the last checkpoint, of one set or of `config.eval.sets`; the config."""
   with _complaint(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     sets = content.get("sets") or {trained_on: content}
-    return {name: numbers(result["last"]) for name, result in sets.items()}
+    return {n: numbers(result["last"]) for n, result in sets.items()}, content.get("config", {})
 
 
 def numbers(scores: Mapping) -> dict:
@@ -262,7 +272,7 @@ def group_runs(
   Raises:
     InputError: another number of labels than there are rows, or one given twice.
   """
-  fields = differing([run.config for run in runs])
+  fields = differing([{**run.config, "evaluated": run.evaluated_with} for run in runs])
   groups: dict[tuple, dict] = {}
   left_out = []
   for i, run in enumerate(runs):

@@ -235,6 +235,22 @@ def test_later_evaluations_have_a_table_of_their_own(make):
     read_run(runs[1])
 
 
+def test_evaluations_are_those_of_the_run_and_of_one_protocol(make):
+  runs = [make("a"), make("b", seed=1)]
+  for directory in runs:
+    content = json.loads((directory / "metrics.json").read_text())
+    write_json(directory / "eval.json", content)
+  assert [len(row.runs) for row in rows_of(*runs)[0]] == [2]
+  content["config"]["eval"] = {**content["config"].get("eval", {}), "flip": True}
+  write_json(runs[1] / "eval.json", content)
+  rows, _ = rows_of(*runs)
+  assert [len(row.runs) for row in rows] == [1, 1] and "flip=True" in rows[1].label
+  content["config"]["prompts"] = "others/prompts.safetensors"
+  write_json(runs[1] / "eval.json", content)
+  with pytest.raises(InputError, match=r"eval\.json: of the prompts others/prompts\.safetensors"):
+    read_run(runs[1])
+
+
 def test_sets_of_one_evaluation_have_a_column_each(make):
   run = make("a")
   content = json.loads((run / "metrics.json").read_text())
