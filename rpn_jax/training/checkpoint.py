@@ -359,6 +359,8 @@ class Checkpoints:
     with self._reading(step), self._local(step) as local:
       read_files(local)
       meta = self._checked_meta(json.loads((local / "meta" / "metadata").read_bytes()))
+      if meta.get("step", step) != step:
+        raise DamagedCheckpoint(f"it is that of step {meta['step']}; its folder was renamed")
       items = {name: read_tree(local / name, tree) for name, tree in like.items()}
     for name, tree in like.items():
       check_shapes(tree, items[name], folder / name)

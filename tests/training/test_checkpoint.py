@@ -105,6 +105,13 @@ def test_another_tree_is_not_taken(workdir, change):
     checkpoints.read(like)
 
 
+def test_a_checkpoint_is_that_of_the_step_of_its_folder(workdir, capfd):
+  (workdir / "checkpoints/30").rename(workdir / "checkpoints/300")
+  with opened(workdir) as checkpoints:
+    same(checkpoints.resume(LIKE)[0], 20)
+  assert "it is that of step 30; its folder was renamed" in capfd.readouterr().out
+
+
 def test_a_damaged_checkpoint_is_put_aside_and_written_anew(workdir):
   for file in files(workdir / "checkpoints" / "30"):
     file.write_bytes(b"")
