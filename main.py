@@ -11,7 +11,7 @@ from rpn_jax.annotations import options
 from rpn_jax.base import console, paths
 from rpn_jax.base.errors import InputError
 from rpn_jax.config import check, expand_paths
-from rpn_jax.config.flags import define_config, parse_or_exit
+from rpn_jax.config.flags import check_modes, define_config, parse_or_exit
 
 define_config(FLAGS := flags.FLAGS)
 MODES = ("train", "eval", "predict", "classify", "export", "compile")
@@ -69,9 +69,7 @@ def command(arguments) -> None:
   if arguments:
     raise InputError(f"unexpected argument {arguments[0]!r}: every setting is a --flag=value")
   check(FLAGS.config)
-  if FLAGS.mode != "train" and (FLAGS.restart or FLAGS.config.get("task") == "pretrain"):
-    what = "--restart" if FLAGS.restart else "the config of a pre-training"
-    raise InputError(f"{what} is for --mode=train, got --mode={FLAGS.mode}: leave out one of both")
+  check_modes(FLAGS, options.FLAGS)
   expand_paths(FLAGS.config)
   if FLAGS.mode == "compile":
     from data_pipelines import datasets

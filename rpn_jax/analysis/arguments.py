@@ -6,7 +6,7 @@ import ml_collections
 from absl import flags
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.config import check, expand_paths
+from rpn_jax.config import Run, check, declared_class, expand_paths
 from rpn_jax.config.flags import check_given, define_config, with_run
 from rpn_jax.config.flags import parse as parse_flags
 
@@ -26,7 +26,8 @@ def parse(
     The other arguments, and the locked config.
 
   Raises:
-    InputError: a config file that cannot be read, an unknown field, a wrong value.
+    InputError: a config file that cannot be read or is not of a segmentation run, an unknown field,
+      a wrong value.
   """
   parser.add_argument(
     "--config", required=not workdir, metavar="FILE[:WORDS]",
@@ -46,5 +47,7 @@ def parse(
   if unexpected:
     raise InputError(f"unexpected argument {unexpected[0]!r}: see {parser.prog} --help")
   check(values.config)
+  if declared_class(values.config) is not Run:
+    raise InputError(f"--config={args.config}: expected the config of a segmentation run")
   expand_paths(values.config)
   return args, values.config

@@ -130,6 +130,8 @@ def check(config: Config, cls: type) -> None:
     else:
       violated = [known.violated(number) for number in _numbers(value)]
       expected = next(filter(None, violated), "")
+      if value in ((), []) and known.bounds:
+        expected = "one value or more"
     if expected:
       example = "" if f.default is ABSENT or is_section(f) else f", such as {f.default!r}"
       raise InputError(f"config.{path}: expected {expected}{example}, got {value!r}")

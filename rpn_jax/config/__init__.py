@@ -280,6 +280,14 @@ def check(config: Config) -> None:
   if declared_class(config) is Pretrain:
     return check_pretraining(config)
   check_self_training(config)
+  for group, _, factor in config.get("optimizer", {}).get("groups", ()):
+    if not factor >= 0:
+      raise InputError(
+        f"config.optimizer.groups: expected factors of at least 0, got {factor} for {group!r}"
+      )
+  low, high = config.get("data", {}).get("ratio", (1, 1))
+  if low > high:
+    raise InputError(f"config.data.ratio=({low}, {high}): expected the smaller factor first")
   windows, setting = config.get("eval", {}), config.get("data", {}).get("setting")
   penalty = windows.get("seen_penalty", 0.0)
   if setting == "annotation_free" and penalty not in (0.0, Eval.seen_penalty):

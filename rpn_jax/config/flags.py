@@ -3,7 +3,7 @@
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from absl import flags
 from ml_collections import config_dict, config_flags
@@ -14,6 +14,16 @@ from rpn_jax.base.paths import expand
 from rpn_jax.config import Run
 from rpn_jax.config.stored import CONFIG, read_config
 
+# The modes of main.py that a flag is for, of those that are not for all.
+OF_MODES = {
+  "image": ("predict", "classify"),
+  "classes": ("predict", "classify"),
+  "save": ("predict",),
+  "topology": ("compile",),
+  "find_batch": ("compile",),
+  "json": ("compile",),
+  "restart": ("train",),
+}
 # Modes of main.py that read and write no run.
 WITHOUT_WORKDIR = ("compile",)
 
@@ -64,9 +74,40 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     if "workdir" in values and mode not in WITHOUT_WORKDIR:
       check_given(values["config"].value, values.workdir)
     _ = values.config.task  # an unreadable config file raises here
+    if "optimizer.steps" in config_flags.get_override_values(values["config"]):
+      raise InputError("config.optimizer.steps follows config.steps: set that one")
   except Exception as error:  # a config file is code and may raise anything
     raise InputError(_explain(error, argv)) from error
   return rest
+
+
+def check_modes(values: flags.FlagValues, of_predict: Iterable[str]) -> None:
+  """Checks that no flag is given which the mode would pass over.
+
+  Args:
+    values: the flags of main.py.
+    of_predict: more flags that are for --mode=predict.
+
+  Raises:
+    InputError: there is one, or a config of pre-training with another mode than its own.
+  """
+  for name, modes in {**OF_MODES, **dict.fromkeys(of_predict, ("predict",))}.items():
+    if values[name].present and values.mode not in modes:
+      raise InputError(
+        f"--{name} is for --mode={' and '.join(modes)}, got --mode={values.mode}: leave out one of "
+        "both"
+      )
+  config = values.config
+  if values.mode != "train" and config.get("task") == "pretrain":
+    raise InputError(
+      f"the config of a pre-training is for --mode=train, got --mode={values.mode}: leave out one "
+      "of both"
+    )
+  if values.mode == "train" and config.get("prompts"):
+    raise InputError(
+      f"config.prompts={config.prompts} is for evaluation and prediction, and training begins with "
+      "prompts of its own: leave it out"
+    )
 
 
 def with_run(arguments: Sequence[str]) -> list[str]:

@@ -50,7 +50,7 @@ class RPN(Defaults, nn.Module):
   emphasis = 0.5  # half the range of a sigmoid
 
   def __post_init__(self) -> None:
-    tuners.parse(self.config.tuner)
+    tuners.check(tuners.parse(self.config.tuner), self.config, self.clip)
     for name, known in (("loss", heads.SCORES), ("remat", REMAT_POLICIES)):
       if getattr(self, name) not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -25,7 +25,6 @@ with `text_` before it. Two others train what the text tower reads:
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -170,9 +169,10 @@ def _oft_parameters(site: Site, config: Any) -> dict:
     return {}
   side = config.oft_block
   if site.inputs % side:
+    divisors = [d for d in range(2, site.inputs + 1) if site.inputs % d == 0]
+    nearest = min(divisors, key=lambda d: abs(d - side))
     raise ValueError(
-      f"oft_block={side}: expected a divisor of the tower's width, {site.inputs}, such as "
-      f"{math.gcd(side, site.inputs)}"
+      f"oft_block={side}: expected a divisor of the tower's width, {site.inputs}, such as {nearest}"
     )
   # Queries, keys and values have rotations of their own.
   return {"skew": (zeros, (site.outputs // site.inputs, site.inputs // side, side, side))}
@@ -237,6 +237,17 @@ def parse(words: str) -> tuple[str, ...]:
     if len(clash := [word for word in group if word in found]) > 1:
       raise ValueError(f"tuner: expected one of {', '.join(clash)} at the most, got {words!r}")
   return found
+
+
+def check(words: Sequence[str], config: Any, clip: CLIPConfig) -> None:
+  """Checks settings of tuners that depend on a CLIP.
+
+  Raises:
+    ValueError: rotations of `oft` that the width of a tower cannot be divided into.
+  """
+  for word, width in (("oft", clip.vision_width), (f"{TEXT}oft", clip.text_width)):
+    if word in words:
+      TUNERS["oft"].parameters(Site("in_proj", width, 3 * width), config)
 
 
 def of_text(words: Sequence[str]) -> tuple[str, ...]:
