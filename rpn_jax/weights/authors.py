@@ -141,6 +141,11 @@ def to_authors_prompts(prompts: Mapping) -> dict[str, np.ndarray]:
     InputError: the tree is of another form (per-layer h, M2oE), which has no names there.
   """
   flat = traverse_util.flatten_dict(prompts, sep="/")
+  if others := sorted({rule.ours for rule in AUTHORS_PROMPTS} ^ flat.keys()):
+    raise InputError(
+      "expected prompts of the parts that the official code has, as preset=released trains them, "
+      f"got others: {', '.join(others[:4])}{', …' if len(others) > 4 else ''}"
+    )
   return to_theirs(AUTHORS_PROMPTS, flat, "the prompts tree")
 
 

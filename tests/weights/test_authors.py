@@ -49,4 +49,6 @@ def test_authors_states_that_do_not_fit(recorded):
     changed = {k: v for k, v in {**recorded, name: value}.items() if v is not None}
     assert "rpn.pth" in one_line(match, authors.from_authors, changed, "rpn.pth")
   _, prompts = authors.from_authors(recorded)
-  one_line("unknown", authors.to_authors_prompts, {**prompts, "m2oe_0": {"gate": np.zeros(2)}})
+  one_line(
+    "got others: m2oe_0", authors.to_authors_prompts, {**prompts, "m2oe_0": {"gate": np.zeros(2)}}
+  )
