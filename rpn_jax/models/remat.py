@@ -8,12 +8,18 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
+from rpn_jax.models.kernels.lean import STATISTICS
+
 # What a block stores for the backward pass beside its input.
 REMAT_POLICIES = {
   "none": jax.checkpoint_policies.everything_saveable,  # and the block is not wrapped at all
-  "dots": jax.checkpoint_policies.save_only_these_names("attention"),
+  "dots": jax.checkpoint_policies.save_only_these_names("attention", STATISTICS),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+# Of norms: their inputs, and the mean and the deviation of every row.
+NORM_POLICY = jax.checkpoint_policies.save_only_these_names(STATISTICS)
 
 
 def run_block(

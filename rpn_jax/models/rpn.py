@@ -17,7 +17,7 @@ from rpn_jax.models import heads, initializers, ladder, prompts, rpm, text_side,
 from rpn_jax.models.clip import CLIPConfig, TextTransformer, VisionTransformer, l2_normalize
 from rpn_jax.models.kernels import TEXTBOOK, Kernels
 from rpn_jax.models.network import Defaults, Windows, as_record
-from rpn_jax.models.remat import REMAT_POLICIES
+from rpn_jax.models.remat import NORM_POLICY, REMAT_POLICIES
 from rpn_jax.models.resizing import resize_grid
 
 
@@ -327,7 +327,7 @@ class RPN(Defaults, nn.Module):
     return m / jnp.linalg.norm(z_BxNxE, axis=-1, keepdims=True)
 
   # The backward pass computes the first norm again for the second instead of storing it.
-  @nn.remat
+  @functools.partial(nn.remat, policy=NORM_POLICY)
   def project(self, x_BxNxD: jax.Array) -> jax.Array:
     if self.prompted:
       x_BxNxD = self.prompt_norm(x_BxNxD)

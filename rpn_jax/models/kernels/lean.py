@@ -9,8 +9,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rpn_jax.models import layers
+
+# Name of what a norm stores of its rows, for policies of `models.remat`.
+STATISTICS = "statistics"
 
 # An activation stores its input alone.
 ACTIVATIONS = {
@@ -38,8 +42,9 @@ def layer_norm_forward(
   x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   wide = x.astype(jnp.float32)
-  mean = wide.mean(-1, keepdims=True)
-  rate = jax.lax.rsqrt(((wide - mean) ** 2).mean(-1, keepdims=True) + epsilon)
+  mean = checkpoint_name(wide.mean(-1, keepdims=True), STATISTICS)
+  variance = ((wide - mean) ** 2).mean(-1, keepdims=True)
+  rate = checkpoint_name(jax.lax.rsqrt(variance + epsilon), STATISTICS)
   return (wide - mean) * (rate * scale_D) + bias_D, (x, scale_D, mean, rate)
 
 
