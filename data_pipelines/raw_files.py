@@ -124,7 +124,7 @@ def write(files: Files, folder: pathlib.Path) -> None:
 
 
 def read(folder: pathlib.Path) -> Files | None:
-  """What a set was prepared from; None where that is not known, as of sets of version 0.3.0."""
+  """What a set was prepared from; None where that is not known, as of sets of version 0.2.0."""
   try:
     files = json.loads((folder / FILE).read_text(encoding="utf-8"))["files"]
     return {

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
   from rpn_jax.training.step import TrainState, train_step
   from rpn_jax.weights.clip_file import load_clip
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 # Name -> module.
 _PUBLIC = {

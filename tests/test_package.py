@@ -168,9 +168,12 @@ def test_the_wheel_segments_away_from_the_source(wheel, tmp_path):
   assert 2 <= len(of_words) <= 3 and programs.count("jit(_cast)") <= 1, programs
 
 
-def test_version_is_in_one_place_and_in_the_changelog(capsys):
+def test_version_is_in_one_place_and_that_of_the_changelog(capsys):
+  """A development version while the newest heading there is unreleased."""
   version = rpn_jax.__version__
-  assert f"## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
+  heading = re.search(r"^## (\S+)( \(unreleased\))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+  assert Version(version).base_version == heading[1]
+  assert Version(version).is_devrelease == bool(heading[2])
   assert version not in (ROOT / "pyproject.toml").read_text()
   with pytest.raises(SystemExit) as ended:
     cli.main(["--version"])

@@ -129,7 +129,7 @@ class Run:
       self.check_classes(classes)
 
   def stored_classes(self) -> dict[str, list[str]]:
-    """What `classes_of` gave when the run began; {} of runs up to version 0.3.0 and of no run."""
+    """What `classes_of` gave when the run began; {} of runs of version 0.2.0 and of no run."""
     try:
       stored = json.loads((self.workdir / CONFIG).read_text(encoding="utf-8"))["classes"]
       return {group: list(names) for group, names in stored.items()}
