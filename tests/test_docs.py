@@ -160,6 +160,13 @@ def test_commands_that_pages_name_have_these_flags(page, flags_of):
       assert flag in flags_of.get(command, ()), f"{page.name}: {code}"
 
 
+def test_no_text_asks_a_package_index_for_this_package():
+  """It is on none: it is installed from a clone, and what it may need is named by itself."""
+  texts = {page.name: page.read_text() for page in PAGES} | {"an error": messages()}
+  for name, text in texts.items():
+    assert not re.search(r"install[^\n`]*\brpn[-_]jax\b|\brpn[-_]jax\[", text), name
+
+
 # README
 
 

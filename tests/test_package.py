@@ -180,12 +180,19 @@ def test_version_is_in_one_place_and_that_of_the_changelog(capsys):
   assert ended.value.code == 0 and capsys.readouterr().out == f"rpn-jax {version}\n"
 
 
-@pytest.mark.parametrize("name", ["gradio", "gcsfs", "pillow-heif", "rasterio"])
+EXTRAS = ("gradio", "gcsfs", "pillow-heif", "rasterio", "onnx", "onnxruntime", "flatbuffers")
+
+
+@pytest.mark.parametrize("name", EXTRAS)
 def test_the_pin_of_an_extra_is_one(name):
-  pin = re.search(rf"{name}==[\d.]+", (ROOT / "pyproject.toml").read_text())[0]
+  """In pyproject.toml, requirements-dev.txt, the pages, and the errors that name the package."""
+  pin = re.search(rf"\b{name}==[\d.]+", (ROOT / "pyproject.toml").read_text())[0]
   assert pin in (ROOT / "requirements-dev.txt").read_text().splitlines()
-  if name == "gcsfs":
-    assert pin in (ROOT / "docs/tpu.md").read_text()
+  code = [path.read_text() for path in (ROOT / "rpn_jax").rglob("*.py")]
+  pages = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+  for texts in (code, pages):
+    found = re.findall(rf"\b{name}==[\d.]*\d", "\n".join(texts))
+    assert found and set(found) == {pin}
 
 
 def test_hooks_and_workflow_run_the_commands_of_make_and_the_readme():

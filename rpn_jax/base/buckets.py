@@ -110,7 +110,7 @@ def _classes() -> tuple[type, type]:
   except ImportError as error:
     raise InputError(
       f"expected the package gcsfs for paths in a bucket, got {error}; "
-      "pip install gcsfs, or use a local path"
+      "pip install gcsfs==2026.10.1, or use a local path"
     ) from None
   # It logs the traceback of every request that failed, though it may be repeated or expected.
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)

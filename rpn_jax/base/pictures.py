@@ -365,8 +365,8 @@ def _prepare_for_heic(name: object) -> None:
     importlib.import_module("pillow_heif").register_heif_opener()
   except ImportError:
     raise InputError(
-      f"{name}: expected the package pillow-heif for HEIC images; pip install 'rpn-jax[heic]', or "
-      "save the image as JPEG"
+      f"{name}: expected the package pillow-heif for HEIC images: pip install pillow-heif==1.8.1, "
+      "or save the image as JPEG"
     ) from None
 
 

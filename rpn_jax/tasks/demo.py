@@ -2,7 +2,7 @@
 
     python -m rpn_jax demo --model=runs/shapes --model=ViT-B/16
 
-The page is Gradio's (`pip install ".[demo]"`), what its buttons do are plain functions.
+The page is Gradio's (`pip install gradio==6.31.0`), what its buttons do are plain functions.
 """
 
 import argparse
@@ -341,7 +341,7 @@ def main(arguments: list[str]) -> int:
   parser.add_argument("--port", type=int, help="the first free one from 7860 on, if not given")
   args = parser.parse_args(arguments)
   if importlib.util.find_spec("gradio") is None:
-    raise InputError('the page needs Gradio: pip install ".[demo]" in the project folder')
+    raise InputError("the page needs Gradio: pip install gradio==6.31.0")
   with (
     contextlib.suppress(KeyboardInterrupt),
     devices.runtime(),

@@ -29,8 +29,8 @@ from rpn_jax.weights.clip_file import with_normalization
 
 # Form -> packages it needs besides those of this one.
 FORMS: dict[str, tuple[str, ...]] = {
-  "stablehlo": ("flatbuffers",),
-  "onnx": ("onnx", "onnxruntime"),
+  "stablehlo": ("flatbuffers==25.12.19",),
+  "onnx": ("onnx==1.23.2", "onnxruntime==1.32.0"),
   "safetensors": (),
 }
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -84,10 +84,10 @@ def _export_prompts(args: argparse.Namespace, load_data: Callable | None) -> Non
 
 
 def _export_program(args: argparse.Namespace) -> None:
-  missing = [name for name in FORMS[args.to] if importlib.util.find_spec(name) is None]
+  missing = [p for p in FORMS[args.to] if importlib.util.find_spec(p.partition("==")[0]) is None]
   if missing:
     raise InputError(
-      f'--to={args.to} needs {" and ".join(missing)}: pip install ".[export]" in the project folder'
+      f"--to={args.to} needs packages that are not installed: pip install {' '.join(missing)}"
     )
   names = parse_names(args.words) if args.words else ()
   if not names and not args.text_input:

@@ -88,7 +88,7 @@ def _rasterio(path: pathlib.Path) -> Any:
   except ImportError:
     raise InputError(
       f"{path}: expected the package rasterio, which reads rasters in strips, and it is not "
-      "installed: pip install 'rpn-jax[geo]'; --no-raster takes the file for an ordinary image"
+      "installed: pip install rasterio==1.4.4; --no-raster takes the file for an ordinary image"
     ) from None
   return rasterio
 

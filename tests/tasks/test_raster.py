@@ -291,7 +291,7 @@ def test_without_rasterio_one_line_names_it(scene, tmp_path, monkeypatch, capsys
   monkeypatch.setitem(sys.modules, "rasterio", None)
   assert cli.main(["segment", str(path), "grass", f"--out={tmp_path / 'out'}"]) == 2
   said = capsys.readouterr().err
-  assert said.count("\n") == 1 and "pip install 'rpn-jax[geo]'; --no-raster takes the file" in said
+  assert said.count("\n") == 1 and "pip install rasterio==1.4.4; --no-raster takes the file" in said
   assert not (tmp_path / "out").exists()
 
 
