@@ -3,6 +3,8 @@
 In this process, where all is loaded, but for one.
 """
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import pytest
 from PIL import Image
 
 import data_pipelines
+import rpn_jax
 from configs import shapes
 from rpn_jax import Segmenter
 from rpn_jax.analysis import sweep
@@ -23,9 +26,8 @@ from rpn_jax.models import NETWORKS, tuners
 from rpn_jax.tasks import train
 from tests import ROOT, tiny
 
-BLOCKS = re.findall(
-  r"As `(\w+\.py)`.*?```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL
-)
+PAGE = (ROOT / "docs/extending.md").read_text()
+BLOCKS = re.findall(r"As `(\w+\.py)`.*?```python\n(.*?)```", PAGE, re.DOTALL)
 LINES = {
   "my_loop.py": 45, "my_tuner.py": 40, "my_study.py": 32, "my_network.py": 60, "my_method.py": 20,
   "my_set.py": 60,
@@ -88,12 +90,42 @@ def test_a_loop_of_ones_own(run):
   assert len(losses) == 3 and all(float(x) > 0 for x in losses) and shape == "(2, 8, 8, 2)"
 
 
-def test_every_public_name_is_there():
-  import rpn_jax
+def names_that_stay() -> set[tuple[str, str]]:
+  """(module, name) of the page's table."""
+  rows = re.findall(r"^\| `([\w.]+)` \| (.*`) \|$", PAGE.split("## Names that stay")[1], re.M)
+  return {(module, name) for module, names in rows for name in re.findall(r"`(\w+)`", names)}
 
+
+def test_every_public_name_is_there():
   assert set(rpn_jax._PUBLIC) | {"__version__"} == set(rpn_jax.__all__)
   for name in rpn_jax.__all__:
     assert getattr(rpn_jax, name) is not None
+  assert {name for module, name in names_that_stay() if module == "rpn_jax"} == {*rpn_jax._PUBLIC}
+  for module, name in names_that_stay():
+    assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
+
+
+def names_used(code: str) -> set[tuple[str, str]]:
+  """(module, name) of what a program takes from the packages of this project."""
+  own, aliases, used = ("rpn_jax", "data_pipelines", "configs"), {}, set()
+  for node in ast.walk(ast.parse(code)):
+    if isinstance(node, ast.Import):
+      aliases |= {a.name: a.name for a in node.names if a.name in own}
+    elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in own:
+      for name in (a.name for a in node.names):
+        try:
+          aliases[name] = importlib.import_module(f"{node.module}.{name}").__name__
+        except ModuleNotFoundError:
+          used.add((node.module, name))
+  attributes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)]
+  named = [(node.value.id, node.attr) for node in attributes if isinstance(node.value, ast.Name)]
+  return used | {(aliases[value], name) for value, name in named if value in aliases}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_program_uses_only_names_that_stay(name):
+  used = names_used(dict(BLOCKS)[name])
+  assert used and used <= names_that_stay(), used - names_that_stay()
 
 
 def test_a_tuner_of_ones_own(folder, run):
