@@ -304,11 +304,12 @@ class DenseCLIP(Defaults, nn.Module):
 def default_method(clip: CLIPConfig) -> str:
   """The best method that needs no data set's thresholds, for a tower.
 
-  Published scores put SC-CLIP first; its code names blocks of a tower of 12. Of the others NACLIP
-  is the best for deeper ones, where SCLIP loses half of its score: ResCLIP, which scores higher,
-  gives pixels that it is unsure of to the first of the names. On the shallow tower of the shapes
-  data set SC-CLIP and SCLIP score alike and the others less, and SC-CLIP averages small objects
-  away (docs/method.md, docs/results.md).
+  Published scores put SC-CLIP first, by figures that were not looked up again
+  (inference/published.py); its code names blocks of a tower of 12. Of the others NACLIP is the best
+  for deeper ones, where SCLIP loses half of its score: ResCLIP, which scores higher, gives pixels
+  that it is unsure of to the first of the names. On the shallow tower of the shapes data set
+  SC-CLIP and SCLIP score alike and the others less, and SC-CLIP averages small objects away
+  (docs/method.md, docs/results.md).
   """
   layers = clip.vision_layers
   if layers == SC_CLIP_LAYERS and clip.grid**2 > DenseCLIP.sc_clip_neighbors:
