@@ -31,18 +31,15 @@ COMMANDS = {
   "compile": ("rpn_jax.analysis.compile", "what a run would take on TPUs, by their compiler"),
   "attention": ("rpn_jax.analysis.attention", "relationship maps of a trained run, drawn"),
   "distance": ("rpn_jax.analysis.distance", "how far the heads of a trained run look, drawn"),
-  "locality": ("rpn_jax.analysis.locality", "how local a frozen tower's patches are; in a clone"),
-  "prepare": ("data_pipelines.prepare", "raw files of a data set into checked records; in a clone"),
-  "sweep": ("rpn_jax.analysis.sweep", "a table of ablations, run by run; in a clone"),
+  "locality": ("rpn_jax.analysis.locality", "how local a frozen tower's patches are"),
+  "prepare": ("data_pipelines.prepare", "raw files of a data set into checked records"),
+  "sweep": ("rpn_jax.analysis.sweep", "a table of ablations, run by run"),
   "train_together": (
     "rpn_jax.tasks.train_together",
     "runs of other seeds and rates, as one program",
   ),
-  "study": ("rpn_jax.analysis.study", "tables and figures of a sweep's kept runs; in a clone"),
-  "reproduce": (
-    "rpn_jax.reproduce",
-    "a row of a published table, from an empty machine; in a clone",
-  ),
+  "study": ("rpn_jax.analysis.study", "tables and figures of a sweep's kept runs"),
+  "reproduce": ("rpn_jax.reproduce", "a row of a published table, from an empty machine"),
 }
 # Training and data sets are in the project's folder, not in the installed package.
 IN_CLONE = ("locality", "prepare", "sweep", "train_together", "study", "reproduce")
@@ -201,5 +198,6 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--version", action="version", version=f"rpn-jax {__version__}")
   commands = parser.add_subparsers(metavar="COMMAND")
   for name, (_, text) in COMMANDS.items():
-    commands.add_parser(name, add_help=False, help=text)
+    needs = "; in a clone" if name in IN_CLONE else ""
+    commands.add_parser(name, add_help=False, help=f"{text}{needs}")
   return parser

@@ -170,6 +170,17 @@ def test_no_text_asks_a_package_index_for_this_package():
 # README
 
 
+def test_commands_that_need_a_clone_are_named(capsys):
+  """In the README and in the help, no more and no fewer."""
+  (sentence,) = re.findall(r"`data_pipelines/`\),(.*?)need the clone", README, re.DOTALL)
+  named = set(re.findall(r"`(\w+)`", sentence))
+  with pytest.raises(SystemExit):
+    cli.main(["--help"])
+  told = " ".join(capsys.readouterr().out.split())
+  helped = {name for name, (_, text) in cli.COMMANDS.items() if f"{text}; in a clone" in told}
+  assert named == helped == set(cli.IN_CLONE)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
   """A folder to run commands in: the project, a tiny CLIP, pictures with masks."""

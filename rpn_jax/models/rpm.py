@@ -1,4 +1,4 @@
-"""The relationship prompt module (RPM) and the head, by the equations of the RPN paper.
+"""The relationship prompt module (RPM), by the equations of the RPN paper; heads.py has the head.
 
 Shape letters: B batch, N patch tokens, C classes, D vision width, E joint embedding,
 h/w patch grid, R reduced width.
