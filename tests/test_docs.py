@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
@@ -22,12 +23,15 @@ import main
 from data_pipelines import datasets, prepare, shapes
 from rpn_jax import Segmenter, cli, config
 from rpn_jax.base import fields
+from rpn_jax.inference.predictor import Predictor
+from rpn_jax.inference.segmentation import Segmentation, save_results
 from rpn_jax.weights.clip_file import with_normalization
 from tests import ROOT, tiny
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "colab/README.md", ROOT / "rpn_jax/assets/README.md"]
 README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs/api.md").read_text()
 DATA = (ROOT / "docs/data.md").read_text()
 MASKS = (ROOT / "docs/masks.md").read_text()
 # The command of `make demo`.
@@ -446,6 +450,36 @@ def test_python_of_the_readme_runs(place, monkeypatch):
   (code,) = blocks(README, "python")
   exec(compile(code, "README.md", "exec"), {})
   assert (place / "predictions/scene_overlay.png").exists()
+
+
+def of_signature(signature: inspect.Signature) -> list[tuple]:
+  """(name, kind, default) of its parameters, without that of the object or the class."""
+  parameters = [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+  return [p for p in parameters if p[0] not in ("self", "cls")]
+
+
+def test_python_of_the_api_runs(place, monkeypatch):
+  """docs/api.md: its example, and each signature as the code has it."""
+  monkeypatch.chdir(place)
+  (code,) = blocks(API, "python")
+  known: dict = {}
+  exec(compile(code, "docs/api.md", "exec"), known)
+  written = {str(path.relative_to("predictions")) for path in known["paths"]}
+  assert written >= {"unsure_overlay.png", "unsure.json", "all/scene_labels.png"}
+  assert any(name.startswith("all/coco/") for name in written)
+  lines = [line for block in blocks(API, "text") for line in block.splitlines()]
+  for line in lines:
+    name, told = line[: line.index("(")], line[line.index("(") :]
+    owners = {"Segmenter": Segmenter, "Segmentation": Segmentation, "Predictor": Predictor}
+    found = save_results
+    if "." in name:
+      owner, name = name.split(".")
+      found = getattr(owners[owner], name)
+    scope: dict = {}
+    exec(f"def told{told}: ...", scope)
+    got = of_signature(inspect.signature(found))
+    assert of_signature(inspect.signature(scope["told"])) == got, f"docs/api.md: {line}"
+  assert len(lines) == 10
 
 
 def test_a_first_reader_finds_the_way():
