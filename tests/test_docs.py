@@ -17,6 +17,7 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import main
@@ -103,6 +104,27 @@ def test_each_error_that_is_explained_exists():
   for message, cure in rows:
     assert message in code, f"no error says {message!r}"
     assert len(cure) > 20
+
+
+# Sources
+
+
+def test_what_is_cited_is_one():
+  """The paper in CITATION.cff and in the BibTeX of docs/sources.md; recordings that are there."""
+  page = (ROOT / "docs/sources.md").read_text()
+  cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+  (bibtex,) = blocks(page, "bibtex")
+  entry = dict(re.findall(r"(\w+) += \{(.*?)\},?$", bibtex, re.M))
+  assert entry["title"] == cited["title"] and entry["journal"] == cited["journal"]
+  people = [f"{who['family-names']}, {who['given-names']}" for who in cited["authors"]]
+  assert entry["author"] == " and ".join(people)
+  numbers = {"volume": cited["volume"], "pages": f"{cited['start']}--{cited['end']}"}
+  assert {name: str(value) for name, value in numbers.items()}.items() <= entry.items()
+  assert cited["url"] in page and cited["url"] in README
+  for file in re.findall(r"`(?:tests/golden_training_free/)?(\w+\.npz)`", page):
+    assert (ROOT / "tests/golden_training_free" / file).exists(), file
+  for folder in re.findall(r"`((?:tests|rpn_jax|data_pipelines)/[\w./]+)`", page):
+    assert (ROOT / folder).exists(), folder
 
 
 # What pages name
