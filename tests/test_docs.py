@@ -159,6 +159,13 @@ def test_fields_and_configs_that_pages_name_exist(page):
         runpy.run_path(str(ROOT / file))["get_config"](words)
 
 
+@pytest.mark.parametrize("page", NOW, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_spelled_in_one_way(page):
+  """`rpn COMMAND` and `python …`, in the environment that the README names once."""
+  for code in code_of(page):
+    assert not re.search(r"python -m rpn_jax \w|^\.venv/bin/", code), f"{page.name}: {code}"
+
+
 @pytest.fixture(scope="module")
 def flags_of():
   """Command -> its flags, from --help."""
@@ -229,11 +236,13 @@ def place(tmp_path_factory):
 
 def run(place, command: str) -> None:
   """Runs a command in the folder; those of `rpn` in this process, where all is loaded."""
-  words = shlex.split(command.replace(".venv/bin/python", sys.executable))
-  if words[1:3] == ["-m", "rpn_jax"]:
+  program, *words = shlex.split(command)
+  if program == "rpn":
     with contextlib.chdir(place):
-      assert cli.main(words[3:]) == 0, command
+      assert cli.main(words) == 0, command
     return
+  assert program in ("python", ".venv/bin/python"), command
+  words = [sys.executable, *words]
   result = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=600)
   assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
 
@@ -247,17 +256,16 @@ def smaller(command: str) -> str | None:
   """The same command on less; None where something else proves it."""
   if command.startswith("make "):
     return None
-  if command.startswith(("git clone", "python3 -m venv", "pip install", ".venv/bin/pip install")):
+  if command.startswith(("git clone", "python3 -m venv", "pip install", ". ")):
     return None
   if "--model=ViT-B/16" in command:  # tests/weights/test_hub.py fetches one
-    command = command.replace("ViT-B/16", "clip.safetensors").replace(
+    return command.replace("ViT-B/16", "clip.safetensors").replace(
       "photo.jpg", "PICTURES/images/0.png"
     )
-    return command.replace("rpn ", ".venv/bin/python -m rpn_jax ", 1)
-  if "rpn_jax demo" in command:
-    return None  # tests/test_demo.py opens the page
-  if "rpn_jax sweep" in command:
-    return None  # hours; tests/test_sweep.py
+  if command.startswith("rpn demo"):
+    return None  # tests/tasks/test_demo.py opens the page
+  if command.startswith("rpn sweep"):
+    return None  # hours; tests/analysis/test_sweep.py
   if "main.py" in command and "training_free" in command:
     return command.replace("method=sclip", "method=sclip,runlocal") + tiny_flags()
   if "main.py" in command and "folder.py" in command:
@@ -313,7 +321,7 @@ def of_a_folder() -> list[str]:
 
 def test_both_pages_have_the_same_commands_for_a_folder():
   (block,) = (b for b in blocks(DATA, "") if "configs/folder.py" in b)
-  assert block.splitlines() == [c.removeprefix(".venv/bin/") for c in of_a_folder()[:2]]
+  assert block.splitlines() == of_a_folder()[:2]
 
 
 def prepared(place, *changes: tuple[str, str], more: str = "") -> int:
