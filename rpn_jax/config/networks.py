@@ -12,7 +12,8 @@ class RPNConfig:
   """What RPN trains, and how it is wired. The defaults are the paper's.
 
   Raises:
-    ValueError: an unknown word, or the same tuner twice. Networks look the tuners up.
+    InputError: a word that a field does not have, or the same tuner twice. Which tuners there are
+      the network knows (`models.tuners.parse`).
   """
 
   tuner: str = field(
@@ -95,11 +96,6 @@ class RPNConfig:
   @property
   def tuners(self) -> tuple[str, ...]:
     return tuple(self.tuner.split("+"))
-
-  @property
-  def prompted(self) -> bool:
-    """Whether any prompt tokens pass through the tower."""
-    return "rpn" in self.tuners or "vpt" in self.tuners
 
 
 @dataclasses.dataclass(frozen=True)

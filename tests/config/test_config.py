@@ -344,8 +344,7 @@ def test_paths_are_expanded(monkeypatch):
 
 def test_network_fields():
   fields = config.RPNConfig(tuner="rpn+lora", h_grid=(2, 2))
-  assert fields.tuners == ("rpn", "lora") and fields.prompted
-  assert not config.RPNConfig(tuner="bitfit").prompted
+  assert fields.tuners == ("rpn", "lora")
   assert len({config.RPNConfig(), config.RPNConfig(tuner="rpn"), fields}) == 2
   assert config.section(config.RPNConfig).to_dict() == vars(config.RPNConfig())
 
