@@ -92,12 +92,6 @@ class ClassFiles:
   spaced: str = ""
 
 
-def vocabulary_names() -> tuple[str, ...]:
-  """The data sets whose vocabularies are files of this package: the published ones."""
-  rows = registry.DATA_SETS.values()
-  return tuple(row.name for row in rows if isinstance(row.classes, ClassFiles))
-
-
 def load(name: str, naming: str = "dataset") -> Vocabulary:
   """The vocabulary of a registered data set.
 

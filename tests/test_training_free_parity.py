@@ -18,8 +18,8 @@ from rpn_jax.base import pixels
 from rpn_jax.inference.decision import Decision
 from rpn_jax.inference.refinement import Refinement
 from rpn_jax.inference.sliding import SlidingWindow
-from rpn_jax.models.pamr import pamr, resize_scores
-from rpn_jax.models.resizing import resize_grid
+from rpn_jax.models.pamr import pamr
+from rpn_jax.models.resizing import aligned_matrix, resize_by_matrices, resize_grid
 from rpn_jax.models.training_free import DenseCLIP, cosine_probabilities, res_clip
 from rpn_jax.models.training_free.positions import POSITIONS
 from rpn_jax.weights import arrays, clip_file
@@ -284,9 +284,11 @@ def test_pamr(golden):
   assert len(variants) > 1
   for variant in variants:
     mask = np.moveaxis(recorded["mask_coarse" if variant == "coarse" else "mask"], 0, -1)
+    # The official code resizes what is coarser, with aligned corners.
+    mask = resize_by_matrices(mask, *map(aligned_matrix, mask.shape, image.shape[:2]))
     dilations = tuple(map(int, recorded[f"dilations_{variant}"]))
     refine = functools.partial(pamr, steps=int(recorded[f"steps_{variant}"]), dilations=dilations)
-    out = jax.jit(refine)(image, resize_scores(mask, *image.shape[:2]), image.shape[:2])
+    out = jax.jit(refine)(image, mask, image.shape[:2])
     close(np.moveaxis(out, -1, 0), recorded, f"out_{variant}", REFINED)
 
 

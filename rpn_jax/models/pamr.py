@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from rpn_jax.models.resizing import aligned_matrix, resize_by_matrices
-
 # Classes that are refined at once. Their scores at a pixel are one vector, so that a neighbor's
 # weight is read once for all of them; more of them take more memory and no less time.
 CHUNK = 16
@@ -84,13 +82,3 @@ def _weights(image_HxWx3: jax.Array, around: list[jax.Array], centers: int) -> j
   deviation = jnp.sqrt(variance / (count - 1))
   affinity = [-(jnp.abs(x - y) / (1e-8 + 0.1 * deviation)).mean(-1) for y in around]
   return jax.nn.softmax(jnp.stack(affinity), axis=0)
-
-
-def resize_scores(scores_hxwxC: jax.Array, height: int, width: int) -> jax.Array:
-  """Scores of a coarser grid for the pixels of an image, bilinear with aligned corners, as PAMR's
-  code does first: (height, width, C)."""
-  rows, columns = scores_hxwxC.shape[:2]
-  if (rows, columns) == (height, width):
-    return scores_hxwxC
-  by_rows, by_columns = aligned_matrix(rows, height), aligned_matrix(columns, width)
-  return resize_by_matrices(scores_hxwxC, by_rows, by_columns)

@@ -15,6 +15,7 @@ from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.training import losses, pseudo_labels
 from tests.data_pipelines import raw_ade_coco, raw_pascal
+from tests.data_pipelines.test_vocabularies import PUBLISHED
 
 MODULES = {"voc": voc, "context": context, "coco_stuff": coco_stuff, "folder": folder}
 
@@ -146,7 +147,7 @@ class Painted:
     return {**example, "label": self.paint(example["label"], np.random.default_rng(i))}
 
 
-@pytest.mark.parametrize("name", vocabularies.vocabulary_names())
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_evaluation_labels_are_the_prepared_ones(name, data_dir):
   config = make(open_vocab, data_dir, "", **{"eval.sets": (name,)})
   (data,) = datasets.load_evaluations(config)

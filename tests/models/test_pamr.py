@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rpn_jax.models.pamr import CHUNK, pamr, resize_scores
+from rpn_jax.models.pamr import CHUNK, pamr
 
 
 def by_hand(image, scores, steps, dilations):
@@ -66,11 +66,3 @@ def test_few_classes(case):
   image, scores = case
   got = refine(image, scores[..., :2], (7, 9), steps=2, dilations=(1, 3))
   np.testing.assert_allclose(got, by_hand(image, scores[..., :2], 2, (1, 3)), atol=1e-5)
-
-
-def test_a_coarser_grid_is_resized_with_aligned_corners():
-  coarse = np.float32([[0, 1], [2, 4]])[..., None]
-  got = resize_scores(coarse, 3, 5)[..., 0]
-  np.testing.assert_allclose(got[[0, 0, 2, 2], [0, 4, 0, 4]], [0, 1, 2, 4])
-  np.testing.assert_allclose(got[1], [1, 1.375, 1.75, 2.125, 2.5])
-  assert resize_scores(coarse, 2, 2) is coarse

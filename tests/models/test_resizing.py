@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpn_jax.models.resizing import interpolation_matrix, resize_grid
+from rpn_jax.models.resizing import (
+  aligned_matrix,
+  interpolation_matrix,
+  resize_by_matrices,
+  resize_grid,
+)
 
 
 @pytest.mark.parametrize("old, new", [((14, 14), (32, 20)), ((7, 5), (3, 5)), ((4, 1), (1, 6))])
@@ -14,6 +19,13 @@ def test_bilinear_is_jaxs_own(old, new):
   want = jax.image.resize(grid, (*new, 2, 3), "bilinear", antialias=False, precision="highest")
   np.testing.assert_allclose(resize_grid(grid, *new), want, rtol=1e-5, atol=1e-5)
   assert resize_grid(grid, *old) is grid
+
+
+def test_aligned_corners_keep_their_values():
+  coarse = np.float32([[0, 1], [2, 4]])
+  got = resize_by_matrices(coarse, aligned_matrix(2, 3), aligned_matrix(2, 5))
+  np.testing.assert_allclose(got[[0, 0, 2, 2], [0, 4, 0, 4]], [0, 1, 2, 4])
+  np.testing.assert_allclose(got[1], [1, 1.375, 1.75, 2.125, 2.5])
 
 
 def test_sizes_may_be_left_open():
