@@ -278,6 +278,7 @@ def _name_of(image: ImageSource) -> object:
 def _open(
   stream: BinaryIO, name: object, page: int | None, max_pixels: int, stack: contextlib.ExitStack
 ) -> Opened:
+  stream.seek(0)  # of a stream that was just written, the end is its place
   begin = stream.read(32)
   is_tiff = begin[:4] in deep_images.TIFF_STARTS
   if begin[4:8] == b"ftyp" and begin[8:12] in _HEIC:

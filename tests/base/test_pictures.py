@@ -231,6 +231,26 @@ def test_a_stream_that_cannot_go_back():
     np.testing.assert_array_equal(pictures.load(Response(content)).image, UPPER)
 
 
+def test_a_stream_that_was_just_written():
+  pillow_heif.register_heif_opener()
+  heif = stored(Image.fromarray(UPPER), "HEIF")
+  for content in (odd.png16(NARROW), odd.tiff(NARROW), encoded(NARROW, ".tiff"), heif):
+    stream = io.BytesIO()
+    stream.write(content)
+    picture, want = pictures.load(stream), load(content)
+    np.testing.assert_array_equal(picture.image, want.image)
+    assert picture.notes == want.notes
+
+
+def test_heic_of_a_stream_that_was_just_written_names_its_package(monkeypatch):
+  stream = io.BytesIO()
+  pillow_heif.register_heif_opener()
+  Image.fromarray(UPPER).save(stream, "HEIF")
+  monkeypatch.setitem(sys.modules, "pillow_heif", None)
+  with pytest.raises(InputError, match="expected the package pillow-heif"):
+    pictures.load(stream)
+
+
 def test_a_file_with_one_page():
   assert load(odd.png16(DEEP), page=1).image.shape == DEEP.shape
   with pytest.raises(InputError, match="expected page 1 to 1, got 2; the file has one page"):
