@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from rpn_jax.base import buckets, colors, deep_images, paths
+from rpn_jax.base import buckets, colors, deep_images, paths, tiff_tags
 from rpn_jax.base.colors import Color, Note
 from rpn_jax.base.errors import InputError
 
@@ -283,6 +283,8 @@ def _open(
   is_tiff = begin[:4] in deep_images.TIFF_STARTS
   if begin[4:8] == b"ftyp" and begin[8:12] in _HEIC:
     _prepare_for_heic(name)
+  if is_tiff:
+    tiff_tags.check_whole(stream, name)
   stream.seek(0)
   try:
     file = stack.enter_context(Image.open(stream))

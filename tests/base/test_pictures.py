@@ -1,6 +1,7 @@
 """Files of every kind, whose pixels are known by how they were made."""
 
 import io
+import struct
 import sys
 import zlib
 
@@ -167,9 +168,43 @@ def test_what_opencv_or_pillow_would_read_wrongly_is_refused(content, said):
 
 @pytest.mark.parametrize("kind", [".tiff", ".png"])
 def test_a_deep_image_that_ends_early_prints_nothing(kind, capfd):
-  with pytest.raises(InputError, match="expected a readable image"):
+  with pytest.raises(InputError, match=r"expected a (readable image|whole TIFF)"):
     load(encoded(RNG.integers(0, 65536, (64, 64, 3)).astype(np.uint16), kind)[:9000])
   assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["raw", "tiff_lzw", "tiff_deflate", "jpeg", "deep", "big"])
+def test_a_tiff_that_was_cut_off_anywhere(kind, capfd, recwarn):
+  noise = RNG.integers(0, 256, (40, 40, 3)).astype(np.uint8)
+  if kind == "deep":
+    content = odd.tiff(257 * noise.astype(np.uint16))
+  elif kind == "big":
+    content = stored(Image.fromarray(noise), "TIFF", big_tiff=True, compression="tiff_lzw")
+  else:
+    profile = {"compression": kind} if kind != "raw" else {"icc_profile": odd.cmyk_profile()}
+    content = stored(Image.fromarray(noise), "TIFF", **profile)
+  assert load(content).image.shape == noise.shape
+  for length in (
+    5,
+    9,
+    30,
+    100,
+    200,
+    len(content) // 2,
+    *range(len(content) - 150, len(content), 7),
+  ):
+    said = f"a whole TIFF file, got the first {length:,} bytes of one, which was cut off"
+    with pytest.raises(InputError, match=rf"^the image: expected ({said}|.*file is truncated)"):
+      load(content[:length])
+  assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+def test_a_damaged_tag_behind_those_that_an_image_needs():
+  content = bytearray(odd.tiff(UPPER))
+  at = content.rindex(struct.pack("<HHL", 339, 4, 3))  # the last entry
+  content[at : at + 12] = struct.pack("<HHLL", 50000, 4, 900, 1 << 30)
+  with pytest.warns(UserWarning, match="Truncated"):
+    np.testing.assert_array_equal(load(bytes(content)).image, UPPER)
 
 
 def test_bytes_are_limited_like_pixels():
