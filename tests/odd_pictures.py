@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -50,6 +51,61 @@ def png16(values: np.ndarray, *chunks: tuple[bytes, bytes], after=()) -> bytes:
     struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     for name, data in parts
   )
+
+
+def ppm(values: np.ndarray, most: int = 65535, *, plain: bool = False) -> bytes:
+  """A PGM or PPM of 16 bits, `plain` in decimals; `most` is the value that is white."""
+  color = values.ndim == 3
+  kind = {(False, False): 5, (False, True): 6, (True, False): 2, (True, True): 3}[plain, color]
+  header = f"P{kind}\n# a comment\n{values.shape[1]} {values.shape[0]} {most}\n".encode()
+  return header + (" ".join(map(str, values.ravel())).encode() if plain else
+                   values.astype(">u2").tobytes())  # fmt: skip
+
+
+def jp2(values: np.ndarray, bits: int = 16) -> bytes:
+  """A JPEG 2000 of (H, W, 3 or 4) values of so many bits, which are kept only if they are smooth.
+
+  No library here writes 12 bits, so they are written as the 16 that have the same wavelets.
+  """
+  order = [2, 1, 0, 3][: values.shape[2]]
+  shifted = values.astype(np.uint16) + (1 << 15) - (1 << (bits - 1))
+  ok, data = cv2.imencode(".jp2", shifted.astype(np.uint16)[..., order])
+  assert ok
+  return with_bits(data.tobytes(), bits)
+
+
+def with_bits(jp2: bytes, bits: int) -> bytes:
+  """A JPEG 2000 that says to have so many bits per channel."""
+  content = bytearray(jp2)
+  content[content.find(b"ihdr") + 14] = bits - 1
+  sizes = content.find(b"\xff\x4f\xff\x51") + 42
+  for i in range(content[sizes - 1]):
+    content[sizes + 3 * i] = bits - 1
+  return bytes(content)
+
+
+def sgi16(values: np.ndarray) -> bytes:
+  """An uncompressed SGI file of 16 bits."""
+  height, width, channels = values.shape
+  header = struct.pack(">HBBHHHH", 474, 0, 2, 3, width, height, channels).ljust(512, b"\0")
+  return header + np.moveaxis(values[::-1], -1, 0).astype(">u2").tobytes()
+
+
+def fits(values: np.ndarray) -> bytes:
+  """A FITS file of integers or floats."""
+  bits = 8 * values.itemsize * (-1 if values.dtype.kind == "f" else 1)
+  cards = {"SIMPLE": "T", "BITPIX": bits, "NAXIS": 2, "NAXIS1": values.shape[1],
+           "NAXIS2": values.shape[0]}  # fmt: skip
+  header = "".join(f"{name:8}= {value!s:>20}".ljust(80) for name, value in cards.items()) + "END"
+  pixels = values[::-1].astype(values.dtype.newbyteorder(">")).tobytes()
+  return header.ljust(2880).encode() + pixels + b"\0" * (-len(pixels) % 2880)
+
+
+def dds_of_floats() -> bytes:
+  """A DDS file of 4 x 4 pixels in BC6H."""
+  header = struct.pack("<7I44x", 124, 0x1007, 4, 4, 16, 0, 1)
+  kind = struct.pack("<2I4s5I5I", 32, 4, b"DX10", 0, 0, 0, 0, 0, 0x1000, 0, 0, 0, 0)
+  return b"DDS " + header + kind + struct.pack("<5I", 95, 3, 0, 1, 0) + bytes(16)
 
 
 def tiff(*pages: np.ndarray, meaning: int = 2, planar: bool = False, **tags: int) -> bytes:

@@ -181,11 +181,13 @@ def _on_matte(
 
 
 def _stored_values(image: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
-  """The gray values that a file means, where Pillow hands on the bits of a TIFF."""
+  """The gray values that a file means: Pillow hands on the bits of a TIFF, a PGM in 32 of them."""
   values = np.array(image)
   values = values.astype(values.dtype.newbyteorder("="))
   if image.mode == "I" and 32 in tags.get(258, ()) and 1 in tags.get(339, (1,)):
     values = values.view(np.uint32)
+  if image.format == "PPM" and image.mode == "I":
+    values = values.astype(np.uint16)
   return inverted(values) if tags.get(262) == 0 else values
 
 

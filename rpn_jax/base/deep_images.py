@@ -1,7 +1,8 @@
-"""Images whose channels have more than 8 bits, which Pillow cuts off or cannot open: PNG and TIFF.
+"""Images whose channels have more than 8 bits, which Pillow cuts off or cannot open.
 
-OpenCV keeps all bits. It also returns wrong values without an error, for a TIFF whose channels are
-stored one after another, or with opaque gray; so the tags are looked at first.
+Those are PNG, TIFF, PPM and JPEG 2000, of which OpenCV keeps all bits. It also returns wrong values
+without an error, for a TIFF whose channels are stored one after another, or with opaque gray; so
+the tags are looked at first. What it makes of a file that Pillow reads is compared with that.
 """
 
 import contextlib
@@ -9,11 +10,11 @@ import io
 import struct
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
-from PIL import TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from rpn_jax.base import colors
 from rpn_jax.base.errors import InputError
@@ -21,6 +22,7 @@ from rpn_jax.base.errors import InputError
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # By their numbers in a TIFF: uncompressed, LZW, deflate (two), PackBits.
 _COMPRESSIONS = (1, 5, 8, 32946, 32773)
+_REMEDY = "save it as PNG or TIFF"
 _one_at_a_time = threading.Lock()
 _KINDS = {1: "unsigned", 2: "signed", 3: "float"}
 
@@ -33,6 +35,101 @@ def is_deep_png(data: bytes) -> bool:
 def read_png(data: bytes) -> np.ndarray:
   """The values of a PNG of 16 bits as it is stored: (H, W), or (H, W, 3 or 4) in RGB, uint16."""
   return _decoded(data, 0)
+
+
+def check_is_read(file: Image.Image, begin: bytes, name: object) -> None:
+  """
+  Args:
+    file: as Pillow opened it.
+    begin: its first bytes.
+    name: of the image, for errors.
+
+  Raises:
+    InputError: values of more than 8 bits that Pillow reads wrongly or cuts off.
+  """
+  wrong = ""
+  if file.format == "FITS" and file.mode != "L":  # in which Pillow exchanges their bytes
+    wrong = "a FITS file of more than 8 bits"
+  elif file.format == "SGI" and begin[3:4] == b"\2":
+    wrong = "an SGI file of 16 bits"
+  elif file.format == "DDS" and str(getattr(file, "pixel_format", "")).startswith("BC6H"):
+    wrong = "a DDS file of floats"
+  if wrong:
+    raise InputError(f"{name}: expected 8 bits per channel in this format, got {wrong}; {_REMEDY}")
+
+
+def bits_told(file: Image.Image, begin: bytes) -> int:
+  """Bits per channel of a photograph in HEIC or AVIF, whose decoder makes them 8.
+
+  Args:
+    file: as Pillow opened it.
+    begin: its first kilobytes.
+  """
+  if file.format == "AVIF":  # the box of AV1's configuration: high_bitdepth, twelve_bit
+    flags = begin[begin.find(b"av1C\x81") + 6] if b"av1C\x81" in begin[:-6] else 0
+    return 12 if flags & 0x20 else 10 if flags & 0x40 else 8
+  return file.info.get("bit_depth", 8) if file.format == "HEIF" else 8
+
+
+def stored_bits(file: ImageFile.ImageFile, stream: BinaryIO, name: object) -> tuple[int, int]:
+  """Bits per channel of a PPM in color or a JPEG 2000, and the value that is white.
+
+  Args:
+    file: as Pillow opened it, not loaded.
+    stream: of the file; is moved.
+    name: of the image, for errors.
+
+  Raises:
+    InputError: a JPEG 2000 of more than 8 bits that is neither gray, RGB nor RGBA.
+  """
+  if file.format == "PPM":
+    arguments = file.tile[0].args
+    most = arguments[1] if file.mode == "RGB" and isinstance(arguments, tuple) else 255
+    return (16 if most > 255 else 8), most
+  stream.seek(0)
+  data = stream.read()
+  at = data.find(b"\xff\x4f\xff\x51")  # beginning of the codestream, and of its sizes
+  if at < 0:
+    raise ValueError("no codestream")
+  (count,) = struct.unpack_from(">H", data, at + 40)
+  bits = max(1 + (kind & 127) for kind in data[at + 42 : at + 42 + 3 * count : 3])
+  allowed = ("I;16",) if count == 1 else ("RGB", "RGBA")
+  if bits > 8 and (bits > 16 or file.mode not in allowed):
+    raise InputError(
+      f"{name}: expected a JPEG 2000 of 8 bits, or of up to 16 in gray, RGB or RGBA, got {count} "
+      f"channels of {bits} bits ({file.mode}); {_REMEDY}"
+    )
+  return bits, 2**bits - 1
+
+
+def read_like(file: Image.Image, data: bytes, most: int, name: object) -> np.ndarray:
+  """Values of more than 8 bits in RGB or RGBA, of which Pillow has the upper 8.
+
+  Args:
+    file: as Pillow opened it.
+    data: the file.
+    most: the value that is white.
+    name: of the image, for errors.
+
+  Returns:
+    uint16 (H, W, 3 or 4), 65535 where it is white.
+
+  Raises:
+    InputError: OpenCV makes something else of the file than Pillow.
+  """
+  upper = np.asarray(file)  # which tells of damage
+  # A PPM in decimals may end with one; OpenCV waits for the blank behind it.
+  values = _decoded(data + b"\n", 0)
+  if values.dtype == np.uint16 and most < 65535:
+    values = np.rint(values * (65535 / most)).clip(0, 65535).astype(np.uint16)
+  same = values.dtype == np.uint16 and values.shape == upper.shape
+  # Pillow rounds, and lets 256 become 0 in a JPEG 2000.
+  if not same or np.abs(((values >> 8).astype(np.uint8) - upper).view(np.int8)).max() > 1:
+    raise InputError(
+      f"{name}: expected a {file.format} in plain RGB, got channels of more than 8 bits whose "
+      f"colors are not understood; {_REMEDY}"
+    )
+  return values
 
 
 class Tiff:

@@ -1,7 +1,7 @@
 """Reading an image, the same for prediction, the page, preparation and notebooks.
 
-Whatever Pillow reads, HEIC by an optional package, and PNG and TIFF of more than 8 bits per
-channel; upright, in sRGB, without transparency. What had to be decided is told.
+Whatever Pillow reads, HEIC by an optional package, and more than 8 bits per channel of PNG, TIFF,
+PPM and JPEG 2000; upright, in sRGB, without transparency. What had to be decided is told.
 """
 
 import contextlib
@@ -279,7 +279,7 @@ def _open(
   stream: BinaryIO, name: object, page: int | None, max_pixels: int, stack: contextlib.ExitStack
 ) -> Opened:
   stream.seek(0)  # of a stream that was just written, the end is its place
-  begin = stream.read(32)
+  begin = stream.read(1 << 14)
   is_tiff = begin[:4] in deep_images.TIFF_STARTS
   if begin[4:8] == b"ftyp" and begin[8:12] in _HEIC:
     _prepare_for_heic(name)
@@ -289,6 +289,11 @@ def _open(
   try:
     file = stack.enter_context(Image.open(stream))
   except UnidentifiedImageError:
+    if begin.startswith(b"\xff\xd8\xff"):
+      raise InputError(
+        f"{name}: expected a JPEG of 8 bits, got one of 12 bits, without loss, or damaged; save it "
+        "as PNG"
+      ) from None
     if not is_tiff:
       raise
     file = None
@@ -302,6 +307,13 @@ def _open(
     tags = getattr(file, "tag_v2", {})
     if max(tags.get(258, (1,))) > 8 and not (file.mode == "CMYK" and tags.get(284, 1) == 1):
       return _deep_tiff(stream, name, file, file.tell() + 1, max_pixels, notes)
+  deep_images.check_is_read(file, begin, name)
+  if file.format in ("PPM", "JPEG2000"):
+    bits, most = deep_images.stored_bits(file, stream, name)
+    if bits > 8 and file.mode in ("RGB", "RGBA"):
+      stream.seek(0)
+      values = deep_images.read_like(file, stream.read(), most, name)
+      return Opened(name, file, values, format=file.format)
   animated = getattr(file, "n_frames", 1) > 1  # of which OpenCV gives the first frame
   if deep_images.is_deep_png(begin) and not file.mode.startswith("I") and not animated:
     file.load()  # tells of damage, of which OpenCV prints a line
@@ -310,6 +322,8 @@ def _open(
     if values.shape[:2] != file.size[::-1]:
       raise ValueError(f"values of {values.shape}")
     return Opened(name, file, values, file.info.get("icc_profile"), "PNG", notes)
+  if (bits := deep_images.bits_told(file, begin)) > 8:
+    notes = (*notes, ("depth", f"{bits} bits became 8"))
   return Opened(name, file, format=file.format or "", notes=notes, page=_page(file))
 
 

@@ -123,6 +123,122 @@ def test_other_values_from_the_least_to_the_greatest(content, want):
   assert picture.texts[0].startswith("values 200 … 4008 of ")
 
 
+RAMP = np.linspace(0, 1, 64)
+# Smooth, since no library here writes a JPEG 2000 in color without loss; black and white included.
+SMOOTH = np.repeat(
+  np.stack([RAMP**2, RAMP[::-1] ** 2, RAMP / 3], -1)[:, None] * 65535, 80, 1
+).astype(np.uint16)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("content", "want"),
+  [
+    (odd.ppm(DEEP), UPPER),
+    (odd.ppm(DEEP, plain=True), UPPER),
+    (odd.ppm(DEEP >> 4, 4095), UPPER),
+    (odd.ppm(DEEP >> 4, 4095, plain=True), UPPER),
+    (odd.ppm(DEEP[..., 0]), gray(UPPER[..., 0])),
+    (odd.ppm(DEEP[..., 0], plain=True), gray(UPPER[..., 0])),
+    (odd.ppm(DEEP[..., 0] >> 4, 4095), gray(UPPER[..., 0])),
+    (odd.jp2(SMOOTH), SMOOTH >> 8),
+    (odd.jp2(SMOOTH)[85:], SMOOTH >> 8),  # the codestream alone
+    (odd.jp2(SMOOTH >> 4, 12), SMOOTH >> 8),
+    (odd.jp2(SMOOTH >> 7, 9), SMOOTH >> 8),
+    (odd.jp2(np.dstack([SMOOTH, np.full((64, 80), 65535)])), SMOOTH >> 8),
+    (stored(Image.fromarray(SMOOTH[..., 0]), "JPEG2000"), gray(SMOOTH[..., 0] >> 8)),
+  ],
+)
+def test_ppm_and_jpeg_2000_of_more_than_eight_bits(content, want):
+  picture = load(content)
+  assert np.abs(picture.image.astype(int) - want).max() <= 1
+  assert picture.texts == ["16 bits became 8"] and picture.format in ("PPM", "JPEG2000")
+  assert picture.image.min() == 0 and picture.image.max() >= 254
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    odd.ppm(NARROW),
+    odd.ppm(NARROW, plain=True),
+    odd.ppm(NARROW[..., 0]),
+    odd.jp2(SMOOTH // 20 + 200),
+    stored(Image.fromarray(NARROW[..., 0]), "JPEG2000"),
+  ],
+)
+def test_ppm_and_jpeg_2000_from_the_least_to_the_greatest(content):
+  picture = load(content)
+  assert picture.texts[0].startswith("values 200 … ") and "of uint16 became" in picture.texts[0]
+  assert picture.image.min() == 0 and picture.image.max() == 255
+
+
+@pytest.mark.parametrize("content", [odd.ppm(DEEP), odd.jp2(SMOOTH), odd.jp2(SMOOTH >> 8, 8)])
+def test_ppm_and_jpeg_2000_of_a_file(content, tmp_path):
+  (tmp_path / "image").write_bytes(content)
+  picture, want = pictures.load(tmp_path / "image"), load(content)
+  np.testing.assert_array_equal(picture.image, want.image)
+  assert picture.image.max() >= 254
+
+
+def test_transparency_of_a_deep_jpeg_2000():
+  clear = load(odd.jp2(np.dstack([SMOOTH, np.zeros((64, 80), np.uint16)])), matte="#102030")
+  assert (clear.image == [16, 32, 48]).all()
+
+
+def test_ppm_of_eight_bits_or_fewer_is_as_pillow_reads_it():
+  for most, want in ((255, UPPER), (100, np.rint(UPPER % 101 * 2.55))):
+    content = b"P6 7 5 %d\n" % most + (UPPER.astype(int) % (most + 1)).astype(np.uint8).tobytes()
+    assert np.abs(load(content).image - want).max() <= 1 and load(content).notes == ()
+
+
+JP2_IN_YCC = odd.jp2(SMOOTH).replace(b"\0\0\0\x10\0\0", b"\0\0\0\x12\0\0", 1)
+JPEG_OF_12_BITS = stored(Image.new("RGB", (8, 8)), "JPEG").replace(
+  b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"
+)
+
+
+@pytest.mark.parametrize(
+  ("content", "said"),
+  [
+    (odd.fits(NARROW[..., 0].astype(np.int16)), "8 bits per channel in this format, got a FITS"),
+    (odd.fits(NARROW[..., 0].astype(np.float32)), "8 bits per channel in this format, got a FITS"),
+    (odd.sgi16(NARROW), "8 bits per channel in this format, got an SGI file of 16 bits"),
+    (odd.dds_of_floats(), "8 bits per channel in this format, got a DDS file of floats"),
+    (JP2_IN_YCC, "a JPEG2000 in plain RGB"),
+    (
+      odd.with_bits(stored(Image.new("LA", (64, 64)), "JPEG2000"), 16),
+      "a JPEG 2000 of 8 bits, or .* got 2 channels of 16 bits",
+    ),
+    (JPEG_OF_12_BITS, "a JPEG of 8 bits, got one of 12 bits"),
+  ],
+)
+def test_other_formats_of_more_than_eight_bits_are_refused(content, said):
+  with pytest.raises(InputError, match=f"^the image: expected {said}.*; save it as PNG") as error:
+    load(content)
+  assert "\n" not in str(error.value)
+
+
+def test_fits_of_eight_bits():
+  np.testing.assert_array_equal(load(odd.fits(UPPER[..., 0])).image, gray(UPPER[..., 0]))
+
+
+@pytest.mark.parametrize(("bits", "told"), [(8, []), (10, [10]), (12, [12])])
+def test_photographs_of_more_than_eight_bits(bits, told):
+  pillow_heif.register_heif_opener()
+  want = (SMOOTH[:, :64] >> 8).astype(np.uint8)
+  values = SMOOTH[:, :64] >> (16 - bits)
+  values = values.astype(np.uint8) if bits == 8 else values
+  options = [cv2.IMWRITE_AVIF_DEPTH, bits, cv2.IMWRITE_AVIF_QUALITY, 100]
+  ok, avif = cv2.imencode(".avif", values[..., ::-1], options)
+  assert ok
+  heif = pillow_heif.from_bytes("RGB" if bits == 8 else f"RGB;{bits}", (64, 64), values.tobytes())
+  file = io.BytesIO()
+  heif.save(file, quality=-1, chroma=444)
+  for content in (avif.tobytes(), file.getvalue()):
+    picture = load(content)
+    assert np.abs(picture.image.astype(int) - want).max() <= 3
+    assert picture.texts == [f"{depth} bits became 8" for depth in told]
+
+
 def test_floats_from_0_to_1():
   values = np.float32([[[0, 0.5, 1]], [[0.25, 0.25, 0.5]]])
   want = [[[0, 128, 255]], [[64, 64, 128]]]
@@ -145,6 +261,7 @@ def test_what_is_not_finite():
 def test_one_value_everywhere(value, want):
   picture = load(odd.png16(np.full((3, 4, 1), value, np.uint16)))
   assert (picture.image == want).all()
+  assert (load(odd.ppm(np.full((3, 4), value))).image == want).all()
   assert (load(odd.tiff(np.full((3, 4, 1), 7.5, np.float32), meaning=1)).image == 0).all()
 
 
