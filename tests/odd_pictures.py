@@ -28,6 +28,19 @@ def stored(image: Image.Image, kind: str, **options) -> bytes:
   return file.getvalue()
 
 
+def gray_png(values: np.ndarray, bits: int, transparent: int) -> bytes:
+  """A PNG of (H, W) grays of 1, 2, 4, 8 or 16 bits, one of which is transparent."""
+  height, width = values.shape
+  digits = ["".join(f"{value:0{bits}b}" for value in row) for row in values]
+  size = -(-width * bits // 8)
+  rows = [int(row.ljust(8 * size, "0"), 2).to_bytes(size, "big") for row in digits]
+  header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+  pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+  return _png(
+    (b"IHDR", header), (b"tRNS", struct.pack(">H", transparent)), (b"IDAT", pixels), (b"IEND", b"")
+  )
+
+
 def animated_png16(frames: list[np.ndarray]) -> bytes:
   """An animated PNG of 16 bits and two frames."""
   height, width, _ = frames[0].shape
@@ -46,10 +59,13 @@ def png16(values: np.ndarray, *chunks: tuple[bytes, bytes], after=()) -> bytes:
   kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
   rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
   header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
-  parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), *after, (b"IEND", b"")]
+  return _png((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), *after, (b"IEND", b""))
+
+
+def _png(*chunks: tuple[bytes, bytes]) -> bytes:
   return b"\x89PNG\r\n\x1a\n" + b"".join(
     struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-    for name, data in parts
+    for name, data in chunks
   )
 
 

@@ -206,6 +206,18 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
   return opaque, rgba.getchannel("A")
 
 
+def load_png(image: Image.Image) -> None:
+  """Loads the pixels. Grays of 2 or 4 bits become 0 … 255, the transparent one among them.
+
+  Pillow leaves the latter as it was, and forgets how many bits there were.
+  """
+  tiles = getattr(image, "tile", [])  # none, if it was loaded before
+  step = {"L;2": 85, "L;4": 17}.get(str(tiles[0].args), 1) if tiles else 1
+  image.load()
+  if step > 1 and "transparency" in image.info:
+    image.info["transparency"] *= step
+
+
 def _to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, list[Note]]:
   """The colors of an opaque image as sRGB, by its profile if it has one that fits."""
   mode = image.mode if image.mode in ("L", "CMYK", "LAB") else "RGB"

@@ -168,6 +168,8 @@ def converted(
   file: "Opened", matte: Color, *, profiles: bool = True, upright: bool = True
 ) -> Picture:
   """The image of an opened file; see `load`."""
+  if file.format == "PNG" and file.values is None:
+    colors.load_png(file.pillow)  # the EXIF data may stand behind the pixels, and load them
   orientation, notes = file.orientation, file.notes
   if file.values is None:
     image = file.pillow

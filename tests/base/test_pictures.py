@@ -483,6 +483,21 @@ def test_gray_with_a_transparent_value():
   np.testing.assert_array_equal(load(one_bit, matte="red").image[0], [[255, 0, 0], [255] * 3])
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_gray_of_any_depth(bits, tmp_path):
+  most = 2**bits - 1
+  grays = np.array([[0, 1, most // 2, most]])
+  for clear in grays[0]:
+    content = odd.gray_png(grays, bits, clear)
+    (tmp_path / "gray.png").write_bytes(content)
+    want = gray(np.round(grays * 255 / most) if bits < 16 else grays >> 8)
+    want[grays == clear] = (16, 32, 48)
+    np.testing.assert_array_equal(load(content, matte="#102030").image, want)
+    with Image.open(tmp_path / "gray.png") as image:
+      for _ in range(2):
+        np.testing.assert_array_equal(pictures.load(image, matte="#102030").image, want)
+
+
 def test_opaque_images_say_nothing_of_transparency():
   image = Image.fromarray(UPPER)
   image.putalpha(255)
