@@ -434,6 +434,8 @@ def checked_array(image: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray
     remedy = "give at least one pixel"
   elif image.dtype == bool:
     remedy = "np.uint8(255) * image makes it black and white"
+  elif image.dtype.kind != "f" and "float" in image.dtype.name:  # bfloat16, of another library
+    remedy = "image.astype(np.float32)"
   elif image.dtype not in (np.uint8, np.uint16) and image.dtype.kind != "f":
     remedy = "image.astype(np.uint8), if its values are 0 to 255"
   elif image.dtype.kind == "f" and not np.isfinite(image).all():

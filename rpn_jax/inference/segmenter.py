@@ -18,11 +18,11 @@ import ml_collections
 import numpy as np
 
 from rpn_jax import devices
-from rpn_jax.base import pictures, pixels
+from rpn_jax.base import pixels
 from rpn_jax.base.colors import Color
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
-from rpn_jax.base.pictures import ImageSource, Picture, Told
+from rpn_jax.base.pictures import ImageSource, Picture
 from rpn_jax.base.words import Names, check_known, check_names, parse_names, without_articles
 from rpn_jax.config.stored import read_config
 from rpn_jax.inference import strips
@@ -32,6 +32,7 @@ from rpn_jax.inference.refinement import REFINEMENTS
 from rpn_jax.inference.segmentation import ClassScores, Segmentation, checked_adjustment
 from rpn_jax.inference.sliding import SlidingWindow
 from rpn_jax.inference.smoothing import Smoothing
+from rpn_jax.inference.sources import read_each
 from rpn_jax.inference.views import round_up
 from rpn_jax.models import NETWORKS, training_free
 from rpn_jax.text.templates import check_distinct, embedding_key
@@ -288,6 +289,9 @@ class Segmenter:
 
     An image may also be a `pictures.Picture`, which was read before. `smooth`: the images are the
     frames of a film, whose scores are averaged over time.
+
+    Raises:
+      InputError: see a call; one image in place of several.
     """
     names = parse_names(names)
     words = self._background_words(names, background)
@@ -296,16 +300,9 @@ class Segmenter:
       check_known("refine=", refine, REFINEMENTS)
     window, class_of_row, fillers = self._window(names, words, refine)
     pending: deque[tuple[Picture, str | pathlib.Path, tuple[int, int]]] = deque()
-    told = Told()
 
     def inputs_of_images() -> Iterator[np.ndarray]:
-      for source in images:
-        file = _file_of(source)
-        if not isinstance(source, Picture):
-          picture = pictures.load(source, page=page, matte=matte)
-          told(file or "the image", picture.notes)
-        else:
-          picture = source
+      for picture, file in read_each(images, page, matte):
         inputs = self.predictor.prepare(picture.image)
         pending.append((picture, file, inputs.shape[:2]))
         yield inputs
@@ -402,22 +399,6 @@ def _in_fast_type(predictor: Predictor) -> Predictor:
 def _training_free(predictor: Predictor, clip: str) -> str:
   title = f"training-free {predictor.network.title} on {clip}, no trained prompts"
   return _noted(title, predictor)
-
-
-def _file_of(image: Any) -> str | pathlib.Path:
-  """The path of an image of any kind, of an open file its name; "" if there is none."""
-  if isinstance(image, (str, os.PathLike)):
-    return image if isinstance(image, pathlib.Path) else os.fsdecode(image)
-  name = getattr(image, "name", None)
-  if not isinstance(name, str):  # such as a number
-    return ""
-  try:  # a stream in memory may be called like a file that is another image
-    same = os.path.samestat(os.fstat(image.fileno()), os.stat(name))
-  except FileNotFoundError:
-    same = True
-  except (OSError, AttributeError):
-    same = not os.path.exists(name)
-  return name if same else ""
 
 
 def _noted(method: str, predictor: Predictor) -> str:

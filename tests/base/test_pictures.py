@@ -690,8 +690,11 @@ def test_arrays_of_other_libraries():
   np.testing.assert_array_equal(pictures.load(floats).image, UPPER)
   with pytest.raises(InputError, match=r"uint8, uint16 or float in 0 to 1, got .* int32"):
     pictures.load(jax.numpy.asarray(UPPER, jax.numpy.int32))
-  with pytest.raises(InputError, match=r"float in 0 to 1, got .* bfloat16; image.astype"):
-    pictures.load(jax.numpy.asarray(UPPER, jax.numpy.bfloat16))
+  for kind in (jax.numpy.bfloat16, jax.numpy.float8_e4m3fn):
+    floats = jax.numpy.asarray(UPPER / 255, kind)
+    with pytest.raises(InputError, match=r"float in 0 to 1, got .*; image.astype\(np.float32\)$"):
+      pictures.load(floats)
+    assert pictures.load(np.asarray(floats).astype(np.float32)).image.max() == 255
 
 
 def test_each_kind_of_decision_is_told_once(capsys):
