@@ -35,7 +35,7 @@ from rpn_jax.inference.smoothing import Smoothing
 from rpn_jax.inference.sources import read_each
 from rpn_jax.inference.views import round_up
 from rpn_jax.models import NETWORKS, training_free
-from rpn_jax.text.templates import check_distinct, embedding_key
+from rpn_jax.text.templates import check_distinct, embedding_keys
 from rpn_jax.training.run import Run, clip_of
 from rpn_jax.weights import arrays, checkpoints, clip_file, exported, hub, prompts_file
 
@@ -356,11 +356,11 @@ class Segmenter:
     words = parse_names(background)
     mode = self.predictor.encoder.synonyms
     single = [word for word in words if word.casefold() not in BACKGROUNDS]
-    given = {embedding_key(name, mode) for name in (*names, *single)}
+    given = {key for name in (*names, *single) for key in embedding_keys(name, mode)}
     found: dict[str, None] = {}  # in their order, each once
     for word in words:
       listed = BACKGROUNDS.get(word.casefold())
-      own = [word] if listed is None else [x for x in listed if embedding_key(x, mode) not in given]
+      own = [word] if listed is None else [x for x in listed if not embedding_keys(x, mode) & given]
       found |= dict.fromkeys(own)
     return tuple(found)
 

@@ -87,22 +87,30 @@ def check_distinct(names: Sequence[str], synonyms: str) -> None:
     synonyms: one of SYNONYMS.
 
   Raises:
-    InputError: two names with the same embedding; with "max", with the same synonyms.
+    InputError: two names with the same embedding; with "max", with a synonym in common.
   """
   first: dict[frozenset, str] = {}
   for name in names:
-    other = first.setdefault(embedding_key(name, synonyms), name)
-    if other != name:
+    for key in embedding_keys(name, synonyms):
+      other = first.setdefault(key, name)
+      if other == name:
+        continue
+      if synonyms == "max" and embedding_keys(other, "mean") != embedding_keys(name, "mean"):
+        (words,) = key
+        raise InputError(
+          f"class names {other!r} and {name!r} share {' '.join(words)!r}, whose pixels would all "
+          "be of the first with synonyms='max': leave it out of one, or take synonyms='mean'"
+        )
       raise InputError(
         f"class names {other!r} and {name!r} are the same words to CLIP, which ignores capitals, "
         "spaces and articles: leave one out"
       )
 
 
-def embedding_key(name: str, synonyms: str) -> frozenset:
-  """What the embedding of a typed name depends on: the words of its synonyms."""
+def embedding_keys(name: str, synonyms: str) -> set[frozenset]:
+  """What each embedding of a typed name depends on: the words of its synonyms."""
   rows, _ = expand([without_articles(name)], [0], synonyms)
-  return frozenset(tuple(split_words(part)) for row in rows for part in phrases(row, synonyms))
+  return {frozenset(tuple(split_words(part)) for part in phrases(row, synonyms)) for row in rows}
 
 
 def expand(

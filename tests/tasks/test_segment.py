@@ -1,5 +1,7 @@
 """`rpn segment` with pictures and words as people have them."""
 
+import copy
+import dataclasses
 import io
 import json
 import shlex
@@ -178,6 +180,21 @@ def test_stuff_among_other_background_words(asked, model):
   _, background = asked(lambda: model(SCENE, "sea", background="red, stuff, a wall, Stuff"))
   rest = tuple(word for word in BACKGROUNDS["stuff"] if word not in ("sea", "wall"))
   assert background == ("red", *rest, "a wall")
+
+
+def test_with_max_a_word_belongs_to_one_class_or_to_the_background():
+  model = Segmenter.load("shapes_clip", synonyms="max")
+  for names, background in (("sand | water, water", ""), ("sand | water", "Water, grass")):
+    with pytest.raises(InputError, match=r"'sand, water' and '[wW]ater' share 'water'"):
+      model(SCENE, names, background=background)
+
+
+def test_with_max_each_synonym_is_left_out_of_listed_background_words(asked, model, monkeypatch):
+  predictor = copy.copy(model.predictor)
+  predictor.encoder = dataclasses.replace(predictor.encoder, synonyms="max")
+  monkeypatch.setattr(model, "predictor", predictor)
+  _, background = asked(lambda: model(SCENE, "sky | cloud, sand", background="stuff"))
+  assert set(BACKGROUNDS["stuff"]) - set(background) == {"sky", "cloud"}
 
 
 @pytest.mark.parametrize("typed", ["", (), [], np.array([], str), None])
