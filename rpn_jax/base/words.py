@@ -21,7 +21,6 @@ MAX_TEXT_BYTES = 16 << 20
 # What people separate classes by: comma and semicolon, of full width, Chinese, Japanese, Arabic.
 _SEPARATES = ",;，；、﹐﹑﹔､،؛"
 _JOINS = "|｜"
-_BETWEEN = _SEPARATES + _JOINS
 _BLANK = _SEPARATES + " \t\u00a0\u3000"
 _LINE_ENDS = re.compile(r"[\n\r\x0b\x0c\x85\u2028\u2029]")
 _BRACKETS = {
@@ -70,11 +69,12 @@ def parse_names(names: Names) -> tuple[str, ...]:
       between synonyms, also as they are written in Chinese, Japanese and Arabic. Within brackets,
       and within quotes around a whole name, they separate nothing: 'crt screen (lcd, tv), "salt,
       pepper"'. `list:NAME` among the names stands for the class names of a published data set, see
-      `vocabularies.NAMES`. Or a list whose items are names or lists of synonyms.
+      `vocabularies.NAMES`. Or a list whose items are names or lists of synonyms: each is one class,
+      in which `|` and, as in vocabularies, SEPARATOR join synonyms.
 
   Raises:
-    InputError: no names, an empty one, a duplicate, a bracket or quote that is not closed, an
-      unknown list, or what is no text.
+    InputError: no names, an empty one or an empty synonym, a duplicate, a bracket or quote that is
+      not closed, an unknown list, or what is no text.
   """
   classes: Sequence[Sequence[str]]
   if isinstance(names, str):
@@ -83,8 +83,13 @@ def parse_names(names: Names) -> tuple[str, ...]:
   else:
     classes = _listed(names)
   found: list[str] = []
-  for parts in classes:
+  for i, parts in enumerate(classes):
     stripped = [part.strip() for part in parts]
+    if len(stripped) > 1 and "" in stripped:
+      raise InputError(
+        f"class name {i + 1}, {' | '.join(stripped).strip()!r}, has an empty synonym: remove the "
+        "stray |"
+      )
     if len(stripped) == 1 and stripped[0].startswith(LIST):
       found += read_list(stripped[0].removeprefix(LIST))
     else:
@@ -111,8 +116,15 @@ def _listed(names: Any) -> list[list[str]]:
       raise InputError(
         f"class name {i + 1}: expected text, or a list of synonyms, got {wrong[0]!r}"
       )
-    classes.append(synonyms)
+    classes.append([part for synonym in synonyms for part in _split_at_bars(synonym)])
   return classes
+
+
+def _split_at_bars(synonym: str) -> list[str]:
+  """What `|` separates in a name of a list, whose commas stay."""
+  if not any(bar in synonym for bar in _JOINS):
+    return [synonym]
+  return [half for part in _parts(synonym) for half in _parse_line(part, separates="")[0]]
 
 
 def read_list(name: str) -> tuple[str, ...]:
@@ -178,8 +190,8 @@ def read_text(path: pathlib.Path, what: str) -> str:
     ) from error
 
 
-def _parse_line(line: str) -> list[list[str]]:
-  """Classes of a line, each a list of synonyms."""
+def _parse_line(line: str, separates: str = _SEPARATES) -> list[list[str]]:
+  """Classes of a line, each a list of synonyms; `separates`: the letters between classes."""
   classes, start, closing = [[""]], 0, []
   at = 0
   while at < len(line):
@@ -187,9 +199,11 @@ def _parse_line(line: str) -> list[list[str]]:
     if not part.strip() and letter in _QUOTES:
       end = line.find(_QUOTES[letter], at + 1)
       rest = line[end + 1 :].lstrip() if end > 0 else ""
-      if end > 0 and (not rest or rest[0] in _BETWEEN):
+      if end > 0 and (not rest or rest[0] in separates + _JOINS):
         name = line[at + 1 : end].strip()
-        classes[-1][-1] = f'"{name}"' if SEPARATOR in name else name
+        # The quotes stay where a list of names, which may be parsed again, would be split.
+        quoted = any(x in name for x in (SEPARATOR, *_JOINS))
+        classes[-1][-1] = f'"{name}"' if quoted else name
         at = len(line) - len(rest)
         continue
       if end < 0 and letter != "'":  # '70s
@@ -199,7 +213,7 @@ def _parse_line(line: str) -> list[list[str]]:
       start = at if len(closing) == 1 else start
     elif closing and letter == closing[-1]:
       closing.pop()
-    elif not closing and letter in _BETWEEN:
+    elif not closing and letter in separates + _JOINS:
       if letter in _JOINS:
         classes[-1].append("")
       else:

@@ -55,7 +55,7 @@ def test_synonyms_by_a_bar_of_either_width():
     ("a ((b, c), d), e", ("a ((b, c), d)", "e"), [["a ((b, c), d)"], ["e"]]),
     ('"salt, pepper", dog', ('"salt, pepper"', "dog"), [["salt, pepper"], ["dog"]]),
     ("“salt, pepper” | spice", ('"salt, pepper", spice',), [["salt, pepper", "spice"]]),
-    ('"traffic light","a|b"', ("traffic light", "a|b"), [["traffic light"], ["a|b"]]),
+    ('"traffic light","a|b"', ("traffic light", '"a|b"'), [["traffic light"], ["a|b"]]),
     ("'salt;pepper', '70s car", ("salt;pepper", "'70s car"), [["salt;pepper"], ["'70s car"]]),
     ('5" disc, children\'s toy', ('5" disc', "children's toy"), [['5" disc'], ["children's toy"]]),
     ("a) cat, b) dog", ("a) cat", "b) dog"), [["a) cat"], ["b) dog"]]),
@@ -65,6 +65,36 @@ def test_synonyms_by_a_bar_of_either_width():
 def test_brackets_and_quotes_keep_their_commas(typed, names, synonyms):
   assert parse_names(typed) == names
   assert [split_synonyms(name) for name in names] == synonyms
+  assert parse_names(names) == names
+
+
+@pytest.mark.parametrize(
+  ("item", "name"),
+  [
+    ("sand | beach", "sand, beach"),
+    ("sand|beach｜ shore ", "sand, beach, shore"),
+    (["sand | beach", "shore"], "sand, beach, shore"),
+    ("sea, ocean", "sea, ocean"),  # as in vocabularies
+    ("sea, ocean | water", "sea, ocean, water"),
+    ("crt screen (lcd | tv)", "crt screen (lcd | tv)"),
+    ('"salt | pepper"', '"salt | pepper"'),
+    ('spice, "salt | pepper" | herb', 'spice, "salt | pepper", herb'),
+    ("“a|b” | c", '"a|b", c'),
+    ('5" disc; round | cd', '5" disc; round, cd'),
+  ],
+)
+def test_a_bar_joins_synonyms_in_a_list(item, name):
+  assert parse_names([item, "grass"]) == (name, "grass")
+  assert parse_names(parse_names([item, "grass"])) == (name, "grass")
+
+
+@pytest.mark.parametrize("name", ["sand |", "|sand", "sand | | water", "sand ||water", "|", "a｜"])
+def test_an_empty_synonym(name):
+  for typed in (f"grass, {name}", ["grass", name], ("grass", [name, "sea"])):
+    with pytest.raises(InputError, match=r"^class name 2, .* has an empty synonym: remove .* \|$"):
+      parse_names(typed)
+  with pytest.raises(InputError, match="has an empty synonym"):
+    parse_names(["grass", ["sea", ""]])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +140,7 @@ def test_what_is_no_text(names, said):
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, iter, lambda names: (x for x in names)])
 def test_any_list_of_texts(kind):
-  assert parse_names(kind(["sand", "water | sea"])) == ("sand", "water | sea")
+  assert parse_names(kind(["sand", "water | sea"])) == ("sand", "water, sea")
 
 
 def test_without_articles_within_brackets():
