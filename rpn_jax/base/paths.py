@@ -55,9 +55,13 @@ def exact(path: str | os.PathLike) -> pathlib.Path:
   The shell does not expand `--flag=~/path`.
 
   Raises:
-    InputError: there is no such home folder; an address other than `gs://BUCKET/NAME`; a bucket
-      that cannot be used, see `buckets.open_path`.
+    InputError: it is empty; there is no such home folder; an address other than `gs://BUCKET/NAME`;
+      a bucket that cannot be used, see `buckets.open_path`.
   """
+  if not os.fspath(path):  # of which pathlib makes the current folder
+    raise InputError(
+      "expected a path, got an empty one, as of a variable that is not set; name a file or a folder"
+    )
   if buckets.is_bucket(path):
     return buckets.open_path(path)
   if _ADDRESS.match(os.fspath(path)):

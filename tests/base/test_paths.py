@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pathlib
 
 import pytest
 
@@ -40,6 +41,14 @@ def test_a_name_that_begins_with_a_tilde(tmp_path, monkeypatch):
   (tmp_path / "~no-such-user.png").touch()
   found = paths.expand("~no-such-user.png")
   assert found == paths.expand(found) == tmp_path / "~no-such-user.png"
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for call in (paths.expand, paths.exact, lambda path: paths.expand_local(path, "--root")):
+    with pytest.raises(InputError, match="expected a path, got an empty one"):
+      call("")
+  assert paths.expand(".") == paths.expand(pathlib.Path("")) == pathlib.Path(".")
 
 
 def test_where_folders_cannot_be_renamed(tmp_path, monkeypatch):

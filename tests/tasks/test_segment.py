@@ -111,6 +111,8 @@ def test_pages_and_transparency(folder, model):
     (["photos/plain.png", "sand", "--matte=nothing"], "matte='nothing': expected the name of"),
     (["photos/pages.gif", "sand", "--page=9"], "expected page 1 to 2, got 9"),
     (["photos/sub", "Sand, a sand"], "'Sand' and 'a sand' are the same words to CLIP"),
+    (["", "sand"], "expected a path, got an empty one"),
+    (["photos/plain.png", "sand", "--out="], "expected a path, got an empty one"),
     (["photos/raw.nef", "sand"], "photos/raw.nef: expected a readable image"),
     (["photos", "sand", "--out=photos"], "--out=photos: expected another folder than that of"),
     (["photos", "sand", "--out=photos/raw.nef"], "expected a folder to write to, got a file"),
