@@ -6,15 +6,17 @@ Nothing heavy is imported before the command is known, nor, for `segment`, befor
 import argparse
 import gc
 import importlib
+import os
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 
 from rpn_jax import __version__
 from rpn_jax.annotations import options
-from rpn_jax.base import console, interrupts, vocabularies
+from rpn_jax.base import console, interrupts, picture_files, vocabularies
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.words import check_known
+from rpn_jax.base.words import check_known, parse_names, split_synonyms
 from rpn_jax.drawing.palette import PALETTES
 
 # Command -> module with a `main(arguments) -> exit status`, and what it does.
@@ -182,11 +184,49 @@ def _segment(arguments: list[str]) -> int:
   raster.add_argument("--range", help="values that become black and white, as 0,3000")
   raster.add_argument("--scale", type=float, help="segment it at this factor of its resolution (1)")
   add("--quiet", action="store_true", help="print nothing but errors")
-  args = parser.parse_intermixed_args(arguments)  # words may stand behind an option
+  args = _parse_segment(parser, arguments)
 
   from rpn_jax.tasks.segment import segment  # loads JAX
 
   return segment(args)
+
+
+def _parse_segment(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+  """The arguments of `rpn segment`; words may stand behind an option.
+
+  Raises:
+    InputError: several images, or class names in several arguments.
+  """
+  if "--" in arguments:  # which argparse loses where positions and options are mixed
+    at = arguments.index("--")
+    arguments = arguments[:at] + [f"\0{argument}" for argument in arguments[at + 1 :]]
+  args, others = parser.parse_known_intermixed_args(arguments)
+  if [other for other in others if other.startswith("-")]:
+    parser.error(f"unrecognized arguments: {' '.join(others)}")
+  args.image, args.words, *others = (
+    argument and argument.removeprefix("\0") for argument in (args.image, args.words, *others)
+  )
+  _check_no_files([*(parse_names(args.words) if args.words else ()), *others])
+  if others:
+    remedy = f"quote the names, as in {shlex.quote(' '.join([args.words, *others]))}"
+    if flags := [other for other in others if other.startswith("-")]:
+      others, remedy = flags, "options stand before --"
+    raise InputError(
+      f"expected an image or a folder, and class names, got more: {others[0]}; {remedy}"
+    )
+  return args
+
+
+def _check_no_files(names: Sequence[str]) -> None:
+  """Raises an InputError if a class name is a file, as of several images in place of a folder."""
+  for word in (word for name in names for word in split_synonyms(name)):
+    suffix = os.path.splitext(word)[1].lower()
+    is_file = (suffix or os.sep in word) and os.path.isfile(word)
+    if is_file or suffix in picture_files.SUFFIXES + picture_files.FILM_SUFFIXES:
+      raise InputError(
+        f"expected one image or a folder, and class names, got the file {word} as a name; for "
+        "several images name a folder of them, for a file of names use --words=FILE"
+      )
 
 
 def _parser() -> argparse.ArgumentParser:

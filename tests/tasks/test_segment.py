@@ -35,6 +35,7 @@ def folder(tmp_path, monkeypatch):
   """A folder of odd images, with two of one name, which is where commands are run."""
   monkeypatch.chdir(tmp_path)
   scene = Image.fromarray(SCENE)
+  (tmp_path / "names.txt").write_text("sand")
   files = {
     "plain.png": stored(scene, "PNG"),
     "plain.webp": stored(scene, "WEBP", lossless=True),
@@ -111,6 +112,27 @@ def test_pages_and_transparency(folder, model):
     (["photos/plain.png", "sand", "--matte=nothing"], "matte='nothing': expected the name of"),
     (["photos/pages.gif", "sand", "--page=9"], "expected page 1 to 2, got 9"),
     (["photos/sub", "Sand, a sand"], "'Sand' and 'a sand' are the same words to CLIP"),
+    (
+      ["photos/plain.png", "photos/deep.png"],
+      "got the file photos/deep.png as a name; for several",
+    ),
+    (
+      ["photos/plain.png", "photos/a.tif", "b.png"],
+      "got the file photos/a.tif as a name; for seve",
+    ),
+    (
+      ["photos/plain.png", "sand | b.JPG"],
+      "got the file b.JPG as a name; for several images name",
+    ),
+    (["photos/plain.png", "names.txt"], "got the file names.txt as a name; for several images"),
+    (["photos/plain.png", "film.mp4", "sand"], "got the file film.mp4 as a name; for several"),
+    (["photos/plain.png", "sand, photos/raw.nef"], "got the file photos/raw.nef as a name; for"),
+    (
+      ["photos/plain.png", "sand,", "big water"],
+      "more: big water; quote the names, as in 'sand, b",
+    ),
+    (["photos/plain.png", "sand | | water"], "'sand |  | water', has an empty synonym"),
+    (["--", "-none.png", "sand"], "got more: --model=shapes_clip; options stand before --"),
     (["", "sand"], "expected a path, got an empty one"),
     (["photos/plain.png", "sand", "--out="], "expected a path, got an empty one"),
     (["photos/raw.nef", "sand"], "photos/raw.nef: expected a readable image"),
@@ -202,6 +224,31 @@ def test_with_max_each_synonym_is_left_out_of_listed_background_words(asked, mod
 @pytest.mark.parametrize("typed", ["", (), [], np.array([], str), None])
 def test_no_background_words(asked, model, typed):
   assert asked(lambda: model(SCENE, "sand", background=typed))[1] == ()
+
+
+def test_words_that_only_look_like_files(folder, asked, model, monkeypatch):
+  monkeypatch.setattr(segment.Segmenter, "load", lambda *args, **kwargs: model)
+  (folder.parent / "sand").write_bytes(b"")  # a file of that name is no reason to refuse the word
+  for typed in ("sand, photos", "st. bernard dog, no. 5", "either/or"):
+    names, _ = asked(lambda typed=typed: run("photos/plain.png", typed))
+    assert names == tuple(typed.split(", "))
+
+
+def test_names_that_begin_with_a_dash(folder, asked, model, monkeypatch, capsys):
+  monkeypatch.setattr(segment.Segmenter, "load", lambda *args, **kwargs: model)
+  (folder.parent / "-a.png").write_bytes((folder / "plain.png").read_bytes())
+  names, _ = asked(lambda: cli.main(["segment", "--other=0.5", "--", "-a.png", "-sand, water"]))
+  assert names == ("-sand", "water")
+  names, _ = asked(lambda: cli.main(["segment", "--words=cityscapes", "--", "-a.png"]))
+  assert names[0] == "road"
+  assert cli.main(["segment", "--", "-b.png", "sand"]) == 2
+  assert "-b.png: expected an image or a folder of images, no such" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_is_told(folder, capsys):
+  with pytest.raises(SystemExit):
+    run("photos/plain.png", "sand", "--bakground=grass")
+  assert "unrecognized arguments: --bakground=grass" in capsys.readouterr().err
 
 
 def test_the_page_reads_the_same(model):
