@@ -242,9 +242,9 @@ def opened(
   with contextlib.ExitStack() as stack:
     try:
       if isinstance(image, Image.Image):
-        notes = _turn_to(image, page, name)
+        notes, shown = _turn_to(image, page, name)
         check_size(name, image.size, max_pixels)
-        yield Opened(name, image, format=image.format or "", notes=notes, page=_page(image))
+        yield Opened(name, image, format=image.format or "", notes=notes, page=shown)
       else:
         stream = _stream(image) if isinstance(image, (str, os.PathLike)) else image
         if stream is not image:
@@ -303,7 +303,7 @@ def _open(
     return _deep_tiff(stream, name, None, page, max_pixels)
   if file.format == "EPS":  # a program, which Ghostscript would run
     raise InputError(f"{name}: expected an image of pixels, got a drawing (EPS); save it as PNG")
-  notes = _turn_to(file, page, name)
+  notes, shown = _turn_to(file, page, name)
   check_size(name, file.size, max_pixels)
   if is_tiff and file.mode not in ("I", "F") and not file.mode.startswith("I;16"):
     tags = getattr(file, "tag_v2", {})
@@ -326,12 +326,7 @@ def _open(
     return Opened(name, file, values, file.info.get("icc_profile"), "PNG", notes)
   if (bits := deep_images.bits_told(file, begin)) > 8:
     notes = (*notes, ("depth", f"{bits} bits became 8"))
-  return Opened(name, file, format=file.format or "", notes=notes, page=_page(file))
-
-
-def _page(file: Image.Image) -> int:
-  """See `Picture.page`."""
-  return file.tell() + 1 if getattr(file, "n_frames", 1) > 1 else 0
+  return Opened(name, file, format=file.format or "", notes=notes, page=shown)
 
 
 def _deep_tiff(
@@ -354,13 +349,13 @@ def _deep_tiff(
   return Opened(name, file, tiff.read(), tiff.profile, "TIFF", notes, shown)
 
 
-def _turn_to(file: Image.Image, page: int | None, name: object) -> tuple[Note, ...]:
-  """Goes to a page, from 1; without one says which of several it is."""
+def _turn_to(file: Image.Image, page: int | None, name: object) -> tuple[tuple[Note, ...], int]:
+  """Goes to a page, from 1; without one says which of several it is. Also gives `Picture.page`."""
   pages = getattr(file, "n_frames", 1)
   notes = _page_note(pages, page, file.tell() + 1, name)
   if page is not None and page != file.tell() + 1:
     file.seek(page - 1)
-  return notes
+  return notes, file.tell() + 1 if pages > 1 else 0
 
 
 def _page_note(pages: int, page: int | None, shown: int, name: object) -> tuple[Note, ...]:

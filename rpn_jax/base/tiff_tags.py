@@ -1,13 +1,16 @@
-"""Whether a TIFF file is whole, by its tags.
+"""The tags of TIFF files, and whether a file is whole by them.
 
 Most writers put the tags behind the pixels. Where a file ends early, Pillow and libtiff print
 several lines about it, and then take what is left of the tags for another kind of image.
 """
 
 import io
+import pathlib
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO
+
+from PIL import TiffImagePlugin
 
 from rpn_jax.base.errors import InputError
 
@@ -43,6 +46,19 @@ def check_whole(stream: BinaryIO, name: object) -> None:
     f"{name}: expected a whole TIFF file, got the first {size:,} bytes of one, which was cut off; "
     "copy or export it anew"
   )
+
+
+def first_page(path: pathlib.Path) -> TiffImagePlugin.ImageFileDirectory_v2:
+  """The tags of a TIFF's first page; all kinds of errors for other files."""
+  with path.open("rb") as file:
+    check_whole(file, path)
+    file.seek(0)
+    header = file.read(8)
+    header += file.read(8) if header[2:4] in (b"\x2b\0", b"\0\x2b") else b""  # BigTIFF
+    tags = TiffImagePlugin.ImageFileDirectory_v2(header)
+    file.seek(tags.next)
+    tags.load(file)
+  return tags
 
 
 def _ends(stream: BinaryIO) -> Iterator[int]:

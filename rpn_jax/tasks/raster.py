@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
-from rpn_jax.base import pictures
+from rpn_jax.base import pictures, tiff_tags
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.origins import FIELD, Origin
@@ -52,7 +52,7 @@ def is_raster(path: pathlib.Path, asked: bool | None = None) -> bool:
   if asked is not None or path.suffix.lower() not in SUFFIXES:
     return bool(asked)
   try:
-    tags = _tiff_tags(path)
+    tags = tiff_tags.first_page(path)
     if any(tag in tags for tag in GEO_TAGS):
       return True
     return int(tags[WIDTH_TAG]) * int(tags[HEIGHT_TAG]) > pictures.MAX_PIXELS
@@ -60,21 +60,10 @@ def is_raster(path: pathlib.Path, asked: bool | None = None) -> bool:
     return False
 
 
-def _tiff_tags(path: pathlib.Path) -> TiffImagePlugin.ImageFileDirectory_v2:
-  """The tags of a TIFF's first page; all kinds of errors for other files."""
-  with path.open("rb") as file:
-    header = file.read(8)
-    header += file.read(8) if header[2:4] in (b"\x2b\0", b"\0\x2b") else b""  # BigTIFF
-    tags = TiffImagePlugin.ImageFileDirectory_v2(header)
-    file.seek(tags.next)
-    tags.load(file)
-  return tags
-
-
 def _orientation(path: pathlib.Path) -> int:
   """What a file says of how its rows are shown, which GDAL passes over; 1 is as they are stored."""
   with contextlib.suppress(Exception):
-    return int(_tiff_tags(path).get(ORIENTATION_TAG, 1))
+    return int(tiff_tags.first_page(path).get(ORIENTATION_TAG, 1))
   with contextlib.suppress(Exception), warnings.catch_warnings():
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded
     with Image.open(path) as file:
@@ -385,8 +374,8 @@ def segment_raster(
   source = Origin(raster.path).name(directory)
   picture = save_png(directory / f"{stem}_overlay.png", overlay, source)
   summary = _summary(segmenter, raster, names, options, palette, counts, sums, missing)
-  write_json(directory / f"{stem}.json", {**summary, FIELD: source})
-  written = [label_file, picture, directory / f"{stem}.json"]
+  write_json(summary_file := directory / f"{stem}.json", {**summary, FIELD: source})
+  written = [label_file, picture, summary_file]
   print("\n".join([segmenter.method, *map(str, written)]))
   return written
 
