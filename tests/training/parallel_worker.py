@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import sys
+import types
 
 import flax
 import jax
@@ -153,7 +154,9 @@ def side_by_side(model, settings, prompts, constants, record) -> list[str]:
   shared = ConfigDict({"loss": {"name": "sigmoid", "mask_ignored": False}, "data": {"setting": ""}})
   shared.optimizer = settings
   record("initial", start, [])
-  step = SideBySide(shared, model, None, [peaks, peaks, peaks, lower], [0, 0, 1, 1])
+  step = SideBySide(
+    shared, model, types.SimpleNamespace(ignore=255), [peaks, peaks, peaks, lower], [0, 0, 1, 1]
+  )
   state = step.place_states([start] * 4)
   keys = step.place_keys([jax.random.key(key) for key in (3, 4, 3, 3)])
   fixed, metrics = step.place_constant(constants), []
