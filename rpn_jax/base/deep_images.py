@@ -38,7 +38,8 @@ def read_png(data: bytes) -> np.ndarray:
 
 
 def check_is_read(file: Image.Image, begin: bytes, name: object) -> None:
-  """
+  """Checks that a file is none of those that come out of Pillow with other values, or fewer bits.
+
   Args:
     file: as Pillow opened it.
     begin: its first bytes.
