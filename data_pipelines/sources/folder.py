@@ -1,6 +1,7 @@
 """Your own data: a folder of images, a folder of masks and a list of class names."""
 
 import functools
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -8,12 +9,11 @@ from data_pipelines import vocabularies
 from data_pipelines.sources import class_file
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
 from data_pipelines.sources.files import COLORS_REMEDY, ColorTable, list_files, require
-from data_pipelines.sources.own_data import one_in_ten, read_unseen
+from data_pipelines.sources.own_data import into_splits, read_unseen, split_of
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.picture_files import SUFFIXES, list_images
+from rpn_jax.base.picture_files import SUFFIXES, folders_of_images, list_images
 from rpn_jax.base.words import composed
 
-_SPLITS = ("train", "val")
 _MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 _LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
 
@@ -21,7 +21,7 @@ _LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
 class Folder(SegmentationBuilder):
   """Masks of class ids: label k is line k + 1 of names.txt; 255 (or 65535) is no class.
 
-  Without split folders one image in ten becomes "val", chosen by a hash of its name.
+  Without a folder of images for evaluation one in ten becomes "val", by a hash of its name.
   """
 
   name = "folder"
@@ -32,7 +32,8 @@ class Folder(SegmentationBuilder):
   obtain = "put the file there or remove its partner"
   license = "yours"
   raw_size = "yours"
-  layout = """images/{train,val}/*.{jpg,png,webp} (or all in images/: one in ten is for val)
+  layout = """images/{train,val}/*.{jpg,png,webp} (or all in images/; without val one in ten is for val;
+  folders may also be named training, valid or validation; test is left out)
 labels/{train,val}/*.png (or all in labels/), named as the images; gray or palette, 8 or 16 bit
   whose values are class ids, 255 for no class (65535 where there are more than 255 classes)
 names.txt (one class name per line; the first is class 0, or the first of --values); for masks of
@@ -48,15 +49,17 @@ unseen.txt (may be missing: the names that are never trained on)"""
     self.classes, colors = read_classes(manual_dir, self.obtain, self.values)
     self.by_color = colors is not None
     images, labels = manual_dir / "images", manual_dir / "labels"
-    splits = [s for s in _SPLITS if (images / s).is_dir()]
-    if not splits:
-      return one_in_ten(_pairs(images, labels, self.obtain, colors), images)
-    if stray := list_images(images):
-      raise InputError(
-        f"{stray[0]}: expected images in images/train and images/val or all in images, got both; "
-        "move this one into one of the two"
-      )
-    return {s: _pairs(images / s, labels / s, self.obtain, colors) for s in splits}
+    found: dict[str | None, list[RawExample]] = {}
+    for folder in _split_folders(images):
+      split = split_of(pathlib.PurePath(folder.name))
+      if split == "test":  # its masks are often not there
+        raws = [RawExample(file.stem, file, file) for file in list_images(folder)]
+      else:
+        raws = _pairs(folder, labels / folder.name, self.obtain, colors)
+      found.setdefault(split, []).extend(raws)
+    if not found:
+      found[None] = _pairs(images, labels, self.obtain, colors)
+    return into_splits(found, images)
 
   def wrong_values_remedy(self, values):
     count = len(self.classes.names)
@@ -116,6 +119,33 @@ def read_classes(
     return classes, None
   labels = {name: i for i, name in enumerate(names)}
   return classes, listed.table({name: labels.get(name, classes.ignore) for name in listed.names})
+
+
+def _split_folders(images: pathlib.Path) -> list[pathlib.Path]:
+  """The folders in `images` whose names tell a split.
+
+  Raises:
+    InputError: images in another folder, at any depth, or beside such folders.
+  """
+  if not images.is_dir():  # who lists the images says so
+    return []
+  folders = [f for f in sorted(images.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+  splits = [folder for folder in folders if split_of(pathlib.PurePath(folder.name))]
+  for root in (images, *splits):  # which may be links
+    for parent, below, _ in os.walk(root):
+      below[:] = sorted(name for name in below if not name.startswith("."))
+      here = root / os.path.relpath(parent, root)
+      if others := [folder for folder in folders_of_images(here) if folder not in splits]:
+        raise InputError(
+          f"{others[0]}: expected images in images/train and images/val or all in images, got "
+          "some in this folder; move them, or name it train, val or test in images"
+        )
+  if splits and (stray := list_images(images)):
+    raise InputError(
+      f"{stray[0]}: expected images in images/train and images/val or all in images, got both; "
+      "move this one into one of the two"
+    )
+  return splits
 
 
 def _pairs(

@@ -1,6 +1,7 @@
 """Your own folder: layouts, names, pairs, mask values, and the way to a vocabulary."""
 
 import os
+import shutil
 import unicodedata
 
 import numpy as np
@@ -71,6 +72,39 @@ def test_flat_layout_is_split_by_name(raw, tmp_path):
   assert len(ids["val"]) == 2 and len(ids["train"]) == 18
   assert sorted(ids["val"] + ids["train"]) == sorted([*painted, *map(str, range(10))])
   assert ids["val"] == ["9", "pic 6 ä"]  # of these names, for ever
+
+
+@pytest.mark.parametrize("val", ["validation", "Valid", "VAL"])
+def test_other_names_of_the_splits(val, raw, tmp_path):
+  painted = raw_ade_coco.folder(raw, ("Training", val))
+  _check(raw, {"train": painted["Training"], "val": painted[val]}, tmp_path)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_train_alone_and_images_for_tests(masks, raw, tmp_path, capsys):
+  raw_ade_coco.folder(raw, ("train", "test"))
+  if not masks:
+    shutil.rmtree(raw / "labels/test")
+  splits = Folder(data_dir=tmp_path).examples(raw)
+  ids = {split: [e.id for e in examples] for split, examples in splits.items()}
+  assert ids["val"] == ["pic 6 ä"] and len(ids["train"]) == 9
+  out = capsys.readouterr().out
+  assert f"left out, as images for tests: 10, such as {raw}/images/test/pic 0 ä.jpg" in out
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("",), ()])
+@pytest.mark.parametrize("place", ["more", "more/train", "train/more", "link"])
+def test_images_in_other_folders_are_refused(splits, place, raw, tmp_path):
+  raw_ade_coco.folder(raw, splits)
+  (raw / "images" / place).parent.mkdir(parents=True, exist_ok=True)
+  if place == "link":
+    jpeg(tmp_path / "elsewhere/x.jpg", 4, 5)
+    (raw / "images/link").symlink_to(tmp_path / "elsewhere")
+  else:
+    jpeg(raw / "images" / place / "x.jpg", 4, 5)
+  message = rf"images/{place}: expected images in images/train and .* got some in this folder; move"
+  with pytest.raises(InputError, match=message):
+    Folder(data_dir=tmp_path).examples(raw)
 
 
 def test_images_of_every_kind(raw, tmp_path):
