@@ -26,6 +26,7 @@ from rpn_jax.base.errors import InputError
 
 # What `prepare` can be told of raw files besides where they are.
 OPTIONS = ("values", "background")
+_LISTED = 5  # of files in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     options: those of `OPTIONS` that the builder takes.
     values: the mask value of every name, as given to `prepare`; None for positions.
     background: the class of pixels without annotation, as given to `prepare`; None for no class.
-    allow_partial: whether annotations without an image are left out, as given to `prepare`.
+    allow_partial: whether what lacks its image or its label is left out, as given to `prepare`.
     counts: published number of examples per split.
     obtain: where people get the raw files, by name of the page.
     license: one line.
@@ -135,6 +136,24 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     """
     del image, label
     return None
+
+  def leave_out(self, missing: Sequence[str]) -> None:
+    """Images that have a label, or labels of images, that are not there.
+
+    Args:
+      missing: a line for each, of what was expected and got.
+
+    Raises:
+      InputError: there are some, and `allow_partial` is not given.
+    """
+    if not missing:
+      return
+    more = f"; the same for {len(missing) - 1} more" if len(missing) > 1 else ""
+    others = [line.partition(": ")[0] for line in missing[1:_LISTED]]
+    more += f": {', '.join(others)}{', …' * (len(missing) > _LISTED)}" if others else ""
+    if not self.allow_partial:
+      raise InputError(f"{missing[0]}; {self.obtain}; --allow_partial takes what is there{more}")
+    print(f"left out: {missing[0]}{more}", flush=True)
 
   def read(self, raw: RawExample) -> dict:
     """The record of one raw example.

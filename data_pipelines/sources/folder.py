@@ -32,8 +32,8 @@ class Folder(SegmentationBuilder):
   obtain = "put the file there or remove its partner"
   license = "yours"
   raw_size = "yours"
-  layout = """images/{train,val}/*.{jpg,png,webp} (or all in images/; without val one in ten is for val;
-  folders may also be named training, valid or validation; test is left out)
+  layout = """images/{train,val}/*.{jpg,png,webp} (or all in images/; without val one in ten is for
+  val; folders may also be named training, valid or validation; test is left out)
 labels/{train,val}/*.png (or all in labels/), named as the images; gray or palette, 8 or 16 bit
   whose values are class ids, 255 for no class (65535 where there are more than 255 classes)
 names.txt (one class name per line; the first is class 0, or the first of --values); for masks of
@@ -50,15 +50,18 @@ unseen.txt (may be missing: the names that are never trained on)"""
     self.by_color = colors is not None
     images, labels = manual_dir / "images", manual_dir / "labels"
     found: dict[str | None, list[RawExample]] = {}
-    for folder in _split_folders(images):
+    missing: list[str] = []
+    for folder in _split_folders(images, labels):
       split = split_of(pathlib.PurePath(folder.name))
       if split == "test":  # its masks are often not there
         raws = [RawExample(file.stem, file, file) for file in list_images(folder)]
       else:
-        raws = _pairs(folder, labels / folder.name, self.obtain, colors)
+        raws, alone = _pairs(folder, labels / folder.name, self.obtain, colors)
+        missing += alone
       found.setdefault(split, []).extend(raws)
     if not found:
-      found[None] = _pairs(images, labels, self.obtain, colors)
+      found[None], missing = _pairs(images, labels, self.obtain, colors)
+    self.leave_out(missing)
     return into_splits(found, images)
 
   def wrong_values_remedy(self, values):
@@ -121,11 +124,12 @@ def read_classes(
   return classes, listed.table({name: labels.get(name, classes.ignore) for name in listed.names})
 
 
-def _split_folders(images: pathlib.Path) -> list[pathlib.Path]:
+def _split_folders(images: pathlib.Path, labels: pathlib.Path) -> list[pathlib.Path]:
   """The folders in `images` whose names tell a split.
 
   Raises:
-    InputError: images in another folder, at any depth, or beside such folders.
+    InputError: images in another folder, at any depth, or beside such folders; a folder of masks
+      without one of images.
   """
   if not images.is_dir():  # who lists the images says so
     return []
@@ -145,13 +149,20 @@ def _split_folders(images: pathlib.Path) -> list[pathlib.Path]:
       f"{stray[0]}: expected images in images/train and images/val or all in images, got both; "
       "move this one into one of the two"
     )
+  for folder in folders_of_images(labels) if splits and labels.is_dir() else ():
+    split = split_of(pathlib.PurePath(folder.name))
+    if split in ("train", "val") and not (images / folder.name).is_dir():
+      raise InputError(
+        f"{images / folder.name}: expected the images of the masks in {folder}, got no such "
+        "folder; put it there, or move the masks elsewhere"
+      )
   return splits
 
 
 def _pairs(
   images: pathlib.Path, labels: pathlib.Path, obtain: str, colors: ColorTable | None
-) -> list[RawExample]:
-  """Images with their masks, sorted by name."""
+) -> tuple[list[RawExample], list[str]]:
+  """Images with their masks, sorted by name; and a line for each that lacks its partner."""
   by_name = _by_name(list_files(images, SUFFIXES, "images", obtain), "image")
   masks = _by_name(_list_masks(labels, obtain), "mask")
   no_mask, no_image = sorted({*by_name} - {*masks}), sorted({*masks} - {*by_name})
@@ -159,16 +170,13 @@ def _pairs(
     *(f"{labels / n}.png: expected the mask of {by_name[n]}, got no such file" for n in no_mask),
     *(f"{images / n}.*: expected the image of {masks[n]}, got no such file" for n in no_image),
   ]
-  if alone:
-    more = f"; the same for {len(alone) - 1} more: " if len(alone) > 1 else ""
-    others = ", ".join(line.partition(": ")[0] for line in alone[1:])
-    raise InputError(f"{alone[0]}; {obtain}{more}{others}")
-  return [
+  pairs = [
     RawExample(
       name, by_name[name], masks[name], colors and functools.partial(colors.read, masks[name])
     )
-    for name in sorted(by_name)
+    for name in sorted({*by_name} & {*masks})
   ]
+  return pairs, alone
 
 
 def _list_masks(labels: pathlib.Path, obtain: str) -> list[pathlib.Path]:

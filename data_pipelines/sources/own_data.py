@@ -31,7 +31,6 @@ _SPLIT_WORDS = {
 # Names that annotation tools give to pixels that do not count, and to those of no object.
 IGNORED_NAMES = ("__ignore__", "ignored")
 BACKGROUND_NAMES = ("_background_", "__background__", "background")
-_LISTED = 5  # of files in a message
 
 
 class Annotations(SegmentationBuilder):
@@ -90,24 +89,6 @@ class Annotations(SegmentationBuilder):
   def canvas(self, shape: tuple[int, int]) -> "Canvas":
     """An image (H, W) without annotations, to paint them on."""
     return Canvas(shape, self.unannotated, self.classes.ignore)
-
-  def leave_out(self, missing: Sequence[str]) -> None:
-    """Annotated images, or what belongs to them, that are not there.
-
-    Args:
-      missing: a line for each, of what was expected and got.
-
-    Raises:
-      InputError: there are some, and `allow_partial` is not given.
-    """
-    if not missing:
-      return
-    more = f"; the same for {len(missing) - 1} more" if len(missing) > 1 else ""
-    others = [line.partition(": ")[0] for line in missing[1:_LISTED]]
-    more += f": {', '.join(others)}{', …' * (len(missing) > _LISTED)}" if others else ""
-    if not self.allow_partial:
-      raise InputError(f"{missing[0]}; {self.obtain}; --allow_partial takes what is there{more}")
-    print(f"left out: {missing[0]}{more}", flush=True)
 
 
 class Canvas:

@@ -1,6 +1,7 @@
 """Your own folder: layouts, names, pairs, mask values, and the way to a vocabulary."""
 
 import os
+import re
 import shutil
 import unicodedata
 
@@ -165,6 +166,27 @@ def test_missing_partners(raw, tmp_path):
   moved.rename(mask)
   image.unlink()
   with pytest.raises(InputError, match=r"pic 5 ä.\*: expected the image of .*pic 5 ä.png"):
+    Folder(data_dir=tmp_path).examples(raw)
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("",)])
+def test_what_lacks_its_partner_may_be_left_out(splits, raw, tmp_path, capsys):
+  raw_ade_coco.folder(raw, splits)
+  mask, image = (raw / kind / splits[0] for kind in ("labels", "images"))
+  (mask / "pic 4 ä.png").unlink()
+  (image / "pic 5 ä.jpg").unlink()
+  with pytest.raises(InputError, match=r"partner; --allow_partial takes what is there; the same"):
+    prepare.prepare("folder", raw, tmp_path)
+  path = prepare.prepare("folder", raw, tmp_path, allow_partial=True)
+  assert sum(records.count_examples(path).values()) == 10 * len(splits) - 2
+  out = capsys.readouterr().out
+  assert re.search(r"left out: .*4 ä\.png: expected the mask of .*the same for 1 more: .*5 ä", out)
+
+
+def test_masks_of_a_split_without_images(raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  shutil.rmtree(raw / "images/val")
+  with pytest.raises(InputError, match=r"images/val: expected the images of the masks in .*s/val,"):
     Folder(data_dir=tmp_path).examples(raw)
 
 
