@@ -148,6 +148,8 @@ def _open(
   """
   data_set = registry.get(name)
   c = config.data
+  if name == c.name:
+    _check_variant(c, data_set)
   if data_set.classes is None or not names_only:
     c = local_copy.localized(c, data_set)
   naming = naming or (c.naming if name == c.name else "dataset")
@@ -301,6 +303,21 @@ def _vocabulary(c, data_set: registry.DataSet, naming: str) -> vocabularies.Voca
   if data_set.classes is None:
     return records.stored_vocabulary(data_set.prepared, c.data_dir, c.variant)
   return vocabularies.load(data_set.name, naming)
+
+
+def _check_variant(c, data_set: registry.DataSet) -> None:
+  """Refuses `config.data.variant` where the set has none of that name, before a run begins.
+
+  Raises:
+    InputError: see above.
+  """
+  variant = c.get("variant", "")
+  if variant and data_set.prepared == "shapes":
+    raise InputError(
+      f"{data_set.name} has no variants, got config.data.variant={variant!r}; leave it out"
+    )
+  if variant and data_set.builder is not None:
+    records.config_name(registry.builder_class(data_set.prepared), variant, c.data_dir)
 
 
 def _unlabelled(vocabulary: vocabularies.Vocabulary) -> int:

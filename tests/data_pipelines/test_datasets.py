@@ -233,6 +233,22 @@ def config_of_shapes():
   return config
 
 
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("shapes", r"shapes has no variants, got config\.data\.variant='x'; leave it out"),
+    ("crowds", r"crowds has no variants, got config\.data\.variant='x'; leave it out"),
+    ("voc20", r"voc has no configs, got 'x'; leave it out"),
+    ("ade847", r"config of ade847 'x' is not known"),
+  ],
+)
+def test_a_variant_that_a_set_does_not_have(name, message):
+  config = config_of_shapes()
+  config.data.update(name=name, variant="x", setting="supervised")
+  with pytest.raises(InputError, match=message):
+    datasets.load(config)
+
+
 def test_the_recipe_of_the_config(tmp_path):
   images = {}
   for recipe in ("mmsegmentation", "detectron2"):
