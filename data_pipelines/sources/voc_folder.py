@@ -53,7 +53,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
 
   def examples(self, manual_dir):
     listed = _class_file(manual_dir)
-    labels = self.set_classes(manual_dir, (n for n in listed.names if n not in BACKGROUND_NAMES))
+    labels = self.set_classes(manual_dir, (n for n in listed.names if not _is_background(n)))
     labels |= dict.fromkeys(BACKGROUND_NAMES, self.unannotated)
     masks = _mask_folder(manual_dir)
     folder = next((manual_dir / f for f in _IMAGE_FOLDERS if (manual_dir / f).is_dir()), None)
@@ -120,7 +120,14 @@ class _Masks:
     names = listed.names
     if not self.has_colors:
       names = names[names[0] in IGNORED_NAMES :]  # -1 in labelme's numbering
-      if names[0] not in BACKGROUND_NAMES:
+      for number, name in enumerate(names[1:], 2):
+        if _is_background(name):
+          raise InputError(
+            f"{listed.path}: expected the background as name 1, since it is index 0 of the masks, "
+            f"got {name!r} as name {number}; move it there (if index 0 is {names[0]!r}, "
+            "use `prepare folder` instead)"
+          )
+      if not _is_background(names[0]):
         print(
           f"{listed.path}: lists no background, so that index 0 has no annotation and index 1 is "
           f"{names[0]!r}",
@@ -135,6 +142,10 @@ class _Masks:
     table = {(0, 0, 0): unannotated, _BORDER: ignore}
     table |= {tuple(color): labels.get(name, unannotated) for color, name in zip(palette, names)}
     self.colors = ColorTable(table, listed.path)
+
+
+def _is_background(name: str) -> bool:
+  return name.lower() in BACKGROUND_NAMES
 
 
 def _class_file(manual_dir: pathlib.Path) -> class_file.ClassFile:

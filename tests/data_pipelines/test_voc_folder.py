@@ -35,6 +35,7 @@ def built(tmp_path, background=None, allow_partial=False):
     (("_background_", "cat", "dog"), "class_names.txt", None, "SegmentationClass"),
     (("__ignore__", "_background_", "cat", "dog"), "labels.txt", None, "SegmentationClassPNG"),
     (("background", "cat", "dog"), "names.txt", VOC_COLORS, "SegmentationClass"),
+    (("Background", "cat", "dog"), "names.txt", None, "SegmentationClass"),
     (("cat", "dog"), "classes.txt", None, "SegmentationClass"),
     (("background:::", "cat:::", "dog:::"), "labelmap.txt", None, "SegmentationClass"),
   ],
@@ -143,6 +144,21 @@ def test_class_files_that_are_refused(lines, message, tmp_path):
   with pytest.raises(InputError, match=message) as caught:
     built(tmp_path).examples(tmp_path)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "lines",
+  [
+    ("cat", "background", "dog"),
+    ("__ignore__", "cat", "Background"),
+    ("_background_", "background", "cat"),
+  ],
+)
+def test_a_background_that_is_not_first(lines, tmp_path):
+  voc_tree(tmp_path, lines, "names.txt")
+  message = r"names\.txt: expected the background as name 1, .* got '[bB]ackground' as name 2; move"
+  with pytest.raises(InputError, match=message):
+    built(tmp_path).examples(tmp_path)
 
 
 def test_masks_that_are_refused(tmp_path):
