@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,6 +29,16 @@ _SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": (
 _NAMES = ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")
 _MARGIN = 0.01  # of coordinates beyond the edges, as ultralytics allows
 _BOX = 5  # numbers in the line of a box
+
+
+class _Loader(yaml.SafeLoader):
+  """YAML in which a whole number that is not written as one, as 007 or 12:30, stays text."""
+
+
+_Loader.add_constructor(
+  "tag:yaml.org,2002:int",
+  lambda _, node: int(node.value) if re.fullmatch("0|[1-9][0-9]*", node.value) else node.value,
+)
 
 
 class YoloSeg(Annotations):
@@ -112,7 +123,7 @@ def _find_yaml(manual_dir: pathlib.Path) -> pathlib.Path:
 def _read_yaml(path: pathlib.Path) -> dict:
   text = read_text(path, "names, train and val")
   try:
-    data = yaml.safe_load(text)
+    data = yaml.load(text, _Loader)
   except Exception as error:  # damage surfaces as a dozen kinds
     raise InputError(
       f"{path}: expected YAML with names, train and val, got {type(error).__name__} "
@@ -134,8 +145,14 @@ def _names(path: pathlib.Path, data: dict) -> list[str]:
         f"{missing[0]}; number them without gaps"
       )
     names = [names[i] for i in range(len(names))]
-  if not isinstance(names, list) or not all(isinstance(n, (str, int, float)) for n in names):
+  if not isinstance(names, list) or any(isinstance(name, (list, dict)) for name in names):
     raise InputError(f"{path}: expected names as a list or as a table of indices, got others")
+  for index, name in enumerate(names):
+    if not isinstance(name, str) and type(name) is not int:
+      raise InputError(
+        f"{path}: expected the name of class {index} as text, got what YAML reads as {name!r}; put "
+        "the name in quotes"
+      )
   names = [str(name) for name in names]
   double = [name for i, name in enumerate(names) if name in names[:i]]
   if double:

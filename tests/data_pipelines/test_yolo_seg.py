@@ -47,6 +47,15 @@ def test_ways_of_data_yaml(yaml, images, tmp_path):
   assert builder.classes.names == ("cat", "dog")
 
 
+def test_names_that_are_numbers(tmp_path):
+  """ultralytics takes str() of what YAML reads; names are kept as they are written."""
+  raw = tmp_path / "raw"
+  yolo_tree(raw, "train: images/train\nval: images/val\nnames: [7, 007, 12:30, '2.50']")
+  builder = built(tmp_path)
+  builder.examples(raw)
+  assert builder.classes.names == ("7", "007", "12:30", "2.50")
+
+
 def test_absolute_paths(tmp_path):
   raw = tmp_path / "raw"
   expected = yolo_tree(raw, f"path: {raw}\ntrain: {raw}/images/train\nval: images/val\n{NAMES}")
@@ -163,6 +172,10 @@ def test_lines_that_are_refused(line, message, tmp_path):
     ("names: [a\n  b: {", "expected YAML with names, train and val, got"),
     ("names: {1: a, 2: b}\ntrain: images/train", "every index from 0 to 1, got none for 0"),
     ("names: [a, [b]]\ntrain: images/train", "expected names as a list or as a table of indices"),
+    ("names: [yes, no]\ntrain: images/train", "name of class 0 as text, got what .* as True; put"),
+    ("names: [a, 2.50]\ntrain: images/train", "name of class 1 as text, got what .* as 2.5; put"),
+    ("names: {0: a, 1: ~}\ntrain: images/train", "class 1 as text, .* None; put the name in"),
+    ("names: [2020-01-01]\ntrain: images/train", "class 0 as text, got what YAML reads as dateti"),
     ("names: [a, a]\ntrain: images/train", "expected different names, got 'a' twice"),
     ("names: [a]\nnc: 2\ntrain: images/train", "as many names as nc says, got nc 2 and 1 names"),
     ("names: [a, b]\ntest: images", "expected train and val, folders or lists of images, or im"),
