@@ -18,6 +18,7 @@ from data_pipelines.sources.own_data import (
   read_json,
   size_of,
   split_of,
+  told_size,
 )
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.pictures import check_size
@@ -211,14 +212,14 @@ def _categories(path: pathlib.Path, data: dict) -> dict:
 
 
 def _images(path: pathlib.Path, data: dict) -> dict:
-  """Id -> file name and size (height, width), if it is told."""
+  """Id -> file name and size, see `told_size`."""
   images = {}
   for number, entry in _unique(
     path, "images", _entries(path, data, "images", "id", "file_name")
   ).items():
-    size = entry.get("height"), entry.get("width")
-    told = all(isinstance(side, int) and side > 0 for side in size)
-    images[number] = {"name": str(entry["file_name"]), "size": size if told else None}
+    name = str(entry["file_name"])
+    size = told_size(f"{path}, {name}", entry.get("height"), entry.get("width"))
+    images[number] = {"name": name, "size": size}
   return images
 
 

@@ -29,6 +29,7 @@ from data_pipelines.sources.own_data import (
   read_json,
   size_of,
   split_of,
+  told_size,
   upright_size,
 )
 from rpn_jax.base.errors import InputError
@@ -128,14 +129,11 @@ unseen.txt (may be missing: the names that are never trained on)"""
     self, path: pathlib.Path, image: pathlib.Path | None, labels: dict[str, int]
   ) -> np.ndarray:
     data = _read(path)
-    height, width = data.get("imageHeight"), data.get("imageWidth")
-    if isinstance(height, int) and isinstance(width, int):
-      shape = height, width
-    elif image is None or data.get("imageData"):
+    shape = told_size(str(path), data.get("imageHeight"), data.get("imageWidth"))
+    if shape is None and (image is None or data.get("imageData")):
       with Image.open(io.BytesIO(_embedded_image(path))) as file:
         shape = upright_size(file, path)
-    else:
-      shape = size_of(image)
+    shape = shape or size_of(image)
     check_size(path, shape[::-1])
     canvas = self.canvas(shape)
     for position, shape_ in enumerate(data["shapes"]):

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -271,6 +272,31 @@ def read_json(path: pathlib.Path, what: str):
       f"{path}: expected {what} as JSON, got {type(error).__name__} "
       f"({' '.join(str(error).split())}); export it again"
     ) from error
+
+
+def told_size(where: str, height: Any, width: Any) -> tuple[int, int] | None:
+  """(height, width) in pixels as JSON files tell it, also as 40.0 or "40"; None without one.
+
+  Args:
+    where: the file, and the image in it.
+    height, width: in the file; None if it is not there.
+
+  Raises:
+    InputError: something else than two positive whole numbers.
+  """
+  if height is None or width is None:
+    return None
+  sides = []
+  for side in (height, width):
+    is_number = isinstance(side, (int, float)) and not isinstance(side, bool)
+    is_digits = isinstance(side, str) and re.fullmatch("[0-9]{1,9}", side)
+    if not (is_number or is_digits) or not 0 < float(side) < 1e9 or float(side) % 1:
+      raise InputError(
+        f"{where}: expected height and width in pixels, got {height!r:.20} and {width!r:.20}; "
+        "correct both, or remove both: then those of the image count"
+      )
+    sides.append(int(float(side)))
+  return sides[0], sides[1]
 
 
 def upright_size(file: Image.Image, where: object) -> tuple[int, int]:

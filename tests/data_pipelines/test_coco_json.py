@@ -180,6 +180,25 @@ def test_sizes_are_read_where_the_file_has_none_and_upright(raw, tmp_path):
   assert [label.shape for label in found] == [tall, tall]
 
 
+@pytest.mark.parametrize(("height", "width"), [("20", "30"), (20.0, 30), (20, "30")])
+def test_sizes_that_are_no_integers(height, width, raw, tmp_path):
+  content = changed(lambda c: [i.update(height=height, width=width) for i in c["images"]])
+  for name in "ab":
+    picture(raw / f"{name}.jpg", shape=(10, 15))  # of half the size
+  write_json(raw / "x.json", content)
+  with pytest.raises(InputError, match=r"expected a label of its image's size, 15x10 .* got 30x20"):
+    labels_of(built(tmp_path), raw)
+
+
+@pytest.mark.parametrize("side", ["", "20px", 20.5, 0, -20, True, [20], float("nan"), "9" * 5000])
+def test_sizes_that_are_no_numbers(side, raw, tmp_path):
+  write_json(raw / "x.json", changed(lambda c: c["images"][0].update(width=side)))
+  with pytest.raises(
+    InputError, match=r"x\.json, a\.jpg: expected height and width in pixels, got 2"
+  ):
+    built(tmp_path).examples(raw)
+
+
 def changed(change):
   """A small valid file with a change."""
   content = coco({1: "a.jpg", 2: "b.jpg"}, [of_image(1, 1, [corners(0, 0, 9, 9)])])

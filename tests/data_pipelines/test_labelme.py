@@ -103,6 +103,23 @@ def test_older_versions(tmp_path):
   np.testing.assert_array_equal(found["b"], painted((box(*SMALL), 1)))
 
 
+@pytest.mark.parametrize(("height", "width"), [("20", "30"), (20.0, 30)])
+def test_sizes_that_are_no_integers(height, width, tmp_path):
+  raw = tmp_path / "raw"
+  for name in "ab":
+    picture(raw / f"{name}.jpg", shape=(10, 15))  # of half the size
+    shapes = [shape("a", "polygon", points(*SMALL))]
+    labelme(raw / f"{name}.json", shapes, f"{name}.jpg", imageHeight=height, imageWidth=width)
+  with pytest.raises(InputError, match=r"expected a label of its image's size, 15x10 .* got 30x20"):
+    labels_of(built(tmp_path), raw)
+
+
+@pytest.mark.parametrize("side", ["", 30.5, 0, True])
+def test_sizes_that_are_no_numbers(side, tmp_path):
+  with pytest.raises(InputError, match=r"a\.json: expected height and width in pixels, got 20 and"):
+    label_of(tmp_path, [shape("a", "polygon", points(*SMALL))], imageWidth=side)
+
+
 def test_background_and_ignored_shapes(tmp_path):
   shapes = [
     shape("a", "polygon", points(*BIG)),
