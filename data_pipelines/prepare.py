@@ -190,6 +190,7 @@ def _write(
     "images_of_earlier_runs": kept,
     "exif": {how: tally.notes[how] for how in ("upright", "stored")},
     "images_without_a_class": tally.notes["blank"],
+    "annotations_without_a_pixel": tally.notes["empty"],
     "background": builder.background,
     **summary.of_classes(tally, builder.classes),
   }
@@ -258,6 +259,7 @@ def _read(
   notes = collections.Counter([record["exif"]] if record["exif"] else [])
   ids, ignore = builder.classes.ids, builder.classes.ignore
   notes["blank"] += all(ids.get(value, ignore) == ignore for value in pixels)
+  notes["empty"] = record["empty"]
   encoded = builder.info.features.serialize_example(builder.encode(record))
   return encoded, records.Tally(pixels, notes)
 

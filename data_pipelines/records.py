@@ -199,7 +199,8 @@ class Tally:
   Attributes:
     pixels: raw label value -> number of pixels.
     notes: "upright" or "stored" -> number of images that EXIF data turns and that were read so;
-      "blank" -> number of images without a pixel of any class.
+      "blank" -> number of images without a pixel of any class; "empty" -> number of annotations
+      that no pixel's center is in.
   """
 
   pixels: collections.Counter

@@ -51,6 +51,10 @@ def report(cls: type[SegmentationBuilder], summary: dict, folder: pathlib.Path) 
     lines.append(f"not found: {'; '.join(missing[:NAMES_SHOWN])}{rest}")
   if blank := summary["images_without_a_class"]:
     lines.append(f"images without a pixel of any class, to learn nothing from: {blank:,}")
+  if empty := summary["annotations_without_a_pixel"]:
+    lines.append(
+      f"annotations that no pixel's center is in, outside of their image or too small: {empty:,}"
+    )
   if summary["background"]:
     lines.append(f"pixels without annotation are of the class {summary['background']!r}")
   elif "background" in cls.options:

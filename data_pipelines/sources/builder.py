@@ -13,6 +13,7 @@ import io
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -29,6 +30,18 @@ OPTIONS = ("values", "background")
 _LISTED = 5  # of files in a message
 
 
+class Painted(NamedTuple):
+  """A label map that annotations were painted on.
+
+  Attributes:
+    label: uint8 or uint16 [H,W].
+    empty: number of annotations that no pixel's center is in.
+  """
+
+  label: np.ndarray
+  empty: int
+
+
 @dataclasses.dataclass(frozen=True)
 class RawExample:
   """One image and its label, not yet read.
@@ -37,15 +50,15 @@ class RawExample:
     id: unique within the split.
     image: the image file.
     label: the file that holds the label; errors name it.
-    read_label: () -> uint8 or uint16 [H,W] in the raw numbering; None reads `label` as an image
-      file of ids (gray or palette).
+    read_label: () -> uint8 or uint16 [H,W] in the raw numbering, or `Painted`; None reads `label`
+      as an image file of ids (gray or palette).
     read_image: () -> bytes of an image file; None reads `image`.
   """
 
   id: str
   image: pathlib.Path
   label: pathlib.Path
-  read_label: Callable[[], np.ndarray] | None = None
+  read_label: Callable[[], np.ndarray | Painted] | None = None
   read_image: Callable[[], bytes] | None = None
 
 
@@ -160,12 +173,13 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
     Returns:
       {"image": bytes of a JPEG or PNG file, "label": uint8 or uint16 [H,W], "id": str, "exif": what
-      was done with an image that its EXIF data turns or mirrors, see `_read_image`}.
+      was done with an image that its EXIF data turns or mirrors, see `_read_image`, "empty": see
+      `Painted`}.
 
     Raises:
       InputError: an unreadable file, an image and a label of two sizes, a label out of range.
     """
-    label_HxW = self._read_label(raw)
+    label_HxW, empty = self._read_label(raw)
     image_HxWx3, encoded, exif, notes = _read_image(
       raw, label_HxW.shape, self.obtain, self.own_classes
     )
@@ -180,14 +194,17 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     if adjusted is not None:
       image_HxWx3, label_HxW = adjusted
       encoded = _png(image_HxWx3, level=3)
-    return {"image": encoded, "label": label_HxW, "id": raw.id, "exif": exif}
+    return {"image": encoded, "label": label_HxW, "id": raw.id, "exif": exif, "empty": empty}
 
-  def _read_label(self, raw: RawExample) -> np.ndarray:
+  def _read_label(self, raw: RawExample) -> Painted:
+    empty = 0
     try:
       if raw.read_label is None:
         label_HxW = read_index_image(raw.label, self._colors, self.colors_remedy)
       else:
         label_HxW = raw.read_label()
+        if isinstance(label_HxW, Painted):
+          label_HxW, empty = label_HxW
     except FileNotFoundError as error:
       raise InputError(
         f"{raw.label}: expected the label of {raw.image}, got no such file; {self.obtain}"
@@ -207,7 +224,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         f"{', '.join(map(str, wrong[:5]))} on {int((~allowed[label_HxW]).sum())} pixels; "
         f"{self.wrong_values_remedy(values)}"
       )
-    return label_HxW if self.wide else label_HxW.astype(np.uint8)
+    return Painted(label_HxW if self.wide else label_HxW.astype(np.uint8), empty)
 
   @functools.cached_property
   def _told(self) -> pictures.Told:

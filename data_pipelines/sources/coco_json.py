@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.sources.builder import RawExample
+from data_pipelines.sources.builder import Painted, RawExample
 from data_pipelines.sources.coco_masks import count_empty, read_mask
 from data_pipelines.sources.files import read_colors
 from data_pipelines.sources.own_data import (
@@ -63,6 +63,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
       panoptic = _is_panoptic(data)
       segments = _segments(path, data, ids, listed) if panoptic else {}
       annotations = {} if panoptic else _by_image(path, data, ids, listed)
+      _check_pixels(path, data["annotations"])
       for number, image in sorted(listed.items(), key=lambda item: item[1]["name"]):
         file = images.find(image["name"], split)
         if file is None:
@@ -76,7 +77,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
           read = functools.partial(_read_segments, mask, own, self.unannotated)
         else:
           mask, own = path, annotations.get(number, [])
-          told.count(own, image["size"])
+          told.count(own)
           read = functools.partial(self._paint, path, file, image["size"], own)
         found.setdefault(split, []).append(RawExample(image["name"], file, mask, read))
     self.leave_out(missing)
@@ -89,7 +90,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
     file: pathlib.Path,
     size: tuple[int, int] | None,
     annotations: Sequence[tuple[int, dict]],
-  ) -> np.ndarray:
+  ) -> Painted:
     shape = size or size_of(file)
     check_size(f"{path}, {file.name}", shape[::-1])
     canvas = self.canvas(shape)
@@ -97,33 +98,30 @@ unseen.txt (may be missing: the names that are never trained on)"""
       for label, annotation in annotations:
         if _is_box(annotation):
           canvas.leave_open([float(x) for x in annotation["bbox"]])
-        elif segmentation := annotation.get("segmentation"):
-          canvas.paint(read_mask(segmentation, shape), label)
+        elif _has_area(annotation.get("segmentation")):
+          canvas.paint(read_mask(annotation["segmentation"], shape), label)
     except Exception as error:  # pycocotools raises any kind, Exception itself among them
       where = f"annotation {annotation.get('id')!r} of {file.name}"
       raise InputError(
         f"{path}: expected {where} as RLE or polygons on {shape[1]}x{shape[0]} pixels, got "
         f"{type(error).__name__} ({' '.join(str(error).split())}); correct or remove it"
       ) from error
-    return canvas.label
+    return canvas.painted()
 
 
 class _Told:
   """What is left out of the annotations, counted."""
 
   def __init__(self):
-    self.total = self.boxes = self.empty = self.outside = 0
+    self.total = self.boxes = self.empty = 0
 
-  def count(self, annotations: Sequence[tuple[int, dict]], size: tuple[int, int] | None) -> None:
+  def count(self, annotations: Sequence[tuple[int, dict]]) -> None:
     for _, annotation in annotations:
-      segmentation = annotation.get("segmentation")
       self.total += 1
       if _is_box(annotation):
         self.boxes += 1
-      elif not _has_area(segmentation):
+      elif not _has_area(annotation.get("segmentation")):
         self.empty += 1
-      elif size and _is_outside(segmentation, size):
-        self.outside += 1
 
   def say(self, files: Sequence[pathlib.Path]) -> None:
     """
@@ -139,7 +137,6 @@ class _Told:
     parts = {
       "boxes only, so that their pixels have no class": self.boxes,
       "without area": self.empty,
-      "outside of their image": self.outside,
     }
     if lines := [f"{what}: {count:,}" for what, count in parts.items() if count]:
       print(f"{where}: of {self.total:,} annotations: {'; '.join(lines)}", flush=True)
@@ -242,6 +239,19 @@ def _check_listed(path: pathlib.Path, annotation: dict, key: str, known: dict) -
     )
 
 
+def _check_pixels(path: pathlib.Path, annotations: Sequence[dict]) -> None:
+  """Refuses polygons that are shares of the image's size, which would be within its first pixel."""
+  parts = [a["segmentation"] for a in annotations if isinstance(a.get("segmentation"), list)]
+  polygons = [p for part in parts for p in part if isinstance(p, list) and not count_empty([p])]
+  numbers = (x for polygon in polygons for x in polygon)
+  if polygons and all(isinstance(x, (int, float)) and abs(x) <= 1 for x in numbers):
+    raise InputError(
+      f"{path}: expected corners of polygons in pixels, got {len(polygons):,} polygons with all "
+      "corners in 0…1, which are shares of the image's size; multiply x by the width of the image "
+      "and y by its height"
+    )
+
+
 def _is_panoptic(data: dict) -> bool:
   return any(isinstance(item, dict) and "segments_info" in item for item in data["annotations"][:1])
 
@@ -300,16 +310,3 @@ def _has_area(segmentation: Any) -> bool:
   if isinstance(segmentation, list):
     return count_empty(segmentation) < len(segmentation)
   return bool(segmentation)
-
-
-def _is_outside(segmentation: object, size: tuple[int, int]) -> bool:
-  """Whether no corner of any polygon is beyond the left and upper or before the other edges."""
-  height, width = size
-  if not isinstance(segmentation, list):
-    return False
-  try:
-    xs = [x for polygon in segmentation for x in polygon[::2]]
-    ys = [y for polygon in segmentation for y in polygon[1::2]]
-    return max(xs) <= 0 or max(ys) <= 0 or min(xs) >= width or min(ys) >= height
-  except (TypeError, ValueError):  # who reads it says so
-    return False

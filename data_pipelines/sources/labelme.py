@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_pipelines.sources import class_file
-from data_pipelines.sources.builder import RawExample
+from data_pipelines.sources.builder import Painted, RawExample
 from data_pipelines.sources.coco_masks import read_mask
 from data_pipelines.sources.files import check_label_format
 from data_pipelines.sources.own_data import (
@@ -127,7 +127,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
 
   def _paint(
     self, path: pathlib.Path, image: pathlib.Path | None, labels: dict[str, int]
-  ) -> np.ndarray:
+  ) -> Painted:
     data = _read(path)
     shape = told_size(str(path), data.get("imageHeight"), data.get("imageWidth"))
     if shape is None and (image is None or data.get("imageData")):
@@ -146,7 +146,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
           f"{path}: expected a shape of labelme as entry {position} of shapes, got "
           f"{type(error).__name__} ({' '.join(str(error).split())}); correct or remove it"
         ) from error
-    return canvas.label
+    return canvas.painted()
 
 
 def _names(manual_dir: pathlib.Path, files: Sequence[_File]) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from data_pipelines import vocabularies
-from data_pipelines.sources.builder import RawExample, SegmentationBuilder
+from data_pipelines.sources.builder import Painted, RawExample, SegmentationBuilder
 from data_pipelines.sources.files import read_lines
 from rpn_jax.base import pictures
 from rpn_jax.base.errors import InputError
@@ -93,22 +93,20 @@ class Annotations(SegmentationBuilder):
 
 
 class Canvas:
-  """A label map that annotations are painted on, the smaller ones on top.
-
-  Attributes:
-    label: uint16 [H,W].
-  """
+  """A label map that annotations are painted on, the smaller ones on top."""
 
   def __init__(self, shape: tuple[int, int], unannotated: int, ignore: int):
-    self.label = np.full(shape, unannotated, np.uint16)
+    self._label = np.full(shape, unannotated, np.uint16)
+    self._empty = 0
     self._area = np.full(shape, np.iinfo(np.int32).max, np.int32)  # of what is on top
     self._ignore = ignore
 
   def paint(self, mask_HxW: np.ndarray, label: int) -> None:
     """Gives the pixels of a mask a label, where nothing smaller is on top."""
     area = int(mask_HxW.sum())
+    self._empty += not area
     where = mask_HxW & (self._area >= area)
-    self.label[where] = label
+    self._label[where] = label
     self._area[where] = area
 
   def leave_open(self, box: Sequence[float]) -> None:
@@ -117,7 +115,11 @@ class Canvas:
     rows = slice(max(0, int(y)), max(0, int(np.ceil(y + height))))
     columns = slice(max(0, int(x)), max(0, int(np.ceil(x + width))))
     free = self._area[rows, columns] == np.iinfo(np.int32).max
-    self.label[rows, columns][free] = self._ignore
+    self._label[rows, columns][free] = self._ignore
+
+  def painted(self) -> Painted:
+    """The label map, uint16 [H,W], and how many masks had no pixel."""
+    return Painted(self._label, self._empty)
 
 
 class ImageFiles:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import yaml
 
-from data_pipelines.sources.builder import RawExample
+from data_pipelines.sources.builder import Painted, RawExample
 from data_pipelines.sources.coco_masks import read_mask
 from data_pipelines.sources.files import read_lines, read_text
 from data_pipelines.sources.own_data import (
@@ -97,14 +97,14 @@ unseen.txt (may be missing: the names that are never trained on)"""
 
   def _paint(
     self, text: pathlib.Path, image: pathlib.Path, path: pathlib.Path, labels: list[int]
-  ) -> np.ndarray:
+  ) -> Painted:
     height, width = shape = size_of(image)
     canvas = self.canvas(shape)
     if text.exists():
       for index, corners in _polygons(text, path, len(labels)):
         polygon = (np.clip(corners, 0, 1) * (width, height)).ravel().tolist()
         canvas.paint(read_mask([polygon], shape), labels[index])
-    return canvas.label
+    return canvas.painted()
 
 
 def _find_yaml(manual_dir: pathlib.Path) -> pathlib.Path:

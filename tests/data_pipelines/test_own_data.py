@@ -18,6 +18,7 @@ from rpn_jax.tasks import model_card
 from tests import ROOT
 from tests.data_pipelines import raw_annotations as raws
 from tests.data_pipelines.raw_annotations import box, corners, labelme, points, shape
+from tests.data_pipelines.raw_pascal import rle
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 YAML = "train: images/train\nval: images/val\nnames: [cat, dog]"
@@ -123,6 +124,31 @@ def test_the_report_tells_of_empty_images_and_of_a_single_class(tmp_path, capsys
   out = capsys.readouterr().out
   assert "images without a pixel of any class, to learn nothing from: 2" in out
   assert "there is a single class, which a network learns to see everywhere: give" in out
+
+
+def test_annotations_without_a_pixel_are_told(tmp_path, capsys):
+  """Outside of the image, between two centers, run lengths of nothing; each form counts them."""
+  raw = tmp_path / "raw/coco_json"
+  raws.coco_tree(raw)  # with one outside
+  path = raw / "annotations/instances_val2017.json"
+  content = json.loads(path.read_text())
+  empty = [[[7.6, 2, 8.4, 2, 8.4, 9]], rle(np.zeros(raws.SHAPE, bool), compressed=True)]
+  for i, segmentation in enumerate(empty, 10):
+    content["annotations"].append({"id": i, **raws.of_image(9, 1, segmentation)})
+  raws.write_json(path, content)
+  labelme_tree(tmp_path / "raw/labelme")
+  outside = [shape("cat", "polygon", points(31, 2, 35, 18)), shape("cat", "circle", [[1, 1]] * 2)]
+  labelme(
+    tmp_path / "raw/labelme/val/a.json", [*outside, shape("dog", "polygon", points(5, 5, 9, 9))]
+  )
+  raws.yolo_tree(tmp_path / "raw/yolo_seg", YAML)
+  raws.text(tmp_path / "raw/yolo_seg/labels/val/b.txt", raws.yolo_line(0, 7.6, 2, 8.4, 2, 8.4, 9))
+  for name, count in (("coco_json", 3), ("labelme", 2), ("yolo_seg", 1)):
+    assert run(name, tmp_path / "raw" / name, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert f"no pixel's center is in, outside of their image or too small: {count}\n" in out
+    prepared = records.prepared_folder(name, tmp_path, "x") / "summary.json"
+    assert json.loads(prepared.read_text())["annotations_without_a_pixel"] == count
 
 
 def test_edited_annotations_are_told(tmp_path, capsys):
