@@ -25,6 +25,19 @@ from rpn_jax.base.words import check_known, composed
 
 # Beside the records of a set whose raw files bring the class names.
 NAMES_FILE = "names.json"
+# Split -> what its images are for, and what to do about a set that has none.
+_WITHOUT = {
+  "train": (
+    "train on",
+    "add some to its raw files and prepare it with --rebuild, train on another set, or only "
+    "evaluate on this one",
+  ),
+  "val": (
+    "evaluate on",
+    "add some to its raw files and prepare it with --rebuild (of your own images without val, one "
+    "in ten is kept for it), or hold out training images: --config.data.held_out=0.1",
+  ),
+}
 
 
 # Reading
@@ -62,9 +75,16 @@ class Records:
         split=split, decoders={"image": tfds.decode.SkipDecoding()}
       )
     except ValueError as error:
+      there = [*builder.info.splits]
+      if split in _WITHOUT and split not in there:
+        purpose, remedy = _WITHOUT[split]
+        raise InputError(
+          f"{folder}: expected images to {purpose} ({split}), got a set that has only "
+          f"{', '.join(there)}; {remedy}"
+        ) from error
       raise InputError(
-        f"{folder}: expected one of the splits {', '.join(builder.info.splits)} or a slice of one, "
-        f"got {split!r}; correct the name or prepare the set with it"
+        f"{folder}: expected one of the splits {', '.join(there)} or a slice of one, got "
+        f"{split!r}; correct the name"
       ) from error
 
   def __len__(self) -> int:

@@ -18,7 +18,7 @@ from rpn_jax.tasks import model_card
 from tests import ROOT
 from tests.data_pipelines import raw_annotations as raws
 from tests.data_pipelines.raw_annotations import box, corners, labelme, points, shape
-from tests.data_pipelines.raw_pascal import rle
+from tests.data_pipelines.raw_pascal import gray_png, rle
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 YAML = "train: images/train\nval: images/val\nnames: [cat, dog]"
@@ -50,10 +50,20 @@ def run(name, raw, data_dir, *more):
   return prepare.main([name, f"--manual_dir={raw}", f"--data_dir={data_dir}", "--config=x", *more])
 
 
-def opened(name, data_dir, setting="supervised"):
+def few_images(root):
+  """A folder of two images to train on and one to evaluate on."""
+  for name in ("train/a", "train/b", "val/a"):
+    raws.picture(root / f"images/{name}.jpg")
+    gray_png(root / f"labels/{name}.png", raws.INDEX)
+  raws.text(root / "names.txt", "floor", "cat", "dog")
+  return root
+
+
+def opened(name, data_dir, setting="supervised", **changes):
   config = folder_config.get_config(f"runlocal,{setting}").unlock()
   config.data.update(name=name, data_dir=str(data_dir), variant="x", crop=32, short_side=20)
   config.data.update(scale=(128, 32), mean=pixels.CLIP_MEAN, std=pixels.CLIP_STD, batch_size=1)
+  config.data.update(changes)
   return datasets.load(config)
 
 
@@ -113,6 +123,24 @@ def test_a_background_is_kept(tmp_path, capsys):
     assert f"was prepared with --background=floor, got {got}; use the same" in error
   assert run("yolo_seg", raw, tmp_path, "--rebuild") == 0
   assert opened("yolo_seg", tmp_path).names == ("cat", "dog")
+
+
+def test_a_set_without_one_of_the_splits(tmp_path):
+  """What it lacks, and what to do, in terms of the set; one of train alone can hold images out."""
+  for split, other in (("train", "val"), ("val", "train")):
+    raw = tmp_path / split / "raw"
+    folder = prepare.prepare("folder", few_images(raw), tmp_path / split, config="x")
+    path = folder / "dataset_info.json"  # as an earlier version left a folder of train alone
+    info = json.loads(path.read_text())
+    info["splits"] = [entry for entry in info["splits"] if entry["name"] == split]
+    path.write_text(json.dumps(info))
+    data = opened("folder", tmp_path / split)
+    message = (
+      rf"expected images to \w+ on \({other}\), got a set that has only {split}; add some to"
+    )
+    with pytest.raises(InputError, match=message):
+      data.eval_examples() if other == "val" else next(data.train_batches(0))
+  assert len(opened("folder", tmp_path / "train", held_out=0.5).eval_examples()) == 1
 
 
 def test_the_report_tells_of_empty_images_and_of_a_single_class(tmp_path, capsys):
