@@ -15,11 +15,12 @@ from rpn_jax.base.errors import InputError
 # turned upright by their EXIF data unless the label has the stored size; images of 16 bits are not
 # clipped; labels that were saved with loss are refused. 3: images are read as for prediction: what
 # is transparent lies on white, 16 bits are scaled where they use few of them, color profiles count
-# in folders of one's own.
-READING_RULES = 3
+# in folders of one's own. 4: where no images are for val, those below a tenth of the hashes are.
+READING_RULES = 4
 _BEFORE = {
   1: "did not turn all images as their EXIF data says and took masks that were saved with loss",
   2: "used color profiles, transparency and few of 16 bits in another way than prediction does",
+  3: "where no images were for val chose others for it, or none",
 }
 
 
@@ -59,21 +60,20 @@ def report(
           f"{folder} was prepared with --{option}={made}, got {got}; use the same, prepare it "
           "under another name with --config=NAME, or replace it with --rebuild"
         )
-  notes = []
+  notes, rules = [], summary.get("reading_rules", 1)
   if not cls.counts:  # published files are not edited, and are often deleted once they are prepared
     made_from = summary.get("manual_dir", asked)
     if made_from and os.path.isdir(made_from):
-      _check_unchanged(cls, folder, paths.expand(made_from), options)
+      by_split = rules == READING_RULES
+      _check_unchanged(cls, folder, paths.expand(made_from), options, by_split)
     else:
       notes.append("not compared with its raw files, which are no longer there")
   if any(counts.get(split, 0) != count for split, count in cls.counts.items()):
     published = overview.count_text(cls.counts)
     notes.append(f"published: {published}; to take in more images, add --rebuild")
-  rules = summary.get("reading_rules", 1)
-  # Images of published sets are JPEGs, which the third rules do not change.
-  if summary and (rules == 1 or (rules != READING_RULES and cls.own_classes)):
-    did = _BEFORE[1 if rules == 1 else 2]
-    notes.append(f"by an earlier version, which {did}; to read them anew, add --rebuild")
+  # Images of published sets are JPEGs, which the third rules do not change, and have their splits.
+  if summary and rules in _BEFORE and (rules == 1 or cls.own_classes):
+    notes.append(f"by an earlier version, which {_BEFORE[rules]}; to read them anew, add --rebuild")
   note = f" ({'; '.join(notes)})" if notes else ""
   print(f"already prepared: {overview.count_text(counts)} in {folder}{note}")
   return folder
@@ -84,8 +84,13 @@ def _check_unchanged(
   folder: pathlib.Path,
   manual_dir: pathlib.Path,
   options: Mapping[str, Any],
+  by_split: bool,
 ) -> None:
   """Compares the raw files with those that a finished set was prepared from.
+
+  Args:
+    cls, folder, manual_dir, options: of the set.
+    by_split: whether to compare in which split they are, too.
 
   Raises:
     InputError: they, or the class names beside them, have changed; says which.
@@ -98,10 +103,14 @@ def _check_unchanged(
     stored = records.stored_vocabulary(cls.name, data_dir, config)
     changes += raw_files.changed_classes(stored, builder.classes, cls.names_from)
   if then is None:
-    found = {split: len(raws) for split, raws in splits.items()}
-    changes += raw_files.changed_counts(records.count_examples(folder), found)
+    counts, found = records.count_examples(folder), {s: len(raws) for s, raws in splits.items()}
+    if not by_split:
+      counts, found = ({"all": sum(each.values())} for each in (counts, found))
+    changes += raw_files.changed_counts(counts, found)
   else:
-    changes += raw_files.changed_files(then, raw_files.describe(splits, manual_dir))
+    changes += raw_files.changed_files(
+      then, raw_files.describe(splits, manual_dir), splits=by_split
+    )
   if changes:
     raise InputError(
       f"{manual_dir} has changed since {folder} was prepared from it: {'; '.join(changes)}; read "

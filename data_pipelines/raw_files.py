@@ -135,8 +135,8 @@ def read(folder: pathlib.Path) -> Files | None:
     return None
 
 
-def changed_files(then: Files, now: Files) -> list[str]:
-  """What is different in the files, in words; [] if nothing is."""
+def changed_files(then: Files, now: Files, *, splits: bool) -> list[str]:
+  """What is different in the files, with `splits` in which they are, too, in words; else []."""
   old = {name: (split, *stamp) for split, files in then.items() for name, stamp in files.items()}
   new = {name: (split, *stamp) for split, files in now.items() for name, stamp in files.items()}
   both = old.keys() & new.keys()
@@ -144,7 +144,7 @@ def changed_files(then: Files, now: Files) -> list[str]:
     "added": new.keys() - old.keys(),
     "removed": old.keys() - new.keys(),
     "changed": {name for name in both if old[name][1:] != new[name][1:]},
-    "in another split": {name for name in both if old[name][0] != new[name][0]},
+    "in another split": {name for name in both if splits and old[name][0] != new[name][0]},
   }
   return [
     f"{len(names):,} file{'s' * (len(names) > 1)} {how}, such as {min(names)}"

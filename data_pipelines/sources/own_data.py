@@ -31,6 +31,7 @@ _SPLIT_WORDS = {
 }  # fmt: skip
 # Names that annotation tools give to pixels that do not count, and to those of no object.
 IGNORED_NAMES = ("__ignore__", "ignored")
+_TENTH = (2**256 // 10).to_bytes(32, "big")  # of the values of SHA-256
 BACKGROUND_NAMES = ("_background_", "__background__", "background")
 
 
@@ -222,7 +223,9 @@ def into_splits(
 
 
 def one_in_ten(examples: list[RawExample], where: object) -> dict[str, list[RawExample]]:
-  """A tenth for val, at least one: those whose names hash lowest.
+  """About a tenth for val, at least one and not all: those whose names hash below a tenth.
+
+  So images that are added later never bring one to val that was trained on.
 
   Raises:
     InputError: fewer than two.
@@ -232,8 +235,9 @@ def one_in_ten(examples: list[RawExample], where: object) -> dict[str, list[RawE
     raise InputError(
       f"{where}: expected at least two images, one to train on and one to test on, got {got}"
     )
-  order = sorted(examples, key=lambda raw: hashlib.sha256(raw.id.encode()).digest())
-  chosen = {raw.id for raw in order[: max(1, round(len(examples) / 10))]}
+  hashes = {raw.id: hashlib.sha256(raw.id.encode()).digest() for raw in examples}
+  below = sum(value < _TENTH for value in hashes.values())
+  chosen = sorted(hashes, key=hashes.__getitem__)[: min(max(1, below), len(hashes) - 1)]
   return {
     "train": [raw for raw in examples if raw.id not in chosen],
     "val": [raw for raw in examples if raw.id in chosen],

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import prepare, raw_files, records
+from data_pipelines import finished, prepare, raw_files, records
+from data_pipelines.sources import own_data
 from rpn_jax.base.errors import InputError
 from tests.data_pipelines import raw_ade_coco
 from tests.data_pipelines.raw_pascal import gray_png, jpeg
@@ -140,6 +141,31 @@ def test_sets_of_earlier_versions_are_compared_by_number(content, raw, capsys):
   add_images(raw)
   with pytest.raises(InputError, match=r"val has 13 images, had 10; read it anew"):
     again(raw)
+
+
+@pytest.mark.parametrize("by_number", [False, True])
+def test_another_choice_of_val_by_an_earlier_version_is_no_change(
+  by_number, tmp_path, monkeypatch, capsys
+):
+  """Where no images are for val: it is told, not taken for an edit of the folder."""
+  monkeypatch.setattr(prepare.preview, "draw", lambda *args: None)
+  raw = tmp_path / "raw"
+  raw_ade_coco.folder(raw, ("",))
+  with monkeypatch.context() as patch:
+    patch.setattr(own_data, "_TENTH", bytes([64]))  # a quarter
+    patch.setattr(finished, "READING_RULES", 3)
+    folder = again(raw)
+  assert records.count_examples(folder)["val"] == 4
+  if by_number:
+    (folder / raw_files.FILE).unlink()
+  capsys.readouterr()
+  again(raw)
+  assert "which where no images were for val chose others for it, or" in capsys.readouterr().out
+  again(raw, rebuild=True)
+  assert records.count_examples(folder)["val"] == 1
+  capsys.readouterr()
+  again(raw)
+  assert "by an earlier version" not in capsys.readouterr().out
 
 
 def test_raw_files_that_are_gone(raw, capsys):

@@ -1,5 +1,6 @@
 """Annotations of one's own through the command: reports, backgrounds, changes, training."""
 
+import itertools
 import json
 import pathlib
 import re
@@ -11,7 +12,8 @@ from PIL import Image
 
 from configs import folder as folder_config
 from data_pipelines import datasets, prepare, records, registry
-from data_pipelines.sources.own_data import split_of
+from data_pipelines.sources.builder import RawExample
+from data_pipelines.sources.own_data import one_in_ten, split_of
 from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.tasks import model_card
@@ -298,6 +300,23 @@ def test_float_and_wide_masks_in_a_folder(tmp_path):
   folder = prepare.prepare("folder", raw, tmp_path, config="x")
   for split in ("train", "val"):
     np.testing.assert_array_equal(records.Records(folder, split)[0]["label"], raws.INDEX)
+
+
+def val_of(names):
+  examples = [RawExample(name, pathlib.Path(name), pathlib.Path(name)) for name in names]
+  splits = one_in_ten(examples, "raw")
+  assert sorted(r.id for raws in splits.values() for r in raws) == sorted(names)
+  assert splits["train"] and splits["val"]
+  return {raw.id for raw in splits["val"]}
+
+
+def test_images_that_are_added_bring_none_to_val_that_was_trained_on():
+  names = [f"IMG_{i}" for i in range(1000)]
+  for low, high in itertools.pairwise((2, 3, 5, 9, 15, 30, 60, 300, 1000)):
+    assert not val_of(names[:high]) & ({*names[:low]} - val_of(names[:low]))
+  assert 80 < len(val_of(names)) < 120
+  below = sorted(val_of(names))[:2]
+  assert len(val_of(below)) == 1  # though both are below a tenth
 
 
 @pytest.mark.parametrize(
