@@ -54,6 +54,8 @@ class SegmentationData:
     train_indices: step -> positions, in the training split, of the examples of its batch.
     eval_examples: () -> sized iterable of {image float32 [h,w,3], label int32 [H,W], id}; labels
       are scored classes, or `ignore`.
+    contents: () -> what identifies the prepared images and labels, see `records.contents`; {} of a
+      set that is drawn, which the config identifies, or has a source of its own.
   """
 
   name: str
@@ -69,6 +71,7 @@ class SegmentationData:
   train_batches: Callable[[int], Iterator[dict]]
   train_indices: Callable[[int], list[int]]
   eval_examples: Callable[[], pipeline.EvalExamples]
+  contents: Callable[[], dict[str, dict]]
 
 
 def load(
@@ -260,6 +263,7 @@ def _open(
     train_batches=train_batches,
     train_indices=train_indices,
     eval_examples=eval_examples,
+    contents=functools.cache(lambda: _contents(c, data_set)),
   )
   if not held_out:
     return data
@@ -369,8 +373,16 @@ def _tell_of_synonyms(vocabulary: vocabularies.Vocabulary, naming: str, synonyms
 def _source(c, data_set: registry.DataSet, split: str):
   if data_set.source is not None:
     return registry.resolve(data_set.source)(c, split)
+  return records.Records(_folder(c, data_set), split)
+
+
+def _contents(c, data_set: registry.DataSet) -> dict[str, dict]:
+  return {} if data_set.source is not None else records.contents(_folder(c, data_set))
+
+
+def _folder(c, data_set: registry.DataSet):
   variant = c.variant or None if data_set.name == c.name else None
-  return records.source(data_set.prepared, c.data_dir, split, variant)
+  return records.prepared_folder(data_set.prepared, c.data_dir, variant)
 
 
 def captions(config) -> dict:

@@ -174,8 +174,11 @@ def _write(
       shard.write(bad.left_out(_in_order(pool, read, shard.raws)), bar)
   bad.check()
   tally = records.Tally.empty()
+  by_split = {split: records.Tally.empty() for split in splits}
   for shard in shards:
-    tally.update(shard.tally())
+    by_split[shard.split].update(shard.tally())
+  for counted in by_split.values():
+    tally.update(counted)
   _check_values(builder, tally, folder, manual_dir)
   content = {
     "name": builder.name,
@@ -186,6 +189,7 @@ def _write(
     "images": {split: len(raws) for split, raws in splits.items()},
     "shards": {split: sum(shard.split == split for shard in shards) for split in splits},
     "bytes": sum(shard.path.stat().st_size for shard in shards),
+    "sha256": {split: f"{counted.digest:064x}" for split, counted in by_split.items()},
     "seconds": round(time.time() - started, 1),
     "images_of_earlier_runs": kept,
     "exif": {how: tally.notes[how] for how in ("upright", "stored")},
@@ -261,7 +265,10 @@ def _read(
   notes["blank"] += all(ids.get(value, ignore) == ignore for value in pixels)
   notes["empty"] = record["empty"]
   encoded = builder.info.features.serialize_example(builder.encode(record))
-  return encoded, records.Tally(pixels, notes)
+  digest = hashlib.sha256(f"{raw.id}\0{record['label'].shape}\0".encode("utf-8", "surrogateescape"))
+  digest.update(record["label"].tobytes())
+  digest.update(record["image"])
+  return encoded, records.Tally(pixels, notes, int.from_bytes(digest.digest(), "big"))
 
 
 def _in_order(pool: concurrent.futures.Executor, function: Callable, items: Iterable) -> Iterator:

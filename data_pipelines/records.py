@@ -172,6 +172,25 @@ def count_examples(folder: pathlib.Path) -> dict[str, int]:
   return {split: info.num_examples for split, info in splits.items()}
 
 
+def contents(folder: pathlib.Path) -> dict[str, dict]:
+  """What identifies the examples of every split of a prepared folder, without reading them.
+
+  Returns:
+    Split -> {"images": their number, "bytes": of their records, "sha256": of names, images and
+    labels in any order}, the last not of sets that earlier versions prepared.
+  """
+  splits = tfds.builder_from_directory(folder).info.splits
+  try:
+    hashes = dict(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["sha256"])
+  except (OSError, ValueError, TypeError, KeyError):
+    hashes = {}
+  return {
+    split: {"images": info.num_examples, "bytes": info.num_bytes}
+    | ({"sha256": hashes[split]} if split in hashes else {})
+    for split, info in splits.items()
+  }
+
+
 # Places
 
 
@@ -221,19 +240,22 @@ class Tally:
     notes: "upright" or "stored" -> number of images that EXIF data turns and that were read so;
       "blank" -> number of images without a pixel of any class; "empty" -> number of annotations
       that no pixel's center is in.
+    digest: sum of the examples' digests, so that their order does not matter.
   """
 
   pixels: collections.Counter
   notes: collections.Counter
+  digest: int
 
   @classmethod
   def empty(cls) -> "Tally":
-    return cls(collections.Counter(), collections.Counter())
+    return cls(collections.Counter(), collections.Counter(), 0)
 
   def update(self, other: "Tally") -> None:
     """Adds what was counted in further examples."""
     self.pixels.update(other.pixels)
     self.notes.update(other.notes)
+    self.digest = (self.digest + other.digest) % 2**256
 
 
 @dataclasses.dataclass
@@ -256,7 +278,9 @@ class Shard:
   def tally(self) -> Tally:
     stored = json.loads(self.tally_path.read_text(encoding="utf-8"))
     pixels = {int(value): count for value, count in stored["pixels"].items()}
-    return Tally(collections.Counter(pixels), collections.Counter(stored["notes"]))
+    return Tally(
+      collections.Counter(pixels), collections.Counter(stored["notes"]), stored["digest"]
+    )
 
   def write(self, results: Iterator[tuple[bytes, Tally]], progress) -> None:
     """Writes records; the file gets its name when it is complete."""
@@ -275,7 +299,8 @@ class Shard:
         with storing(self.path):
           writer.close()
       with storing(self.path):
-        write_json(self.tally_path, {"pixels": tally.pixels, "notes": tally.notes})
+        counted = {"pixels": tally.pixels, "notes": tally.notes, "digest": tally.digest}
+        write_json(self.tally_path, counted)
         stack.close()  # renames
 
 

@@ -71,13 +71,36 @@ def _check_file_system(workdir: pathlib.Path) -> None:
     )
 
 
-def classes_of(data: Any) -> dict[str, list[str]]:
-  """The class names of a data set, and which of them are prompted in training, for `config.json`.
+def classes_of(data: Any) -> dict[str, Any]:
+  """What `config.json` says of a data set.
 
   Args:
-    data: has `names` and `trained`.
+    data: has `names` and `trained`, and `contents` where it knows what identifies its images.
+
+  Returns:
+    "names" of the classes, those that are prompted in training as "trained", and "contents", what
+    identifies the images of every split; {} where that is not known.
+
+  Raises:
+    InputError: the data set is not prepared.
   """
-  return {"names": [*data.names], "trained": [data.names[i] for i in data.trained]}
+  trained = [data.names[i] for i in data.trained]
+  return {"names": [*data.names], "trained": trained, "contents": getattr(data, "contents", dict)()}
+
+
+def _changed_contents(old: dict[str, dict], new: dict[str, dict]) -> str:
+  """What is different in the images of a data set, in words; "" if nothing is known to be."""
+  found = []
+  for split in dict.fromkeys([*old, *new]) if old and new else ():
+    then, now = old.get(split, {}), new.get(split, {})
+    counts = [f"{images.get('images', 0):,}" for images in (then, now)]
+    # Sets that earlier versions prepared have no checksum.
+    key = "sha256" if "sha256" in then and "sha256" in now else "bytes"
+    if counts[0] != counts[1]:
+      found.append(f"{split}: {' -> '.join(counts)} images")
+    elif then.get(key) != now.get(key):
+      found.append(f"{split}: other images or labels")
+  return "; ".join(found)
 
 
 class Run:
@@ -99,14 +122,15 @@ class Run:
     self.identity = identity(config, fingerprint)
     self._lock: bytes | None = None  # what the lock file holds during the run
 
-  def claim(self, classes: dict[str, list[str]] | None = None) -> None:
+  def claim(self, classes: dict[str, Any] | None = None) -> None:
     """Writes `config.json`, or checks that the one in the workdir belongs to this run.
 
     Args:
       classes: of `classes_of`, if the run is to be trained on them.
 
     Raises:
-      InputError: the workdir was created with a different config, or trained on other classes.
+      InputError: the workdir was created with a different config, or trained on other classes, or
+        on other images than the data set has now.
     """
     self._lock = _content(self.workdir / LOCK)
     path = self.workdir / CONFIG
@@ -116,9 +140,9 @@ class Run:
       write_json(path, content | ({"classes": classes} if classes else {}))
       return
     try:
-      stored = json.loads(path.read_text(encoding="utf-8"))
-      config = ml_collections.ConfigDict(dict(stored["config"].items()))
-      stored = identity(config, stored["clip"])
+      content = json.loads(path.read_text(encoding="utf-8"))
+      config = ml_collections.ConfigDict(dict(content["config"].items()))
+      stored = identity(config, content["clip"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
       raise InputError(
         f"expected the config of a run in {path}, got something else: delete that file if the "
@@ -126,27 +150,56 @@ class Run:
       ) from None
     check_identity(self.workdir, stored, self.identity)
     if classes:
-      self.check_classes(classes)
+      self._check_names(classes)
+      if changed := self._changed_contents(classes):
+        if (self.workdir / "checkpoints").is_dir():
+          raise InputError(
+            f"{self.workdir} was trained on other images than the data set has now (workdir -> "
+            f"data set): {changed}. Use a new --workdir (--restart begins anew in this one), or "
+            "prepare the data set as it was"
+          )
+        # A run that was not begun: its data set may have been put right.
+        write_json(path, content | {"classes": classes})
 
-  def stored_classes(self) -> dict[str, list[str]]:
+  def stored_classes(self) -> dict[str, Any]:
     """What `classes_of` gave when the run began; {} of runs of version 0.2.0 and of no run."""
     try:
-      stored = json.loads((self.workdir / CONFIG).read_text(encoding="utf-8"))["classes"]
-      return {group: list(names) for group, names in stored.items()}
+      stored = dict(json.loads((self.workdir / CONFIG).read_text(encoding="utf-8"))["classes"])
+      contents = {split: dict(images) for split, images in stored.pop("contents", {}).items()}
+      return {group: list(names) for group, names in stored.items()} | {"contents": contents}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
       return {}
 
-  def check_classes(self, classes: dict[str, list[str]]) -> None:
-    """Compares class names with those that the run was trained on, if it says which these were.
+  def check_classes(self, classes: dict[str, Any]) -> None:
+    """Compares a data set with the one that the run was trained on, if it says what that was.
+
+    Other images are told: they may be what is to be evaluated on.
 
     Args:
       classes: of `classes_of`, or some entries of it.
 
     Raises:
-      InputError: they differ; the message has the first ones.
+      InputError: class names differ; the message has the first ones.
     """
+    self._check_names(classes)
+    changed = self._changed_contents(classes)
+    if changed and jax.process_index() == 0:
+      print(
+        f"note: {self.workdir} was trained on other images than the data set has now (workdir -> "
+        f"data set): {changed}; scores do not compare with earlier ones, and may be of images that "
+        "were trained on",
+        flush=True,
+      )
+
+  def _changed_contents(self, classes: dict[str, Any]) -> str:
+    stored = self.stored_classes().get("contents", {})
+    return _changed_contents(stored, classes.get("contents", {}))
+
+  def _check_names(self, classes: dict[str, Any]) -> None:
     stored = self.stored_classes()
-    for group in (group for group in classes if group in stored):
+    for group in ("names", "trained"):
+      if group not in stored or group not in classes:
+        continue
       old, new = (dict(enumerate(names, 1)) for names in (stored[group], classes[group]))
       if changed := differences(old, new, group):
         listed = "; ".join(changed[:3]) + (f"; {len(changed) - 3} more" if changed[3:] else "")

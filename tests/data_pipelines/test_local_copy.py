@@ -69,6 +69,8 @@ def test_prepared_in_a_bucket_and_read_from_a_copy(raw, bucket, tmp_path, monkey
   other = data_config(bucket, tmp_path / "other")
   assert read(localized(other, ADE)) == read(data_config(root))
   assert "copying" in capsys.readouterr().out and len(fetched) > 5
+  contents = [records.contents(tmp_path / host / FOLDER) for host in ("here", "other")]
+  assert contents[0] == contents[1] and "sha256" in contents[0]["train"]
   fetched.clear()
   localized(other, ADE)
   assert not fetched

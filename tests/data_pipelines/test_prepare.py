@@ -207,6 +207,13 @@ def test_resume(error, raw, data, monkeypatch):
   assert summary["images_of_earlier_runs"] == 4
   labels = np.concatenate([x.ravel() for split in painted.values() for x in split.values()])
   assert summary["unlabelled_pixels"] == pytest.approx((labels == 0).mean(), abs=1e-6)
+  # Neither the interruption nor the sizes of shards are part of what the set is known by.
+  monkeypatch.setattr(prepare, "SHARD_EXAMPLES", 500)
+  whole = records.contents(_prepare(raw, data / "whole"))
+  found = records.contents(folder)
+  assert {s: x["sha256"] for s, x in whole.items()} == {s: x["sha256"] for s, x in found.items()}
+  assert [found[split]["images"] for split in ("train", "val")] == [7, 2]
+  assert found["train"]["sha256"] != found["val"]["sha256"]
 
 
 def test_resume_after_everything_but_the_name(raw, data, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from configs import shapes
-from data_pipelines import datasets
+from configs import folder, shapes
+from data_pipelines import datasets, prepare
 from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
 from rpn_jax.config.stored import read_config
@@ -22,7 +24,9 @@ from rpn_jax.training import run
 from rpn_jax.training.loop import Loop
 from rpn_jax.training.metric_log import MetricWriter, read_history
 from rpn_jax.training.step import TrainState
+from rpn_jax.weights.clip_file import with_normalization
 from tests import FIXTURES, ROOT
+from tests.data_pipelines import raw_ade_coco
 
 HOLD = """
 import pathlib, sys, time
@@ -136,6 +140,107 @@ def test_classes_of_a_run(claimed):
     claimed.claim(renamed)
   with pytest.raises(InputError, match=r"trained\.2: sand -> None"):
     claimed.claim({**classes, "trained": ["sky"]})
+
+
+@pytest.fixture
+def folder_run(tmp_path, monkeypatch):
+  """What prepares a folder of ten images in each split anew, for `classes_of`; and a new run."""
+  monkeypatch.setattr(prepare.preview, "draw", lambda *args: None)  # takes a second
+  raw_ade_coco.folder(tmp_path / "raw")
+  config = folder.get_config("backbone=shapes").unlock()
+  config.data.update(data_dir=str(tmp_path), variant="mine")
+  config = with_normalization(config).lock()
+
+  def rebuild():
+    prepare.prepare("folder", tmp_path / "raw", tmp_path, config="mine", rebuild=True)
+    return run.classes_of(datasets.load(config))
+
+  return rebuild, run.Run(config, tmp_path / "run", "0" * 16)
+
+
+def exchange_classes(raw):
+  """In a single mask."""
+  path = raw / "labels/val/pic 3 ä.png"
+  table = np.array([1, 0, *range(2, 256)], np.uint8)
+  Image.fromarray(table[np.array(Image.open(path))]).save(path)
+
+
+def add_image(raw):
+  for path in ("images/train/pic 3 ä.jpg", "labels/train/pic 3 ä.png"):
+    shutil.copy(raw / path, (raw / path).with_stem("new"))
+
+
+def move_image(raw):
+  for path in ("images/train/pic 3 ä.jpg", "labels/train/pic 3 ä.png"):
+    (raw / path).rename(raw / path.replace("train/pic", "val/from"))
+
+
+REBUILT = {
+  exchange_classes: "val: other images or labels",
+  add_image: "train: 10 -> 11 images",
+  move_image: "train: 10 -> 9 images; val: 10 -> 11 images",
+}
+
+
+@pytest.mark.parametrize("change", REBUILT, ids=lambda change: change.__name__)
+def test_a_data_set_that_was_prepared_anew(change, folder_run, tmp_path, capsys):
+  rebuild, begun = folder_run
+  with run.held_workdir(begun.workdir):
+    begun.claim(rebuild())
+    (begun.workdir / "checkpoints/4").mkdir(parents=True)
+    same = rebuild()  # of the same files
+    begun.claim(same)
+    capsys.readouterr()
+    begun.check_classes(same)
+    assert not capsys.readouterr().out
+    change(tmp_path / "raw")
+    other = rebuild()
+    says = f"on other images than the data set has now (workdir -> data set): {REBUILT[change]}"
+    with pytest.raises(InputError, match=re.escape(f"{says}. Use a new --workdir (--restart")):
+      begun.claim(other)
+    capsys.readouterr()
+    begun.check_classes(other)  # of an evaluation
+    out = capsys.readouterr().out
+    assert f"{says}; scores do not" in out and out.count("\n") == 1
+    # Before anything was trained, the set may have been put right.
+    (begun.workdir / "checkpoints/4").rmdir()
+    (begun.workdir / "checkpoints").rmdir()
+    begun.claim(other)
+    (begun.workdir / "checkpoints").mkdir()
+    begun.claim(other)
+
+
+def test_runs_and_data_sets_that_do_not_tell_their_images(folder_run, tmp_path, capsys):
+  """Runs of earlier versions stay usable, sets of earlier versions are compared by size."""
+  rebuild, begun = folder_run
+  classes = rebuild()
+  summary = tmp_path / "folder/mine/1.0.0/summary.json"
+  summary.unlink()
+  earlier = run.classes_of(datasets.load(begun.config))
+  assert earlier["contents"]["val"]["images"] == 10 and "sha256" not in earlier["contents"]["val"]
+  with run.held_workdir(begun.workdir):
+    begun.claim({**classes, "contents": earlier["contents"]})
+    (begun.workdir / "checkpoints").mkdir()
+    begun.claim(classes)
+    add_image(tmp_path / "raw")
+    other = rebuild()
+    with pytest.raises(InputError, match="train: 10 -> 11 images"):
+      begun.claim(other)
+    path = begun.workdir / "config.json"
+    content = json.loads(path.read_text())
+    del content["classes"]["contents"]
+    path.write_text(json.dumps(content))
+    begun.claim(other)
+    begun.check_classes(other)
+    assert "other images" not in capsys.readouterr().out
+
+
+def test_sets_that_are_drawn_are_known_by_the_config(claimed):
+  """So nothing is drawn to tell what they hold."""
+  config = with_normalization(claimed.config.copy_and_resolve_references().unlock())
+  config.data.data_dir = str(claimed.workdir.parent / "none")
+  assert run.classes_of(datasets.load(config))["contents"] == {}
+  assert not (claimed.workdir.parent / "none").exists()
 
 
 def remove(workdir):
