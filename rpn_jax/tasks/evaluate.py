@@ -194,7 +194,8 @@ def check_classes(run: Run, evaluations: Sequence) -> None:
   elif config.eval.get("naming", "dataset") == "dataset":  # else they are worded anew
     for data in evaluations:  # of which all classes are prompted
       if data.name == config.data.name:
-        run.check_classes({"names": [*data.names]})
+        known = classes_of(data)
+        run.check_classes({key: known[key] for key in ("names", "contents")})
 
 
 def make_partial(run: Run, data, which: str, step: int, count: int) -> PartialEvaluation:
@@ -204,6 +205,7 @@ def make_partial(run: Run, data, which: str, step: int, count: int) -> PartialEv
     **identity_of(run.config, run.fingerprint, FREE | UNSCORED),
     "step": step,
     "names": data.names,
+    "contents": classes_of(data)["contents"],
     "penalized": data.penalized,
     "count": count,
     "process": process,
