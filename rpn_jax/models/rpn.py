@@ -233,20 +233,23 @@ class RPN(Defaults, nn.Module):
       hidden.append(x)
       if "lst" in self.tuner_names and i == self.clip.vision_layers - 1:
         x = x + self.lst(hidden)
-      z = self.read_out(x)
-      patches, cls = l2_normalize(z[:, 1:]), l2_normalize(z[:, 0])
+      slot = self.prompting.index(i) if i in self.prompting else None
+      first = 1  # of the patches among the tokens that are read out
+      if slot is not None and c.m2oe != "none" and c.itp != "no_pixel":
+        # Patches are read out as they are mixed; before that, the class token alone.
+        z_class = self.read_out(x[:, :1])
+        z, first = self.read_out(self.m2oe[slot](x[:, 1:], grid, train, example_offset)), 0
+      else:
+        z = z_class = self.read_out(x)
+      patches, cls = l2_normalize(z[:, first:]), l2_normalize(z_class[:, 0])
       self.sow("intermediates", "patches", patches)
       self.sow("intermediates", "cls", cls)
       relationship = None
-      if i in self.prompting:
-        slot = self.prompting.index(i)
+      if slot is not None:
         if c.itp == "no_pixel":
           m = rpm.itp(patches, cls, text_CxE, c.itp)
-        elif c.m2oe == "none":
-          m = self.relationship_map(z, cls, text_CxE)[:, 1:]
         else:
-          mixed = self.m2oe[slot](x[:, 1:], grid, train, example_offset)
-          m = self.relationship_map(self.read_out(mixed), cls, text_CxE)
+          m = self.relationship_map(z, cls, text_CxE)[:, first:]
         relationship = rpm.apg(m, self.resized_h(slot, grid))
         if c.apg == "linear":
           relationship += self.h_bias if c.h_shared else self.h_bias[slot]
