@@ -176,5 +176,5 @@ def test_both_take_cat_seg(tmp_path):
   folder = tmp_path / "trained/runs/notebook/peft/cat_seg"
   model = ('MODEL = "shapes"', f'MODEL = "{folder}"')
   notebook = run(ROOT / "colab/demo.ipynb", tmp_path / "shown", model)
-  assert len(outputs(notebook, "image/png")) == 6
+  assert len(outputs(notebook, "image/png")) == 7  # as with the shipped prompts
   assert f"CAT-Seg, step 2 of {folder}" in outputs(notebook, "text/plain")[0]
