@@ -25,6 +25,8 @@ FILM_SUFFIXES = (
   ".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".3gp", ".flv", ".f4v",
   ".mts", ".m2ts", ".ogv", ".vob", ".mxf",
 )  # fmt: skip
+# Of what stands beside images by the thousand, and is not opened to see whether it is one.
+_NO_IMAGES = (".txt", ".json", ".xml", ".csv", ".npy", ".npz", ".yaml", ".yml", ".md")
 # How the files of common formats begin, whatever they are called.
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 LeftOut = Sequence[tuple[pathlib.Path, str]]
@@ -130,13 +132,7 @@ def find(
 
 def images_of(folders: Sequence[pathlib.Path]) -> Found:
   """The image files in some folders of one folder, by the order of the folders and by path."""
-  files: list[pathlib.Path] = []
-  left_out: list[tuple[pathlib.Path, str]] = []
-  for folder in folders:
-    found, others = _sorted_out(folder.iterdir(), SUFFIXES)
-    files += found
-    left_out += others
-  return Found(folders[0].parent, files, left_out)
+  return Found(folders[0].parent, *_images_of(folders, SUFFIXES, recursive=False))
 
 
 def list_images(
@@ -156,12 +152,7 @@ def list_images(
   Raises:
     OSError: a folder that cannot be read.
   """
-  files: list[pathlib.Path] = []
-  left_out: list[tuple[pathlib.Path, str]] = []
-  for folder in folders:
-    found, others = _images_in(folder, suffixes, recursive)
-    files += found
-    left_out += others
+  files, left_out = _images_of(folders, suffixes, recursive)
   if left_out:
     first = {why: path for path, why in left_out[::-1]}
     told = [f"{count} {why}, such as {first[why]}" for why, count in _counts(left_out).items()]
@@ -180,6 +171,14 @@ def _summary(left_out: LeftOut) -> str:
 
 def _counts(left_out: LeftOut) -> dict[str, int]:
   return dict(collections.Counter(why for _, why in left_out))
+
+
+def _images_of(
+  folders: Iterable[pathlib.Path], suffixes: Sequence[str], recursive: bool
+) -> tuple[list[pathlib.Path], list[tuple[pathlib.Path, str]]]:
+  """The images of some folders, and what is left out; see `find`."""
+  parts = [_images_in(folder, suffixes, recursive) for folder in folders]
+  return [file for files, _ in parts for file in files], [each for _, out in parts for each in out]
 
 
 def _images_in(
@@ -208,7 +207,7 @@ def _sorted_out(
     elif suffix not in suffixes:
       if suffix in (*SUFFIXES, *_OTHER_SUFFIXES) and not hidden:
         left_out.append((path, "of another format"))
-      elif not hidden and _begins_like_an_image(path):
+      elif suffix not in _NO_IMAGES and not hidden and _begins_like_an_image(path):
         left_out.append((path, "without the suffix of an image"))
     elif hidden:
       left_out.append((path, "hidden"))
@@ -236,12 +235,16 @@ def folders_of_images(
   left = os.path.realpath(without) if without is not None else ""
   found = []
   for folder in sorted(root.iterdir()):
-    if folder.name.startswith(".") or not folder.is_dir() or os.path.realpath(folder) == left:
-      continue
-    with contextlib.suppress(OSError):
-      if not origins.is_results_folder(folder) and _sorted_out(folder.iterdir(), SUFFIXES)[0]:
-        found.append(folder)
+    if folder.is_dir() and _is_entered(folder, left):
+      with contextlib.suppress(OSError):
+        found += [folder] if _sorted_out(folder.iterdir(), SUFFIXES)[0] else []
   return found
+
+
+def _is_entered(folder: pathlib.Path, left: str) -> bool:
+  """Whether a folder is neither hidden, nor results, nor the one whose real path is given."""
+  hidden = folder.name.startswith(".")
+  return not hidden and os.path.realpath(folder) != left and not origins.is_results_folder(folder)
 
 
 def _walk(
@@ -259,13 +262,7 @@ def _walk(
   left = os.path.realpath(without) if without is not None else ""
   found, linked = [], []
   for parent, folders, files in os.walk(folder, onerror=refuse):
-    folders[:] = [
-      name
-      for name in sorted(folders)
-      if not name.startswith(".")
-      and os.path.realpath(os.path.join(parent, name)) != left
-      and not origins.is_results_folder(pathlib.Path(parent, name))
-    ]
+    folders[:] = [n for n in sorted(folders) if _is_entered(pathlib.Path(parent, n), left)]
     paths_of_folders = (pathlib.Path(parent, name) for name in folders)
     linked += [path for path in paths_of_folders if path.is_symlink()]
     found += [pathlib.Path(parent, name) for name in files]

@@ -16,8 +16,6 @@ REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.save_only_these_names("attention", STATISTICS),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
 # Of norms: their inputs, and the mean and the deviation of every row.
 NORM_POLICY = jax.checkpoint_policies.save_only_these_names(STATISTICS)
 

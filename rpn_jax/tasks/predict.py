@@ -53,9 +53,9 @@ def predict(
     raise InputError("--mode=predict needs --image=FILE_OR_FOLDER")
   check(save, annotations or {})
   given = None if classes is None else parse_names(classes)
-  predictor, run = open_run(config, workdir)
-  directory = run.workdir / "predictions"
+  directory = expand(workdir) / "predictions"
   found = picture_files.find(image, results=directory)
+  predictor, run = open_run(config, workdir)
   if not (names := given or run.stored_classes().get("names")):
     raise InputError(
       f'--mode=predict needs --classes="a, b": {run.workdir} does not say which it was trained on'
