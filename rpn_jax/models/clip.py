@@ -184,7 +184,7 @@ class VisionTransformer(StoredParams, nn.Module):
     dtype = jnp.float32 if exact else self.dtype
     highest = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     product = highest if exact else self.kernels.product
-    x = tune("ln_post", x_BxNxD, self.ln_post(x_BxNxD.astype(jnp.float32))).astype(dtype)
+    x = tune("ln_post", x_BxNxD, self.ln_post(x_BxNxD)).astype(dtype)
     if self.config.vision == "vit":
       return x.astype(jnp.float32)
     return product(x, self.proj.astype(dtype)).astype(jnp.float32)

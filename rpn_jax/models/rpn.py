@@ -333,7 +333,7 @@ class RPN(Defaults, nn.Module):
   @functools.partial(nn.remat, policy=NORM_POLICY)
   def project(self, x_BxNxD: jax.Array) -> jax.Array:
     if self.prompted:
-      x_BxNxD = self.prompt_norm(x_BxNxD)
+      x_BxNxD = self.prompt_norm(x_BxNxD).astype(x_BxNxD.dtype)
     return self.visual.project(x_BxNxD, self.tune("stem"))
 
   def resized_h(self, slot: int, grid: tuple[int, int]) -> jax.Array:

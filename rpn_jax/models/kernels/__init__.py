@@ -66,7 +66,7 @@ LEAN = Kernels(
 PLATFORMS = {
   "cpu": dataclasses.replace(LEAN, **by(cpu.attend), product=cpu.product, convolve=cpu.convolve),
   "gpu": dataclasses.replace(LEAN, attend=gpu.attend, self_attend=gpu.self_attend),
-  "tpu": dataclasses.replace(LEAN, self_attend=tpu.self_attend),
+  "tpu": dataclasses.replace(LEAN, self_attend=tpu.self_attend, layer_norm=tpu.layer_norm),
 }
 
 

@@ -43,7 +43,11 @@ def layer_norm_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   wide = x.astype(jnp.float32)
   mean = checkpoint_name(wide.mean(-1, keepdims=True), STATISTICS)
-  variance = ((wide - mean) ** 2).mean(-1, keepdims=True)
+  if x.dtype == jnp.float32:
+    variance = ((wide - mean) ** 2).mean(-1, keepdims=True)
+  else:
+    # Both sums in one pass over x, whose own rounding loses more than this difference.
+    variance = jnp.maximum((wide**2).mean(-1, keepdims=True) - mean**2, 0)
   rate = checkpoint_name(jax.lax.rsqrt(variance + epsilon), STATISTICS)
   return (wide - mean) * (rate * scale_D) + bias_D, (x, scale_D, mean, rate)
 

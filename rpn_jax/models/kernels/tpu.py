@@ -64,6 +64,18 @@ def fits(qkv_BxNxF: jax.Array, extra_BxPxF: jax.Array | None, heads: int) -> boo
   return LANES % width == 0 and arrays * LANES <= ARRAY_BYTES
 
 
+def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> jax.Array:
+  """`lean.layer_norm` of rows that lie one after another.
+
+  For the two sums of a row XLA would choose another order of axes, in which the norm is written to
+  memory and copied, not computed where the product after it reads.
+  """
+  from jax.experimental.layout import Layout, with_layout_constraint
+
+  x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+  return lean.layer_norm(x, scale_D, bias_D, epsilon)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def attend(
   qkv_BxNxF: jax.Array, extra: tuple[jax.Array, ...], heads: int, causal: bool
