@@ -49,10 +49,10 @@ class Term:
 def rows_per_chunk(batch: int, height: int, width: int, classes: int, logit_rows: int) -> int:
   """The largest divisor of `height` whose chunk stays within CHUNK_ELEMENTS (at least 1).
 
-  More than twice as many rows as the logits have were measured to be no faster: each chunk adds to
-  the gradients of all logits, and beyond that number these additions no longer dominate.
+  And within the pixels of two rows of logits: more were measured to be no faster, and take more
+  memory.
   """
-  limit = max(1, min(2 * logit_rows, CHUNK_ELEMENTS // (batch * width * classes)))
+  limit = max(1, min(-(-2 * height // logit_rows), CHUNK_ELEMENTS // (batch * width * classes)))
   return max(d for d in range(1, height + 1) if height % d == 0 and d <= limit)
 
 
@@ -65,14 +65,17 @@ def sum_over_chunks(
   rows = rows_per_chunk(batch, height, width, classes, h)
   # The default precision on TPU would round the interpolation weights to bfloat16.
   einsum = lambda *a: jnp.einsum(*a, precision=jax.lax.Precision.HIGHEST)
-  wide = einsum("Ww,bhwc->bhWc", interpolation_matrix(w, width), logits_BxhxwxC)
   row_weights = interpolation_matrix(h, height).reshape(-1, rows, h)
+  column_weights = interpolation_matrix(w, width)
   labels = jnp.moveaxis(label_BxHxW.reshape(batch, -1, rows, width), 1, 0)
 
+  # Rows first: nothing between the logits and a chunk is then larger than either, in particular
+  # not the gradient that each chunk adds to.
   @jax.checkpoint
   def body(total: Any, chunk: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
     weights_Yxh, label = chunk
-    part = function(einsum("Yh,bhWc->bYWc", weights_Yxh, wide), label)
+    tall = einsum("Yh,bhwc->bYwc", weights_Yxh, logits_BxhxwxC)
+    part = function(einsum("Ww,bYwc->bYWc", column_weights, tall), label)
     return jax.tree.map(jnp.add, total, part), None
 
   shapes = jax.eval_shape(function, jnp.zeros((batch, rows, width, classes)), labels[0])
