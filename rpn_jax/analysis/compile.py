@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpn_jax import chips
-from rpn_jax.analysis import largest_batch
+from rpn_jax.analysis import costs, largest_batch
 from rpn_jax.analysis.arguments import parse
+from rpn_jax.analysis.collectives import collectives
 from rpn_jax.analysis.costs import BACKBONES, RandomEncoder, init_towers
 from rpn_jax.base.console import table
 from rpn_jax.base.errors import InputError
@@ -46,8 +47,8 @@ TITLES = {
   "tile": "merging a tile",
   "text": "text tower",
 }
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
+# A program whose loops do more than this share of its operations is one with loops.
+LOOPS = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +67,29 @@ class Program:
   """A program before it is compiled.
 
   Attributes:
-    lower: makes it.
+    function: jitted, or by `pmap`.
+    arguments: of it, or their shapes.
     count: how many `unit`s one chip computes in a call.
     unit: what they are.
     chips: how many compute it together.
   """
 
-  lower: Callable[[], jax.stages.Lowered]
+  function: Any
+  arguments: tuple
   count: int
   unit: str
-  chips: int
+  chips: int = 1
+
+  def lower(self) -> jax.stages.Lowered:
+    return self.function.lower(*self.arguments)
+
+  def operations(self) -> tuple[float, float]:
+    """Those of `costs.operations` that one chip does in a call, and without turns of loops."""
+    if hasattr(self.function, "trace"):
+      jaxpr = self.function.trace(*self.arguments).jaxpr.jaxpr
+    else:  # of `pmap`
+      jaxpr = jax.make_jaxpr(self.function)(*self.arguments).jaxpr
+    return costs.operations(jaxpr), costs.operations(jaxpr, in_loops=False)
 
 
 def programs(config: Any, clip: CLIPConfig, data: Any, pod: chips.Pod) -> dict[str, Program]:
@@ -123,17 +137,17 @@ def programs(config: Any, clip: CLIPConfig, data: Any, pod: chips.Pod) -> dict[s
     image = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)
     label = jax.ShapeDtypeStruct((batch, side, side), jnp.int32)
 
-    def train_step() -> jax.stages.Lowered:
-      stepper = sharding.make_stepper(config, pod.mesh, state, optimizer, network, data, labeler)
-      return stepper.lower(
-        state,
-        towers if labeler else frozen,
-        text,
-        batch={"image": image, "label": label},
-        key=jax.eval_shape(jax.random.key, 0),
-      )
-
-    result["train"] = Program(train_step, batch // pod.mesh.size, "image", pod.mesh.size)
+    stepper = sharding.make_stepper(config, pod.mesh, state, optimizer, network, data, labeler)
+    arguments = stepper.shapes(
+      state,
+      towers if labeler else frozen,
+      text,
+      batch={"image": image, "label": label},
+      key=jax.eval_shape(jax.random.key, 0),
+    )
+    result["train"] = Program(
+      stepper.step, arguments, batch // pod.mesh.size, "image", pod.mesh.size
+    )
   return result | _inference(config, network, encoder, data.names, towers, prompts, pod)
 
 
@@ -155,7 +169,7 @@ def _inference(
   text = shapes(np.asarray(network.text_input(encoder, names)))
   if "text" in network.towers:
     encode = predictor.encode_text(model, host, text.shape)
-    result["text"] = Program(lambda: encode.lower(variables, text), len(names), "class", 1)
+    result["text"] = Program(encode, (variables, text), len(names), "class")
   else:
     rows, length = embeddings.BATCH_SENTENCES[-1], encoder.config.context_length
     tower = embeddings.TextTransformer(encoder.config, kernels=kernels.for_platform("tpu"))
@@ -163,9 +177,8 @@ def _inference(
       jax.eval_shape(lambda: init_towers(encoder.config, jax.random.key(0), ("text",)))["text"]
     )
     tokens = on_one(jax.ShapeDtypeStruct((rows, length), jnp.int32))
-    result["text"] = Program(
-      lambda: embeddings._encode.lower(tower, params, tokens), rows, "sentence", 1
-    )
+    arguments = (tower, params, tokens)
+    result["text"] = Program(embeddings._encode, arguments, rows, "sentence")
   encoded = jax.eval_shape(lambda v, t: model.apply(v, t, method="encode_text"), variables, text)
   if config.eval.layout == "image":
     return result  # images of their own shapes, which the data tells
@@ -173,9 +186,7 @@ def _inference(
   count = -(-config.eval.window_batch // host.size)
   windows = jax.ShapeDtypeStruct((count * host.size, side, side, 3), jnp.float32)
   forward = predictor.forward(model, host, encoded.shape, windows.shape)
-  result["windows"] = Program(
-    lambda: forward.lower(variables, encoded, windows), count, "window", host.size
-  )
+  result["windows"] = Program(forward, (variables, encoded, windows), count, "window", host.size)
   logits = jax.eval_shape(lambda v, i, t: model.apply(v, i, t), variables, windows, encoded)
   size = (side, side)
   view = views.View(*size, corners=((0, 0),), window=size)
@@ -185,7 +196,7 @@ def _inference(
     (tile, sides, len(names)), (sides[0][0],), (size,), model.scores, views.class_ids
   )
   penalty = np.zeros(len(names), np.float32)
-  result["tile"] = Program(lambda: merge_tile.lower(on_one((part,)), on_one(penalty)), 1, "tile", 1)
+  result["tile"] = Program(merge_tile, (on_one((part,)), on_one(penalty)), 1, "tile")
   return result
 
 
@@ -195,6 +206,8 @@ def shapes(tree: Any) -> Any:
 
 def measure(program: Program, chip: chips.Chip, what: str) -> dict[str, Any]:
   """What the compiler tells of a program, per chip and call; bytes, seconds, operations.
+
+  `loops`: it has some, and `bytes` and `memory_seconds` count one turn of each.
 
   Raises:
     InputError: it does not fit into the chip's memory.
@@ -216,14 +229,18 @@ def measure(program: Program, chip: chips.Chip, what: str) -> dict[str, Any]:
   cost: Any = compiled.cost_analysis()
   arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   taken = arguments + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  arithmetic, traffic = cost["flops"] / chip.flops, cost["bytes accessed"] / chip.bandwidth
+  # XLA knows what it computes twice, and not how often a loop turns; what was traced knows that.
+  traced, once = program.operations()
+  flops = max(cost["flops"], traced)
+  arithmetic, traffic = flops / chip.flops, cost["bytes accessed"] / chip.bandwidth
   return {
     "seconds_to_compile": seconds,
     "argument_bytes": arguments,
     "temporary_bytes": temporary,
     "share_of_memory": taken / chip.memory,
-    "flops": cost["flops"],
+    "flops": flops,
     "bytes": cost["bytes accessed"],
+    "loops": traced - once > LOOPS * traced,
     "arithmetic_seconds": arithmetic,
     "memory_seconds": traffic,
     "count": program.count,
@@ -265,21 +282,6 @@ def _too_large(error: str, what: str) -> TooLarge:
     unit = {"K": 2**10, "M": 2**20, "G": 2**30}
     used, limit = (float(told[key][:-1]) * unit[told[key][-1]] for key in ("used", "limit"))
     found.share = max(used / limit, math.nextafter(1, 2))  # both are rounded
-  return found
-
-
-def collectives(program: str) -> dict[str, dict[str, int]]:
-  """Kind of operation between chips -> how many a compiled program has, and bytes of results."""
-  kinds = "|".join(COLLECTIVES)
-  found: dict[str, dict[str, int]] = {}
-  for types, kind in re.findall(rf"= (\([^=]*?\)|\S+) ({kinds})(?:-start)?\(", program):
-    sizes = [
-      BYTES.get(kept, 4) * math.prod(map(int, filter(None, shape.split(","))))
-      for kept, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", types)
-    ]
-    entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-    entry["count"] += 1
-    entry["bytes"] += sum(sizes)
   return found
 
 
@@ -375,6 +377,7 @@ def text_of(result: dict) -> str:
     return [title, *map(cell, parts.values())]
 
   each = lambda p, key: p[key] / p["count"]
+  more = lambda p: "> " if p["loops"] else ""
   number = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
   sent = lambda p: ", ".join(
     f"{c['count']} {kind}, {number(c['bytes'] / 1e6)} MB" for kind, c in p["collectives"].items()
@@ -385,9 +388,9 @@ def text_of(result: dict) -> str:
     row("temporaries, GB", lambda p: number(p["temporary_bytes"] / 1e9)),
     row("of the chip's memory", lambda p: f"{100 * p['share_of_memory']:.0f} %"),
     row("GFLOP each", lambda p: number(each(p, "flops") / 1e9)),
-    row("GB read and written each", lambda p: number(each(p, "bytes") / 1e9)),
+    row("GB read and written each", lambda p: more(p) + number(each(p, "bytes") / 1e9)),
     row("arithmetic, ms each", lambda p: number(1e3 * each(p, "arithmetic_seconds"))),
-    row("memory, ms each", lambda p: number(1e3 * each(p, "memory_seconds"))),
+    row("memory, ms each", lambda p: more(p) + number(1e3 * each(p, "memory_seconds"))),
     row("at most, chip and second", lambda p: number(p["per_second_per_chip"])),
     row("at most, all that share it", lambda p: number(p["per_second"])),
     row("between chips, a call", lambda p: sent(p) or "nothing"),
@@ -398,7 +401,7 @@ def text_of(result: dict) -> str:
     cells = lambda p: [
       str(p["count"]),
       number(each(p, "flops") / 1e9),
-      number(each(p, "bytes") / 1e9),
+      more(p) + number(each(p, "bytes") / 1e9),
       number(p["per_second_per_chip"]),
     ]
     rows = [[remat, *(cells(p) if p else ["none", "", "", ""])] for remat, p in found.items()]
@@ -410,6 +413,8 @@ def text_of(result: dict) -> str:
     "bfloat16; a run takes at least the longer time. XLA does not know what a program really "
     "takes, and of the attention kernel only what that says of itself."
   )
+  if any(p and p["loops"] for p in (*parts.values(), *result.get("largest_batch", {}).values())):
+    lines.append(">: more than that, since of a loop XLA counts what one turn reads and writes")
   return "\n\n".join(lines)
 
 

@@ -85,16 +85,21 @@ def parameters(prompts: dict, frozen: dict) -> dict[str, int]:
   return {**parts, "trained": count(prompts), **rest}
 
 
-def operations(jaxpr) -> float:
+def operations(jaxpr, in_loops: bool = True) -> float:
   """Floating-point operations of the matrix products and convolutions of a `ClosedJaxpr.jaxpr`.
 
   XLA's own analysis counts the body of a loop once, and so one head of attention on CPUs. What no
   result depends on is not counted: gradients that nobody takes are traced and compiled to nothing.
+  Of a Pallas kernel it is what that says of itself.
+
+  Args:
+    jaxpr: of a program; in a map over devices, the part of one is counted.
+    in_loops: False counts the body of a loop once, as XLA does.
   """
-  return _operations(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+  return _operations(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], in_loops)
 
 
-def _operations(jaxpr) -> float:
+def _operations(jaxpr, in_loops: bool) -> float:
   total = 0.0
   for equation in jaxpr.eqns:
     operation, params = equation.primitive.name, equation.params
@@ -106,8 +111,11 @@ def _operations(jaxpr) -> float:
       kernel = equation.invars[1].aval
       features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
       total += 2 * equation.outvars[0].aval.size * kernel.size / features
-    times = params["length"] if operation == "scan" else 1
-    total += times * sum(map(_operations, jaxprs_in_params(params)))
+    elif operation == "pallas_call":
+      total += params["cost_estimate"].flops
+      continue  # its own program is of one block
+    times = params["length"] if operation == "scan" and in_loops else 1
+    total += times * sum(_operations(inner, in_loops) for inner in jaxprs_in_params(params))
   return total
 
 

@@ -92,8 +92,8 @@ class ShardMap:
     )
     self._gather = jax.jit(lambda tree: tree, out_shardings=self.replicated)
 
-  def lower(self, state: TrainState, *constants: Any, batch: dict, key: Any) -> jax.stages.Lowered:
-    """The step before it is compiled.
+  def shapes(self, state: TrainState, *constants: Any, batch: dict, key: Any) -> tuple:
+    """The shapes that `step` takes.
 
     Args:
       state: the state, or its shapes.
@@ -101,7 +101,7 @@ class ShardMap:
       batch: shapes of the global batch.
       key: PRNG key.
     """
-    return self.step.lower(state, *constants, batch, key)
+    return (state, *constants, batch, key)
 
   def place_state(self, state: TrainState) -> TrainState:
     """Puts the state, of which every process has all, on the devices."""
@@ -169,12 +169,12 @@ class Pmap:
       donate_argnums=0,
     )
 
-  def lower(self, state: TrainState, *constants: Any, batch: dict, key: Any) -> jax.stages.Lowered:
+  def shapes(self, state: TrainState, *constants: Any, batch: dict, key: Any) -> tuple:
     count, total = len(self.local), len(self.devices)
     each = lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype)
     part = lambda x: jax.ShapeDtypeStruct((count, x.shape[0] // total, *x.shape[1:]), x.dtype)
     state, *constants, key = jax.tree.map(each, (state, *constants, key))
-    return self.step.lower(state, *constants, jax.tree.map(part, batch), key)
+    return (state, *constants, jax.tree.map(part, batch), key)
 
   def place_state(self, state: TrainState) -> TrainState:
     return jax.tree.map(self._replicate, state)

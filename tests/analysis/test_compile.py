@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import cat_seg, shapes
@@ -33,6 +34,22 @@ def test_what_is_sent_between_chips_is_counted():
     "all-reduce": {"count": 2, "bytes": 4 * 75000 + 4 * 3 + 2 * 8},
     "all-gather": {"count": 1, "bytes": 2 * 128},
   }
+
+
+def test_every_turn_of_a_loop_is_counted():
+  chip = chips.Chip(1e12, 1e11, 2**30)
+  matrices = jax.ShapeDtypeStruct((10, 64, 64), jnp.float32)
+  loop = jax.jit(lambda x: jax.lax.scan(lambda y, m: (y @ m, None), jnp.eye(64), x)[0])
+  straight = jax.jit(lambda x: x[0] @ x[1])
+  turns = analysis.measure(analysis.Program(loop, (matrices,), 1, "call"), chip, "loop")
+  one = analysis.measure(analysis.Program(straight, (matrices,), 1, "call"), chip, "product")
+  assert one["flops"] == pytest.approx(2 * 64**3, rel=0.05) and not one["loops"]
+  assert turns["flops"] == pytest.approx(10 * 2 * 64**3, rel=0.05) and turns["loops"]
+  assert turns["arithmetic_seconds"] == turns["flops"] / 1e12
+  for measured, said in ((one, False), (turns, True)):
+    result = {"topology": "v5e:1x1", "chips": 1, "programs": {"train": measured}}
+    text = analysis.text_of({**result, "versions": {"jax": jax.__version__}})
+    assert ("of a loop XLA counts what one turn reads" in text and "> 0." in text) == said
 
 
 # How memory may grow with the batch: by the image, and what a chip's memory holds besides; not
@@ -81,6 +98,7 @@ def test_the_largest_batches_are_told_with_what_they_cost(monkeypatch):
     return {
       "share_of_memory": batch / limits[remat], "count": batch, "bytes": batch * 2e9,
       "flops": batch * (500e9 if batch < 70 else 550e9), "per_second_per_chip": 384.0,
+      "loops": remat == "full",
     }  # fmt: skip
 
   monkeypatch.setattr(analysis, "programs", programs)
@@ -92,6 +110,7 @@ def test_the_largest_batches_are_told_with_what_they_cost(monkeypatch):
   text = analysis.text_of(told | {"largest_batch": json.loads(json.dumps(found))})
   lines = [line.split() for line in text.splitlines()]
   assert ["none", "100", "550", "2", "384"] in lines and ["dots", "none"] in lines
+  assert ["full", "300", "550", ">", "2", "384"] in lines and ">: more than that" in text
 
 
 @pytest.mark.parametrize(

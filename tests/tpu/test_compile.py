@@ -120,11 +120,13 @@ def test_cat_seg():
   config = cat_seg.get_config("data=shapes").unlock()
   parts = compiled(config, chips.pod("v5e:2x2"), only=("train", "windows", "text"))
   assert set(parts["train"]["collectives"]) == {"all-reduce"}
+  assert parts["train"]["loops"] and parts["windows"]["loops"]
 
 
 @pytest.mark.slow
-def test_a_step_of_full_size_is_bound_by_arithmetic():
-  config = voc.get_config("preset=released").unlock()
+@pytest.mark.parametrize("preset", ["released", "paper"])
+def test_a_step_of_full_size_is_bound_by_arithmetic(preset):
+  config = voc.get_config(f"preset={preset}").unlock()
   config.dtype = "bfloat16"
   pod = chips.pod("v5e:2x2")
   config.data.batch_size = 16 * pod.mesh.size
