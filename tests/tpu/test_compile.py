@@ -118,9 +118,9 @@ def test_256_chips():
 @pytest.mark.slow
 def test_cat_seg():
   config = cat_seg.get_config("data=shapes").unlock()
+  config.cat_seg.guidance_layers = (0, 1)
   parts = compiled(config, chips.pod("v5e:2x2"), only=("train", "windows", "text"))
   assert set(parts["train"]["collectives"]) == {"all-reduce"}
-  assert parts["train"]["loops"] and parts["windows"]["loops"]
 
 
 @pytest.mark.slow
