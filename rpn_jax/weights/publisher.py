@@ -90,7 +90,8 @@ def _take(
   for name, allowed in fixed.items():
     if name in content and content[name] not in allowed:
       raise _Other(f"its {section}.{name} is {content[name]!r}, CLIP's is {next(iter(allowed))!r}")
-  if unknown := sorted({*content} - {*compared} - {*fixed} - {*free}):
+  told = {name for name, value in content.items() if value is not None}
+  if unknown := sorted(told - {*compared} - {*fixed} - {*free}):
     raise _Other(f"its {section}.{unknown[0]} = {str(content[unknown[0]])[:60]!r} is not known")
   found = {ours: content.get(theirs, default) for theirs, (ours, default) in compared.items()}
   for name in ("image_size", "patch_size"):
@@ -137,15 +138,15 @@ _HF_FREE = {
   _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
   attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
   chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dropout dtype
-  early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
-  forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_factor
-  initializer_range label2id length_penalty logit_scale_init_value max_length min_length
-  name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
-  output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
-  projection_dim remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-  sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-  tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
-  transformers_version typical_p use_bfloat16 use_cache
+  early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+  finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
+  initializer_factor initializer_range label2id length_penalty logit_scale_init_value max_length
+  min_length name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
+  num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+  problem_type projection_dim remove_invalid_values repetition_penalty return_dict
+  return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+  tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype
+  torchscript transformers_version typical_p use_bfloat16 use_cache
   """.split()  # noqa: SIM905
 }
 

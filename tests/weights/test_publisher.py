@@ -142,22 +142,42 @@ def test_a_logit_bias_without_a_config(tmp_path):
   one_line("logit_bias, as SigLIP", clip_file.load, tmp_path, HEADS)
 
 
+# What transformers 4.16 wrote into each of both sections, as in the files of openai/clip-vit-*.
+GENERIC = {
+  "_name_or_path": "", "add_cross_attention": False, "architectures": None,
+  "bad_words_ids": None, "bos_token_id": None, "chunk_size_feed_forward": 0,
+  "cross_attention_hidden_size": None, "decoder_start_token_id": None, "diversity_penalty": 0.0,
+  "do_sample": False, "dropout": 0.0, "early_stopping": False,
+  "encoder_no_repeat_ngram_size": 0, "eos_token_id": None, "finetuning_task": None,
+  "forced_bos_token_id": None, "forced_eos_token_id": None,
+  "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "initializer_factor": 1.0,
+  "initializer_range": 0.02, "is_decoder": False, "is_encoder_decoder": False,
+  "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "length_penalty": 1.0, "max_length": 20,
+  "min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1,
+  "num_return_sequences": 1, "output_attentions": False, "output_hidden_states": False,
+  "output_scores": False, "pad_token_id": None, "prefix": None, "problem_type": None,
+  "projection_dim": 512, "pruned_heads": {}, "remove_invalid_values": False,
+  "repetition_penalty": 1.0, "return_dict": True, "return_dict_in_generate": False,
+  "sep_token_id": None, "task_specific_params": None, "temperature": 1.0,
+  "tie_encoder_decoder": False, "tie_word_embeddings": True, "tokenizer_class": None,
+  "top_k": 50, "top_p": 1.0, "torch_dtype": None, "torchscript": False,
+  "transformers_version": "4.16.0.dev0", "typical_p": 1.0, "use_bfloat16": False,
+}  # fmt: skip
+
+
 def test_fields_that_older_versions_wrote(tmp_path):
-  """Settings of text generation, `dropout`, and empty `*_config_dict`, as in OpenAI's own files."""
+  """Settings of text generation in both towers, and empty `*_config_dict`."""
   folder = unpack("hf", tmp_path)
   content = json.loads((folder / "config.json").read_text())
-  generic = {
-    "add_cross_attention": False, "bad_words_ids": None, "cross_attention_hidden_size": None,
-    "do_sample": False, "dropout": 0.0, "is_decoder": False, "length_penalty": 1.0,
-    "max_length": 20, "pruned_heads": {}, "tie_word_embeddings": True, "tokenizer_class": None,
-    "top_k": 50, "torch_dtype": None, "torchscript": False, "typical_p": 1.0,
-  }  # fmt: skip
   for tower in ("text", "vision"):
-    content[f"{tower}_config"] |= generic
+    content[f"{tower}_config"] |= GENERIC
     content[f"{tower}_config_dict"] = None
-  content["text_config"]["eos_token_id"] = 2
+  content["text_config"] |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
   (folder / "config.json").write_text(json.dumps(content))
   assert clip_file.load(folder)[0].text_heads == 4
+  content["vision_config"]["of_a_later_version"] = None  # which sets nothing
+  (folder / "config.json").write_text(json.dumps(content))
+  clip_file.load(folder)
   content["vision_config"]["pruned_heads"] = {"0": [1]}
   (folder / "config.json").write_text(json.dumps(content))
   one_line("vision_config.pruned_heads is", clip_file.load, folder)
