@@ -64,10 +64,15 @@ _OPCODES = _FLOW + _MEMO + _CONSTANTS + _STRINGS + _INTEGERS + _TUPLES + _LISTS 
 
 # Where checkpoints of trainings have the weights.
 _IN_CHECKPOINT = ("state_dict", "model_state_dict", "model")
+_WHOLE = "use a file with the state dict of a whole model"
 
 
 class Refused(Exception):
-  """The file holds something else than tensors and plain containers."""
+  """The file holds something else than tensors and plain containers; and what to do about it."""
+
+  def __init__(self, reason: str, remedy: str = "get it again, from a source you trust"):
+    super().__init__(reason)
+    self.remedy = remedy
 
 
 class Content(NamedTuple):
@@ -92,7 +97,13 @@ class _Module:
 
 
 class _Inert:
-  """Stands for a NumPy object in a checkpoint's notes: nothing of it is made or kept."""
+  """Stands for an object in a checkpoint's notes: nothing of it is made or kept."""
+
+  def __init__(self, *_):
+    pass
+
+  def __setitem__(self, key, value):
+    pass
 
 
 class _Dispatch(dict):
@@ -125,7 +136,10 @@ class _Unpickler(_Interpreter):
       return _STORAGES[name]
     if (module, name) in _FUNCTIONS:
       return _FUNCTIONS[module, name]
-    raise Refused(f"it asks for {module}.{name}")
+    raise Refused(
+      f"it asks for {module}.{name}",
+      "if you trust its source, load it with its own code and save its state_dict() alone",
+    )
 
   def persistent_load(self, pid):
     if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
@@ -144,9 +158,10 @@ class _Unpickler(_Interpreter):
 
   def load_newobj(self):
     arguments = self.stack.pop()
-    if self.stack[-1] is not _Module or arguments != ():
+    kind = self.stack[-1]
+    if kind is not _Inert and (kind is not _Module or arguments != ()):
       raise Refused("it makes an object that is not a tensor")
-    self.stack[-1] = _Module()
+    self.stack[-1] = kind()
 
   def load_build(self):
     state = self.stack.pop()
@@ -220,10 +235,18 @@ def _untyped(value, *_):
   return value
 
 
-def _inert(*_):
-  return _Inert()
-
-
+# Of what trainings note beside the weights: scores and palettes of NumPy, arguments, paths, types.
+_NOTES = (
+  ("_codecs", "encode"),
+  ("numpy", "dtype"),
+  ("numpy", "ndarray"),
+  *((f"numpy.{x}.multiarray", y) for x in ("core", "_core") for y in ("scalar", "_reconstruct")),
+  ("argparse", "Namespace"),
+  *((x, y) for x in ("pathlib", "pathlib._local") for y in ("PosixPath", "WindowsPath")),
+  *(("torch", x) for x in ("device", "Size", "float16", "bfloat16", "float32", "float64")),
+  ("collections", "defaultdict"),
+  *((x, y) for x in ("builtins", "__builtin__") for y in ("set", "list", "dict", "int", "float")),
+)
 _FUNCTIONS = {
   ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
   ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
@@ -233,15 +256,7 @@ _FUNCTIONS = {
   ("torch.jit._pickle", "build_doublelist"): _untyped,
   ("torch.jit._pickle", "build_tensorlist"): _untyped,
   ("torch.jit._pickle", "restore_type_tag"): _untyped,
-  # mmcv's notes beside the state dict (scores, palettes) may be NumPy's: skipped.
-  ("_codecs", "encode"): _inert,
-  ("numpy", "dtype"): _inert,
-  ("numpy", "ndarray"): _inert,
-  **{
-    (f"numpy.{core}.multiarray", name): _inert
-    for core in ("core", "_core")
-    for name in ("scalar", "_reconstruct")
-  },
+  **dict.fromkeys(_NOTES, _Inert),
 }
 
 
@@ -270,10 +285,10 @@ def _content_of(root) -> Content:
   if isinstance(root, dict):
     root = next((root[x] for x in _IN_CHECKPOINT if isinstance(root.get(x), dict)), root)
   if not isinstance(root, dict):
-    raise Refused(f"it holds a {type(root).__name__}, not a state dict")
+    raise Refused(f"it holds a {type(root).__name__}, not a state dict", _WHOLE)
   for name, value in root.items():
     if not isinstance(name, str) or not isinstance(value, np.ndarray):
-      raise Refused(f"entry {str(name)[:60]!r} of its state dict is not a tensor")
+      raise Refused(f"entry {str(name)[:60]!r} of its state dict is not a tensor", _WHOLE)
   return Content(STATE_DICT, dict(root), {})
 
 
@@ -300,7 +315,7 @@ def read(path) -> Content:
     raise InputError(f"expected a PyTorch file, {path} is a folder: name the file in it") from None
   except Refused as error:
     raise InputError(
-      f"expected a PyTorch file of tensors, {path} is refused, {error}: {again}"
+      f"expected a PyTorch file of tensors, {path} is refused, {error}: {error.remedy}"
     ) from None
   except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
     raise InputError(

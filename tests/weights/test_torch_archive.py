@@ -97,6 +97,36 @@ def test_the_state_of_an_optimizer_is_not_read(tmp_path):
       refused(path, "Bad CRC-32")
 
 
+def test_what_a_training_notes_beside_the_weights_is_passed_over(tmp_path):
+  """Arguments, paths, types and devices, as `torch.save` writes them."""
+  notes = {
+    "args": b"cargparse\nNamespace\n)\x81}" + text("lr") + b"K\x01sb",
+    "out": b"cpathlib\nPosixPath\n(" + text("/") + text("runs") + b"tR",
+    "dtype": b"ctorch\nfloat16\n",
+    "device": b"ctorch\ndevice\n" + text("cpu") + b"\x85R",
+    "size": b"ctorch\nSize\n(K\x01K\x02t\x85R",
+    "losses": b"ccollections\ndefaultdict\nc__builtin__\nlist\n\x85R" + text("a") + b"]s",
+    "seen": b"c__builtin__\nset\n]\x85R",
+  }
+  path = write_state(
+    tmp_path / "x.pt", {"w": MATRIX}, lambda root: dictionary({**notes, "model": root})
+  )
+  np.testing.assert_array_equal(torch_archive.read(path).tensors["w"], MATRIX)
+
+
+@pytest.mark.parametrize(
+  ("root", "match"),
+  [
+    (b"cclip.model\nCLIP\n)\x81", "clip.model.CLIP: if you trust .* save its state_dict"),
+    (dictionary({"q": dictionary({"w": number(1)})}), "'q' .* not a tensor: use a file with the"),
+    (tensor("0", MATRIX), "not a state dict: use a file with the state dict of a whole model"),
+  ],
+)
+def test_what_to_do_about_other_files_of_pytorch(tmp_path, root, match):
+  """A whole model, MaskCLIP's projections, and its text embeddings."""
+  refused(write(tmp_path / "x.pt", root, {"0": MATRIX}), match)
+
+
 def test_what_is_written_is_read(tmp_path):
   state = {"a.w": MATRIX.T, "scalar": np.float32(3), "empty": np.zeros((0, 2), np.float32)}
   torch_archive.write(tmp_path / "x.pth", state, {"note": "é"})
