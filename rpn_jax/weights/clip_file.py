@@ -235,7 +235,7 @@ def _check_no_prompts(file: WeightsFile) -> None:
 
 def _has_hf_names(names: Iterable[str]) -> bool:
   """Whether arrays have the names of Hugging Face's transformers, not OpenAI's."""
-  return any(re.match(r"((module|_orig_mod)\.)*vision_model\.", name) for name in names)
+  return any(re.match(r"((module|_orig_mod)\.)*(vision|text)_model\.", name) for name in names)
 
 
 def _own_fields(metadata: Mapping[str, str], where: str) -> dict:

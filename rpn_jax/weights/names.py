@@ -192,6 +192,7 @@ _OTHER_MODELS = (
   (r"decode_head\.", "a segmentor of mmseg that is not the authors' RPN"),
   (r"(visual|backbone)\.layer1\.", "a ResNet"),
   (r"visual\.trunk\.", "an image tower of timm"),
+  (r"visual\.blocks\.", "EVA-CLIP"),
   (r"blocks\.", "an image tower alone"),
   (r"image_encoder\.", "MobileCLIP"),
 )

@@ -48,6 +48,14 @@ def test_segmentors_that_are_not_the_authors(tmp_path, capsys):
   assert "a segmentor of mmseg that is not the authors' RPN" in capsys.readouterr().err
 
 
+def test_one_tower_of_transformers(tmp_path, state):
+  """The text tower that comes with image generators: its config says what it is."""
+  theirs = {k: v for k, v in hf_names(state, 1, 2).items() if k.startswith("text_model.")}
+  (tmp_path / "model.safetensors").write_bytes(safetensors.numpy.save(theirs))
+  (tmp_path / "config.json").write_text('{"model_type": "clip_text_model"}')
+  one_line("model_type is 'clip_text_model', not 'clip'", clip_file.load, tmp_path)
+
+
 def replaced(state, **changes):
   """The state with entries changed ("__" for "."), or left out where the value is None."""
   state = {**state, **{name.replace("__", "."): value for name, value in changes.items()}}
@@ -63,6 +71,7 @@ def replaced(state, **changes):
       {"visual__conv1__weight": None, "visual__layer1__0__conv1__weight": np.ones(1, "f")},
       r"\(a ResNet\)",
     ),
+    ({"visual__conv1__weight": None, "visual__blocks__0__x": np.ones(1, "f")}, r"\(EVA-CLIP\)"),
     (
       {"visual__conv1__weight": None, "decode_head__conv_seg__weight": np.ones(1, "f")},
       r"\(a segmentor of mmseg that is not the authors' RPN\)",
