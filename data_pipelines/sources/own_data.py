@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -135,22 +136,32 @@ class ImageFiles:
       folders[:] = [name for name in folders if here / name not in without]
       for name in sorted(files):
         if not name.startswith("."):
-          self._by_name.setdefault(composed(name), []).append(here / name)
+          self._by_name.setdefault(_with_small_suffix(composed(name)), []).append(here / name)
 
   def find(self, name: str, split: str | None = None) -> pathlib.Path | None:
     """The file whose path ends in a name with "/" or "\\\\"; None if there is none.
 
-    Of a path that leads out of the folder, as from another machine, as much of the end counts as
-    any file has. In a folder of another split than the given one is another image of this name.
+    Of a path that leads out of the folder, as from another machine, and of an address as much of
+    the end counts as any file has. In a folder of another split than the given one is another image
+    of this name. Suffixes may differ in the case of their letters.
 
     Raises:
       InputError: several files.
     """
-    parts = [composed(part) for part in re.split(r"[\\/]+", name) if part not in ("", ".")]
-    foreign = bool(re.match(r"[\\/]|[A-Za-z]:|\.\.", name))
+    foreign = bool(re.match(r"[\\/]|[A-Za-z][\w+.-]*:|\.\.", name))
+    # Label Studio's addresses of files on its own disk are /data/local-files/?d=PATH.
+    parts = [composed(part) for part in re.split(r"[\\/]+|\?d=", name) if part not in ("", ".")]
     parts = [part for part in parts if part != ".." and not re.fullmatch("[A-Za-z]:", part)]
+    found = self._find(parts, split, foreign)
+    if found is None and foreign and "%" in name:  # as addresses have blanks, and other letters
+      return self._find([composed(urllib.parse.unquote(part)) for part in parts], split, foreign)
+    return found
+
+  def _find(self, parts: list[str], split: str | None, foreign: bool) -> pathlib.Path | None:
     while parts:
-      found = [p for p in self._by_name.get(parts[-1], ()) if self._ends_in(p, parts)]
+      found = self._by_name.get(_with_small_suffix(parts[-1]), [])
+      found = [p for p in found if self._ends_in(p, parts)]
+      found = [p for p in found if composed(p.name) == parts[-1]] or found
       found = [p for p in found if split is None or self._split_of(p) in (None, split)]
       found = [p for p in found if self._split_of(p) == split] or found
       if len(found) > 1:
@@ -174,8 +185,13 @@ class ImageFiles:
     return split_of(path.relative_to(self.folder).parent)
 
   def _ends_in(self, path: pathlib.Path, parts: Sequence[str]) -> bool:
-    ending = path.relative_to(self.folder).parts[-len(parts) :]
-    return [composed(part) for part in ending] == [*parts]
+    ending = path.relative_to(self.folder).parts[-len(parts) : -1]
+    return [composed(part) for part in ending] == [*parts[:-1]]
+
+
+def _with_small_suffix(name: str) -> str:
+  stem, dot, suffix = name.rpartition(".")
+  return f"{stem}.{suffix.lower()}" if dot else name
 
 
 def clean(name: str) -> str:

@@ -173,7 +173,7 @@ def _lists(manual_dir: pathlib.Path, masks: pathlib.Path) -> dict[str | None, Se
   """Split -> names of images, from ImageSets or, without, of all masks."""
   folder = manual_dir / "ImageSets" / "Segmentation"
   files: dict[str | None, list[pathlib.Path]] = {}
-  for path in sorted(folder.glob("*.txt")):
+  for path in sorted(folder.glob("[!.]*.txt")):  # macOS puts ._train.txt beside train.txt
     files.setdefault(split_of(pathlib.PurePath(path.stem)), []).append(path)
   if {"train", "val"} & {*files}:
     files.pop(None, None)  # lists of both, as trainval.txt

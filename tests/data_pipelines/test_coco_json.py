@@ -158,7 +158,19 @@ def test_the_panoptic_form(raw, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["sub\\b.jpg", "./sub/b.jpg", "../x/sub/b.jpg", "C:\\data\\sub\\b.jpg", "/x/y/b.jpg"]
+  "name",
+  [
+    "sub\\b.jpg",
+    "./sub/b.jpg",
+    "../x/sub/b.jpg",
+    "C:\\data\\sub\\b.jpg",
+    "/x/y/b.jpg",
+    "sub/b.JPG",
+    # Of Label Studio: what was uploaded, and files on its disk.
+    "https://host:8080/data/upload/1/b.jpg",
+    "/data/local-files/?d=b.jpg",
+    "/data/local-files/?d=s%75b/%62.jpg",
+  ],
 )
 def test_names_of_other_systems_and_machines(name, raw, tmp_path):
   for file in ("a.jpg", "sub/b.jpg"):

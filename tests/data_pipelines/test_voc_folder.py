@@ -84,6 +84,8 @@ def test_lists(tmp_path, capsys):
   lists = raw / "ImageSets/Segmentation"
   text(lists / "train.txt", "a.jpg", "sub\\b.png", "")  # as some tools write them
   text(lists / "test.txt", "c")
+  (lists / "._train.txt").write_bytes(b"\0\5\x16\7\0\2\xff")  # as macOS puts beside others
+  (raw / "JPEGImages/a.jpg").rename(raw / "JPEGImages/a.JPG")
   splits = built(tmp_path).examples(raw)
   assert {s: [e.id for e in x] for s, x in splits.items()} == {
     "train": ["a", "sub/b"],
