@@ -174,7 +174,7 @@ def _splits(
   found: dict[str | None, list[pathlib.Path]] = {}
   if any(keys.values()):
     images = _Images(path, data, manual_dir)
-    return {split: images.of(key) for split, key in keys.items() if key}
+    return {split: images.of(key, split == "test") for split, key in keys.items() if key}
   print(f"{path}: names no train or val, so that all images below are read", flush=True)
   for file in list_images(path.parent, suffixes=_SUFFIXES, recursive=True):
     found.setdefault(split_of(file.relative_to(manual_dir).parent), []).append(file)
@@ -195,42 +195,64 @@ class _Images:
       if root not in (".", path.parent.name):
         print(f"{path}: no folder {root}, its images are looked for in {path.parent}", flush=True)
 
-  def of(self, key: str) -> list[pathlib.Path]:
+  def of(self, key: str, optional: bool) -> list[pathlib.Path]:
     """The image files of an entry: folders, or text files that list images, or a list of these.
+
+    Args:
+      key: of the entry.
+      optional: whether there may be none, as of images for tests, which are left out: Roboflow
+        always names a folder of them.
 
     Raises:
       InputError: there are none.
     """
     entries = self._data[key]
     entries = entries if isinstance(entries, list) else [entries]
-    files = [file for entry in entries for file in self._entry(key, str(entry))]
+    files = [file for entry in entries for file in self._entry(key, str(entry), optional)]
     return list(dict.fromkeys(files))
 
-  def _entry(self, key: str, entry: str) -> list[pathlib.Path]:
-    text = entry.replace("\\", "/")
-    places = [self._root / text, self._yaml.parent / text]
-    if text.startswith("../"):  # as Roboflow writes what is beside the file
-      places += [self._root / text[3:], self._yaml.parent / text[3:]]
-    place = next((place for place in places if os.path.exists(place)), None)
+  def _entry(self, key: str, entry: str, optional: bool) -> list[pathlib.Path]:
+    place = self._place(key, entry.replace("\\", "/").rstrip("/"))
     if place is None:
+      if optional:
+        return []
       raise InputError(
         f"{self._yaml}: expected a folder or a list of images at {key}: {entry}, got nothing at "
-        f"{places[0]}; correct path or {key}, or remove the entry"
+        f"{self._root / entry}; correct path or {key}, or remove the entry"
       )
     if place.is_dir():
       files = list_images(place.resolve(), suffixes=_SUFFIXES, recursive=True)
     else:
       files = [self._listed(place, line) for line in read_lines(place, "paths of images") if line]
-    if not files:
+    if not files and not optional:
       raise InputError(f"{place}: expected the {key} images, got none; put them there")
     return files
+
+  def _place(self, key: str, text: str) -> pathlib.Path | None:
+    """Where a folder or list is that an entry names; None if there is none."""
+    places = [self._root / text, self._yaml.parent / text]
+    if text.startswith("../"):  # as Roboflow writes what is beside the file
+      places += [self._root / text[3:], self._yaml.parent / text[3:]]
+    if place := next((place for place in places if os.path.exists(place)), None):
+      return place
+    if not re.match("/|[A-Za-z]:", text):
+      return None
+    # A path of another machine: as much of its end as there is.
+    parts = [part for part in text.split("/") if part not in ("", ".", "..")]
+    ends = (self._yaml.parent.joinpath(*parts[i:]) for i in range(len(parts)))
+    place = next((place for place in ends if os.path.exists(place)), None)
+    if place:
+      print(f"{self._yaml}: no folder {text}, the {key} images are those of {place}", flush=True)
+    return place
 
   def _listed(self, place: pathlib.Path, line: str) -> pathlib.Path:
     """The image of a line of a list."""
     name = line.replace("\\", "/")
-    for folder in (place.parent, self._root):
-      if os.path.isfile(folder / name):
-        return (folder / name).resolve()
+    # datumaro, with which CVAT exports, writes data/ in front of a path from the list.
+    for inside in (name, name.removeprefix("data/")):
+      for folder in (place.parent, self._root):
+        if os.path.isfile(folder / inside):
+          return (folder / inside).resolve()
     self._files = self._files or ImageFiles(self._manual_dir)
     found = self._files.find(line)
     if found is None:

@@ -38,6 +38,11 @@ def built(tmp_path, background=None):
      "{split}/images"),
     ("nc: 2\nnames: [cat, dog]", "images/{split}"),  # supervision's
     (f"path: C:\\data\ntrain: images\\train\nval: images/val/\n{NAMES}", "images/{split}"),
+    # Roboflow names a folder of images for tests where there is none, and in Colab whole paths.
+    ("train: ../train/images\nval: ../val/images\ntest: ../test/images\nnames: [cat, dog]",
+     "{split}/images"),
+    ("train: /content/x-1/train/images\nval: C:\\x\\val\\images\\\nnames: [cat, dog]",
+     "{split}/images"),
   ],
 )  # fmt: skip
 def test_ways_of_data_yaml(yaml, images, tmp_path):
@@ -67,6 +72,8 @@ def test_lists_of_images(tmp_path):
   expected = yolo_tree(raw, f"train: train.txt\nval: val.txt\n{NAMES}")
   text(raw / "train.txt", "./images/train/a.jpg", "", "images\\train\\b.jpg")
   text(raw / "val.txt", "/home/x/images/val/a.jpg", f"{raw}/images/val/b.jpg")
+  same(labels_of(built(tmp_path), raw), expected)
+  text(raw / "train.txt", "data/images/train/a.jpg", "data/images/train/b.jpg")  # datumaro's
   same(labels_of(built(tmp_path), raw), expected)
   text(raw / "val.txt", "./images/val/c.jpg")
   with pytest.raises(
