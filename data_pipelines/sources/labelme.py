@@ -41,8 +41,9 @@ from rpn_jax.base.words import suggestion
 _POINTS = {
   None: (3, math.inf),
   "polygon": (3, math.inf),
-  "rectangle": (2, 2),
+  "rectangle": (2, 4),
   "oriented_rectangle": (4, 4),
+  "rotation": (4, 4),  # the same in X-AnyLabeling, whose rectangles have four points, too
   "circle": (2, 2),
   "line": (2, 2),
   "linestrip": (2, math.inf),
@@ -240,7 +241,7 @@ def _draw(canvas: Canvas, shape: dict, label: int, size: tuple[int, int]) -> Non
     ImageDraw.Draw(image).line(points, fill=1, width=_LINE_WIDTH, joint="curve")
     mask_HxW = np.array(image)
   else:
-    if kind == "rectangle":
+    if kind == "rectangle" and len(points) != 4:
       (left, top), (right, bottom) = points
       points = [(left, top), (right, top), (right, bottom), (left, bottom)]
     mask_HxW = read_mask([[value for point in points for value in point]], size)

@@ -62,10 +62,13 @@ def test_shapes_of_every_kind(tmp_path, capsys):
     shape("b", "mask", [[24, 16], [28, 19]], mask=png_text(stored)),
     shape("a", "mask", [[-2, -2], [2, 1]], mask=png_text(stored)),
     shape("b", "oriented_rectangle", [[24, 2], [27, 2], [27, 5], [24, 5]]),
+    # X-AnyLabeling's
+    shape("b", "rotation", [[24, 7], [27, 7], [27, 9], [24, 9]], direction=0.0),
+    shape("b", "rectangle", [[24, 11], [27, 11], [27, 13], [24, 13]], difficult=False),
   ]
   expected = painted(
     (box(*BIG), 0), (disk(15, 10, 3), 1), (box(*SMALL), 1), (placed, 1), (cut, 0),
-    (box(24, 2, 27, 5), 1),
+    (box(24, 2, 27, 5), 1), (box(24, 7, 27, 9), 1), (box(24, 11, 27, 13), 1),
   )  # fmt: skip
   np.testing.assert_array_equal(label_of(tmp_path, shapes), expected)
   assert "have no area" not in capsys.readouterr().out
