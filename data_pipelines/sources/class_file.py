@@ -52,6 +52,8 @@ def read(path: pathlib.Path) -> ClassFile:
   if path.name == LABELMAP:
     lines = [line for line in lines if line and not line.startswith("#")]
     lines = [found[1] if (found := _WITHOUT_COLOR.fullmatch(line)) else line for line in lines]
+  while lines and not lines[-1]:  # as editors leave them behind the last name
+    lines.pop()
   if not lines:
     raise InputError(f"{path}: expected one name per line, got an empty file; write the names")
   found = [_COLORED.fullmatch(line) for line in lines]

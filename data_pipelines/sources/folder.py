@@ -167,7 +167,10 @@ def _pairs(
   masks = _by_name(_list_masks(labels, obtain), "mask")
   no_mask, no_image = sorted({*by_name} - {*masks}), sorted({*masks} - {*by_name})
   alone = [
-    *(f"{labels / n}.png: expected the mask of {by_name[n]}, got no such file" for n in no_mask),
+    *(
+      f"{labels / n}.png: expected the mask of {by_name[n]}, got {_nearly(n, no_image)}"
+      for n in no_mask
+    ),
     *(f"{images / n}.*: expected the image of {masks[n]}, got no such file" for n in no_image),
   ]
   pairs = [
@@ -177,6 +180,13 @@ def _pairs(
     for name in sorted({*by_name} & {*masks})
   ]
   return pairs, alone
+
+
+def _nearly(name: str, masks: Sequence[str]) -> str:
+  """What there is in place of a mask: one whose name begins with that of the image, or nothing."""
+  begin = (mask for mask in masks if mask.casefold().startswith(name.casefold()))
+  other = next(begin, None)
+  return f"{other!r}, which needs the name of the image" if other else "no such file"
 
 
 def _list_masks(labels: pathlib.Path, obtain: str) -> list[pathlib.Path]:

@@ -139,6 +139,15 @@ def test_bad_names(text, complaint, raw, tmp_path):
     Folder(data_dir=tmp_path).examples(raw)
 
 
+def test_blank_lines_behind_the_last_name(raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  with (raw / "names.txt").open("a") as file:
+    file.write("\n  \n")
+  builder = Folder(data_dir=tmp_path)
+  builder.examples(raw)
+  assert builder.classes.names == ("sky", "big tree, tree", "Straße", "猫")
+
+
 def test_names_of_other_bytes(raw, tmp_path):
   raw_ade_coco.folder(raw)
   (raw / "names.txt").write_bytes("Straße".encode("latin-1"))
@@ -166,6 +175,15 @@ def test_missing_partners(raw, tmp_path):
   moved.rename(mask)
   image.unlink()
   with pytest.raises(InputError, match=r"pic 5 ä.\*: expected the image of .*pic 5 ä.png"):
+    Folder(data_dir=tmp_path).examples(raw)
+
+
+@pytest.mark.parametrize("name", ["pic 4 ä_mask", "pic 4 ä.jpg", "PIC 4 ä"])
+def test_masks_of_nearly_the_name(name, raw, tmp_path):
+  raw_ade_coco.folder(raw)
+  mask = raw / "labels/train/pic 4 ä.png"
+  mask.rename(mask.with_name(f"{name}.png"))
+  with pytest.raises(InputError, match=rf"mask of .*ä.jpg, got '{name}', which needs the name"):
     Folder(data_dir=tmp_path).examples(raw)
 
 
