@@ -34,7 +34,7 @@ HF_OUTSIDE = {
   "layernorm.bias": "norm.bias",
 }
 # For other tasks: classifiers, MAE's decoder and mask token, HF's pooler.
-UNUSED = re.compile(r"(head|fc_norm|pre_logits|decoder|mask_token|classifier|pooler)\b.*")
+UNUSED = re.compile(r"(head|fc_norm|pre_logits|decoder(_\w+)?|mask_token|classifier|pooler)\b.*")
 # timm's name in a block -> ours, whether it is a matrix product.
 BLOCK = {
   "norm1": ("ln_1", False),

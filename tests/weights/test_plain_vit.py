@@ -103,7 +103,14 @@ def clip(tmp_path):
   return path
 
 
-@pytest.mark.parametrize("state", [timm_state, hf_state])
+def mae_state():
+  """With the decoder, by MAE's own names."""
+  names = ("mask_token", "decoder_embed.weight", "decoder_pos_embed", "decoder_norm.bias",
+           "decoder_blocks.0.attn.qkv.weight", "decoder_pred.bias")  # fmt: skip
+  return timm_state() | {name: np.zeros((2, 2), np.float32) for name in names}
+
+
+@pytest.mark.parametrize("state", [timm_state, hf_state, mae_state])
 def test_it_computes_what_the_original_does(state, clip):
   config, params = plain_vit.join(state(), "vit.safetensors", *clip_file.load(clip), heads=1)
   assert (config.vision, config.image_size, config.vision_heads) == ("vit", PATCH * GRID, 1)
