@@ -95,6 +95,11 @@ def read_arrays(path) -> WeightsFile:
       f"expected a PyTorch zip file, {path} has the format before PyTorch 1.6: "
       "load and save it once with a newer PyTorch"
     )
+  if head == b"version h":  # ttps://git-lfs.github.com/spec/v1
+    raise InputError(
+      f"expected CLIP weights, {path} is a pointer of Git LFS without its content: run git lfs pull "
+      "in the clone, or download the file itself"
+    )
   if path.suffix == ".json":
     return WeightsFile(path, SHARDS, _read_shards(path))
   if head[8:] != b"{":

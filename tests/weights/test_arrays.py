@@ -64,6 +64,7 @@ def test_files_of_another_kind(tmp_path, tiny):
     (b"\xff\xd8\xff\xe0\x00\x10JFIF and so on", "neither"),
     (b"", "neither"),
     (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "before PyTorch 1.6"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:5\n", "run git lfs pull"),
     (TORCHSCRIPT.read_bytes()[:100_000], "damaged"),
     (OPENCLIP.read_bytes()[:100_000], "damaged"),
     (OPENCLIP.read_bytes()[:20], "damaged"),
