@@ -97,8 +97,8 @@ def read_arrays(path) -> WeightsFile:
     )
   if head == b"version h":  # ttps://git-lfs.github.com/spec/v1
     raise InputError(
-      f"expected CLIP weights, {path} is a pointer of Git LFS without its content: run git lfs pull "
-      "in the clone, or download the file itself"
+      f"expected CLIP weights, {path} is a pointer of Git LFS without its content: run git lfs "
+      "pull in the clone, or download the file itself"
     )
   if path.suffix == ".json":
     return WeightsFile(path, SHARDS, _read_shards(path))

@@ -340,7 +340,7 @@ def _check_tokenizer(folder: pathlib.Path) -> None:
     beside, kind, words = listed, "another vocabulary", read_json(listed)
   elif named.is_file():
     beside, kind = named, str(read_json(named).get("tokenizer_class"))
-    if kind in ("CLIPTokenizer", "CLIPTokenizerFast"):
+    if kind in ("CLIPTokenizer", "CLIPTokenizerFast", "None"):  # older files name no class
       return
   else:
     return

@@ -305,6 +305,7 @@ def test_tokenizers(tmp_path):
     ("vocab.json", own, None),
     ("vocab.json", swapped, "another vocabulary"),
     ("tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer"}, None),
+    ("tokenizer_config.json", {"do_lower_case": True, "model_max_length": 77}, None),
     ("tokenizer_config.json", {"tokenizer_class": "XLMRobertaTokenizer"}, "XLMRobertaTokenizer"),
   ):
     (folder / name).write_text(json.dumps(content))
