@@ -4,7 +4,7 @@ import functools
 import pathlib
 
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
-from data_pipelines.sources.files import require
+from data_pipelines.sources.files import list_files, require
 from data_pipelines.sources.pascal import read_matrix, read_names
 from rpn_jax.base.errors import InputError
 
@@ -36,7 +36,7 @@ benchmark_RELEASE/dataset/cls/*.mat (also below sbd, VOCaug/dataset or VOCdevkit
 benchmark_RELEASE/dataset/{train,val}.txt
 or, in place of SBD's files, as converted by others:
 VOCdevkit/VOC2012/SegmentationClassAug/*.png
-VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"""
+VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt (may be missing)"""
 
   def examples(self, manual_dir):
     root = manual_dir / "VOCdevkit" / "VOC2012"
@@ -50,7 +50,7 @@ VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"""
           f"{converted}: expected SBD's labels here as .png files or as cls/*.mat in one of "
           f"{', '.join(_SBD)} below {manual_dir}, got neither; {self.obtain}"
         )
-    train, val = self._names(root / "ImageSets" / "Segmentation", sbd)
+    train, val = self._names(root / "ImageSets" / "Segmentation", sbd, converted)
 
     def train_example(name: str) -> RawExample:
       label, read = own / f"{name}.png", None
@@ -68,11 +68,13 @@ VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"""
       "val": [RawExample(n, images / f"{n}.jpg", val_labels / f"{n}.png") for n in val],
     }
 
-  def _names(self, lists: pathlib.Path, sbd: pathlib.Path | None) -> tuple[list[str], list[str]]:
+  def _names(
+    self, lists: pathlib.Path, sbd: pathlib.Path | None, converted: pathlib.Path
+  ) -> tuple[list[str], list[str]]:
     """The names of both splits."""
     val = read_names(lists / "val.txt", "VOC's validation list", self.obtain)
     ready = lists / "trainaug.txt"
-    if sbd is None or ready.exists():
+    if ready.exists():
       train = read_names(ready, "the list of the training images of VOC and SBD", self.obtain)
       both = sorted(set(train) & set(val))
       if both:
@@ -82,6 +84,10 @@ VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"""
         )
       return train, val
     names = set(read_names(lists / "train.txt", "VOC's training list", self.obtain))
-    for file in ("train.txt", "val.txt"):
+    if sbd is None:  # the archive of these labels that most people have comes without a list
+      files = list_files(converted, (".png",), "SBD's labels", self.obtain)
+      names.update(path.stem for path in files)
+      print(f"{ready}: not there, all images of {converted.name} but val.txt's are for training")
+    for file in ("train.txt", "val.txt") if sbd else ():
       names.update(read_names(sbd / file, "a list of SBD", self.obtain))
     return sorted(names - set(val)), val

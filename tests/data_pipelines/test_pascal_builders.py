@@ -91,6 +91,16 @@ def test_voc_ready_list_comes_before_the_built_one(raw, tmp_path):
   _check(_builder(Voc, tmp_path), raw, expected)
 
 
+def test_voc_converted_labels_without_a_list(raw, tmp_path, capsys):
+  """As in the archive that is called SegmentationClassAug."""
+  expected = raw_pascal.voc(raw, "converted")
+  lists = raw / "VOCdevkit/VOC2012/ImageSets/Segmentation"
+  (lists / "trainaug.txt").unlink()
+  (raw / "VOCdevkit/VOC2012/SegmentationClassAug/._2008_000010.png").write_bytes(b"\0\5\x16\7")
+  _check(_builder(Voc, tmp_path), raw, expected)
+  assert "trainaug.txt: not there, all images of SegmentationClassAug" in capsys.readouterr().out
+
+
 def test_voc_refuses_validation_images_in_training(raw, tmp_path):
   raw_pascal.voc(raw, "converted")
   ready = raw / "VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"
