@@ -72,9 +72,10 @@ def main(arguments=None) -> int:
   args = parser.parse_args(arguments)
 
   def convert() -> None:
-    file = read_arrays(clip_file.find_weights(args.source))
     names = ("dtype", "activation", "vision_heads", "text_heads", "verify", "clip")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    untold = {name: value for name, value in given.items() if name in names[1:4]}
+    file = read_arrays(clip_file.find_weights(args.source, untold))
     if authors.is_authors(file.arrays):
       _check_flags(given, "a checkpoint of RPN", ("clip",))
       lines = _authors_to_prompts(file, args.destination, args.clip)

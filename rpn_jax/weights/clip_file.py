@@ -5,6 +5,7 @@ header says `format`, `version` and the architecture as JSON.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -46,12 +47,13 @@ ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 NOTES = {"153c41e55151530f": "its CLIP, shapes_clip, knows drawn shapes and no photographs"}
 
 
-def find_weights(name) -> pathlib.Path:
+def find_weights(name, overrides: Mapping | None = None) -> pathlib.Path:
   """A path, `~` resolved, of the weights of a name; those of the hub are fetched if need be.
 
   Args:
     name: a path, the name of weights that ship with the package, a name in
       `checkpoints.CHECKPOINTS`, or hf://owner/name. What exists as a file or folder is used first.
+    overrides: what a repository of the hub does not tell; see `load`.
 
   Raises:
     InputError: weights that cannot be fetched.
@@ -61,7 +63,7 @@ def find_weights(name) -> pathlib.Path:
     if checkpoint:
       print(f"{name}: the local {path.resolve()} is used, not the published {checkpoint.name}")
   elif checkpoint:
-    return hub.get(checkpoint, convert)
+    return hub.get(checkpoint, functools.partial(convert, overrides=overrides))
   elif str(path) == path.name and (ASSETS / path).exists():
     return ASSETS / path
   return path
@@ -123,6 +125,7 @@ def convert(
   checkpoint: checkpoints.Checkpoint,
   destination: pathlib.Path,
   origin: Mapping[str, str],
+  overrides: Mapping | None = None,
 ) -> None:
   """Writes a public checkpoint in this project's format, if it is what its row in the table says.
 
@@ -133,6 +136,7 @@ def convert(
     checkpoint: its row.
     destination: the file to write.
     origin: header entries that say where it is from.
+    overrides: see `load`.
 
   Raises:
     InputError: another architecture, values that are not finite, or see `load` and `save`.
@@ -147,7 +151,9 @@ def convert(
     usual = {f"{t}_heads": getattr(wanted, f"{t}_width") // 64 for t in ("vision", "text")}
     needed = {name: getattr(wanted, name) for name in ("activation", *usual)}
     untold = {k: v for k, v in needed.items() if k not in told and v != usual.get(k)}
-  config, params = load(file.path, untold)
+  # A fetched file is gone when a message about it is read; its address is not.
+  where = None if checkpoint.listed else checkpoint.name
+  _, config, params = parse(file, {**untold, **(overrides or {})}, where)
   # How images were normalized is told by the publisher's files alone.
   sizes = lambda c: {k: v for k, v in dataclasses.asdict(c).items() if k not in IMAGE_FIELDS}
   if wanted and (changed := differences(sizes(wanted), sizes(config))):
@@ -183,9 +189,17 @@ def load(path, overrides: Mapping | None = None) -> tuple[CLIPConfig, dict]:
   return parse(read_arrays(path), overrides)[1:]
 
 
-def parse(file: WeightsFile, overrides: Mapping | None = None) -> tuple[str, CLIPConfig, dict]:
-  """The same as `load` for a file that is read already, and a description of its kind."""
-  where, overrides = str(file.path), overrides or {}
+def parse(
+  file: WeightsFile, overrides: Mapping | None = None, where: str | None = None
+) -> tuple[str, CLIPConfig, dict]:
+  """The same as `load` for a file that is read already, and a description of its kind.
+
+  Args:
+    file: the weights.
+    overrides: see `load`.
+    where: what messages call the file; None for its path.
+  """
+  where, overrides = where or str(file.path), overrides or {}
   _check_no_prompts(file)
   if file.metadata.get("format") == FORMAT:
     kind = "rpn_jax safetensors"
@@ -195,8 +209,9 @@ def parse(file: WeightsFile, overrides: Mapping | None = None) -> tuple[str, CLI
     for paper, known in (("RPN", authors.is_authors), ("CAT-Seg", cat_seg.is_cat_seg)):
       if known(file.arrays):
         raise InputError(
-          f"expected CLIP weights, {where} is a checkpoint of {paper}'s official code: convert it "
-          f"first, rpn convert {where} PROMPTS.safetensors --clip=CLIP, and use PROMPTS.safetensors"
+          f"expected CLIP weights, {where} is a checkpoint of {paper}'s official code: convert its "
+          f"file first, rpn convert {'FILE' if where != str(file.path) else where} "
+          "PROMPTS.safetensors --clip=CLIP, and use PROMPTS.safetensors"
         )
     hf = _has_hf_names(file.arrays)
     kind = f"{file.kind} with the names of {'Hugging Face' if hf else 'OpenAI'}"

@@ -561,6 +561,23 @@ def test_what_was_downloaded_by_hand(server, tmp_path, capsys):
   assert "does not exist" in capsys.readouterr().err
 
 
+def test_what_a_repository_does_not_tell_is_told_to_the_converter(server, tmp_path, monkeypatch):
+  """Many hold one file of weights and no config; the message has the command that reads it."""
+  weights = server.repositories["test/openclip"]["open_clip_model.safetensors"]
+  monkeypatch.setitem(server.repositories, "test/bare", {"a.safetensors": weights})
+  name, out = "hf://test/bare/a.safetensors", tmp_path / "out.safetensors"
+  told = {"vision_heads": 2, "text_heads": 2, "activation": "quick_gelu"}
+  for i in range(3):
+    given = dict(list(told.items())[:i])
+    flag = [*told][i]
+    one_line(
+      rf"{name} does not tell .*rpn convert.* --{flag}=", clip_file.find_weights, name, given
+    )
+  flags = [f"--{flag}={value}" for flag, value in told.items()]
+  assert cli.main(["convert", name, str(out), *flags]) == 0
+  assert clip_file.load(out)[0] == clip_file.load_clip(name)[0] == tiny.TINY
+
+
 def test_the_converter_takes_a_name(server, tmp_path):
   out = tmp_path / "half.safetensors"
   assert cli.main(["convert", f"hf://{REPOSITORY}", str(out), "--dtype=float16"]) == 0
