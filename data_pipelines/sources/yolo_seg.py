@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import yaml
 
+from data_pipelines.sources import class_file
 from data_pipelines.sources.builder import Painted, RawExample
 from data_pipelines.sources.coco_masks import read_mask
 from data_pipelines.sources.files import read_lines, read_text
@@ -27,6 +28,7 @@ from rpn_jax.base.picture_files import list_images
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 _NAMES = ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")
+_LIST = "classes.txt"  # a name per line, in place of these, as Label Studio exports it
 _MARGIN = 0.01  # of coordinates beyond the edges, as ultralytics allows
 _BOX = 5  # numbers in the line of a box
 
@@ -51,6 +53,7 @@ class YoloSeg(Annotations):
   title = "your own data, as YOLO's segmentation"
   names_from = "data.yaml"
   layout = """data.yaml (names; train and val: folders or lists of images, from path or from here)
+classes.txt (a name per line; in place of data.yaml)
 images/…/*.jpg, with labels/…/*.txt of the same names: a class index and corners x y x y … in 0…1
   on each line
 unseen.txt (may be missing: the names that are never trained on)"""
@@ -111,16 +114,20 @@ def _find_yaml(manual_dir: pathlib.Path) -> pathlib.Path:
   files = sorted([*manual_dir.glob("*.yaml"), *manual_dir.glob("*.yml")])
   files = [path for path in files if not path.name.startswith(".")]
   chosen = [path for path in files if path.name in _NAMES] or files
+  if not chosen and (manual_dir / _LIST).is_file():
+    return manual_dir / _LIST
   if len(chosen) != 1:
     got = " and ".join(path.name for path in chosen[:2]) or "none"
     raise InputError(
       f"{manual_dir}: expected one YAML file with names, train and val, as data.yaml, got {got}; "
-      "name it data.yaml"
+      f"name it data.yaml, or write {_LIST} with a name per line"
     )
   return chosen[0]
 
 
 def _read_yaml(path: pathlib.Path) -> dict:
+  if path.name == _LIST:
+    return {"names": list(class_file.read(path).names)}
   text = read_text(path, "names, train and val")
   try:
     data = yaml.load(text, _Loader)

@@ -52,6 +52,19 @@ def test_ways_of_data_yaml(yaml, images, tmp_path):
   assert builder.classes.names == ("cat", "dog")
 
 
+def test_names_in_a_list_of_their_own(tmp_path, capsys):
+  """Label Studio's export."""
+  raw = tmp_path / "raw"
+  expected = yolo_tree(raw, "", "images/{split}")
+  (raw / "data.yaml").unlink()
+  (raw / "classes.txt").write_text("cat\ndog")
+  text(raw / "notes.json", "{}")
+  builder = built(tmp_path)
+  same(labels_of(builder, raw), expected)
+  assert builder.classes.names == ("cat", "dog")
+  assert "classes.txt: names no train or val, so that all images" in capsys.readouterr().out
+
+
 def test_names_that_are_numbers(tmp_path):
   """ultralytics takes str() of what YAML reads; names are kept as they are written."""
   raw = tmp_path / "raw"
