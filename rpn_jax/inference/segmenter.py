@@ -158,9 +158,11 @@ class Segmenter:
     elif public := checkpoints.find(model):
       name = public.name
     else:
+      near = checkpoints.near_address(model)
       raise InputError(
         f"model={name!r}: expected the workdir of a run, a file of prompts or CLIP weights, or one "
         f"of {', '.join([*SHIPPED_PROMPTS, *SHIPPED, *checkpoints.CHECKPOINTS])}; nothing is there"
+        + (f": did you mean {near!r}?" if near else "")
       )
     if method in NETWORKS:
       raise InputError(f"method={method!r} needs a training run or its prompts, got {model}")

@@ -20,6 +20,7 @@ All were trained on images normalized with OpenAI's mean and deviation. LAION-2B
 
 import dataclasses
 import hashlib
+import pathlib
 import re
 from typing import Any
 
@@ -44,6 +45,7 @@ ANY_LAYOUT = tuple(
 )
 
 _HUB = "hf://"
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json")
 # OpenAI's own addresses; they have answered 404 since October 2025 (openai/CLIP, issue 516).
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 
@@ -203,7 +205,11 @@ CHECKPOINTS = {row.name: row for row in _ROWS}
 # Other spellings, as those of open_clip ("ViT-B-16"), are the same name.
 _FOLDED = re.compile(r"[/_-]")
 # What is typed or pasted in place of hf://.
-_LIKE_HUB = re.compile(r"(?i)(hf|huggingface):/*|https?://(www\.)?(huggingface\.co|hf\.co)/+")
+_LIKE_HUB = re.compile(
+  r"(?i)(hf|hf-hub|huggingface):/*|https?://(www\.)?(huggingface\.co|hf\.co)/+"
+)
+# What a page's address has behind owner/name: a branch, and a file of it.
+_PAGE = re.compile(r"([^/]+/[^/]+)/(?:tree|blob|resolve)/([^/]+)(/.+)?")
 
 
 def find(name: object) -> Checkpoint | None:
@@ -218,7 +224,7 @@ def find(name: object) -> Checkpoint | None:
   if typo := _LIKE_HUB.match(text):
     raise InputError(
       f"expected hf://owner/name for a repository of the hub, got {text!r}: did you mean "
-      f"{_HUB + text[typo.end() :]!r}?"
+      f"{_of_page(text[typo.end() :])!r}?"
     )
   folded = {_fold(known): row for known, row in CHECKPOINTS.items()}
   if row := folded.get(_fold(text)):
@@ -236,12 +242,28 @@ def check_name(name: str) -> Checkpoint:
   """
   if checkpoint := find(name):
     return checkpoint
-  is_address = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.lower().startswith("vit")
-  near = _HUB + name if is_address else suggestion(name, CHECKPOINTS)
+  near = near_address(name) or suggestion(name, CHECKPOINTS)
   raise InputError(
     f"{name!r} is no name of weights; did you mean {near!r}? "
     "`rpn weights` lists them; hf://owner/name is any other repository of the hub"
   )
+
+
+def near_address(name: object) -> str:
+  """hf://owner/name of owner/name, which may be a path, too; "" of anything else."""
+  text = str(name)
+  is_file = pathlib.PurePath(text).suffix in _SUFFIXES
+  is_address = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.lower().startswith("vit")
+  return _HUB + text if is_address and not is_file else ""
+
+
+def _of_page(address: str) -> str:
+  """hf://owner/name, with @revision and /file, of an address or what a browser shows of it."""
+  address = address.partition("?")[0].rstrip("/")
+  if page := _PAGE.fullmatch(address):
+    repository, revision, file = page.groups()
+    address = repository + (f"@{revision}" if revision != "main" else "") + (file or "")
+  return _HUB + address
 
 
 def _fold(name: str) -> str:

@@ -56,7 +56,7 @@ def find_weights(name, overrides: Mapping | None = None) -> pathlib.Path:
     overrides: what a repository of the hub does not tell; see `load`.
 
   Raises:
-    InputError: weights that cannot be fetched.
+    InputError: weights that cannot be fetched, or a path that is none and may be an address.
   """
   path, checkpoint = expand(name), checkpoints.find(name)
   if path.exists():
@@ -66,6 +66,11 @@ def find_weights(name, overrides: Mapping | None = None) -> pathlib.Path:
     return hub.get(checkpoint, functools.partial(convert, overrides=overrides))
   elif str(path) == path.name and (ASSETS / path).exists():
     return ASSETS / path
+  elif near := checkpoints.near_address(name):
+    raise InputError(
+      f"expected a file of CLIP weights, {path} does not exist: check the path, or did you mean "
+      f"{near!r}?"
+    )
   return path
 
 

@@ -337,6 +337,7 @@ def test_fillers_change_nothing(scene):
 @pytest.mark.parametrize(
   ("model", "options", "message"),
   [
+    ("a/b-c", {}, "nothing is there: did you mean 'hf://a/b-c'"),
     ("none", {}, "model='none': expected the workdir of a run, a file of prompts or CLIP weights"),
     ("shapes_clip", {"method": "rpn"}, "needs a training run or its prompts"),
     ("shapes_clip", {"method": "scilp"}, "did you mean 'sclip'"),

@@ -36,10 +36,18 @@ def test_every_address_has_a_file_of_its_own():
 
 
 def test_what_is_nearly_an_address():
-  for text in ("HF://a/b", "hf:/a/b", "hf:a/b", "https://huggingface.co/a/b", "huggingface://a/b"):
+  typed = "HF://a/b", "hf:/a/b", "hf:a/b", "huggingface://a/b", "hf-hub:a/b"
+  pasted = (f"https://huggingface.co/a/b{end}" for end in ("", "/", "/tree/main"))
+  for text in (*typed, *pasted):
     message = f"got '{text}': did you mean 'hf://a/b'"
     one_line(message, checkpoints.find, text)
     one_line(message, checkpoints.check_name, text)
+  for page, address in (
+    ("resolve/main/c/d.bin?download=true", "a/b/c/d.bin"),
+    ("blob/refs%2Fpr%2F3/d.bin", "a/b@refs%2Fpr%2F3/d.bin"),
+  ):
+    one_line(f"'hf://{address}'", checkpoints.find, f"https://huggingface.co/a/b/{page}")
+    assert checkpoints.find(f"hf://{address}").repository == "a/b"
   one_line("'a/b' is no name of weights; did you mean 'hf://a/b'", checkpoints.check_name, "a/b")
 
 

@@ -54,6 +54,13 @@ def test_embeddings_of_the_original(path, tmp_path):
     assert error <= 1e-4 * rms, f"{name}: max|difference| {error:.3g}, rms {rms:.3g}"
 
 
+def test_a_repository_of_the_hub_without_hf(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  one_line("does not exist: check the path, or .* 'hf://a/b-c'", clip_file.load_clip, "a/b-c")
+  for path in ("a/b.safetensors", "a/b/c", "none"):
+    one_line("does not exist: check the path$", clip_file.load_clip, path)
+
+
 def test_weights_by_name_and_in_the_home_folder(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.chdir(tmp_path)
