@@ -23,8 +23,8 @@ Convert = Callable[[pathlib.Path, Checkpoint, pathlib.Path, dict[str, str]], Non
 
 # What tells the architecture, the normalization and the tokenizer, beside the weights.
 _CONFIGS = (
-  "config.json", "open_clip_config.json", "preprocessor_config.json", "tokenizer_config.json",
-  "tokenizer.json", "vocab.json",
+  "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
+  "tokenizer_config.json", "tokenizer.json", "vocab.json",
 )  # fmt: skip
 
 

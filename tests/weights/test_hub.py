@@ -504,10 +504,11 @@ def test_a_repository_without_weights(server):
            checkpoints.find("hf://test/empty"), clip_file.convert)  # fmt: skip
 
 
-def test_the_normalization_comes_with_the_weights(server, monkeypatch):
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_the_normalization_comes_with_the_weights(name, server, monkeypatch):
   files = server.repositories[REPOSITORY]
   images = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}}
-  added = {"preprocessor_config.json": json.dumps(images).encode()}
+  added = {name: json.dumps({"image_processor": images}).encode()}
   monkeypatch.setitem(server.repositories, REPOSITORY, files | added)
   config, _ = clip_file.load_clip(NAME)
   assert (config.mean, config.std, config.squash) == ((0.5,) * 3, (0.5,) * 3, True)
