@@ -16,7 +16,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.weights import transfer
 from rpn_jax.weights.arrays import read_index, read_safetensors
 from rpn_jax.weights.checkpoints import ANY_LAYOUT, CHECKPOINTS, INDEX, PROMPTS, Checkpoint, find
-from rpn_jax.weights.transfer import TransferError
+from rpn_jax.weights.transfer import TransferError, checksum_like
 
 # (file or folder of weights, checkpoint, file to write, header entries): checks and converts.
 Convert = Callable[[pathlib.Path, Checkpoint, pathlib.Path, dict[str, str]], None]
@@ -181,7 +181,13 @@ def _download(checkpoint: Checkpoint, staging: pathlib.Path) -> tuple[pathlib.Pa
 
 
 def _from_hub(checkpoint: Checkpoint, staging: pathlib.Path) -> tuple[pathlib.Path, dict[str, str]]:
-  from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+  from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_url,
+    try_to_load_from_cache,
+  )
   from huggingface_hub.utils import build_hf_headers
 
   endpoint, timeout = constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT
@@ -211,8 +217,14 @@ def _from_hub(checkpoint: Checkpoint, staging: pathlib.Path) -> tuple[pathlib.Pa
       if known.size is None:
         raise TransferError(f"{endpoint} tells neither size nor checksum of {name}")
       print(f"{endpoint} tells no checksum of {name}: only its size is compared", flush=True)
+    path = staging / os.path.basename(name)
+    found = try_to_load_from_cache(checkpoint.repository, name, revision=commit)
+    if isinstance(found, str) and known.etag == checksum_like(pathlib.Path(found), known.etag):
+      path.unlink(missing_ok=True)
+      path.symlink_to(found)  # what another program fetched, but not all of it
+      return
     transfer.fetch(
-      url, staging / os.path.basename(name), label,
+      url, path, label,
       size=known.size, checksum=known.etag, headers=build_hf_headers(),
     )  # fmt: skip
 
@@ -247,8 +259,8 @@ def _in_cache_of_the_hub(checkpoint: Checkpoint) -> tuple[pathlib.Path, dict[str
       continue
     path = pathlib.Path(found)
     told = os.path.basename(name) == PROMPTS or checkpoint.config
-    if not told and not any((path.parent / file).exists() for file in _CONFIGS[:2]):
-      continue  # nothing there tells the activation
+    if not told and not _tells_all(path.parent):
+      continue
     files = _with_shards(path)
     if not all(file.is_file() for file in files):
       continue  # some shards are not there
@@ -259,7 +271,14 @@ def _in_cache_of_the_hub(checkpoint: Checkpoint) -> tuple[pathlib.Path, dict[str
   return None
 
 
+def _tells_all(folder: pathlib.Path) -> bool:
+  """Whether configs tell activation, mean and std: who loads a model alone fetches one of two."""
+  there = {name for name in _CONFIGS if (folder / name).exists()}
+  images = {"preprocessor_config.json", "processor_config.json"} & there
+  return "open_clip_config.json" in there or ("config.json" in there and bool(images))
+
+
 def _like_its_blob(path: pathlib.Path) -> bool:
   """Whether the checksum of a link is the name of its blob; other files tell none."""
   checksum = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
-  return transfer.checksum_like(path, checksum) in ("", checksum)
+  return checksum_like(path, checksum) in ("", checksum)

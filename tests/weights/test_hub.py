@@ -187,7 +187,10 @@ def sharded() -> dict[str, bytes]:
   with tempfile.TemporaryDirectory() as folder:
     write_shards(pathlib.Path(folder), hf_names(openai_state(), 2, 1))
     files = {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
-  return files | {"config.json": json.dumps(CONFIG).encode()}
+  return files | {
+    "config.json": json.dumps(CONFIG).encode(),
+    "preprocessor_config.json": b"{}",
+  }
 
 
 def test_shards(server, monkeypatch):
@@ -214,7 +217,7 @@ def test_shards(server, monkeypatch):
   hub.remove(checkpoints.find(name))
   next(pathlib.Path(constants.HF_HUB_CACHE).rglob(shards[1])).unlink()
   same(clip_file.load_clip(name)[1], tiny._params(0))
-  assert server.log.count("GET cdn - -") == 3
+  assert server.log.count("GET cdn - -") == 1
 
 
 def test_an_index_leads_nowhere_else(server, monkeypatch):
@@ -243,6 +246,23 @@ def test_what_another_program_fetched_is_used(server, capsys):
   capsys.readouterr()
   same(clip_file.load_clip(NAME)[1], tiny._params(0))
   assert "is damaged and left out" in capsys.readouterr().out and server.log
+
+
+def test_what_another_program_left_out_is_fetched(server, monkeypatch):
+  """The mean and std, where transformers loaded a model without its processor."""
+  files = server.repositories[REPOSITORY]
+  half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 32, "crop_size": 32}
+  added = {"preprocessor_config.json": json.dumps(half).encode()}
+  monkeypatch.setitem(server.repositories, REPOSITORY, files | added)
+  for name in ("model.safetensors", "config.json"):
+    huggingface_hub.hf_hub_download(REPOSITORY, name)
+  server.log.clear()
+  assert clip_file.load_clip(f"hf://{REPOSITORY}")[0].mean == (0.5,) * 3
+  assert not any(line.startswith("GET cdn") for line in server.log)  # it has the weights alone
+  hub.remove(checkpoints.find(f"hf://{REPOSITORY}"))
+  huggingface_hub.hf_hub_download(REPOSITORY, "preprocessor_config.json")
+  server.log.clear()
+  assert clip_file.load_clip(f"hf://{REPOSITORY}")[0].mean == (0.5,) * 3 and server.log == []
 
 
 # Transfers that break
