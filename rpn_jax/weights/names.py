@@ -4,7 +4,7 @@ Ours are '/'-joined paths of the parameter tree. Every name on both sides has to
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -187,18 +187,20 @@ def from_hf(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray
 _OTHER_MODELS = (
   (r"vision_model\.head\.", "SigLIP"),
   (r"text_model\.roberta\.", "AltCLIP"),
-  (r"text_decoder\.", "BLIP"),
+  (r"text_decoder\.", "BLIP or CoCa"),
   (r"text_model\.encoder\.layer\.", "a text tower of BERT, as in ChineseCLIP and BLIP"),
   (r"decode_head\.", "a segmentor of mmseg that is not the authors' RPN"),
   (r"(visual|backbone)\.layer1\.", "a ResNet"),
   (r"visual\.trunk\.", "an image tower of timm"),
   (r"visual\.blocks\.", "EVA-CLIP"),
+  (r"positional_embedding_res", "Long-CLIP"),
+  (r"visual\.conv1_alpha\.", "Alpha-CLIP"),
   (r"blocks\.", "an image tower alone"),
   (r"image_encoder\.", "MobileCLIP"),
 )
 
 
-def other_model(state: Iterable[str]) -> str:
+def other_model(state: Collection[str]) -> str:
   """What names tell of a model that is no CLIP ViT, for the middle of a message; "" if nothing."""
   for pattern, kind in _OTHER_MODELS:
     if any(re.match(pattern, name) for name in state):
@@ -275,7 +277,7 @@ def to_theirs(rules: Iterable[Rule], flat: Mapping[str, np.ndarray], where: str)
   return state
 
 
-def check_same_names(wanted: set[str], got: Iterable[str], where: str) -> None:
+def check_same_names(wanted: set[str], got: Collection[str], where: str) -> None:
   """Raises an InputError with the first name that is missing or unknown."""
   for what, names in (("missing", wanted - set(got)), ("unknown", set(got) - wanted)):
     if names:
@@ -283,5 +285,5 @@ def check_same_names(wanted: set[str], got: Iterable[str], where: str) -> None:
       more = f" and {len(names) - 1} more" if len(names) > 1 else ""
       raise InputError(
         f"expected the {len(wanted)} arrays of this kind of model, {first!r}{more} {what} in "
-        f"{where}: use its complete, unchanged file"
+        f"{where}{other_model(got)}: use its complete, unchanged file"
       )

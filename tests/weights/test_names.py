@@ -78,6 +78,12 @@ def replaced(state, **changes):
     ),
     ({"transformer__resblocks__0__ln_1__bias": None}, "resblocks.0.ln_1.bias' missing"),
     ({"visual__extra": np.zeros(3, np.float32)}, "'visual.extra' unknown"),
+    (
+      {"positional_embedding_res": np.zeros((5, 6), "f")},
+      r"_res' unknown in .* \(Long-CLIP\): use",
+    ),
+    ({"visual__conv1_alpha__weight": np.zeros(3, "f")}, r"unknown in .* \(Alpha-CLIP\)"),
+    ({"text_decoder__proj": np.zeros(3, "f")}, r"unknown in .* \(BLIP or CoCa\)"),
     ({"transformer__resblocks__7__x": np.zeros(3, np.float32)}, "and 11 more missing"),
     ({"visual__proj": np.zeros((8, 5), np.float32)}, "visual/proj with shape"),
     ({"visual__proj": np.zeros((8, 4), np.int64)}, "'visual.proj' is int64"),
