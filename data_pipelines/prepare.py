@@ -265,7 +265,7 @@ def _read(
   notes["blank"] += all(ids.get(value, ignore) == ignore for value in pixels)
   notes["empty"] = record["empty"]
   encoded = builder.info.features.serialize_example(builder.encode(record))
-  digest = hashlib.sha256(f"{raw.id}\0{record['label'].shape}\0".encode("utf-8", "surrogateescape"))
+  digest = hashlib.sha256(f"{raw.id}\0{record['label'].shape}\0".encode())
   digest.update(record["label"].tobytes())
   digest.update(record["image"])
   return encoded, records.Tally(pixels, notes, int.from_bytes(digest.digest(), "big"))

@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,8 @@ def list_examples(
   """The raw files of every split, checked against the published numbers.
 
   Raises:
-    InputError: none, two of one name, or another number than the published one.
+    InputError: none, two of one name, one whose name is no UTF-8, or another number than the
+      published one.
   """
   builder.allow_partial = allow_partial
   splits = builder.examples(manual_dir)
@@ -83,6 +85,8 @@ def list_examples(
         f"{manual_dir}: expected {split} images of different names, got {repeated[0]} more than "
         "once; remove the copy"
       )
+    if foreign := [raw.image for raw in raws if re.search("[\ud800-\udfff]", raw.id)]:
+      raise InputError(f"{foreign[0]}: expected a name in UTF-8, got other bytes; rename the file")
   for split, count in builder.counts.items():
     found = len(splits.get(split, ()))
     if found != count and not allow_partial:

@@ -83,7 +83,8 @@ labels.txt (may be missing: the class names in order, as for labelme --labels; e
 unseen.txt (may be missing: the names that are never trained on)"""
 
   def examples(self, manual_dir):
-    summaries = {path: _summarize(path) for path in _json_files(manual_dir)}
+    present = ImageFiles(manual_dir)
+    summaries = {path: _summarize(path) for path in present.with_suffixes((".json",))}
     files = [file for file in summaries.values() if file]
     if not files:
       raise InputError(
@@ -102,12 +103,12 @@ unseen.txt (may be missing: the names that are never trained on)"""
         f"as labelme does: {count:,}",
         flush=True,
       )
-    images, missing, used = ImageFiles(manual_dir), [], set()
+    missing, used = [], set()
     found: dict[str | None, list[RawExample]] = {}
     for file in files:
       inside = file.path.relative_to(manual_dir)
       split = split_of(inside.parent)
-      image = _find_image(file, images, split)
+      image = _find_image(file, present, split)
       used.add(image)
       if image is None and not file.embedded:
         missing.append(f"{file.path}: expected its image {file.image!r}, got no such file")
@@ -119,7 +120,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
         RawExample(name, image or file.path, file.path, read_label, read_image)
       )
     self.leave_out(missing)
-    if idle := [path for path in images.with_suffixes(SUFFIXES) if path not in used]:
+    if idle := [path for path in present.with_suffixes(SUFFIXES) if path not in used]:
       print(
         f"{manual_dir}: left out, as images without a JSON file: {len(idle):,}, such as {idle[0]}",
         flush=True,
@@ -164,10 +165,6 @@ def _names(manual_dir: pathlib.Path, files: Sequence[_File]) -> list[str]:
         f"{suggestion(label, names)!r}? Correct it, or write it into {path.name}"
       )
   return names
-
-
-def _json_files(manual_dir: pathlib.Path) -> list[pathlib.Path]:
-  return ImageFiles(manual_dir).with_suffixes((".json",))
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

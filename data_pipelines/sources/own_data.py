@@ -251,9 +251,11 @@ def one_in_ten(examples: list[RawExample], where: object) -> dict[str, list[RawE
     raise InputError(
       f"{where}: expected at least two images, one to train on and one to test on, got {got}"
     )
-  hashes = {raw.id: hashlib.sha256(raw.id.encode()).digest() for raw in examples}
+  # Names that are no UTF-8 are refused later, as in sets whose parts are told.
+  names = {raw.id: raw.id.encode("utf-8", "surrogatepass") for raw in examples}
+  hashes = {name: hashlib.sha256(encoded).digest() for name, encoded in names.items()}
   below = sum(value < _TENTH for value in hashes.values())
-  chosen = sorted(hashes, key=hashes.__getitem__)[: min(max(1, below), len(hashes) - 1)]
+  chosen = {*sorted(hashes, key=hashes.__getitem__)[: min(max(1, below), len(hashes) - 1)]}
   return {
     "train": [raw for raw in examples if raw.id not in chosen],
     "val": [raw for raw in examples if raw.id in chosen],

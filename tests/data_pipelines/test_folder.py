@@ -243,6 +243,17 @@ def test_two_files_of_names_that_look_alike(raw, tmp_path):
     mask.with_name(twin).unlink()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+@pytest.mark.parametrize("split", ["", "train"])
+def test_names_that_are_no_utf_8(split, raw, tmp_path):
+  raw_ade_coco.folder(raw, (split,))
+  for folder in ("images", "labels"):
+    file = min((raw / folder / split).iterdir())
+    os.rename(file, os.fsencode(file.parent) + b"/b\xe9" + os.fsencode(file.suffix))
+  with pytest.raises(InputError, match=r"b\\udce9.jpg: expected a name in UTF-8"):
+    prepare.prepare("folder", raw, tmp_path)
+
+
 def test_what_macos_and_others_leave_in_folders(raw, tmp_path, capsys):
   painted = raw_ade_coco.folder(raw)
   for place in ("images", "images/train", "labels/train"):
