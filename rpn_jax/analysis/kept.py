@@ -15,6 +15,8 @@ import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 
+from flax import traverse_util
+
 from rpn_jax.analysis.runs import FinishedRun, flatten, numbers, read_run
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, locked, write_text
@@ -268,7 +270,7 @@ def _run(path: pathlib.Path, shared: Mapping, run: Mapping) -> FinishedRun:
   """A run of the file at `path`; ValueError and others if it is none."""
   found = FinishedRun(
     path.parent / run["directory"],
-    _nested({**shared, **run["config"]}),
+    traverse_util.unflatten_dict({**shared, **run["config"]}, sep="."),
     numbers(run["last"]),
     numbers(run["best"]),
     {
@@ -282,14 +284,3 @@ def _run(path: pathlib.Path, shared: Mapping, run: Mapping) -> FinishedRun:
   if not found.data_set or not isinstance(found.config.get("seed", 0), int):
     raise ValueError
   return found
-
-
-def _nested(flat: dict) -> dict:
-  nested: dict = {}
-  for path, value in flat.items():
-    *sections, name = path.split(".")
-    section = nested
-    for key in sections:
-      section = section.setdefault(key, {})
-    section[name] = value
-  return nested

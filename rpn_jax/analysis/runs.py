@@ -11,11 +11,13 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.paths import expand
 from rpn_jax.config import EVALUATION, FREE, defaults
+from rpn_jax.config.stored import clip_of
 from rpn_jax.training.metric_log import read_history
 
 METRICS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
@@ -147,14 +149,8 @@ def read_run(directory) -> FinishedRun:
           f"{path}: of step {evaluated['step']}, and the run ended at {last['step']}; "
           "repeat --mode=eval"
         )
-  clip = _read_fingerprint(directory / "config.json")
+  clip = clip_of(directory)
   return FinishedRun(directory, config, last, best, history, evaluations, trained, clip, others)
-
-
-def _read_fingerprint(path: pathlib.Path) -> str:
-  with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-    return str(json.loads(path.read_text(encoding="utf-8"))["clip"])
-  return ""
 
 
 def _read_scores(path: pathlib.Path) -> tuple[dict, dict, dict, int | None]:
@@ -213,13 +209,9 @@ def _why_missing(directory: pathlib.Path) -> str:
   return f"{directory}: no metrics.json{hint}"
 
 
-def flatten(config: Mapping, prefix: str = "") -> dict:
+def flatten(config: Mapping) -> dict:
   """{"model.head": "paper", …} of nested fields."""
-  flat: dict[str, object] = {}
-  for name, value in config.items():
-    path = f"{prefix}{name}"
-    flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
-  return flat
+  return traverse_util.flatten_dict(config, sep=".")
 
 
 def complete(config: Mapping) -> dict:

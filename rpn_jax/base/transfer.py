@@ -255,7 +255,8 @@ class _Request:
     check_space(self.part.parent, total - have, self.hints)
     bar = None if self.received or total <= MB else progress(total // MB, self.label, "MB",
                                                              have // MB)  # fmt: skip
-    with writing(self.part, "ab" if have else "wb", self.hints) as file, bar or _nothing():
+    shown = bar or contextlib.nullcontext()
+    with writing(self.part, "ab" if have else "wb", self.hints) as file, shown:
       chunks = response.iter_bytes() if self._is_coded(response) else response.iter_raw()
       for chunk in chunks:  # as they come, so that none is lost
         if self.received:
@@ -264,10 +265,6 @@ class _Request:
         if bar:
           bar.update((have + len(chunk)) // MB - have // MB)
         have += len(chunk)
-
-
-def _nothing() -> contextlib.AbstractContextManager:
-  return contextlib.nullcontext()
 
 
 def _stamp(headers: Mapping[str, str]) -> str:

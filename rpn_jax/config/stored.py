@@ -46,3 +46,11 @@ def read_config(workdir: pathlib.Path) -> config_dict.ConfigDict:
     raise InputError(
       f"{path}: expected the whole config of a segmentation run; repeat the run with this version"
     ) from None
+
+
+def clip_of(workdir: pathlib.Path) -> str:
+  """The fingerprint of a run's CLIP weights; "" where its config does not tell."""
+  try:
+    return str(json.loads((workdir / CONFIG).read_text(encoding="utf-8"))["clip"])
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    return ""

@@ -24,7 +24,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.base.pictures import ImageSource, Picture
 from rpn_jax.base.words import Names, check_known, check_names, parse_names, without_articles
-from rpn_jax.config.stored import read_config
+from rpn_jax.config.stored import clip_of, read_config
 from rpn_jax.inference import strips
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.process import check_process
@@ -36,7 +36,7 @@ from rpn_jax.inference.sources import read_each
 from rpn_jax.inference.views import round_up
 from rpn_jax.models import NETWORKS, training_free
 from rpn_jax.text.templates import check_distinct, embedding_keys
-from rpn_jax.training.run import Run, clip_of
+from rpn_jax.training.run import Run
 from rpn_jax.weights import arrays, checkpoints, clip_file, exported, hub, prompts_file
 
 # Training-free methods.

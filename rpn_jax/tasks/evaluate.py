@@ -120,7 +120,7 @@ def split_notes(config, data) -> list[str]:
 
 
 def cells(scores: dict) -> list[str]:
-  return ["-" if scores[c] is None else f"{100 * scores[c]:.1f}" for c in COLUMNS]
+  return [percent(scores[c]) for c in COLUMNS]
 
 
 def published_cells(values: dict[str, float]) -> list[str]:

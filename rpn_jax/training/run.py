@@ -300,11 +300,3 @@ def _content(path: pathlib.Path, size: int = 200) -> bytes | None:
     return None
   except OSError:
     return b""
-
-
-def clip_of(workdir: pathlib.Path) -> str:
-  """The fingerprint of a run's CLIP weights; "" where its config does not tell."""
-  try:
-    return str(json.loads((workdir / CONFIG).read_text(encoding="utf-8"))["clip"])
-  except (OSError, ValueError, KeyError, TypeError, RecursionError):
-    return ""
