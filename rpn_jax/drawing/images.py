@@ -6,6 +6,7 @@ a dark hatch.
 
 from __future__ import annotations
 
+import io
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from rpn_jax.base.origins import PNG_KEYWORD, png_with
+from rpn_jax.base.origins import png_with
 from rpn_jax.base.paths import exact, replacing
-from rpn_jax.drawing.fonts import load_font, wrap
+from rpn_jax.drawing.fonts import load_font
 from rpn_jax.drawing.legend import draw_legend, legend_entries
 from rpn_jax.drawing.palette import HATCH, INK, class_colors
 
@@ -88,7 +89,6 @@ def overlay_with_legend(
   *,
   alpha: float = 0.55,
   palette: str = "default",
-  rest: str = "other",
   areas: tuple[np.ndarray, int] | None = None,
 ) -> Image.Image:
   """An image under the colors of its classes, above a legend with each one's share of the pixels.
@@ -101,7 +101,6 @@ def overlay_with_legend(
     names: C class names.
     alpha: weight of the colors, 0 to 1.
     palette: of `class_colors`.
-    rest: what the legend calls the pixels of no class.
     areas: pixels of each class (C,), and those of no class, where the label is a reduced one.
   """
   from PIL import Image
@@ -113,7 +112,7 @@ def overlay_with_legend(
   letters = max(16, max(size) // 40)
   margin = letters
   legend_width = max(size[0], 24 * letters)
-  entries = legend_entries([label], names, colors, share=True, rest=rest, areas=areas)
+  entries = legend_entries([label], names, colors, share=True, rest="other", areas=areas)
   legend = draw_legend(entries, legend_width, letters)
   colored = tinted(image, label, colors, size, alpha)
   page = Image.new(
@@ -154,7 +153,6 @@ def prediction_grid(
   predictions: Sequence[np.ndarray],
   names: Sequence[str],
   *,
-  title: str | None = None,
   unseen: Sequence[int] = (),
   palette: str = "default",
 ) -> pathlib.Path:
@@ -169,7 +167,6 @@ def prediction_grid(
     labels: (H, W) integers each, ids outside 0..C-1 ignored.
     predictions: the same shapes as `labels`.
     names: C class names.
-    title: a line above.
     unseen: ids of classes not trained on.
     palette: of `class_colors`.
 
@@ -204,15 +201,12 @@ def prediction_grid(
 
   entries = legend_entries([*labels, *predictions], names, colors, unseen=unseen)
   legend = draw_legend(entries, width, letters)
-  title_font, head_font = load_font(22, bold=True), load_font(18, bold=True)
-  title_lines = wrap(title, title_font, width, 3) if title else []
+  head_font = load_font(18, bold=True)
 
-  top = margin + 30 * len(title_lines) + (gap if title_lines else 0) + 30
+  top = margin + 30
   height = top + sum(h + gap for _, h in sizes) + gap + legend.height + margin
   page = Image.new("RGB", (width + 2 * margin, height), "white")
   draw = ImageDraw.Draw(page)
-  for k, text in enumerate(title_lines):
-    draw.text((page.width // 2, margin + 30 * k + 15), text, INK, title_font, anchor="mm")
   for k, text in enumerate(("image", "truth", "prediction")):
     x = margin + k * (column + gap) + column // 2
     draw.text((x, top - 18), text, INK, head_font, anchor="mm")
@@ -278,26 +272,22 @@ def save_png(
   Returns:
     The path.
   """
-  from PIL.PngImagePlugin import PngInfo
-
-  path = exact(path)
+  path, stream = exact(path), io.BytesIO()
+  if hasattr(image, "savefig"):
+    image.savefig(stream, format="png")
+  elif image.mode == "RGB":  # in a fifth of Pillow's time, and to smaller files
+    options = [
+      cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP,
+    ]  # fmt: skip
+    bgr = cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2BGR)
+    stream.write(cv2.imencode(".png", bgr, options)[1].tobytes())
+  else:
+    # Level 6 takes seconds on a 12-megapixel label for a few per cent.
+    image.save(stream, format="PNG", compress_level=4)
+  png = stream.getvalue()
   path.parent.mkdir(parents=True, exist_ok=True)
   with replacing(path) as temporary:
-    if hasattr(image, "savefig"):
-      image.savefig(temporary, format="png")
-    elif getattr(image, "mode", "") == "RGB":  # in a fifth of Pillow's time, and to smaller files
-      options = [
-        cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP,
-      ]  # fmt: skip
-      bgr = cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2BGR)
-      png = cv2.imencode(".png", bgr, options)[1].tobytes()
-      temporary.write_bytes(png if source is None else png_with(png, source))
-    else:
-      text = PngInfo()
-      if source is not None:
-        text.add_itxt(PNG_KEYWORD, source)
-      # Level 6 takes seconds on a 12-megapixel label for a few per cent.
-      image.save(temporary, format="PNG", compress_level=4, pnginfo=text)
+    temporary.write_bytes(png if source is None else png_with(png, source))
   return path
 
 

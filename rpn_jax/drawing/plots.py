@@ -22,14 +22,11 @@ if TYPE_CHECKING:
 # Metrics that are fractions in [0, 1] and plotted in percent, with their titles.
 METRIC_TITLES = {
   "pAcc": "pAcc",
-  "miou": "mIoU",
   "miou_gt": "mIoU, classes in truth",
   "miou_union": "mIoU, truth or prediction",
   "miou_seen": "mIoU seen",
   "miou_unseen": "mIoU unseen",
   "hiou": "hIoU",
-  "top1": "top-1 accuracy",
-  "accuracy": "accuracy",
 }
 LINE_COLORS = (
   "#0b62b8", "#d1495b", "#2a9d5c", "#e08e0b", "#7b4ab5", "#17a2b0", "#8a5a33", "#444444",
@@ -95,10 +92,7 @@ def line_style(i: int) -> dict:
 
 
 def plot_curves(
-  path: str | os.PathLike,
-  history: Mapping[str, Sequence[tuple[int, float]]],
-  *,
-  title: str | None = None,
+  path: str | os.PathLike, history: Mapping[str, Sequence[tuple[int, float]]]
 ) -> pathlib.Path:
   """Writes a PNG with the curves of one run.
 
@@ -109,7 +103,6 @@ def plot_curves(
   Args:
     path: of the PNG.
     history: name -> [(step, value)], as `read_history` returns it; metrics as fractions.
-    title: a line above.
 
   Returns:
     The path.
@@ -141,9 +134,6 @@ def plot_curves(
   if not kinds:
     axes[0, 0].set_axis_off()
     axes[0, 0].text(0.5, 0.5, "nothing was recorded yet", ha="center", va="center", fontsize=14)
-  if title:
-    # About 8 letters of 14-point type to the inch.
-    fig.suptitle(textwrap.fill(title, int(8 * fig.get_figwidth())), fontsize=14)
   return save_png(path, fig)
 
 
@@ -156,7 +146,7 @@ def _panel(name: str) -> str:
   group, _, leaf = name.rpartition("/")
   if leaf in METRIC_TITLES:
     return "metric"
-  if leaf in ("lr", "learning_rate"):
+  if leaf == "learning_rate":
     return "lr"
   if leaf == "grad_norm":
     return "gradient"

@@ -266,9 +266,10 @@ class Segmentation:
       check = lambda stem: alone(only=stem).check(self.origin, stem)
       stem = self.free_stem(directory, forms, check)
     own = collection or alone(only=stem)
-    source, written = self.origin.name(directory), []
-    # Before anything is written, since it may be refused.
-    own.check(self.origin, stem)
+    source, written, annotated = self.origin.name(directory), [], []
+    # First, since it may be refused.
+    if {*forms} & {*ANNOTATIONS}:
+      annotated = own.add(Labeled(self.image, self.labels, self.file, self.page), stem)
     if "overlay" in forms:
       overlay = self.overlay(alpha, palette)
       written.append(save_png(directory / f"{stem}_overlay.png", overlay, source))
@@ -280,9 +281,7 @@ class Segmentation:
       write_json(written[-1], {**self.summary(palette), FIELD: source})
     if "scores" in forms:
       written += score_files.save(directory, stem, self.image, self.scores, self.names, source)
-    if {*forms} & {*ANNOTATIONS}:
-      written += own.add(Labeled(self.image, self.labels, self.file, self.page), stem)
-    return written if collection else written + own.finish()
+    return written + annotated + ([] if collection else own.finish())
 
   @functools.cached_property
   def origin(self) -> Origin:

@@ -50,7 +50,7 @@ def test_curves_group_by_kind(tmp_path, drawn):
     "eval/pAcc": [(1000, 0.8), (2000, 0.9)],
     "speed": [(1000, 3.0)],
   }
-  path = plot_curves(tmp_path / "c.png", history, title="a title " * 20)
+  path = plot_curves(tmp_path / "c.png", history)
   with Image.open(path) as image:
     assert image.width > 1000
   (fig,) = drawn
