@@ -241,16 +241,15 @@ def train_indices(count: int, *, batch_size: int, seed: int, step: int) -> list[
 class EvalExamples:
   """See `eval_examples`; a slice is a sequence of the same kind."""
 
-  def __init__(self, dataset, read_options: grain.ReadOptions):
+  def __init__(self, dataset):
     self._dataset = dataset
-    self._read_options = read_options
 
   def __len__(self) -> int:
     return len(self._dataset)
 
   def __getitem__(self, index):
     if isinstance(index, slice):
-      return EvalExamples(self._dataset[index], self._read_options)
+      return EvalExamples(self._dataset[index])
     # grain would start over beyond the end.
     if not 0 <= index < len(self):
       raise IndexError(f"expected an index in 0…{len(self) - 1}, got {index}")
@@ -259,25 +258,18 @@ class EvalExamples:
   def __iter__(self) -> Iterator[Example]:
     if not len(self):
       return iter(())
-    return iter(self._dataset.to_iter_dataset(self._read_options))
+    return iter(
+      self._dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    )
 
 
-def eval_examples(
-  source,
-  transform: Callable[..., Example],
-  *,
-  limit: int = 0,
-  num_threads: int = 2,
-  prefetch: int = 4,
-) -> EvalExamples:
+def eval_examples(source, transform: Callable[..., Example], *, limit: int = 0) -> EvalExamples:
   """Every example of a source once, in order, for evaluation.
 
   Args:
     source: random access, see the top of the module.
     transform: example -> example, e.g. `eval_transform(512)`.
     limit: stop after the source's first examples; 0 takes all.
-    num_threads: threads that prepare examples ahead; 0 prepares in the caller's thread.
-    prefetch: examples held ready; 0 only together with num_threads 0.
 
   Returns:
     A sequence (len, [i], slices, iteration) of {'image': float32 [h,w,3], 'label': int32 [H,W],
@@ -290,4 +282,4 @@ def eval_examples(
     raise InputError("expected examples to evaluate on, got an empty source; check the split")
   dataset = grain.MapDataset.source(_CheckedSource(source)).map(transform)
   dataset = dataset[: limit or len(source)]
-  return EvalExamples(dataset, grain.ReadOptions(num_threads, prefetch))
+  return EvalExamples(dataset)

@@ -29,7 +29,6 @@ def train_transform(
   ratio: tuple[float, float] = (0.5, 2.0),
   label_resize: str = "floor_nearest",
   cat_max_ratio: float | None = None,
-  flip: float = 0.5,
   photometric: bool = True,
   mean: Sequence[float] = pixels.CLIP_MEAN,
   std: Sequence[float] = pixels.CLIP_STD,
@@ -46,7 +45,6 @@ def train_transform(
     label_resize: see `transforms.resize_label`.
     cat_max_ratio: largest share of one label in a crop; 1 switches the rule off. None: 0.75 for
       mmsegmentation, 1 for detectron2.
-    flip: probability of a horizontal flip.
     photometric: whether to distort colors.
     mean, std: per channel, of pixel values in [0, 1].
 
@@ -60,7 +58,7 @@ def train_transform(
   size = (crop, crop) if isinstance(crop, int) else tuple(crop)
   ignore = label_map.ignore
   first = [label_map, RandomResize(tuple(scale), tuple(ratio), recipe, label_resize)]
-  flips, normalize = RandomFlip(flip), Normalize(mean, std)
+  flips, normalize = RandomFlip(), Normalize(mean, std)
   if recipe == "mmsegmentation":
     share = 0.75 if cat_max_ratio is None else cat_max_ratio
     colors = [PhotoMetricDistortion()] if photometric else []

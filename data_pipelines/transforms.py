@@ -270,13 +270,10 @@ class RandomCrop:
 
 
 class RandomFlip:
-  """Mirrors image and label left to right with a probability."""
-
-  def __init__(self, probability: float = 0.5):
-    self.probability = probability
+  """Mirrors image and label left to right with probability ½."""
 
   def __call__(self, example, rng):
-    if rng.random() >= self.probability:
+    if rng.random() >= 0.5:
       return example
     image, label = example["image"], example["label"]
     return {**example, "image": cv2.flip(image, 1), "label": cv2.flip(label, 1)}
@@ -298,21 +295,13 @@ class PhotoMetricDistortion:
   Every step truncates back to uint8 before the next one, so each is a table of 256 entries.
 
   Args:
-    brightness: limit of what is added, in gray levels.
-    contrast, saturation: range of the factors.
     hue: the lowest and, excluded, the highest shift, in half degrees.
   """
 
-  def __init__(
-    self,
-    brightness: float = 32.0,
-    contrast: tuple[float, float] = (0.5, 1.5),
-    saturation: tuple[float, float] = (0.5, 1.5),
-    hue: tuple[int, int] = (-18, 18),
-  ):
-    self.brightness = brightness
-    self.contrast = contrast
-    self.saturation = saturation
+  brightness = 32.0  # limit of what is added, in gray levels
+  contrast = saturation = (0.5, 1.5)  # ranges of the factors
+
+  def __init__(self, hue: tuple[int, int] = (-18, 18)):
     self.hue = hue
 
   def draw(self, rng) -> PhotoDraws:

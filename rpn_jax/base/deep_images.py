@@ -222,13 +222,13 @@ class Tiff:
     return values
 
 
-def _directories(data: bytes, most: int = 10_000) -> Iterator[Mapping[int, Any]]:
+def _directories(data: bytes) -> Iterator[Mapping[int, Any]]:
   """The tags of every page of a TIFF."""
   order = "<" if data[:2] == b"II" else ">"
   big = data[2:4] in (b"+\0", b"\0+")
   (offset,) = struct.unpack_from(order + ("Q" if big else "L"), data, 8 if big else 4)
   seen: set[int] = set()
-  while offset and offset not in seen and offset < len(data) and len(seen) < most:
+  while offset and offset not in seen and offset < len(data) and len(seen) < 10_000:
     seen.add(offset)
     directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if big else 8])
     file = io.BytesIO(data)

@@ -93,15 +93,9 @@ class Told:
       self.others += 1
 
 
-def read(
-  image: ImageSource,
-  *,
-  page: int | None = None,
-  matte: str | Color = "white",
-  max_pixels: int = MAX_PIXELS,
-) -> np.ndarray:
+def read(image: ImageSource, *, matte: str | Color = "white") -> np.ndarray:
   """An image as uint8 (H, W, 3), as `load` reads it; what had to be decided is printed."""
-  picture = load(image, page=page, matte=matte, max_pixels=max_pixels)
+  picture = load(image, matte=matte)
   Told()(_name_of(image), picture.notes)
   return picture.image
 

@@ -76,8 +76,8 @@ _SC_CLIP = {
 }
 
 
-def _clearclip(threshold: float = 0.0, stride: int = 224) -> dict[str, Any]:
-  sizes = {"eval__crop": 448, "eval__stride": stride, "eval__naming": "clearclip"}
+def _clearclip(threshold: float = 0.0) -> dict[str, Any]:
+  sizes = {"eval__crop": 448, "eval__stride": 224, "eval__naming": "clearclip"}
   return _row(448, 50, threshold, **sizes)
 
 

@@ -28,9 +28,7 @@ def aligned_matrix(inputs: int, outputs: int) -> np.ndarray:
   return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(inputs))).astype(np.float32)
 
 
-def bicubic_matrix(
-  inputs: int, outputs: int, a: float = -0.75, span: float | None = None
-) -> np.ndarray:
+def bicubic_matrix(inputs: int, outputs: int, span: float) -> np.ndarray:
   """(outputs, inputs) weights of a bicubic resize by half pixels, without antialias.
 
   JAX's own has a = -0.5, and cuts the kernel off at the border where this one repeats the edge.
@@ -38,11 +36,11 @@ def bicubic_matrix(
   Args:
     inputs: rows before.
     outputs: rows after.
-    a: slope of the kernel.
-    span: how many new rows the old ones span, `outputs` by default. PyTorch with the factor
-      (outputs + 0.1) / inputs makes `outputs` rows that are spaced as if there were 0.1 more.
+    span: how many new rows the old ones span. PyTorch with the factor (outputs + 0.1) / inputs
+      makes `outputs` rows that are spaced as if there were 0.1 more.
   """
-  at = (np.arange(outputs) + 0.5) * inputs / (span or outputs) - 0.5
+  a = -0.75  # slope of the kernel
+  at = (np.arange(outputs) + 0.5) * inputs / span - 0.5
   left = np.floor(at).astype(int)
   matrix = np.zeros((outputs, inputs), np.float32)
   for offset in (-1, 0, 1, 2):
@@ -75,7 +73,7 @@ def resize_bicubic(
   if grid_hxwxD.shape[:2] == (height, width) and not excess:
     return grid_hxwxD
   rows, columns = (
-    bicubic_matrix(inputs, outputs, span=outputs + excess)
+    bicubic_matrix(inputs, outputs, outputs + excess)
     for inputs, outputs in zip(grid_hxwxD.shape, (height, width))
   )
   return resize_by_matrices(grid_hxwxD, rows, columns)

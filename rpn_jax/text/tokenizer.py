@@ -97,19 +97,18 @@ def encode(text: str) -> list[int]:
   return ids
 
 
-def tokenize(texts: Sequence[str], context_length: int = 77, truncate: bool = False) -> np.ndarray:
+def tokenize(texts: Sequence[str], context_length: int = 77) -> np.ndarray:
   """Token ids of texts: begin token, text, end token, zeros.
 
   Args:
     texts: the texts; any unicode.
     context_length: ids per text, the begin and end tokens included.
-    truncate: cut texts that are too long; the end token then comes last.
 
   Returns:
     (len(texts), context_length) int32.
 
   Raises:
-    InputError: a text is too long and `truncate` is off, or `texts` is not a list of strings.
+    InputError: a text is too long, or `texts` is not a list of strings.
 
   Source: Radford et al., 2021, and OpenAI's `clip.tokenize`.
   """
@@ -125,12 +124,10 @@ def tokenize(texts: Sequence[str], context_length: int = 77, truncate: bool = Fa
       raise InputError(f"tokenize expects strings, got {type(text).__name__} {text!r}: convert it")
     ids = [START_ID, *encode(text), END_ID]
     if len(ids) > context_length:
-      if not truncate:
-        shown = text if len(text) <= 80 else text[:77] + "..."
-        raise InputError(
-          f"text {shown!r} has {len(ids)} tokens with begin and end, the model reads at most "
-          f"{context_length}: shorten it or pass truncate=True"
-        )
-      ids = [*ids[: context_length - 1], END_ID]
+      shown = text if len(text) <= 80 else text[:77] + "..."
+      raise InputError(
+        f"text {shown!r} has {len(ids)} tokens with begin and end, the model reads at most "
+        f"{context_length}: shorten it"
+      )
     row[: len(ids)] = ids
   return tokens

@@ -36,10 +36,9 @@ def test_golden_strings(golden):
 
 def test_over_long_text(golden):
   text = str(golden["long_string"])
-  with pytest.raises(InputError, match=r"\d+ tokens .*at most 77.*truncate=True") as error:
+  with pytest.raises(InputError, match=r"\d+ tokens .*at most 77.*: shorten it$") as error:
     tokenizer.tokenize(["a cat", text])
   assert text[:40] in str(error.value) and "\n" not in str(error.value)
-  np.testing.assert_array_equal(tokenizer.tokenize([text], truncate=True), golden["long_truncated"])
 
 
 def test_every_recorded_string(recorded):
