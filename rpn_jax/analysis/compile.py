@@ -37,7 +37,7 @@ from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.remat import REMAT_POLICIES
 from rpn_jax.models.trained import in_compute_type, init_prompts, join, split
 from rpn_jax.text import embeddings
-from rpn_jax.training import optim, pseudo_labels, sharding
+from rpn_jax.training import annotation_free, optim, sharding
 from rpn_jax.training.step import TrainState
 from rpn_jax.weights import checkpoints, clip_file
 
@@ -125,11 +125,11 @@ def programs(config: Any, clip: CLIPConfig, data: Any, pod: chips.Pod) -> dict[s
     sharding.check_batch_size(config.data.batch_size, pod.mesh)
     labeler = None
     if config.data.setting == "annotation_free":
-      teacher = pseudo_labels.make_teacher(config, network)
-      labeler = pseudo_labels.make_labeler(teacher, config, network, encoder, data)
+      teacher = annotation_free.make_teacher(config, network)
+      labeler = annotation_free.make_labeler(teacher, config, network, encoder, data)
     optimizer = optim.make_optimizer(config.optimizer, prompts)
     if labeler:
-      optimizer = pseudo_labels.with_snapshots(optimizer, labeler.refresh)
+      optimizer = annotation_free.with_snapshots(optimizer, labeler.refresh)
     zero: Any = jax.ShapeDtypeStruct((), jnp.int32)
     moments = jax.eval_shape(optimizer.init, prompts)
     state = TrainState(zero, prompts, moments, zero, zero)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rpn_jax import devices
 from rpn_jax.base.errors import InputError
-from rpn_jax.config import check_whole_patches, notes_on_schedule
+from rpn_jax.config import notes_on_schedule
 from rpn_jax.drawing.plots import plot_curves
 from rpn_jax.inference.evaluation import Evaluation, evaluate
 from rpn_jax.inference.predictor import Predictor, open_run
@@ -20,7 +20,7 @@ from rpn_jax.tasks.evaluate import (
   split_notes,
   write_metrics,
 )
-from rpn_jax.training import optim, pseudo_labels, sharding
+from rpn_jax.training import annotation_free, optim, sharding
 from rpn_jax.training.loop import Loop
 from rpn_jax.training.metric_log import MetricWriter
 from rpn_jax.training.preemption import PreemptionGuard
@@ -49,17 +49,11 @@ def train(config, workdir, data, *, restart: bool = False) -> dict:
     InputError: JAX computes in 64 bits, the method has nothing to train, the config does not fit
       weights or devices, or a run was in the workdir whose checkpoints are missing.
   """
-  predictor, run = open_run(config, workdir)
+  predictor, run = open_trainable(config, workdir)
   devices.wait_for_all("their copies of weights and data")
-  if not predictor.network.trainable:
-    raise InputError(f"method {config.method!r} has nothing to train: use --mode=eval")
-  multiple, teacher = predictor.network.input_multiple, None
+  teacher = None
   if config.data.setting == "annotation_free":
-    teacher = pseudo_labels.make_teacher(config, predictor.network)
-    multiple = predictor.clip.patch_size  # its patches cover the crop
-  check_whole_patches("config.data.crop", config.data.crop, config.clip, multiple)
-  for note in notes_on_schedule(config):
-    print(note, flush=True)
+    teacher = annotation_free.make_teacher(config, predictor.network)
   mesh = devices.global_mesh()
   sharding.check_batch_size(config.data.batch_size, mesh)
   with held_workdir(run.workdir), PreemptionGuard() as guard:
@@ -67,6 +61,20 @@ def train(config, workdir, data, *, restart: bool = False) -> dict:
       run.restart()
     run.claim(classes_of(data))
     return _train(run, predictor, teacher, data, mesh, guard)
+
+
+def open_trainable(config, workdir) -> tuple[Predictor, Run]:
+  """`open_run` of a network with something to train; says what is odd about its schedule.
+
+  Raises:
+    InputError: the method has nothing to train, or see `open_run`.
+  """
+  predictor, run = open_run(config, workdir)
+  if not predictor.network.trainable:
+    raise InputError(f"method {config.method!r} has nothing to train: use --mode=eval")
+  for note in notes_on_schedule(config):
+    print(note, flush=True)
+  return predictor, run
 
 
 def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: PreemptionGuard) -> dict:
@@ -78,10 +86,10 @@ def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: Preemptio
   prompts = predictor.init_prompts(text, key, config.data.crop)
   labeler = None
   if teacher:
-    labeler = pseudo_labels.make_labeler(teacher, config, network, predictor.encoder, data)
+    labeler = annotation_free.make_labeler(teacher, config, network, predictor.encoder, data)
   optimizer = optim.make_optimizer(config.optimizer, prompts)
   if labeler:
-    optimizer = pseudo_labels.with_snapshots(optimizer, labeler.refresh)
+    optimizer = annotation_free.with_snapshots(optimizer, labeler.refresh)
   state = jax.device_get(TrainState(jnp.int32(0), prompts, optimizer.init(prompts)))
   stepper = sharding.make_stepper(config, mesh, state, optimizer, network, data, labeler)
   examples = data.eval_examples()

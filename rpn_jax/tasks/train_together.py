@@ -30,11 +30,12 @@ from rpn_jax import devices
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json, write_text
-from rpn_jax.config import check, check_whole_patches, expand_paths, notes_on_schedule
+from rpn_jax.config import check, expand_paths
 from rpn_jax.config.flags import define_config, parse
 from rpn_jax.inference.evaluation import evaluate
-from rpn_jax.inference.predictor import Predictor, open_run
+from rpn_jax.inference.predictor import Predictor
 from rpn_jax.tasks.evaluate import score_table, split_notes, write_metrics
+from rpn_jax.tasks.train import open_trainable
 from rpn_jax.training import optim
 from rpn_jax.training.identity import identity
 from rpn_jax.training.loop import (
@@ -103,13 +104,7 @@ def train_together(
   """
   first = configs[0]
   _check(configs)
-  predictor, run = open_run(first, workdirs[0])
-  if not predictor.network.trainable:
-    raise InputError(f"method {first.method!r} has nothing to train: use main.py --mode=eval")
-  multiple = predictor.network.input_multiple
-  check_whole_patches("config.data.crop", first.data.crop, first.clip, multiple)
-  for note in notes_on_schedule(first):
-    print(note, flush=True)
+  predictor, run = open_trainable(first, workdirs[0])
   by_seed: dict[int, Any] = {}
   members = []
   for config, workdir in zip(configs, workdirs, strict=True):

@@ -210,7 +210,7 @@ def make_stepper(
   optimizer: optax.GradientTransformation,
   network: Network,
   data: Any,
-  labeler: pseudo_labels.Labeler | None,
+  labeler: step.LabelFunction | None,
 ) -> ShardMap | Pmap:
   """The training step that a config asks for; `data` as for `pseudo_labels.make_relabel`."""
   return MODES[config.parallel](

@@ -13,7 +13,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.models.training_free import DenseCLIP
 from rpn_jax.tasks import train
-from rpn_jax.training import pseudo_labels
+from rpn_jax.training import annotation_free
 from rpn_jax.training.metric_log import read_history
 from rpn_jax.training.step import TrainState
 from tests import tiny
@@ -98,9 +98,9 @@ def labels_now(config, data):
   predictor = Predictor.from_config(config)
   names = [data.names[i] for i in data.trained]
   text, batch = predictor.training_text(names), next(data.train_batches(0))
-  teacher = pseudo_labels.make_teacher(config, predictor.network)
+  teacher = annotation_free.make_teacher(config, predictor.network)
   network, encoder = predictor.network, predictor.encoder
-  labeler = pseudo_labels.make_labeler(teacher, config, network, encoder, data)
+  labeler = annotation_free.make_labeler(teacher, config, network, encoder, data)
   prompts = jax.tree.map(lambda x: np.full(x.shape, 3, x.dtype), predictor.prompt_shapes(32))
   state = TrainState(jnp.int32(0), prompts, ())
   got = jax.jit(lambda *given: labeler(state, *given))(predictor.params, text, batch)

@@ -23,7 +23,7 @@ from rpn_jax.models.prompts import count
 from rpn_jax.models.rpn import RPN
 from rpn_jax.models.trained import init_prompts
 from rpn_jax.models.training_free import DenseCLIP
-from rpn_jax.training import losses, optim, pseudo_labels, sharding
+from rpn_jax.training import annotation_free, losses, optim, sharding
 from rpn_jax.training.side_by_side import SideBySide, states_of
 from rpn_jax.training.step import TrainState, train_step
 
@@ -62,12 +62,14 @@ def main(out: pathlib.Path, cases: list[str]) -> None:
   settings = config.Optimizer(steps=100, warmup_steps=0, base_lr=2e-5)
   labelers = {"": None}
   if any(case.startswith(TAUGHT) for case in cases):
-    labelers[TAUGHT] = pseudo_labels.Labeler(DenseCLIP.create(TINY, SCLIP), text, model, refresh=2)
+    labelers[TAUGHT] = annotation_free.Labeler(
+      DenseCLIP.create(TINY, SCLIP), text, model, refresh=2
+    )
 
   def setup(labeler):
     """The state before training, and what is fixed."""
     optimizer = optim.make_optimizer(settings, prompts)
-    optimizer = pseudo_labels.with_snapshots(optimizer, labeler.refresh if labeler else 0)
+    optimizer = annotation_free.with_snapshots(optimizer, labeler.refresh if labeler else 0)
     start = jax.device_get(TrainState(jnp.int32(0), prompts, optimizer.init(prompts)))
     static = {"model": model, "loss_fn": losses.sigmoid_loss, "labeler": labeler}
     return start, {"optimizer": optimizer, **static}
