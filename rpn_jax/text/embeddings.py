@@ -92,6 +92,7 @@ def class_embeddings(
   *,
   synonyms: str = "mean",
   fingerprint: str | None = None,
+  device: jax.Device | None = None,
 ) -> np.ndarray:
   """Unit-length text embeddings (C, E) float32, one per name.
 
@@ -106,6 +107,7 @@ def class_embeddings(
     synonyms: one of `templates.SYNONYMS`; with "max", names already split by `expand`.
     fingerprint: of the weights, `arrays.fingerprint(params)`. With it the result is kept on disk,
       and found there the next time; without it nothing is.
+    device: to compute on; None is the first one of this process.
 
   Raises:
     InputError: no names, an empty or over-long one, unknown templates or synonyms, or weights
@@ -123,7 +125,7 @@ def class_embeddings(
       return kept
 
   unique = list(dict.fromkeys(phrase for row in parts for phrase in row))
-  embeddings = _embed(config, params, _sentences_around(unique, sentences))
+  embeddings = _embed(config, params, _sentences_around(unique, sentences), device)
   embeddings = embeddings.reshape(len(unique), len(sentences), -1)
   of_phrase = dict(zip(unique, _normalized_mean(embeddings), strict=True))
   result = np.stack([_normalized_mean(np.stack([of_phrase[p] for p in row])) for row in parts])
@@ -165,7 +167,9 @@ def _encode(tower: TextTransformer, params: Mapping, tokens: np.ndarray) -> jax.
     return l2_normalize(cast(jax.Array, tower.apply({"params": params}, tokens)))
 
 
-def _embed(config: CLIPConfig, params: Mapping, texts: Sequence[str]) -> np.ndarray:
+def _embed(
+  config: CLIPConfig, params: Mapping, texts: Sequence[str], device: jax.Device | None
+) -> np.ndarray:
   """Unit-length embeddings (len(texts), E) float32 of whole texts."""
   tokens = _token_ids(config, texts)
   size = next((n for n in BATCH_SENTENCES if n >= len(tokens)), BATCH_SENTENCES[-1])
@@ -176,7 +180,7 @@ def _embed(config: CLIPConfig, params: Mapping, texts: Sequence[str]) -> np.ndar
   starts = range(0, len(padded), size)
   # A display for the thousands of texts of a large vocabulary, not for a few names.
   displayed = progress(starts, "embed class names", "batch") if len(starts) > 8 else starts
-  device = jax.local_devices()[0]
+  device = device or jax.local_devices()[0]
   tower = TextTransformer(config, kernels=kernels.for_platform(device.platform))
   params = jax.device_put(params["text"], device)
   rows = [np.asarray(_encode(tower, params, padded[i : i + size])) for i in displayed]

@@ -66,9 +66,9 @@ def counted(monkeypatch):
   calls = []
   embed = embeddings._embed
 
-  def counting(config, params, texts):
+  def counting(config, params, texts, device):
     calls.append(len(texts))
-    return embed(config, params, texts)
+    return embed(config, params, texts, device)
 
   monkeypatch.setattr(embeddings, "_embed", counting)
   return calls
@@ -254,6 +254,16 @@ def test_tokens_of_names_that_compete(params):
 def test_tokens_of_empty_names(params, names):
   with pytest.raises(InputError, match="not empty"):
     TextEncoder(TINY, params).tokens(names)
+
+
+def test_embeddings_are_made_on_the_device_that_is_asked_for(params, monkeypatch):
+  asked = []
+  put = jax.device_put
+  monkeypatch.setattr(jax, "device_put", lambda x, device: put(x, asked.append(device) or device))
+  device = jax.local_devices()[-1]
+  want = class_embeddings(TINY, params, NAMES)
+  np.testing.assert_allclose(class_embeddings(TINY, params, NAMES, device=device), want, atol=1e-6)
+  assert asked == [jax.local_devices()[0], device]
 
 
 def test_weights_that_give_nan_are_refused(params):
