@@ -1,6 +1,7 @@
 """A network ready for inference: weights, text encoder, image preparation, sliding window."""
 
 import collections
+import dataclasses
 import functools
 import os
 import re
@@ -89,6 +90,7 @@ class _ShapeEncoder(NamedTuple):
     return np.zeros((len(names), self.sentences, 8), np.int32)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Predictor:
   """A network with its weights, text encoder and inference protocol.
 
@@ -96,8 +98,7 @@ class Predictor:
     network: the network in the form it is trained in.
     params: the CLIP towers it uses, on the devices.
     prompts: the trained parameters; {} for a training-free network.
-    clip: architecture of the towers.
-    encoder: class names -> embeddings.
+    encoder: class names -> embeddings; its config is `clip`, the architecture of the towers.
     protocol: the inference protocol.
 
   Raises:
@@ -105,17 +106,18 @@ class Predictor:
       process, here and in every method that computes.
   """
 
-  def __init__(
-    self, network: Network, params: dict, prompts: dict, encoder: TextEncoder,
-    protocol: Protocol,
-  ):  # fmt: skip
+  network: Network
+  params: dict
+  prompts: dict
+  encoder: TextEncoder
+  protocol: Protocol
+
+  def __post_init__(self) -> None:
     check_process()
-    self.network, self.params, self.prompts = network, params, prompts
-    self.encoder, self.protocol = encoder, protocol
-    self.clip = encoder.config
-    if protocol.layout != "image":
-      multiple = network.input_multiple
-      check_whole_patches("config.eval.crop", protocol.crop, "the CLIP weights", multiple)
+    self.clip = self.encoder.config
+    if self.protocol.layout != "image":
+      multiple, crop = self.network.input_multiple, self.protocol.crop
+      check_whole_patches("config.eval.crop", crop, "the CLIP weights", multiple)
     self._encoded: collections.OrderedDict[Hashable, jax.Array] = collections.OrderedDict()
 
   def __reduce__(self) -> tuple:
@@ -143,7 +145,7 @@ class Predictor:
     check(config)
     config = clip_file.with_normalization(config, self.clip)
     network = make_network(config, self.clip)
-    return Predictor(network, self.params, self.prompts, self.encoder, protocol_of(config))
+    return dataclasses.replace(self, network=network, protocol=protocol_of(config))
 
   @classmethod
   def from_weights(
@@ -190,7 +192,7 @@ class Predictor:
 
   def with_prompts(self, prompts: dict) -> "Predictor":
     """The same predictor with other prompts."""
-    return Predictor(self.network, self.params, prompts, self.encoder, self.protocol)
+    return dataclasses.replace(self, prompts=prompts)
 
   def read_prompts(self, run: Run) -> dict[str, tuple[int, dict]]:
     """Step and prompts of a run's newest checkpoint, "last", and of the "best" one.
@@ -205,7 +207,7 @@ class Predictor:
     if not self.network.trainable:
       return {"last": (0, {})}
     crop = run.config.data.crop
-    if path := run.config.get("prompts"):
+    if path := run.config.prompts:
       content, like = exported.load_prompts(path), lambda: self.prompt_shapes(crop)
       prompts_file.check(content, path, run.config.to_dict(), run.fingerprint, like)
       return {"last": (content.step, content.prompts)}
@@ -398,7 +400,7 @@ def _notes_on_sizes(config: ml_collections.ConfigDict, network: Network) -> list
   if network.input_multiple != network.clip.patch_size:
     return []
   sides = {config.data.crop: "config.data.crop"} if network.trainable else {}
-  if config.eval.get("layout", "windows") != "image":  # whose windows are images
+  if config.eval.layout != "image":  # whose windows are images
     sides.setdefault(config.eval.crop, "config.eval.crop")
   return notes_on_sizes(sides, config.clip, network.clip.image_size)
 
@@ -424,9 +426,9 @@ def make_network(
     config[cls.section].to_dict(),
     config.clip,
     platform,
-    loss=config.get("loss", {}).get("name", "sigmoid"),
+    loss=config.loss.name,
     dtype=jnp.dtype(config.dtype),
-    remat=config.get("remat", "none"),
+    remat=config.remat,
   )
 
 

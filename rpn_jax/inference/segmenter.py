@@ -5,6 +5,7 @@ prompts are used; or a file of CLIP weights or the name of shipped or public one
 a training-free method.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -225,9 +226,8 @@ class Segmenter:
     step, prompts = restored.get(checkpoint, restored["last"])  # the best may be the last
     clip = pathlib.PurePath(run.config.clip).stem
     if predictor.network.trainable:
-      title = predictor.network.title.replace(
-        "rpn", "RPN"
-      )  # a tuner's word: a baseline says its own
+      # A tuner's word: a baseline says its own.
+      title = predictor.network.title.replace("rpn", "RPN")
       method = _noted(f"{title}, step {step} of {name or run.workdir}", predictor)
     else:
       method = _training_free(predictor, clip)
@@ -393,9 +393,7 @@ def _in_fast_type(predictor: Predictor) -> Predictor:
   """The same predictor in the compute type that is the faster one here."""
   dtype = devices.fast_type(jax.local_devices()[0], predictor.clip_parameters)
   network = predictor.network.clone(dtype=jnp.dtype(dtype))
-  return Predictor(
-    network, predictor.params, predictor.prompts, predictor.encoder, predictor.protocol
-  )
+  return dataclasses.replace(predictor, network=network)
 
 
 def _training_free(predictor: Predictor, clip: str) -> str:
