@@ -92,8 +92,7 @@ def load(
   """
   setting = config.data.setting
   check_known("config.data.setting=", setting, SETTINGS)
-  # Runs of earlier versions hold nothing out.
-  share = config.data.get("held_out", 0.0)
+  share = config.data.held_out
   if share and setting not in HELD_OUT_SETTINGS:
     raise InputError(
       f"config.data.held_out={share:g} is for setting={' or '.join(HELD_OUT_SETTINGS)}, got "
@@ -119,7 +118,7 @@ def load_evaluations(config) -> list[SegmentationData]:
   Raises:
     InputError: see `load`; a `config.eval.naming` that none of them has.
   """
-  naming = config.eval.get("naming", "dataset")
+  naming = config.eval.naming
   worded = {n for n in config.eval.sets if naming in vocabularies.namings(n)[1:]}
   if naming != "dataset" and not worded:
     raise InputError(
@@ -159,7 +158,7 @@ def _open(
   vocabulary = _vocabulary(c, data_set, naming)
   _tell_of_synonyms(vocabulary, naming, config.synonyms)
   seen, unseen = vocabulary.seen, vocabulary.unseen
-  if own := name == c.name and c.get("unseen", ()):
+  if own := name == c.name and c.unseen:
     seen, unseen = _own_split(vocabulary, own, c.setting)
   count = len(vocabulary.names)
   if setting in SPLIT_SETTINGS and not unseen:
@@ -198,21 +197,20 @@ def _open(
       f"expected config.data.mean and config.data.std, got {c.mean} and {c.std}, which leave them "
       "to the CLIP weights: set both, or pass the config through clip_file.with_normalization"
     )
-  # Runs of earlier versions have no recipe, and this one.
-  shared = {"recipe": c.get("recipe", "mmsegmentation"), "mean": c.mean, "std": c.std}
+  shared = {"recipe": c.recipe, "mean": c.mean, "std": c.std}
   train_transform = recipes.train_transform(
     train_map,
     crop=c.crop,
     scale=c.scale,
     ratio=c.ratio,
-    label_resize=c.get("label_resize", "floor_nearest"),
+    label_resize=c.label_resize,
     photometric=c.photometric,
     # The rule against crops of a single class would find no other: it is off without labels.
     cat_max_ratio=1.0 if setting == "annotation_free" else None,
     **shared,
   )
   eval_transform = recipes.eval_transform(
-    c.short_side, train_map if held_out else raw, long_side=c.get("long_side", 0), **shared
+    c.short_side, train_map if held_out else raw, long_side=c.long_side, **shared
   )
 
   def source(split: str):
@@ -315,7 +313,7 @@ def _check_variant(c, data_set: registry.DataSet) -> None:
   Raises:
     InputError: see above.
   """
-  variant = c.get("variant", "")
+  variant = c.variant
   if variant and data_set.prepared == "shapes":
     raise InputError(
       f"{data_set.name} has no variants, got config.data.variant={variant!r}; leave it out"

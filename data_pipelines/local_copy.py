@@ -36,7 +36,7 @@ def localized(c, data_set: registry.DataSet):
   Raises:
     InputError: the set is not prepared, does not fit on the disk, or DIR has a copy of another one.
   """
-  wanted = c.get("local_copy", "")
+  wanted = c.local_copy
   if not wanted and not buckets.is_bucket(c.data_dir):
     return c
   root = local_root(c.data_dir, wanted)

@@ -223,7 +223,7 @@ def run_drawing(command: Callable, description: str, arguments: list[str]) -> in
   args, config = parse(parser, arguments, workdir=True)
   names, files = parse_names(args.classes), picture_files.find(args.image).files
   workdir = paths.expand(args.workdir)
-  with devices.runtime(matmul_precision=config.get("matmul_precision", "default")):
+  with devices.runtime(matmul_precision=config.matmul_precision):
     out = paths.expand(args.out or workdir)
     out.mkdir(parents=True, exist_ok=True)
     predictor, run = open_run(config, workdir)

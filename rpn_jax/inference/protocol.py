@@ -60,11 +60,10 @@ def protocol_of(config: ml_collections.ConfigDict) -> Protocol:
   """The inference protocol of a config with a normalization."""
   return Protocol(
     short_side=config.data.short_side,
-    long_side=config.data.get("long_side", 0),
-    resize=config.data.get("recipe", "mmsegmentation"),
+    long_side=config.data.long_side,
+    resize=config.data.recipe,
     mean=tuple(config.data.mean),
     std=tuple(config.data.std),
-    # Runs of earlier versions lack some of these, and have what are the defaults here.
-    **{name: config.eval[name] for name in PROTOCOL_FIELDS if name in config.eval},
+    **{name: config.eval[name] for name in PROTOCOL_FIELDS},
     scales=tuple(config.eval.scales),
   )

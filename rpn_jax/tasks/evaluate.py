@@ -155,7 +155,7 @@ def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, 
   restored = predictor.read_prompts(run)
   # One for all sets, or by config.eval.protocol one for each.
   configs = protocols.each(config)
-  predictors = [predictor.for_config(c) if c.eval.get("protocol") else predictor for c in configs]
+  predictors = [predictor.for_config(c) if c.eval.protocol else predictor for c in configs]
   predictors *= len(evaluations) // len(predictors)
   for data, predictor in zip(evaluations, predictors, strict=True):
     results[data.name] = {}
@@ -191,7 +191,7 @@ def check_classes(run: Run, evaluations: Sequence) -> None:
   config = run.config
   if not config.eval.sets:
     run.check_classes(classes_of(evaluations[0]))
-  elif config.eval.get("naming", "dataset") == "dataset":  # else they are worded anew
+  elif config.eval.naming == "dataset":  # else they are worded anew
     for data in evaluations:  # of which all classes are prompted
       if data.name == config.data.name:
         known = classes_of(data)
@@ -248,10 +248,10 @@ def summary(predictor: Predictor, config, results: dict) -> tuple[list[list[str]
   own = predictor.network.title
   if not predictor.network.trainable:
     setting = "training_free"
-  protocol = config.eval.get("protocol")
+  protocol = config.eval.protocol
   by = f", protocol of {protocol}" if protocol else ""
-  held_out = 0 if config.eval.sets else config.data.get("held_out", 0)
-  own_split = () if config.eval.sets else config.data.get("unseen", ())
+  held_out = 0 if config.eval.sets else config.data.held_out
+  own_split = () if config.eval.sets else config.data.unseen
   rows, notes = [], []
   for name, result in results.items():
     for which, scores in result.items():

@@ -85,7 +85,7 @@ def _draw(predictor: Predictor, run: Run, data: Any, step: int, path: pathlib.Pa
     return f"A scene drawn by a program, which is not of {data.name}, and the classes found in it."
   evaluation = evaluate(predictor.for_data(data), examples, data, keep=EXAMPLES)
   draw_examples(path, evaluation, config)
-  of = "training images held out" if config.data.get("held_out") else "images of the evaluation set"
+  of = "training images held out" if config.data.held_out else "images of the evaluation set"
   return f"The first {len(evaluation.kept)} {of} of {data.name}."
 
 

@@ -293,6 +293,6 @@ def main(
     expand_paths(values.config)
     configs.append(values.config)
     workdirs.append(values.workdir)
-  with devices.runtime(matmul_precision=configs[0].get("matmul_precision", "default"), alone=True):
+  with devices.runtime(matmul_precision=configs[0].matmul_precision, alone=True):
     train_together(configs, workdirs, lambda config: load(config, devices.process()))
   return 0

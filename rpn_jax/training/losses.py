@@ -193,6 +193,5 @@ OPTIONS = {"sigmoid": ("mask_ignored", "skip_empty"), "softmax": (), "bce": ("ma
 
 def make_loss(config: Any, ignore_label: int) -> Callable[[jax.Array, jax.Array], dict[str, Term]]:
   """The loss of a config section as a function of logits and labels."""
-  options = {"mask_ignored": config.mask_ignored, "skip_empty": config.get("skip_empty", False)}
-  taken = {name: options[name] for name in OPTIONS[config.name]}
+  taken = {name: config[name] for name in OPTIONS[config.name]}
   return functools.partial(LOSSES[config.name], ignore_label=ignore_label, **taken)

@@ -101,7 +101,7 @@ def schedules(
     name: make_schedule(
       peak,
       config.steps,
-      decay=getattr(config, "schedule", "poly"),  # runs of 0.2.0 lack it
+      decay=config.schedule,
       power=config.power,
       minimum=config.min_lr,
       warmup_steps=config.warmup_steps,
@@ -123,10 +123,9 @@ def make_optimizer(
     peaks: as for `schedules`.
   """
   groups = flax.traverse_util.flatten_dict(assign_groups(prompts, config.groups), sep="/")
-  no_decay = getattr(config, "no_decay", "")  # runs of 0.2.0 lack it
   # Groups keep their names where everything decays: states of earlier versions have these.
   labels = {
-    path: f"{group}, no decay" if _matches("no_decay", no_decay, path) else group
+    path: f"{group}, no decay" if _matches("no_decay", config.no_decay, path) else group
     for path, group in groups.items()
   }
   transforms = {}

@@ -153,7 +153,7 @@ def side_by_side(model, settings, prompts, constants, record) -> list[str]:
   start = jax.device_get(TrainState(jnp.int32(0), prompts, optimizer.init(prompts)))
   peaks = optim.peak_rates(settings)
   lower = {name: peak / 10 for name, peak in peaks.items()}
-  shared = ConfigDict({"loss": {"name": "sigmoid", "mask_ignored": False}, "data": {"setting": ""}})
+  shared = ConfigDict({"loss": config.defaults().loss, "data": {"setting": ""}})
   shared.optimizer = settings
   record("initial", start, [])
   step = SideBySide(

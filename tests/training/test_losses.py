@@ -138,7 +138,7 @@ def test_a_loss_takes_the_fields_of_its_config():
   logits, label = np.zeros((1, 2, 2, 3), np.float32), np.array([[[0, 255], [255, 1]]])
   for name, term in (("sigmoid", "loss_mask"), ("bce", "loss_bce")):
     for mask_ignored in (False, True):
-      fields = ConfigDict({"name": name, "mask_ignored": mask_ignored})
+      fields = ConfigDict({"name": name, "mask_ignored": mask_ignored, "skip_empty": False})
       want = compiled(losses.LOSSES[name], logits, label, mask_ignored=mask_ignored)[term]
       got = compiled(losses.make_loss(fields, 255), logits, label)[term]
       assert got.total == want.total and got.normalizer == want.normalizer
@@ -154,7 +154,7 @@ def test_more_classes_than_eight_bits(name, mask_ignored):
   label = rng.choice([3, 255, 299, 65535], (2, 6, 9))
   swapped = np.arange(300)
   swapped[[7, 255]] = 255, 7
-  fields = ConfigDict({"name": name, "mask_ignored": mask_ignored})
+  fields = ConfigDict({"name": name, "mask_ignored": mask_ignored, "skip_empty": False})
   got = compiled(losses.make_loss(fields, 65535), logits, label)
   moved = np.where(label == 255, 7, np.where(label == 65535, -1, label))
   want = compiled(losses.make_loss(fields, -1), logits[..., swapped], moved)
