@@ -1,6 +1,5 @@
 """Data sets that are prepared already: what they hold, and whether that is what is asked for."""
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -37,10 +36,7 @@ def report(
       raw files have changed.
   """
   counts = records.count_examples(folder)
-  try:
-    summary = dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-  except (OSError, ValueError, TypeError):  # the file is for people; sets are usable without it
-    summary = {}
+  summary = records.read_summary(folder)
   asked = None if manual_dir is None else str(paths.expand(manual_dir).resolve())
   if cls.own_classes and (asked or any(value is not None for value in options.values())):
     made_from = summary.get("manual_dir", asked)

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from data_pipelines.vocabularies import Vocabulary
+from rpn_jax.base.words import split_synonyms
 
 _COLUMNS = 2  # examples side by side
 _MAX_LEGEND_CLASSES = 12  # a longer list would not fit beside its mask
@@ -75,7 +76,9 @@ def _entries(label: np.ndarray, vocabulary: Vocabulary, colors: np.ndarray) -> l
   values, counts = np.unique(label, return_counts=True)
   order = [v for v in values[np.argsort(-counts, kind="stable")].tolist() if v >= 0]
   names = {i: name for name, i in zip(reversed(vocabulary.names), reversed(vocabulary.scored_as))}
-  entries = [_entry(names[i].split(",")[0], colors[i + 1]) for i in order[:_MAX_LEGEND_CLASSES]]
+  entries = [
+    _entry(split_synonyms(names[i])[0], colors[i + 1]) for i in order[:_MAX_LEGEND_CLASSES]
+  ]
   if len(order) > _MAX_LEGEND_CLASSES:
     entries.append(_entry(f"and {len(order) - _MAX_LEGEND_CLASSES} more", (255, 255, 255)))
   if values[0] < 0:

@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
@@ -172,6 +173,14 @@ def count_examples(folder: pathlib.Path) -> dict[str, int]:
   return {split: info.num_examples for split, info in splits.items()}
 
 
+def read_summary(folder: pathlib.Path) -> dict[str, Any]:
+  """`summary.json` of a prepared folder; {} if it is gone: it is for people, sets do without."""
+  try:
+    return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+  except (OSError, ValueError, TypeError):
+    return {}
+
+
 def contents(folder: pathlib.Path) -> dict[str, dict]:
   """What identifies the examples of every split of a prepared folder, without reading them.
 
@@ -180,10 +189,8 @@ def contents(folder: pathlib.Path) -> dict[str, dict]:
     labels in any order}, the last not of sets that earlier versions prepared.
   """
   splits = tfds.builder_from_directory(folder).info.splits
-  try:
-    hashes = dict(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["sha256"])
-  except (OSError, ValueError, TypeError, KeyError):
-    hashes = {}
+  hashes = read_summary(folder).get("sha256")
+  hashes = hashes if isinstance(hashes, dict) else {}
   return {
     split: {"images": info.num_examples, "bytes": info.num_bytes}
     | ({"sha256": hashes[split]} if split in hashes else {})

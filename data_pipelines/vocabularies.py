@@ -8,7 +8,6 @@ those of RPN and ZegCLIP (VOC, COCO-Stuff) and MaskCLIP (Context).
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -211,10 +210,4 @@ def _from_files(name: str, files: ClassFiles, naming: str) -> Vocabulary:
 def _read(file: str):
   if file in class_names.NAMES:
     return list(class_names.read(file))
-  path = _FOLDER / f"{file}.json"
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise InputError(
-      f"expected a JSON file of this package at {path}, got {type(error).__name__}; reinstall it"
-    ) from error
+  return class_names.load(_FOLDER / f"{file}.json")

@@ -83,6 +83,8 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     license: one line.
     raw_size: disk space of the raw files, as text.
     layout: the files expected below the manual directory, one per line.
+    raw_ids: the values of label files but that of no class; None: those that are classes, or all
+      where others are ignored.
     wide: labels need more than eight bits.
     by_color: masks are read by their colors, not by values; after `examples`.
     colors_remedy: what to do about a label image of colors, for the message.
@@ -103,6 +105,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
   license: str
   raw_size: str
   layout: str
+  raw_ids: Sequence[int] | None = None
   wide: bool = False
   by_color: bool = False
   colors_remedy: str = COLORS_REMEDY
@@ -129,10 +132,10 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
   def allowed(self) -> np.ndarray | None:
     """bool [65536], the label values that may occur; None allows all."""
-    if self.classes.unlisted == "ignore":
+    if self.raw_ids is None and self.classes.unlisted == "ignore":
       return None
     table = np.zeros(65536, bool)
-    table[[*self.classes.ids, self.classes.ignore]] = True
+    table[[*(self.raw_ids or self.classes.ids), self.classes.ignore]] = True
     return table
 
   def wrong_values_remedy(self, values: np.ndarray) -> str:

@@ -25,6 +25,7 @@ class Cityscapes(SegmentationBuilder):
 
   name = "cityscapes"
   title = "Cityscapes"
+  raw_ids = range(_IDS)
   counts = {"train": 2975, "val": 500}  # noqa: RUF012
   obtain = (
     "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip are, after registering, on the page "
@@ -118,12 +119,6 @@ gtFine/{train,val}/CITY/*_gtFine_labelIds.png (or *_gtFine_labelTrainIds.png)"""
     for raw, train_id in self.classes.ids.items():
       id_of[train_id] = raw if train_id < _TRAIN_IDS else vocabularies.IGNORE
     return id_of[label_HxW]
-
-  def allowed(self):
-    table = np.zeros(65536, bool)
-    table[:_IDS] = True
-    table[vocabularies.IGNORE] = True
-    return table
 
   def wrong_values_remedy(self, values):
     if values.max() > vocabularies.IGNORE:

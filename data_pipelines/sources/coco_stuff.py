@@ -1,12 +1,7 @@
 """COCO-Stuff 164k: COCO 2017 with things and stuff labeled (Caesar et al., 2018)."""
 
-import numpy as np
-
-from data_pipelines import vocabularies
 from data_pipelines.sources.builder import RawExample, SegmentationBuilder
 from data_pipelines.sources.files import list_files, require
-
-_RAW_IDS = 182  # slots of the files' numbering; 171 are in use
 
 
 class CocoStuff(SegmentationBuilder):
@@ -18,6 +13,7 @@ class CocoStuff(SegmentationBuilder):
   name = "coco_stuff"
   title = "COCO-Stuff 164k"
   vocabulary = "coco_stuff171"
+  raw_ids = range(182)  # slots of the files' numbering; 171 are in use
   counts = {"train": 118287, "val": 5000}  # noqa: RUF012
   obtain = (
     "train2017.zip and val2017.zip are on the page 'COCO - Common Objects in Context', "
@@ -38,9 +34,3 @@ stuffthingmaps_trainval2017/{train,val}2017/*.png"""
       here = require(labels / f"{split}2017", f"the {split} labels", self.obtain)
       splits[split] = [RawExample(p.stem, p, here / f"{p.stem}.png") for p in files]
     return splits
-
-  def allowed(self):
-    table = np.zeros(65536, bool)
-    table[:_RAW_IDS] = True
-    table[vocabularies.IGNORE] = True
-    return table

@@ -12,7 +12,7 @@ import yaml
 from data_pipelines.sources import class_file
 from data_pipelines.sources.builder import Painted, RawExample
 from data_pipelines.sources.coco_masks import read_mask
-from data_pipelines.sources.files import read_lines, read_text
+from data_pipelines.sources.files import read_lines
 from data_pipelines.sources.own_data import (
   Annotations,
   ImageFiles,
@@ -23,6 +23,7 @@ from data_pipelines.sources.own_data import (
 )
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.picture_files import list_images
+from rpn_jax.base.words import read_text
 
 # Of the images that ultralytics reads, those that are read here.
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

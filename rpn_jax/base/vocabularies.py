@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+from typing import Any
 
 from rpn_jax.base.errors import InputError
 
@@ -15,14 +16,18 @@ NAMES = (
 
 @functools.cache
 def read(name: str) -> tuple[str, ...]:
-  """The class names of one of NAMES in id order, as the data set writes them.
+  """The class names of one of NAMES in id order, as the data set writes them; see `load`."""
+  return tuple(load(_FOLDER / f"{name}.json"))
+
+
+def load(path: pathlib.Path) -> Any:
+  """The content of a JSON file that comes with the code.
 
   Raises:
     InputError: a damaged file.
   """
-  path = _FOLDER / f"{name}.json"
   try:
-    return tuple(json.loads(path.read_text(encoding="utf-8")))
+    return json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise InputError(
       f"expected a JSON file of this package at {path}, got {type(error).__name__}; reinstall it"

@@ -13,9 +13,10 @@ import time
 
 import numpy as np
 import pytest
+from matplotlib.patches import Patch
 from PIL import Image
 
-from data_pipelines import pipeline, prepare, preview, records, registry
+from data_pipelines import pipeline, prepare, preview, records, registry, vocabularies
 from rpn_jax.base import paths
 from rpn_jax.base.errors import InputError
 from tests import ROOT
@@ -136,6 +137,20 @@ def test_summary_and_preview(raw, data, capsys, monkeypatch):
   with Image.open(folder / "preview.png") as image:
     assert image.size == (1500, 1240)
     assert len(image.convert("RGB").getcolors(image.width * image.height)) > 1000
+
+
+def test_the_preview_has_the_first_synonym_whole(tmp_path, monkeypatch):
+  shown = []
+  monkeypatch.setattr(
+    preview, "Patch", lambda label, **_: shown.append(label) or Patch(label=label)
+  )
+  label = np.uint8([[0, 0, 0, 1], [0, 0, 1, 2]])
+  names = ["crt screen (lcd, tv)", "sea, ocean", "1,5 mm"]
+  image = io.BytesIO()
+  Image.new("RGB", (4, 2)).save(image, "PNG")
+  example = {"image": image.getvalue(), "label": label, "id": "a"}
+  _DRAW([example], vocabularies.of_names("x", names), tmp_path / "a.png")
+  assert shown == ["crt screen (lcd, tv)", "sea", "1,5 mm"]
 
 
 def test_a_finished_set_is_left_alone(raw, data, capsys, monkeypatch):
