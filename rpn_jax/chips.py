@@ -4,19 +4,17 @@ libtpu, which `pip install "jax[tpu]"` brings, holds the compiler of every gener
 chip to compile for one.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
 import re
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 
+from rpn_jax.base.console import silent_stderr
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import check_known
 from rpn_jax.devices import AXIS
@@ -100,7 +98,7 @@ def pod(name: str) -> Pod:
   if generation == "v4" and len(shape.split("x")) == 2:
     shape = f"{shape}x1"
   try:
-    with _silenced():
+    with silent_stderr():  # libtpu tells what it looks for
       found = topologies.get_topology_desc(f"{generation}:{shape}", platform="tpu", **options)
   except (jax.errors.JaxRuntimeError, ValueError) as error:
     reason = " ".join(str(error).split())
@@ -115,17 +113,3 @@ def pod(name: str) -> Pod:
 
 def _place(device: Any) -> tuple[int, int]:
   return device.process_index, device.id
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-  """Without what libtpu writes to the standard error while it looks for chips."""
-  sys.stderr.flush()
-  with open(os.devnull, "w", encoding="utf-8") as nowhere:
-    kept = os.dup(2)
-    os.dup2(nowhere.fileno(), 2)
-    try:
-      yield
-    finally:
-      os.dup2(kept, 2)
-      os.close(kept)

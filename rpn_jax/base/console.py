@@ -1,6 +1,7 @@
 """Terminal output: progress, tables, verbosity, exit status, the files of a workdir."""
 
 import codecs
+import contextlib
 import io
 import os
 import re
@@ -91,6 +92,23 @@ def run_command(
       raise
     print(f"error: {error}", file=sys.stderr)
     return 2
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+  """Keeps libraries from writing to the terminal; callers tell of errors."""
+  try:
+    terminal = os.dup(2)
+  except OSError:  # closed
+    yield
+    return
+  try:
+    with open(os.devnull, "wb") as nowhere:
+      os.dup2(nowhere.fileno(), 2)
+    yield
+  finally:
+    os.dup2(terminal, 2)
+    os.close(terminal)
 
 
 # Files of a workdir, in the order in which one looks at them.

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from rpn_jax.base.errors import InputError
 from rpn_jax.base.fields import field, spec
 from rpn_jax.base.words import check_known
 
@@ -12,8 +11,8 @@ class RPNConfig:
   """What RPN trains, and how it is wired. The defaults are the paper's.
 
   Raises:
-    InputError: a word that a field does not have, or the same tuner twice. Which tuners there are
-      the network knows (`models.tuners.parse`).
+    InputError: a word that a field does not have. Which tuners there are the network knows
+      (`models.tuners.parse`).
   """
 
   tuner: str = field(
@@ -90,12 +89,6 @@ class RPNConfig:
     for f in dataclasses.fields(self):
       if words := spec(f).words:
         check_known(f"{f.name}=", getattr(self, f.name), words)
-    if len(set(self.tuners)) < len(self.tuners):
-      raise InputError(f'tuner: expected words joined by "+", each once, got {self.tuner!r}')
-
-  @property
-  def tuners(self) -> tuple[str, ...]:
-    return tuple(self.tuner.split("+"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from rpn_jax.base.console import silent_stderr
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import replacing
 from rpn_jax.drawing.images import display_size, tinted
@@ -126,22 +127,10 @@ def _count(path: pathlib.Path) -> int:
   return count
 
 
-@contextlib.contextmanager
-def quiet_opencv() -> Iterator[None]:
+def quiet_opencv() -> contextlib.AbstractContextManager[None]:
   """Keeps OpenCV and its FFMPEG from writing to the terminal; callers tell of errors.
 
   FFMPEG has a level, OpenCV's own remarks on formats go to stderr without one.
   """
   os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read with the first film
-  try:
-    terminal = os.dup(2)
-  except OSError:  # closed
-    yield
-    return
-  try:
-    with open(os.devnull, "wb") as nowhere:
-      os.dup2(nowhere.fileno(), 2)
-    yield
-  finally:
-    os.dup2(terminal, 2)
-    os.close(terminal)
+  return silent_stderr()

@@ -25,6 +25,11 @@ _MAX_LAYERS = 128
 IMAGE_FIELDS = ("mean", "std", "squash")
 
 
+def without_images(config: CLIPConfig) -> dict:
+  """The fields but IMAGE_FIELDS, by name."""
+  return {name: value for name, value in vars(config).items() if name not in IMAGE_FIELDS}
+
+
 def fields_from_shapes(state: Mapping[str, np.ndarray], naming: Naming, where: str) -> dict:
   """CLIPConfig fields that shapes tell: all but the heads and the activation.
 

@@ -21,7 +21,6 @@ from rpn_jax.base.words import differences
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.weights import authors, cat_seg, checkpoints, hub, prompts_file, publisher
 from rpn_jax.weights.architecture import (
-  IMAGE_FIELDS,
   Normalization,
   agreed,
   check_parameters,
@@ -29,6 +28,7 @@ from rpn_jax.weights.architecture import (
   fields_from_shapes,
   image_fields,
   normalization,
+  without_images,
 )
 from rpn_jax.weights.arrays import (
   WeightsFile,
@@ -160,8 +160,7 @@ def convert(
   where = None if checkpoint.listed else checkpoint.name
   _, config, params = parse(file, {**untold, **(overrides or {})}, where)
   # How images were normalized is told by the publisher's files alone.
-  sizes = lambda c: {k: v for k, v in dataclasses.asdict(c).items() if k not in IMAGE_FIELDS}
-  if wanted and (changed := differences(sizes(wanted), sizes(config))):
+  if wanted and (changed := differences(without_images(wanted), without_images(config))):
     raise InputError(
       f"expected {checkpoint.name} in {source}, got another architecture (expected -> got: "
       f"{'; '.join(changed)}): get the file from {checkpoint.page}"

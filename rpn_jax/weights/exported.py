@@ -12,7 +12,7 @@ from rpn_jax.config import Run
 from rpn_jax.config.stored import CONFIG
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.weights import checkpoints, clip_file, hub, prompts_file
-from rpn_jax.weights.architecture import IMAGE_FIELDS
+from rpn_jax.weights.architecture import without_images
 from rpn_jax.weights.arrays import read_arrays
 from rpn_jax.weights.checkpoints import PROMPTS, Checkpoint
 
@@ -120,7 +120,7 @@ def portable_clip(clip: str, architecture: CLIPConfig) -> str:
     return name
   with contextlib.suppress(InputError):  # nearly a public name
     row = checkpoints.find(path.stem)
-    if row and row.config and _sizes(row.config) == _sizes(architecture):
+    if row and row.config and without_images(row.config) == without_images(architecture):
       return row.name
   return path.name
 
@@ -152,7 +152,3 @@ def _without(tree: Mapping, paths: list[str], above: str = "") -> dict:
 def _address(name: str | os.PathLike) -> Checkpoint | None:
   found = None if expand(name).exists() else checkpoints.find(name)
   return found if found and not found.listed else None
-
-
-def _sizes(config: CLIPConfig) -> dict:
-  return {k: v for k, v in vars(config).items() if k not in IMAGE_FIELDS}

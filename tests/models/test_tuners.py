@@ -259,8 +259,8 @@ def test_bfloat16_keeps_its_type(tuner):
 def test_wrong_words_are_named():
   with pytest.raises(ValueError, match=r"got 'rpn\+adaptor'"):
     RPN(TINY, RPNConfig(tuner="rpn+adaptor"))
-  with pytest.raises(ValueError, match="each once"):
-    RPNConfig(tuner="lora+lora")
+  with pytest.raises(ValueError, match=r"each once.*got 'lora\+lora'"):
+    RPN(TINY, RPNConfig(tuner="lora+lora"))
   with pytest.raises(ValueError, match=r"combine='sum' is not known.* Known: cat, add, mul"):
     RPNConfig(combine="sum")
 
