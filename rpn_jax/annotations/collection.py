@@ -15,7 +15,7 @@ from rpn_jax.annotations.sources import Sources
 from rpn_jax.base import buckets
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.origins import Origin, check_same, exists
-from rpn_jax.base.paths import expand, relative_path, write_text
+from rpn_jax.base.paths import check_utf8, expand, relative_path, write_text
 from rpn_jax.drawing.images import save_png
 
 
@@ -86,7 +86,10 @@ class Collection:
 
     Raises:
       Occupied: it would.
+      InputError: the name of the image's file is no UTF-8.
     """
+    if self._forms:
+      check_utf8(origin.file)
     for sources in self._sources.values():
       sources.check(origin, stem)
     if "labelme" in self._forms and exists(path := self._labelme_path(stem)):

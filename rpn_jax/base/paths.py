@@ -84,6 +84,20 @@ def name_key(path: str | os.PathLike) -> str:
   return unicodedata.normalize("NFC", os.fspath(path))
 
 
+def check_utf8(path: str | os.PathLike) -> None:
+  """Refuses the path of an image which is no text.
+
+  Raises:
+    InputError: see above.
+  """
+  try:
+    os.fspath(path).encode()
+  except UnicodeEncodeError:
+    raise InputError(
+      f"{path}: expected a file name in UTF-8, which results have: rename it"
+    ) from None
+
+
 def relative_path(image: pathlib.Path, folder: pathlib.Path) -> str:
   """The path of a local image from a local folder, with "/".
 

@@ -14,7 +14,7 @@ from rpn_jax.base.colors import Color
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.origins import Origin, check_free
-from rpn_jax.base.paths import expand, write_text
+from rpn_jax.base.paths import check_utf8, expand, write_text
 from rpn_jax.base.words import parse_names
 from rpn_jax.devices import devices_text
 from rpn_jax.inference.predictor import open_run
@@ -123,8 +123,7 @@ def save_all(
   def read(pair: tuple[pathlib.Path, pathlib.Path]) -> pictures.Picture | InputError:
     file, stem = pair
     try:
-      if (shown := _readable(file)) != str(file):
-        raise InputError(f"{shown}: expected a file name in UTF-8, which results have: rename it")
+      check_utf8(file)
       picture = pictures.load(file, page=page, matte=matte)
       origin = Origin(file, picture.page)
       collection.check(origin, stem.as_posix())

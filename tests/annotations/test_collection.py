@@ -226,6 +226,14 @@ def test_classes_that_voc_cannot_count(tmp_path):
   check_by_the_rules_of_ultralytics(tmp_path / "yolo/data.yaml")
 
 
+@pytest.mark.parametrize("form", ["coco", "labelme", "yolo", "voc"])
+def test_names_that_annotations_cannot_have(form, photos, tmp_path):
+  photo = Labeled(photos[0].image, photos[0].labels, tmp_path / "\udcff.png")
+  with pytest.raises(InputError, match=r"dcff.png: expected a file name in UTF-8"):
+    Collection(tmp_path / "out", NAMES, [form]).add(photo, "a")
+  assert not (tmp_path / "out").exists()
+
+
 def test_a_name_of_several_lines_does_not_shift_the_others(tmp_path):
   for end in "\n\r\v\x85\u2028":
     with pytest.raises(InputError, match=r"save=voc: expected class names of one line, got 'a\\"):
