@@ -323,7 +323,8 @@ def report(
   Raises:
     InputError: see `chips.pod`, `programs` and `measure`.
   """
-  pod, clip = chips.pod(topology), architecture(config.clip)
+  pod = chips.pod(topology)
+  clip = checkpoints.unfetched(config.clip) or clip_file.load_clip(config.clip)[0]
   result: dict[str, Any] = {"topology": topology, "chips": pod.mesh.size, "programs": {}}
   for name, program in programs(config, clip, data, pod).items():
     print(f"compiling for {topology}: {TITLES[name]} ...", flush=True)
@@ -355,18 +356,6 @@ def compile_run(
     given.data.mean = given.data.mean or (0.0, 0.0, 0.0)
     given.data.std = given.data.std or (1.0, 1.0, 1.0)
   report(config, topology, load(given, names_only=True), find_batch=find_batch, json=json)
-
-
-def architecture(name: str) -> CLIPConfig:
-  """The architecture of weights, which need not be there if they are published ones.
-
-  Raises:
-    InputError: neither a file nor a known name.
-  """
-  named = None if expand(name).exists() else checkpoints.find(name)
-  if named and named.config:
-    return named.config
-  return clip_file.load_clip(name)[0]
 
 
 def text_of(result: dict) -> str:

@@ -287,12 +287,10 @@ def main(arguments: list[str]) -> int:
   args, config = parse(parser, arguments)
   devices.configure_cpu()  # no cache of programs: how long they compile is measured
   params = None
-  if args.backbone:
-    clip_config = BACKBONES[args.backbone]
-  elif (
-    not expand(config.clip).exists() and (named := checkpoints.find(config.clip)) and named.config
-  ):
-    clip_config = named.config  # what it costs depends on no weight: nothing is fetched
+  # What it costs depends on no weight: none is fetched.
+  known = BACKBONES.get(args.backbone) or checkpoints.unfetched(config.clip)
+  if known:
+    clip_config = known
   else:
     path = clip_file.find_weights(config.clip)
     if not path.exists():

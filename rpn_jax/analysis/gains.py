@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from rpn_jax.analysis import paired, rates, report
 from rpn_jax.analysis.plan import Plan, key
 from rpn_jax.analysis.runs import Row
-from rpn_jax.base.console import table
+from rpn_jax.base.console import percent, table
 
 # Measures of a tower, as `rpn_jax.analysis.locality` and the pre-training call them -> titles.
 MEASURES = {
@@ -74,7 +74,7 @@ def tower_table(
     cells.append(
       [
         tower,
-        *(_percent(measures.get(measure)) for measure in ("top1", *MEASURES)),
+        *(percent(measures.get(measure)) for measure in ("top1", *MEASURES)),
         *(report.mean_and_deviation(hiou.get(row, [])) for row in ("training_free", "lpm")),
         *(paired.mean_and_interval(gain_of.get(name, []), most) for name in series),
       ]
@@ -156,7 +156,3 @@ def rate_table(
       cells.append([name, variant, *line])
   heads = ["gain on held-out images at equal rates [95 %]", "variant", *(f"{r:g}" for r in every)]
   return table(cells, heads, markdown=True) if cells else ""
-
-
-def _percent(value: float | None) -> str:
-  return "-" if value is None else f"{100 * value:.1f}"

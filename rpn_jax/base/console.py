@@ -276,6 +276,11 @@ NUMBER = re.compile(
 )
 
 
+def percent(value: float | None) -> str:
+  """A cell with a fraction in percent."""
+  return "-" if value is None else f"{100 * value:.1f}"
+
+
 def table(rows: Sequence[Sequence], headers: Sequence, *, markdown: bool = False) -> str:
   """An aligned table with numbers to the right.
 

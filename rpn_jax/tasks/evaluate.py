@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from rpn_jax import devices
-from rpn_jax.base.console import table
+from rpn_jax.base.console import percent, table
 from rpn_jax.base.paths import write_json, write_text
 from rpn_jax.config import FREE, protocols
 from rpn_jax.drawing.images import prediction_grid
@@ -303,7 +303,3 @@ def extremes(name: str, per_class: dict[str, float | None]) -> str:
     return f"{name}, IoU %: {listed(order[::-1])}"
   best, worst = order[: -EXTREME_CLASSES - 1 : -1], order[:EXTREME_CLASSES]
   return f"{name}, IoU %, best: {listed(best)}. Worst: {listed(worst)}"
-
-
-def percent(value: float | None) -> str:
-  return "-" if value is None else f"{100 * value:.1f}"

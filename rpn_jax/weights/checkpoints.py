@@ -25,6 +25,7 @@ import re
 from typing import Any
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.paths import expand
 from rpn_jax.base.words import check_known, suggestion
 from rpn_jax.config import BACKBONES
 from rpn_jax.models.clip import CLIPConfig
@@ -232,6 +233,12 @@ def find(name: object) -> Checkpoint | None:
   if re.fullmatch(r"(?i)vit-[a-z]+[-/]\d+(@\w+)?(-[a-z0-9]+)?", text):
     check_known("CLIP ", text, CHECKPOINTS)
   return None
+
+
+def unfetched(name: str) -> CLIPConfig | None:
+  """The architecture of published weights by their name, which need not be here; else None."""
+  found = None if expand(name).exists() else find(name)
+  return found.config if found else None
 
 
 def check_name(name: str) -> Checkpoint:
