@@ -23,6 +23,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.pictures import check_size
 
 Example = dict[str, Any]
+_READY = 4  # batches, or examples of an evaluation, that are held ready
 
 
 def check_example(example: Example, where: str = "") -> Example:
@@ -172,7 +173,6 @@ def train_batches(
   shard: tuple[int, int] = (0, 1),
   num_threads: int = 4,
   workers: int = 0,
-  prefetch: int = 4,
 ) -> Iterator[dict[str, np.ndarray]]:
   """An endless stream of training batches, reshuffled in every epoch.
 
@@ -190,7 +190,6 @@ def train_batches(
     num_threads: threads that each build a whole batch; 0 builds in the caller's thread.
     workers: extra processes (spawned; absl flags must be parsed), which end with this one and pass
       batches through shared memory, if there is enough; 0 uses threads only.
-    prefetch: batches held ready; 0 only together with num_threads 0.
 
   Returns:
     An iterator of {'image': float32 [B/count,H,W,3], 'label': int32 [B/count,H,W]}; it has
@@ -218,12 +217,12 @@ def train_batches(
   stream = stream.random_map(functools.partial(_for_training, transform))
   part = grain.MapDataset.source(_ProcessSlice(stream, batch_size, index, count))
   batches = part.batch(batch_size // count, drop_remainder=True)[start_step:]
-  iterator = batches.to_iter_dataset(grain.ReadOptions(num_threads, prefetch))
+  iterator = batches.to_iter_dataset(grain.ReadOptions(num_threads, _READY))
   if workers:
     rows = batch_size // count
     example = part[start_step * rows]  # its size is known to the transform only
     batch_bytes = rows * sum(value.nbytes for value in example.values())
-    return read_in_processes(iterator, workers, prefetch, batch_bytes)
+    return read_in_processes(iterator, workers, _READY, batch_bytes)
   return iter(iterator)
 
 
@@ -258,9 +257,7 @@ class EvalExamples:
   def __iter__(self) -> Iterator[Example]:
     if not len(self):
       return iter(())
-    return iter(
-      self._dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-    )
+    return iter(self._dataset.to_iter_dataset(grain.ReadOptions(2, _READY)))
 
 
 def eval_examples(source, transform: Callable[..., Example], *, limit: int = 0) -> EvalExamples:

@@ -151,12 +151,7 @@ class Pmap:
     shard_state: bool = False,
     **settings: Any,
   ):
-    del state
-    if shard_state:
-      raise InputError(
-        'config.shard_state=True needs config.parallel="shard_map": under pmap every device '
-        "holds the whole state"
-      )
+    del state, shard_state  # which `config.check` refuses
     self.devices = list(mesh.devices.flat)
     self.local = [d for d in self.devices if d.process_index == jax.process_index()]
     # The same axis name as in the step: with another one, JAX would compile the step again when
