@@ -150,8 +150,7 @@ def _open(
   """
   data_set = registry.get(name)
   c = config.data
-  if name == c.name:
-    _check_variant(c, data_set)
+  _check_variant(c, data_set)
   if data_set.classes is None or not names_only:
     c = local_copy.localized(c, data_set)
   naming = naming or (c.naming if name == c.name else "dataset")
@@ -313,7 +312,7 @@ def _check_variant(c, data_set: registry.DataSet) -> None:
   Raises:
     InputError: see above.
   """
-  variant = c.variant
+  variant = data_set.variant(c)
   if variant and data_set.prepared == "shapes":
     raise InputError(
       f"{data_set.name} has no variants, got config.data.variant={variant!r}; leave it out"
@@ -379,8 +378,7 @@ def _contents(c, data_set: registry.DataSet) -> dict[str, dict]:
 
 
 def _folder(c, data_set: registry.DataSet):
-  variant = c.variant or None if data_set.name == c.name else None
-  return records.prepared_folder(data_set.prepared, c.data_dir, variant)
+  return records.prepared_folder(data_set.prepared, c.data_dir, data_set.variant(c))
 
 
 def captions(config) -> dict:

@@ -44,8 +44,8 @@ def localized(c, data_set: registry.DataSet):
     below = data_set.prepared
   else:
     cls = registry.builder_class(data_set.prepared)
-    variant = c.variant or None if data_set.name == c.name else None
-    folder = records.folder_of(cls, ".", records.config_name(cls, variant, c.data_dir))
+    variant = records.config_name(cls, data_set.variant(c), c.data_dir)
+    folder = records.folder_of(cls, ".", variant)
     below = folder.as_posix()
   copy(paths.expand(c.data_dir) / below, root, below, data_set)
   local = c.copy_and_resolve_references().unlock()

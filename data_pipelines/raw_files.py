@@ -43,7 +43,7 @@ def folder_of(cls: type[SegmentationBuilder], manual_dir: str | os.PathLike | No
 def make_builder(
   cls: type, data_dir: str | os.PathLike, config: str, options: Mapping[str, Any]
 ) -> SegmentationBuilder:
-  """The builder of a set; `config` is "" for sets without configs.
+  """The builder of a set, told what it is to read and to write.
 
   Args:
     cls: the builder.

@@ -24,6 +24,10 @@ class DataSet:
   prepared: str
   source: str | Callable | None
 
+  def variant(self, c: Any) -> str | None:
+    """`config.data.variant`, which is that of the training set alone."""
+    return c.variant or None if self.name == c.name else None
+
 
 # By name, in the order in which they were registered.
 DATA_SETS: dict[str, DataSet] = {}

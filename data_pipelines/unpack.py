@@ -58,8 +58,8 @@ def unpack(
   into: str = "",
   declared: int = 0,
   hints: Hints,
-) -> int:
-  """Takes files out of a tar (with or without gzip) or zip archive; returns how many.
+) -> None:
+  """Takes files out of a tar (with or without gzip) or zip archive.
 
   Files that are there with the size that the archive says are left as they are.
 
@@ -77,7 +77,7 @@ def unpack(
   """
   limit = SLACK * max(declared, archive.stat().st_size, MB)
   remedy = f"delete {archive} and run the same command again"
-  found = dict.fromkeys(holds, 0)
+  missing = dict.fromkeys(holds)
   touched: set[pathlib.Path] = set()
   left = limit
   try:
@@ -91,7 +91,7 @@ def unpack(
         raise InputError(
           f"{archive}: expected a file as {entry.name}, got a link or device; refused"
         )
-      found[pattern] += 1
+      missing.pop(pattern, None)
       left -= entry.size
       if left < 0:
         raise _TooMuch
@@ -114,12 +114,11 @@ def unpack(
   finally:
     for parent in touched:  # also what a process left that was killed
       (parent / _TEMPORARY).unlink(missing_ok=True)
-  if missing := [pattern for pattern, count in found.items() if not count]:
+  if missing:
     raise InputError(
       f"{archive}: expected files {', '.join(missing)} in it, got none; if the publisher packs "
       "them in another way now, unpack it by hand and run the command without --download"
     )
-  return sum(found.values())
 
 
 def _safe_name(archive: pathlib.Path, name: str) -> str:
