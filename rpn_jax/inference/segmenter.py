@@ -132,25 +132,19 @@ class Segmenter:
     if checkpoint not in ("last", "best"):
       raise InputError(f'checkpoint must be "last" or "best", got {checkpoint!r}')
     check_known("dtype=", dtype, TYPES)
-    if dtype == "auto":
-      check_process()  # before anything is fetched
-      exact = cls.load(
-        model, method=method, checkpoint=checkpoint, templates=templates, synonyms=synonyms,
-        clip=clip, dtype="float32",
-      )  # fmt: skip
-      return cls(_in_fast_type(exact.predictor), exact.method, exact.step)
+    check_process()  # before anything is fetched
     path, name, own_templates = expand(model), str(model), "imagenet80"
-    choices = {"templates": templates, "synonyms": synonyms, "clip": clip, "dtype": dtype}
+    choices = {"templates": templates, "synonyms": synonyms, "clip": clip, "dtype": "float32"}
     prompts = _shipped_prompts(model) or exported.find_prompts(model)
     if path.is_dir() and not (hub.holds_weights(path) or prompts.is_file()):
-      return cls._from_config(read_config(path), path, method, checkpoint, choices)
+      return cls._from_config(read_config(path), path, method, checkpoint, choices, dtype)
     if prompts_file.holds_prompts(prompts):
       config = prompts_file.config_of(prompts)
       if checkpoint != "last":
         raise InputError(f"checkpoint={checkpoint!r}: {name} has one only, its last: leave it out")
       if clip is None:
         exported.check_clip_is_found(config, prompts_file.load(prompts).clip, name)
-      return cls._from_config(config, name, method, checkpoint, choices)
+      return cls._from_config(config, name, method, checkpoint, choices, dtype)
     file: str | pathlib.Path = path
     if name in SHIPPED and not path.exists():
       file, own_templates = SHIPPED[name]
@@ -182,14 +176,13 @@ class Segmenter:
       method=method,
       templates=own_templates if templates is None else templates,
       synonyms=synonyms or "mean",
-      dtype=dtype,
     )
-    return cls(predictor, _training_free(predictor, name))
+    return cls(_in_type(predictor, dtype), _training_free(predictor, name))
 
   @classmethod
   def _from_config(
     cls, config: ml_collections.ConfigDict, where: str | os.PathLike, method: str | None,
-    checkpoint: str, choices: dict,
+    checkpoint: str, choices: dict, dtype: str,
   ) -> "Segmenter":  # fmt: skip
     """The segmenter of a run's config; `where` is its workdir, or what its prompts are called."""
     chosen = config.copy_and_resolve_references().unlock()
@@ -206,7 +199,7 @@ class Segmenter:
       )
     with chosen.ignore_type():  # templates are a name or several sentences
       chosen.update({field: value for field, value in choices.items() if value is not None})
-    predictor = Predictor.from_config(chosen.lock())
+    predictor = _in_type(Predictor.from_config(chosen.lock()), dtype)
     run = Run(config.lock(), where, predictor.encoder.fingerprint)
     return cls.from_run(predictor, run, checkpoint, str(where))
 
@@ -389,9 +382,10 @@ class Segmenter:
     return f"Segmenter({self.method})"
 
 
-def _in_fast_type(predictor: Predictor) -> Predictor:
-  """The same predictor in the compute type that is the faster one here."""
-  dtype = devices.fast_type(jax.local_devices()[0], predictor.clip_parameters)
+def _in_type(predictor: Predictor, dtype: str) -> Predictor:
+  """The same predictor in one of TYPES."""
+  if dtype == "auto":
+    dtype = devices.fast_type(jax.local_devices()[0], predictor.clip_parameters)
   network = predictor.network.clone(dtype=jnp.dtype(dtype))
   return dataclasses.replace(predictor, network=network)
 
