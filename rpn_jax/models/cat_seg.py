@@ -17,7 +17,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 
 from rpn_jax.models import cost_aggregation, cost_decoder, heads, prompts, resizing, text_side
@@ -102,10 +101,13 @@ class CATSeg(Defaults, nn.Module):
           f"{name}={getattr(c, name)}: expected at most the {grid} x {grid} patches of resolution="
           f"{c.resolution}"
         )
-    units = (("width", c.heads, "the heads"), ("decoder_widths", 16, "channels of a group"))
-    for name, unit, what in units:
-      if (np.atleast_1d(getattr(c, name)) % unit).any():
-        raise ValueError(f"{name}={getattr(c, name)}: expected a multiple of {unit}, {what}")
+    if c.width % c.heads:
+      raise ValueError(f"width={c.width}: expected a multiple of {c.heads}, the heads")
+    for width in c.decoder_widths:
+      try:
+        cost_decoder.norm_groups(width)
+      except ValueError as error:
+        raise ValueError(f"decoder_widths={c.decoder_widths}: {error}") from None
     for i, (before, guidance) in enumerate(
       zip((c.width, c.decoder_widths[0]), c.decoder_guidance_widths)
     ):

@@ -42,8 +42,24 @@ class Upsample(nn.Module):
     return y + bias
 
 
+def norm_groups(channels: int) -> int:
+  """Groups that channels are normalized in: one for each whole 16 of them, all of one size.
+
+  Raises:
+    ValueError: there are none, or they do not divide the channels.
+  """
+  groups = channels // 16
+  if not groups or channels % groups:
+    raise ValueError(
+      f"expected 16 channels or more that {channels} // 16 groups divide, as a multiple of 16, got "
+      f"{channels}"
+    )
+  return groups
+
+
 class GroupNorm(nn.Module):
-  """Normalizes groups of 16 channels over the image, in float32 whatever the input type."""
+  """Normalizes the channels of each of `norm_groups` over the image, in float32 whatever the input
+  type."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,7 +67,8 @@ class GroupNorm(nn.Module):
     features = x.shape[-1]
     scale = prompts.prompt(self, "scale", nn.initializers.ones, (features,))
     bias = prompts.prompt(self, "bias", nn.initializers.zeros, (features,))
-    groups = rearrange(x.astype(jnp.float32), "b c h w (g f) -> b c h w g f", g=features // 16)
+    pattern, count = "b c h w (g f) -> b c h w g f", norm_groups(features)
+    groups = rearrange(x.astype(jnp.float32), pattern, g=count)
     centered = groups - groups.mean((2, 3, 5), keepdims=True)
     variance = (centered**2).mean((2, 3, 5), keepdims=True)
     normalized = centered * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
@@ -87,7 +104,7 @@ class Decoder(nn.Module):
   """Doubles the resolution twice, class by class, guided by blocks of the vision tower.
 
   Attributes:
-    widths: channels after each doubling, multiples of 16.
+    widths: channels after each doubling, see `norm_groups`.
     guidance_widths: G and G'.
     remat: whether chunks of classes are computed again in the backward pass.
     dtype: compute type.

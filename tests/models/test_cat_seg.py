@@ -13,6 +13,7 @@ from rpn_jax.config import BACKBONES, CATSegConfig
 from rpn_jax.models import cost_aggregation, trained
 from rpn_jax.models.cat_seg import CATSeg
 from rpn_jax.models.clip import CLIP, CLIPConfig
+from rpn_jax.models.cost_decoder import GroupNorm
 from rpn_jax.models.prompts import count
 from tests.models.test_network import CAT_SEG, Encoder, variables_of
 from tests.models.test_network import CLIP as TINY
@@ -162,6 +163,22 @@ def test_every_quirk_matters(tiny, inputs, base, field, value):
   assert float(jnp.abs(want - got).max()) > 1e-4
 
 
+@pytest.mark.parametrize("channels, groups", [(16, 1), (24, 1), (40, 2), (63, 3)])
+def test_channels_are_normalized_in_as_many_groups_as_they_have_whole_16(channels, groups):
+  rng = np.random.default_rng(0)
+  x = rng.normal(2, 3, (2, 3, 4, 5, channels)).astype(np.float32)
+  prompts = {name: rng.normal(size=channels).astype(np.float32) for name in ("scale", "bias")}
+  got = GroupNorm().apply({"prompts": prompts}, x)
+  moments = {"axis": (2, 3, 4), "keepdims": True}
+  parts = [
+    (part - part.mean(**moments)) / np.sqrt(part.var(**moments) + 1e-5)
+    for part in np.split(np.float64(x), groups, axis=-1)
+  ]
+  want = np.concatenate(parts, axis=-1) * prompts["scale"] + prompts["bias"]
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  CATSeg(TINY, dataclasses.replace(CAT_SEG, decoder_widths=(channels, channels)))
+
+
 def test_the_residual_of_the_last_block(tiny):
   variables, image, _ = tiny
   dense = []
@@ -243,9 +260,10 @@ def test_sentences_are_encoded_in_chunks(tiny, monkeypatch):
     ),
     ({"width": 30}, r"width=30: expected a multiple of 4, the heads"),
     (
-      {"decoder_widths": (16, 20)},
-      r"decoder_widths=\(16, 20\): expected a multiple of 16, channels",
+      {"decoder_widths": (16, 33)},
+      r"decoder_widths=\(16, 33\): expected 16 channels or more that 33 // 16 groups divide",
     ),
+    ({"decoder_widths": (15, 16)}, r"decoder_widths=\(15, 16\): expected 16 channels or more"),
     (
       {"decoder_guidance_widths": (32, 3)},
       "expected fewer than the 32 channels before doubling 1",
