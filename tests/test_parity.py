@@ -99,6 +99,7 @@ class Golden:
     USED["params.npz"] = set(state)
     self.clip, self.prompts = authors.from_authors(state)
     vocab, text_width = state["text_encoder.token_embedding.weight"].shape
+    context, _ = state["text_encoder.positional_embedding"].shape
     self.clip_config = CLIPConfig(
       embed_dim=m["out_dim"],
       image_size=m["res"],
@@ -109,6 +110,7 @@ class Golden:
       text_width=text_width,
       text_layers=m["tl"],
       text_heads=m["th"],
+      context_length=context,
       vocab_size=vocab,
     )
     side = m["res"] // m["patch"]
@@ -569,9 +571,12 @@ def test_metrics(golden):
 def test_clip(golden_dir):
   recorded = Recorded(golden_dir / "clip" / "clip.npz")
   settings = json.loads(str(recorded["config"]))
+  heads = {
+    "vision_heads": settings["vision_width"] // 64,  # OpenAI's rule
+    "text_heads": settings["transformer_heads"],
+  }
   config, params = clip_file.load(
-    golden_dir / "clip" / "tiny_clip_state_dict.pt",
-    {"vision_heads": 2, "text_heads": settings["transformer_heads"], "activation": "quick_gelu"},
+    golden_dir / "clip" / "tiny_clip_state_dict.pt", {**heads, "activation": "quick_gelu"}
   )
   assert config.vision_layers == settings["vision_layers"]
   model = CLIP(config)
@@ -579,7 +584,8 @@ def test_clip(golden_dir):
   tokens, originals = recorded["tokens"], recorded["tokens_original"]
   vocabulary = recorded["vocab_ids"]
   np.testing.assert_array_equal(vocabulary[tokens], originals)
-  np.testing.assert_array_equal(tokenize(recorded["texts"].tolist()), originals)
+  texts = recorded["texts"].tolist()
+  np.testing.assert_array_equal(tokenize(texts, settings["context_length"]), originals)
 
   @jax.jit
   def forward(image):
@@ -602,7 +608,8 @@ def test_clip(golden_dir):
 
 def test_class_names_become_the_recorded_tokens(golden):
   inputs = golden.inputs
-  tokens = tokenize([f"a photo of a {name}" for name in inputs["class_names"].tolist()])
+  sentences = [f"a photo of a {name}" for name in inputs["class_names"].tolist()]
+  tokens = tokenize(sentences, golden.clip_config.context_length)
   close(tokens, inputs, "tokens_original")
   # The set's small text tower knows only the ids that occur.
   close(inputs["vocab_ids"][inputs["tokens"]], inputs, "tokens_original")
