@@ -132,7 +132,8 @@ def test_seeded_crops(golden):
         tried.append(super().draw(height, width, rng))
         return tried[-1]
 
-    crop = Recording((12, 16), golden[f"crop_seed{i}.cat_max_ratio"].item())
+    size = golden[f"crop_seed{i}.seg"].shape
+    crop = Recording(size, golden[f"crop_seed{i}.cat_max_ratio"].item())
     got = crop({"image": image, "label": label}, Legacy(i))
     np.testing.assert_array_equal(tried, golden[f"crop_seed{i}.boxes_tried"])
     np.testing.assert_array_equal(tried[-1], golden[f"crop_seed{i}.box_used"])
@@ -144,7 +145,7 @@ def test_normalize_and_pad(golden):
   normalize = transforms.Normalize(pixels.IMAGENET_MEAN, pixels.IMAGENET_STD)
   example = normalize({"image": rgb(golden["image_bgr"]), "label": golden["seg"]})
   same(example["image"], golden["normalized_rgb"])
-  padded = transforms.Pad((30, 40))(example)
+  padded = transforms.Pad(golden["padded.seg"].shape)(example)
   same(padded["image"], golden["padded.img"])
   same(padded["label"], golden["padded.seg"])
 
