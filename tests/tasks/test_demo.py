@@ -1,5 +1,6 @@
 """The page in the browser: what its buttons do, and the page itself in a headless Chromium."""
 
+import gc
 import importlib.metadata
 import io
 import json
@@ -33,6 +34,16 @@ browser_only = pytest.mark.skipif(
 )
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 WORDS = "plain yellow, sand, water"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+  """Gradio's unclosed event loops end here, not in another module's tests.
+
+  There Python 3.11 fails, with a SystemError, if the warning about one comes while code is parsed.
+  """
+  yield
+  gc.collect()
 
 
 @pytest.fixture(scope="module")
