@@ -10,7 +10,7 @@ from absl import app, flags
 from rpn_jax.annotations import options
 from rpn_jax.base import console, paths
 from rpn_jax.base.errors import InputError
-from rpn_jax.config import check, expand_paths
+from rpn_jax.config import check, complete
 from rpn_jax.config.flags import check_modes, define_config, parse_or_exit
 
 define_config(FLAGS := flags.FLAGS)
@@ -70,7 +70,7 @@ def command(arguments) -> None:
     raise InputError(f"unexpected argument {arguments[0]!r}: every setting is a --flag=value")
   check(FLAGS.config)
   check_modes(FLAGS, options.FLAGS)
-  expand_paths(FLAGS.config)
+  complete(FLAGS.config)
   if FLAGS.mode == "compile":
     from data_pipelines import datasets
     from rpn_jax.analysis.compile import compile_run

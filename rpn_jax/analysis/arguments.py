@@ -6,7 +6,7 @@ import ml_collections
 from absl import flags
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.config import Run, check, declared_class, expand_paths
+from rpn_jax.config import Run, check, complete, declared_class
 from rpn_jax.config.flags import check_given, define_config, with_run
 from rpn_jax.config.flags import parse as parse_flags
 
@@ -49,5 +49,5 @@ def parse(
   check(values.config)
   if declared_class(values.config) is not Run:
     raise InputError(f"--config={args.config}: expected the config of a segmentation run")
-  expand_paths(values.config)
+  complete(values.config)
   return args, values.config

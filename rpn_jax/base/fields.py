@@ -139,6 +139,16 @@ def check(config: Config, cls: type) -> None:
       check_known(f"config.{path}=", value, known.words)
 
 
+def complete(config: config_dict.ConfigDict, defaults: config_dict.ConfigDict) -> None:
+  """Adds the fields of `defaults` that a config and its sections lack."""
+  with config.unlocked():
+    for name, value in defaults.items(preserve_field_references=True):
+      if name not in config:
+        config[name] = value
+      elif isinstance(value, config_dict.ConfigDict):
+        complete(config[name], value)
+
+
 def expand_paths(config: Config, cls: type) -> None:
   """Expands a leading `~` in the fields that are paths."""
   for path, f in declared(cls).items():

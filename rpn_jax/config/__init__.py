@@ -374,8 +374,12 @@ def notes_on_schedule(config: config_dict.ConfigDict) -> list[str]:
   ]
 
 
-def expand_paths(config: Config) -> None:
-  """Expands a leading `~` in the fields that are paths."""
+def complete(config: Config) -> None:
+  """Adds the fields that a config lacks, with their defaults, and expands a leading `~` in paths.
+
+  A file that was written for an earlier version lacks some.
+  """
+  fields.complete(config, section(declared_class(config)))
   fields.expand_paths(config, declared_class(config))
 
 

@@ -19,7 +19,7 @@ from rpn_jax import devices
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, replacing, write_json
 from rpn_jax.base.words import check_known, parse_names
-from rpn_jax.config import check, expand_paths
+from rpn_jax.config import check, complete
 from rpn_jax.config.stored import read_config
 from rpn_jax.inference import onnx_model
 from rpn_jax.inference.segmenter import Segmenter
@@ -77,7 +77,7 @@ def _export_prompts(args: argparse.Namespace, load_data: Callable | None) -> Non
   workdir = expand(args.model)
   config = read_config(workdir)
   check(config)
-  expand_paths(config)
+  complete(config)
   config = with_normalization(config)
   assert load_data is not None
   export.export(config.lock(), workdir, *load_data(config))

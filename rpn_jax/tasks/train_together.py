@@ -30,7 +30,7 @@ from rpn_jax import devices
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json, write_text
-from rpn_jax.config import check, expand_paths
+from rpn_jax.config import check, complete
 from rpn_jax.config.flags import define_config, parse
 from rpn_jax.inference.evaluation import evaluate
 from rpn_jax.inference.predictor import Predictor
@@ -290,7 +290,7 @@ def main(
     if len(rest := parse(values, argv)) > 1:
       raise InputError(f"unexpected argument {rest[1]!r}: every setting is a --flag=value")
     check(values.config)
-    expand_paths(values.config)
+    complete(values.config)
     configs.append(values.config)
     workdirs.append(values.workdir)
   with devices.runtime(matmul_precision=configs[0].matmul_precision, alone=True):

@@ -324,18 +324,28 @@ def test_windows_leave_no_pixel_out():
     config.check(c)
 
 
+def test_a_config_file_of_an_earlier_version_is_completed():
+  c = config.defaults()
+  c.data.crop = 256
+  del c.remat, c.eval.protocol, c.optimizer.no_decay, c.self_training
+  config.complete(c.lock())
+  wanted = config.defaults()
+  wanted.data.crop = 256
+  assert c.to_dict() == wanted.to_dict() and c.is_locked
+
+
 def test_paths_are_expanded(monkeypatch):
   monkeypatch.setenv("HOME", "/home/ada")
   c = config.defaults().lock()
   c.clip, c.prompts, c.data.data_dir, c.templates = "~/clip.pt", "", "~", "~/{}"
-  config.expand_paths(c)
+  config.complete(c)
   assert (c.clip, c.data.data_dir) == ("/home/ada/clip.pt", "/home/ada")
   assert (c.prompts, c.templates) == ("", "~/{}")
   c.clip = "./weights//~x"
-  config.expand_paths(c)
+  config.complete(c)
   assert c.clip == "./weights//~x"
   pretraining = config.section(config.Pretrain)
-  config.expand_paths(pretraining)
+  config.complete(pretraining)
   assert pretraining == config.section(config.Pretrain)
 
 
