@@ -117,7 +117,6 @@ def child(folder: pathlib.Path, what: str, dtype: str, remat: str) -> dict:
     arguments, donated = [{"params": params, "prompts": prompts}, data["image"]], None
   else:
     optimizer = optim.make_optimizer(config.optimizer, prompts)
-    devices.keep_freed_memory()  # as training does
 
     def function(state, params, batch, key):
       return train_step(

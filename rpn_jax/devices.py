@@ -55,13 +55,6 @@ def configure_cpu() -> None:
 
 
 @functools.cache
-def _glibc() -> ctypes.CDLL | None:
-  """The C library where it is glibc, whose allocator can be told what to keep."""
-  libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-  return libc if hasattr(libc, "mallopt") else None
-
-
-@functools.cache
 def _trim_malloc() -> None:
   """Keeps glibc from holding on to freed memory (docs/benchmarks.md).
 
@@ -69,7 +62,8 @@ def _trim_malloc() -> None:
   core.
   """
   arena_max = -8
-  if (libc := _glibc()) is None:
+  libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+  if libc is None or not hasattr(libc, "mallopt"):
     return
   libc.mallopt(arena_max, max(1, (os.cpu_count() or 1) // 2))
 
@@ -78,18 +72,6 @@ def _trim_malloc() -> None:
       libc.malloc_trim(0)
 
   jax.monitoring.register_event_duration_secs_listener(trim)
-
-
-def keep_freed_memory() -> None:
-  """Lets glibc hold on to freed memory after all: for loops over one large program.
-
-  A training step's temporaries, hundreds of MB, would go back to the system after every step, which
-  clears each of their pages again when the next one touches it (docs/benchmarks.md).
-  """
-  mmap_max, trim_threshold = -4, -1
-  if (libc := _glibc()) is not None:
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, -1)
 
 
 def configure_compilation_cache() -> None:

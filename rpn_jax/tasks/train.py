@@ -141,8 +141,6 @@ def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: Preemptio
     )
     began = time.time()
     params = predictor.params if labeler else predictor.frozen
-    if devices.platform_of(mesh) == "cpu":
-      devices.keep_freed_memory()
     loop.fit(state, params, text, jax.random.key(config.seed + 1))
   if writer and latest:
     report(run, loop, writer, latest, time.time() - began, state.trained_parameters, data)

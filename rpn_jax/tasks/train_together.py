@@ -160,8 +160,6 @@ def _train(members: Sequence[Member], predictor: Predictor) -> dict[str, dict]:
     f"each, {predictor.clip_parameters:,} frozen, on {devices.devices_text()}",
     flush=True,
   )
-  if jax.default_backend() == "cpu":
-    devices.keep_freed_memory()
   began = time.time()
   state = side_by_side.place_states(states)
   key = side_by_side.place_keys(keys)
