@@ -379,8 +379,13 @@ def complete(config: Config) -> None:
 
   A file that was written for an earlier version lacks some.
   """
-  fields.complete(config, section(declared_class(config)))
-  fields.expand_paths(config, declared_class(config))
+  cls = declared_class(config)
+  whole = section(cls)
+  if cls is Run:
+    whole = defaults()
+    whole.steps = config.get("steps", whole.steps)  # which others follow
+  fields.complete(config, whole)
+  fields.expand_paths(config, cls)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -326,11 +326,11 @@ def test_windows_leave_no_pixel_out():
 
 def test_a_config_file_of_an_earlier_version_is_completed():
   c = config.defaults()
-  c.data.crop = 256
-  del c.remat, c.eval.protocol, c.optimizer.no_decay, c.self_training
+  c.data.crop, c.steps = 256, 100
+  del c.remat, c.eval.protocol, c.optimizer.no_decay, c.optimizer.steps, c.self_training
   config.complete(c.lock())
   wanted = config.defaults()
-  wanted.data.crop = 256
+  wanted.data.crop, wanted.steps = 256, 100
   assert c.to_dict() == wanted.to_dict() and c.is_locked
 
 
