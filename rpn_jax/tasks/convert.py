@@ -72,10 +72,11 @@ def main(arguments=None) -> int:
   args = parser.parse_args(arguments)
 
   def convert() -> None:
-    names = ("dtype", "activation", "vision_heads", "text_heads", "verify", "clip")
+    untold = ("activation", "vision_heads", "text_heads")
+    names = ("dtype", *untold, "verify", "clip")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    untold = {name: value for name, value in given.items() if name in names[1:4]}
-    file = read_arrays(clip_file.find_weights(args.source, untold))
+    overrides = {name: given[name] for name in untold if name in given}
+    file = read_arrays(clip_file.find_weights(args.source, overrides))
     if authors.is_authors(file.arrays):
       _check_flags(given, "a checkpoint of RPN", ("clip",))
       lines = _authors_to_prompts(file, args.destination, args.clip)
@@ -87,8 +88,8 @@ def main(arguments=None) -> int:
       lines = _prompts_to_authors(file.path, args.destination, args.clip)
     else:
       _check_flags(given, "weights of CLIP", names[:-1])
-      dtype, verify = given.pop("dtype", "float32"), given.pop("verify", False)
-      lines = _convert_clip(file, args.destination, dtype, given, verify)
+      dtype, verify = given.get("dtype", "float32"), given.get("verify", False)
+      lines = _convert_clip(file, args.destination, dtype, overrides, verify)
     print("\n".join(lines))
 
   return run_command(convert)
