@@ -51,10 +51,10 @@ def keep(path: str | os.PathLike, runs: Sequence[FinishedRun]) -> pathlib.Path:
   path = expand(path)
   if path.exists():
     try:
-      there = read_content(path)
+      _, head = _read(path)
     except InputError:
       raise InputError(f"--keep={path}: another file is there; choose a new name") from None
-    if there.sweep is not None:
+    if head.get("sweep") is not None:
       raise InputError(f"--keep={path}: a sweep keeps its runs there; choose a new name")
   path.parent.mkdir(parents=True, exist_ok=True)
   names = [run.directory.name for run in runs]
@@ -232,6 +232,8 @@ def _write(path: pathlib.Path, runs: Sequence[tuple[str, FinishedRun]], head: Ma
         "history": history,
         "evaluations": run.evaluations,
         "trained_parameters": run.trained_parameters,
+        # Of few runs, so that the files of the others are as they were.
+        **({"evaluated_with": dict(run.evaluated_with)} if run.evaluated_with else {}),
       }
     )
   rows = ",\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
@@ -280,6 +282,7 @@ def _run(path: pathlib.Path, shared: Mapping, run: Mapping) -> FinishedRun:
     {name: numbers(scores) for name, scores in run["evaluations"].items()},
     run["trained_parameters"],
     str(run.get("clip", "")),
+    dict(run.get("evaluated_with", {})),
   )
   if not found.data_set or not isinstance(found.config.get("seed", 0), int):
     raise ValueError

@@ -17,7 +17,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.paths import expand
 from rpn_jax.config import EVALUATION, FREE, defaults
-from rpn_jax.config.stored import clip_of
+from rpn_jax.config.stored import clip_of, evaluated_set
 from rpn_jax.training.metric_log import read_history
 
 METRICS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
@@ -121,9 +121,12 @@ def read_run(directory) -> FinishedRun:
     InputError: there is none, it has not ended, or a file of it is damaged.
   """
   directory = expand(directory)
-  if not (directory / "metrics.json").exists():
-    raise InputError(_why_missing(directory))
-  config, last, best, trained = _read_scores(directory / "metrics.json")
+  scores, path = directory / "metrics.json", directory / "eval.json"
+  if not scores.exists():
+    if not _is_free(path):
+      raise InputError(_why_missing(directory))
+    scores = path  # of several sets
+  config, last, best, trained = _read_scores(scores)
   total, free = config.get("steps", 0), config.get("method") == "training_free"
   if not free and last["step"] < total:
     raise InputError(
@@ -131,10 +134,10 @@ def read_run(directory) -> FinishedRun:
     )
   history = read_history(directory / "metrics.jsonl")
   # Without training the scores are those of --mode=eval, in the one file that it writes.
-  evaluations = {config["data"]["name"]: last} if free else {}
-  path, others = directory / "eval.json", {}
+  evaluations = {evaluated_set(config): last} if free else {}
+  others: dict[str, Any] = {}
   if path.exists():
-    evaluations, evaluated = _read_evaluations(path, config["data"]["name"])
+    evaluations, evaluated = _read_evaluations(path, config)
     if file := evaluated.get("prompts"):
       raise InputError(f"{path}: of the prompts {file}, not of this run's; repeat --mode=eval")
     own = {**_defaults(), **flatten(config)}
@@ -154,22 +157,41 @@ def read_run(directory) -> FinishedRun:
 
 
 def _read_scores(path: pathlib.Path) -> tuple[dict, dict, dict, int | None]:
-  """Config, last and best metrics and size of a file that `evaluate.write_metrics` wrote."""
+  """Config, last and best metrics and size of a file that `evaluate` wrote.
+
+  Of several data sets the scores are those of the config's own, or of the first.
+  """
   with _complaint(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     config = dict(content["config"])
     if not config["data"]["name"]:
       raise ValueError
     trained = content.get("trained_parameters")
+    if sets := content.get("sets"):
+      content = sets.get(config["data"]["name"]) or next(iter(sets.values()))
     return config, numbers(content["last"]), numbers(content["best"]), trained
 
 
-def _read_evaluations(path: pathlib.Path, trained_on: str) -> tuple[dict[str, dict], dict]:
-  """Data set -> metrics of the last checkpoint, of one set or of `config.eval.sets`; the config."""
+def _is_free(path: pathlib.Path) -> bool:
+  """Whether it holds the scores of a training-free method."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))["config"]["method"] == "training_free"
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    return False
+
+
+def _read_evaluations(path: pathlib.Path, run: Mapping) -> tuple[dict[str, dict], dict]:
+  """Data set -> metrics of the last checkpoint, of one set or of `config.eval.sets`; the config.
+
+  Args:
+    path: of eval.json.
+    run: config of the run, in place of that of an evaluation which did not store its own.
+  """
   with _complaint(path):
     content = json.loads(path.read_text(encoding="utf-8"))
-    sets = content.get("sets") or {trained_on: content}
-    return {n: numbers(result["last"]) for n, result in sets.items()}, content.get("config", {})
+    config = content.get("config", {})
+    sets = content.get("sets") or {evaluated_set(config or run): content}
+    return {n: numbers(result["last"]) for n, result in sets.items()}, config
 
 
 def numbers(scores: Mapping) -> dict:
@@ -247,7 +269,7 @@ def differing(configs: Sequence[Mapping]) -> dict[str, list[str]]:
 
 
 def _text(value) -> str:
-  return value if isinstance(value, str) else repr(value)
+  return value if isinstance(value, str) else repr(with_tuples(value))
 
 
 def group_runs(

@@ -48,6 +48,12 @@ def read_config(workdir: pathlib.Path) -> config_dict.ConfigDict:
     ) from None
 
 
+def evaluated_set(config: Mapping[str, Any]) -> str:
+  """The data set that a stored evaluation of a single one is of."""
+  sets = config.get("eval", {}).get("sets")
+  return sets[0] if sets else config["data"]["name"]
+
+
 def clip_of(workdir: pathlib.Path) -> str:
   """The fingerprint of a run's CLIP weights; "" where its config does not tell."""
   try:

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import json
 import math
 import pathlib
@@ -156,7 +157,7 @@ def test_long_values_are_cut_and_names_stay_different(make):
   labels = [row.label for row in rows]
   assert len(set(labels)) == 3 and max(map(len, labels)) < 70
   assert labels[2].startswith("run2 (data.scale=") and labels[2].endswith("…)")
-  assert report.summary(rows, [])["rows"][2]["config"] == {"data.scale": repr(scale[2])}
+  assert report.summary(rows, [])["rows"][2]["config"] == {"data.scale": repr(tuple(scale[2]))}
 
 
 def test_a_field_that_one_config_lacks(make):
@@ -249,6 +250,32 @@ def test_evaluations_are_those_of_the_run_and_of_one_protocol(make):
   write_json(runs[1] / "eval.json", content)
   with pytest.raises(InputError, match=r"eval\.json: of the prompts others/prompts\.safetensors"):
     read_run(runs[1])
+
+
+def test_an_evaluation_of_another_set_has_its_name(make):
+  run = make("a", eval={"sets": []})
+  content = json.loads((run / "metrics.json").read_text())
+  content["config"]["eval"]["sets"] = ["context59"]
+  write_json(run / "eval.json", content)
+  assert set(read_run(run).evaluations) == {"context59"}
+
+
+@pytest.mark.parametrize("own", ["x", "another"])
+def test_a_method_without_training_evaluated_on_several_sets(make, own):
+  """It has no metrics.json; its last score is that of its own set, or of the first."""
+  run = make("free", method="training_free", **{"data.name": own})
+  config = json.loads((run / "metrics.json").read_text())["config"]
+  (run / "metrics.json").unlink()
+  found = {n: scores(0, None) | {"miou_gt": v} for n, v in (("y", 0.2), ("x", 0.1))}
+  sets = {name: {"last": x, "best": x} for name, x in found.items()}
+  write_json(run / "eval.json", {"sets": sets, "config": config})
+  read = read_run(run)
+  assert {n: x["miou_gt"] for n, x in read.evaluations.items()} == {"x": 0.1, "y": 0.2}
+  assert read.last["miou_gt"] == {"x": 0.1, "another": 0.2}[own]
+  config["method"] = "rpn"
+  write_json(run / "eval.json", {"sets": sets, "config": config})
+  with pytest.raises(InputError, match="free: not finished"):
+    read_run(run)
 
 
 def test_sets_of_one_evaluation_have_a_column_each(make):
@@ -444,6 +471,23 @@ def test_scores_are_kept_in_place_of_no_other_file(make, tmp_path):
     kept.keep(other, [run])
   assert read_run(directory) == run
   assert kept.keep(kept.keep(tmp_path / "study.json", [run]), [run]).exists()  # of its own kind
+  alike = dataclasses.replace(run, directory=tmp_path / "other/rpn", last=scores(100, 0.9))
+  for _ in range(2):  # also where two runs of different folders have one name
+    assert len(kept.read(kept.keep(tmp_path / "both.json", [run, alike]))) == 2
+
+
+def test_how_a_run_was_evaluated_is_kept(make, tmp_path):
+  """Else its scores would be averaged with those of another protocol."""
+  runs = [make("s0"), make("s1", seed=1)]
+  content = json.loads((runs[1] / "metrics.json").read_text())
+  content["config"]["eval"] = {"flip": True, "sets": ["x"]}
+  write_json(runs[1] / "eval.json", content)
+  read = [read_run(run) for run in runs]
+  again = kept.read(kept.keep(tmp_path / "study.json", read))
+  for found in (read, again, [read[0], again[1]]):
+    rows, _ = group_runs(found)
+    assert [len(row.runs) for row in rows] == [1, 1] and "flip=True" in rows[1].label
+  assert again[1].evaluated_with == read[1].evaluated_with
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": "other"}', '{"format": "rpn_jax runs 1"}'])
