@@ -27,6 +27,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json, write_text
 from rpn_jax.base.words import check_known
 from rpn_jax.config.flags import define_config, parse
+from rpn_jax.config.stored import evaluated_set
 from rpn_jax.inference import metrics, published
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.weights import checkpoints, hub
@@ -43,10 +44,13 @@ FREE = {
   "clearclip": ("ClearCLIP", "ClearCLIP"),
   "gem": ("GEM", "GEM"),
   "naclip": ("NACLIP without PAMR", "NACLIP without PAMR"),
-  "naclip,pamr": ("NACLIP", None),
+  "naclip_pamr": ("NACLIP", None),
   "res_clip": ("ResCLIP", "ResCLIP"),
   "sc_clip": ("SC-CLIP, from memory", "SC-CLIP, from memory"),
 }
+# Words of configs/training_free.py where they are others than a method's name, whose protocol may
+# refine.
+FREE_WORDS = {"naclip": "naclip,protocol=naclip_plain", "naclip_pamr": "naclip"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +87,11 @@ def _recipes() -> Iterator[tuple[str, Recipe]]:
       words = f"configs/{family}.py:backbone={backbone}"
       yield f"{family}_{backbone}", Recipe(words, "open_vocabulary", row, backbone)
     for method, rows in FREE.items():
-      words = f"configs/training_free.py:method={method},set=all,backbone={backbone}"
-      name = f"{method.replace(',', '_')}_{backbone}"
+      chosen = FREE_WORDS.get(method, method)
+      words = f"configs/training_free.py:method={chosen},set=all,backbone={backbone}"
       if published_row := rows[i]:
-        yield name, Recipe(words, "training_free", published_row, backbone, trained=False)
+        recipe = Recipe(words, "training_free", published_row, backbone, trained=False)
+        yield f"{method}_{backbone}", recipe
 
 
 RECIPES = dict(_recipes())
@@ -119,7 +124,10 @@ def plan(
   passed_on: Sequence[str] = (),
 ) -> list[Step]:
   """What is to be done, in order."""
-  steps = [*_weights(str(config.clip)), *(_data(name, options) for name in _raw_sets(config))]
+  steps = [
+    *_weights(str(config.clip)),
+    *(_data(name, options) for name in _raw_sets(recipe, config)),
+  ]
   main = (sys.executable, "main.py", f"--workdir={workdir}")
   new: tuple[str, ...] = (
     *main, f"--config={options.config}", f"--config.data.data_dir={options.data_dir}"
@@ -176,9 +184,10 @@ def _evaluated(config: config_dict.ConfigDict) -> tuple[str, ...]:
   return tuple(config.eval.sets) or (config.data.name,)
 
 
-def _raw_sets(config: config_dict.ConfigDict) -> list[str]:
+def _raw_sets(recipe: Recipe, config: config_dict.ConfigDict) -> list[str]:
   """Names for `prepare` of what the run reads, each once; drawn sets are not prepared."""
-  names = dict.fromkeys((config.data.name, *_evaluated(config)))
+  trained_on = (config.data.name,) if recipe.trained else ()
+  names = dict.fromkeys((*trained_on, *_evaluated(config)))
   found = [registry.get(name) for name in names]
   return list(dict.fromkeys(d.prepared for d in found if d.builder is not None))
 
@@ -214,7 +223,7 @@ def _read(path: pathlib.Path) -> dict:
 
 
 def _name(content: Mapping) -> str:
-  return content.get("config", {}).get("data", {}).get("name", "")
+  return evaluated_set(content["config"]) if "config" in content else ""
 
 
 def _with_groups(name: str, scores: Mapping) -> dict:

@@ -13,6 +13,7 @@ from data_pipelines import downloads, records
 from rpn_jax import reproduce
 from rpn_jax.base import console
 from rpn_jax.base.errors import InputError
+from rpn_jax.config import protocols
 from tests import ROOT, tiny
 from tests.tools import hub_server, raw_archives
 
@@ -95,6 +96,29 @@ def test_each_set_is_prepared_once_and_evaluated_in_one_call(steps, monkeypatch)
   assert {s.state for s in steps("open_vocab_b16") if s.what in data} == {"prepared"}
 
 
+@pytest.mark.parametrize("name, refine", [("naclip_b16", "none"), ("naclip_pamr_b16", "pamr")])
+def test_naclip_is_refined_where_its_row_is(name, refine):
+  config = reproduce.read_config(reproduce.RECIPES[name].config)
+  assert {c.eval.refine for c in protocols.each(config)} == {refine}
+
+
+@pytest.mark.parametrize("name", [n for n, r in reproduce.RECIPES.items() if not r.trained])
+def test_any_set_of_a_protocol_may_be_left_out(name, options, tmp_path):
+  """The first one, too, whose values the config has; and its data are not wanted then."""
+  recipe = reproduce.RECIPES[name]
+  config = reproduce.read_config(recipe.config)
+  first, *others = config.eval.sets
+  for without, kept in ((first, others), (",".join(others), [first])):
+    config = reproduce.read_config(recipe.config)
+    reproduce._leave_out(without, config, recipe)
+    flag = f"--config.eval.sets={tuple(config.eval.sets)!r}"
+    read = reproduce.read_config(recipe.config, [flag])  # what the last step does
+    assert [c.eval.sets for c in protocols.each(read)] == [(name,) for name in kept]
+  config = reproduce.read_config(recipe.config, ["--config.eval.sets=('cityscapes',)"])
+  data = [step.what for step in reproduce.plan(recipe, config, tmp_path, options)[1:-1]]
+  assert data == ["data cityscapes"]
+
+
 def test_what_is_done_is_not_done_again(steps, tmp_path):
   write_run(tmp_path / "run", {"ade150": {"miou_gt": 0.3}, "voc20": {"hiou": 0.886}})
   assert steps("voc_zero_shot")[-2:] == [
@@ -103,6 +127,10 @@ def test_what_is_done_is_not_done_again(steps, tmp_path):
   *_, train, evaluate = steps("open_vocab_b16")
   assert not train.command and evaluate.command
   assert "ade847" in evaluate.state and "ade150" not in evaluate.state
+  content = {"last": {"step": 20_000, "per_class": {}}, "config": {"data": {"name": "voc20"},
+             "eval": {"sets": ["ade150"]}}}  # fmt: skip
+  (tmp_path / "run/eval.json").write_text(json.dumps(content))  # of one set alone
+  assert set(reproduce._scored(tmp_path / "run")) == {"ade150"}
   path = tmp_path / "run/metrics.json"
   path.write_text(path.read_text().replace("20000", "30000"))
   assert "ade150" in steps("open_vocab_b16")[-1].state  # scores of an earlier step

@@ -5,7 +5,7 @@ but MaskCLIP's average 80 sentences around a name. Thresholds and scales are tun
 which is a part of the published scores: name the protocol with a number.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import config_dict
@@ -192,13 +192,27 @@ def each(config: config_dict.ConfigDict) -> list[config_dict.ConfigDict]:
 
 
 def _check_unchanged(config: config_dict.ConfigDict, protocol: str) -> None:
-  """Refuses values that the protocol would replace in silence."""
-  for path, value in PROTOCOLS[protocol][config.eval.sets[0]].items():
+  """Refuses values that the protocol would replace in silence.
+
+  The config has those of its own data set, which need not be evaluated, or of the first that is.
+  """
+  rows = PROTOCOLS[protocol]
+  names = [name for name in (config.eval.sets[0], config.data.name) if name in rows]
+  differing = {name: list(_differing(config, rows[name])) for name in names}
+  name, found = min(differing.items(), key=lambda item: len(item[1]))
+  if found:
+    path, given, value = found[0]
+    raise InputError(
+      f"config.{path}={given!r} has no effect with config.eval.protocol={protocol!r}, which sets "
+      f"it for each data set ({name}: {value!r}): leave it out, or evaluate one "
+      "set, as in configs/training_free.py:set=voc21"
+    )
+
+
+def _differing(config: config_dict.ConfigDict, row: Changes) -> Iterator[tuple[str, Any, Any]]:
+  """The path, value and value of the row, where these differ."""
+  for path, value in row.items():
     section, _, name = path.rpartition(".")
     given = (config[section] if section else config)[name]
     if given != value:
-      raise InputError(
-        f"config.{path}={given!r} has no effect with config.eval.protocol={protocol!r}, which sets "
-        f"it for each data set ({config.eval.sets[0]}: {value!r}): leave it out, or evaluate one "
-        "set, as in configs/training_free.py:set=voc21"
-      )
+      yield path, given, value
