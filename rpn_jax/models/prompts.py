@@ -97,6 +97,8 @@ def example_keys(key: jax.Array, example_offset: jax.Array | int, batch: int) ->
 
 def dropout(x_BxPxD: jax.Array, rate: float, keys_B: jax.Array) -> jax.Array:
   """Zeroes scalars with probability `rate` and scales the others by 1 / (1 - rate)."""
+  if rate == 1:
+    return jnp.zeros_like(x_BxPxD)  # of a division by zero the gradients are no numbers
   kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BxPxD.shape[1:]))(keys_B)
   return jnp.where(kept, x_BxPxD / (1 - rate), 0)
 

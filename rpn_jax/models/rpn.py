@@ -50,7 +50,13 @@ class RPN(Defaults, nn.Module):
   emphasis = 0.5  # half the range of a sigmoid
 
   def __post_init__(self) -> None:
-    tuners.check(tuners.parse(self.config.tuner), self.config, self.clip)
+    c = self.config
+    tuners.check(tuners.parse(c.tuner), c, self.clip)
+    if c.m2oe == "gated" and c.m2oe_top_k > c.m2oe_experts:
+      raise ValueError(
+        f"m2oe_top_k={c.m2oe_top_k}: expected at most m2oe_experts={c.m2oe_experts}, of which the "
+        "gate keeps as many"
+      )
     for name, known in (("loss", heads.SCORES), ("remat", REMAT_POLICIES)):
       if getattr(self, name) not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

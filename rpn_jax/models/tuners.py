@@ -243,8 +243,15 @@ def check(words: Sequence[str], config: Any, clip: CLIPConfig) -> None:
   """Checks settings of tuners that depend on a CLIP.
 
   Raises:
-    ValueError: rotations of `oft` that the width of a tower cannot be divided into.
+    ValueError: rotations of `oft` that the width of a tower cannot be divided into, or a side
+      network of `lst` whose width its heads cannot divide.
   """
+  side, heads = clip.vision_width // config.lst_reduction, clip.vision_heads
+  if "lst" in words and (not side or side % heads):
+    raise ValueError(
+      f"lst_reduction={config.lst_reduction}: expected a number that makes of the tower's width "
+      f"{clip.vision_width} a multiple of its {heads} heads, got a side network of {side}"
+    )
   for word, width in (("oft", clip.vision_width), (f"{TEXT}oft", clip.text_width)):
     if word in words:
       TUNERS["oft"].parameters(Site("in_proj", width, 3 * width), config)

@@ -190,6 +190,22 @@ def test_bad_words_are_refused(fields, message):
     NETWORKS["rpn"].create(CLIP, RPNConfig(), **fields)
 
 
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"m2oe_experts": 1}, "m2oe_top_k=2: expected at most m2oe_experts=1"),
+    (
+      {"tuner": "lst", "lst_reduction": 5},
+      "lst_reduction=5: .* multiple of its 2 heads, got a .* 3",
+    ),
+    ({"tuner": "lst", "lst_reduction": 99}, "lst_reduction=99: .* got a side network of 0"),
+  ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_anything_is_traced(fields, message):
+  with pytest.raises(ValueError, match=message):
+    NETWORKS["rpn"].create(CLIP, RPNConfig(**fields))
+
+
 def test_a_plain_tower_knows_no_words():
   plain = CLIPConfig(vision="vit")
   with pytest.raises(ValueError, match='needs the vision tower of a CLIP, got vision="vit"'):

@@ -227,6 +227,16 @@ def test_a_prompt_of_the_wrong_shape_is_refused():
     model.apply({"params": params, "prompts": wrong}, image, text)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_dropout_keeps_the_mean_and_finite_gradients(rate):
+  keys = prompts.example_keys(jax.random.key(0), 0, 2)
+  drop = lambda x: prompts.dropout(x, rate, keys)
+  x = jnp.ones((2, 300, 8))
+  assert set(np.unique(drop(x))) <= {0.0, 1 / (1 - rate) if rate < 1 else 0.0}
+  assert float(drop(x).mean()) == pytest.approx(float(rate < 1), abs=0.1)
+  assert np.isfinite(jax.grad(lambda x: drop(x).sum())(x)).all()
+
+
 def test_itp_is_equation_2():
   rng = np.random.default_rng(0)
   p, g, t = rng.normal(size=(2, 6, 4)), rng.normal(size=(2, 4)), rng.normal(size=(3, 4))

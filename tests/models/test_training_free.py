@@ -390,13 +390,21 @@ def test_what_a_method_keeps_of_the_last_block():
     ),
     ({"method": "res_clip", "res_clip_base": "gem"}, "res_clip_base='gem': expected one of naclip"),
     ({"method": "sc_clip", "sc_clip_blocks": (0, 1, 1, 1)}, "expected blocks from 1 to 1"),
+    (
+      {
+        "method": "sc_clip",
+        "clip": dataclasses.replace(TINY, vision_layers=3),
+        "sc_clip_blocks": (1, 1, 2, 1),
+      },
+      "expected the first of those that are added up, 2, to be no later than the last, 1",
+    ),
     ({"method": "sc_clip", "residual": "kept"}, 'residual="kept": sc_clip has no residual'),
     ({"method": "gem", "gem_depth": 7}, "gem_depth=7: expected 2 to 3, one more than blocks"),
   ],
 )
 def test_bad_fields(fields, message):
   with pytest.raises(ValueError, match=message):
-    DenseCLIP(TINY, **fields)
+    DenseCLIP(**{"clip": TINY, **fields})
 
 
 def test_too_few_patches():

@@ -29,7 +29,13 @@ def blocks(settings: Any) -> tuple[int, ...]:
 
 
 def check(settings: Any) -> None:
-  check_blocks("sc_clip_blocks", blocks(settings), settings.clip.vision_layers)
+  found = blocks(settings)
+  check_blocks("sc_clip_blocks", found, settings.clip.vision_layers)
+  if found[2] > found[3]:
+    raise ValueError(
+      f"sc_clip_blocks={found}: expected the first of those that are added up, {found[2]}, to be "
+      f"no later than the last, {found[3]}"
+    )
   if settings.residual == "kept":
     raise ValueError('residual="kept": sc_clip has no residual connection to keep')
 
