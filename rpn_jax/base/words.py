@@ -269,7 +269,7 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
   """The names in NFC, without surrounding whitespace.
 
   Raises:
-    InputError: no names, an empty one, or a duplicate.
+    InputError: no names, an empty one, a duplicate, or one that is no text.
   """
   names = tuple(composed(name.strip()) for name in names)
   if not names:
@@ -279,6 +279,13 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
       raise InputError(f"class name {i + 1} of {len(names)} is empty: remove the stray comma")
     if name in names[:i]:
       raise InputError(f"duplicate class name {name!r}: every class needs its own name")
+    try:
+      name.encode()
+    except UnicodeEncodeError:
+      raise InputError(
+        f"class name {name!r}: expected text in UTF-8, got other bytes, as of a Latin-1 script or "
+        "file: convert it, as by iconv"
+      ) from None
   return names
 
 

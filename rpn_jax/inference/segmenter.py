@@ -24,7 +24,14 @@ from rpn_jax.base.colors import Color
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand
 from rpn_jax.base.pictures import ImageSource, Picture
-from rpn_jax.base.words import Names, check_known, check_names, parse_names, without_articles
+from rpn_jax.base.words import (
+  Names,
+  check_known,
+  check_names,
+  parse_names,
+  split_synonyms,
+  without_articles,
+)
 from rpn_jax.config.stored import clip_of, read_config
 from rpn_jax.inference import strips
 from rpn_jax.inference.predictor import Predictor
@@ -295,12 +302,16 @@ class Segmenter:
       check_known("refine=", refine, REFINEMENTS)
     window, class_of_row, fillers = self._window(names, words, refine)
     pending: deque[tuple[Picture, str | pathlib.Path, tuple[int, int]]] = deque()
+    failed: list[Exception] = []
 
     def inputs_of_images() -> Iterator[np.ndarray]:
-      for picture, file in read_each(images, page, matte):
-        inputs = self.predictor.prepare(picture.image)
-        pending.append((picture, file, inputs.shape[:2]))
-        yield inputs
+      try:
+        for picture, file in read_each(images, page, matte):
+          inputs = self.predictor.prepare(picture.image)
+          pending.append((picture, file, inputs.shape[:2]))
+          yield inputs
+      except Exception as error:  # told in its turn: images are read ahead of the results
+        failed.append(error)
 
     for scored in window.scored(inputs_of_images(), smooth):
       picture, file, size = pending.popleft()
@@ -309,6 +320,8 @@ class Segmenter:
         picture.image, names, self.method, scores, file=file, other=other, emphasis=emphasis,
         notes=picture.texts, page=picture.page,
       )  # fmt: skip
+    if failed:
+      raise failed[0]
 
   def blocks(
     self, size: tuple[int, int], read: Callable[[int, int], np.ndarray], names: Names, *,
@@ -351,7 +364,9 @@ class Segmenter:
     words = parse_names(background)
     mode = self.predictor.encoder.synonyms
     single = [word for word in words if word.casefold() not in BACKGROUNDS]
-    given = {key for name in (*names, *single) for key in embedding_keys(name, mode)}
+    # A synonym is given, too, where the class has one embedding of all.
+    typed = [x for name in (*names, *single) for x in (name, *split_synonyms(name))]
+    given = {key for x in typed for key in embedding_keys(x, mode)}
     found: dict[str, None] = {}  # in their order, each once
     for word in words:
       listed = BACKGROUNDS.get(word.casefold())

@@ -7,6 +7,7 @@ import numpy as np
 
 from rpn_jax.inference.refinement import Refined, Scores
 from rpn_jax.inference.sliding import WindowLogits
+from rpn_jax.inference.views import View
 
 
 class Smoothing:
@@ -32,12 +33,16 @@ class Smoothing:
     if not 0 <= past < 1:
       raise ValueError(f"expected a weight of the past of at least 0 and below 1, got {past}")
     self.past, self._mean = np.float32(past), mean
+    self._views: list[View] | None = None
 
   def __call__(self, new: WindowLogits) -> WindowLogits:
     mean = [np.asarray(logits, np.float32) for logits in new.logits]
-    if self._mean is not None and [x.shape for x in self._mean] == [x.shape for x in mean]:
-      mean = [self.past * old + (1 - self.past) * x for old, x in zip(self._mean, mean)]
-    self._mean = mean
+    # By shapes alone 2 x 3 windows would be 3 x 2. Of the frame before the first they are all that
+    # is known.
+    alike = self._views in (None, new.views)
+    if (old := self._mean) and alike and [x.shape for x in old] == [x.shape for x in mean]:
+      mean = [self.past * x + (1 - self.past) * y for x, y in zip(old, mean)]
+    self._mean, self._views = mean, new.views
     return dataclasses.replace(new, logits=[jax.device_put(x) for x in mean])
 
 

@@ -1,6 +1,7 @@
 """Words as people write them."""
 
 import json
+import os
 import unicodedata
 
 import numpy as np
@@ -26,6 +27,12 @@ def test_names_are_composed():
 def test_names_that_look_alike_are_duplicates():
   with pytest.raises(InputError, match="duplicate class name 'é'"):
     check_names(["e\u0301", "\u00e9"])
+
+
+def test_a_name_of_other_bytes_is_refused():
+  """As a shell passes on what a Latin-1 script says."""
+  with pytest.raises(InputError, match=r"class name 'caf\\udce9': expected text in UTF-8"):
+    parse_names(os.fsdecode(b"sand, caf\xe9"))
 
 
 def test_no_names_are_told_without_a_flag():

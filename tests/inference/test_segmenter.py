@@ -374,6 +374,15 @@ def test_what_is_no_picture_is_refused(model, tmp_path):
       model(picture, NAMES)
 
 
+def test_what_was_read_before_a_broken_image_comes_first(model, scene):
+  """Images are read ahead, and windows of several share a batch."""
+  done = []
+  with pytest.raises(InputError, match=r"nowhere\.jpg: expected an image, no such file"):
+    for result in model.stream([*scene[:1] * 3, "nowhere.jpg", scene[0]], NAMES):
+      done.append(result)
+  assert len(done) == 3
+
+
 def test_a_forked_process_is_told_what_to_do(model, scene, monkeypatch):
   """Without the refusal it would wait forever for threads that a fork does not copy."""
   result = model(scene[0], NAMES)

@@ -7,11 +7,12 @@ import pytest
 
 from rpn_jax.inference.sliding import WindowLogits
 from rpn_jax.inference.smoothing import Smoothing, mean_of
+from rpn_jax.inference.views import View
 from rpn_jax.models.heads import unchanged
 
 
-def logits(z):
-  return WindowLogits([], [z], np.zeros(z.shape[-1], np.float32), unchanged)
+def logits(z, views=()):
+  return WindowLogits(list(views), [z], np.zeros(z.shape[-1], np.float32), unchanged)
 
 
 def test_the_formula():
@@ -34,6 +35,17 @@ def test_another_size_begins_anew():
   smoothing(first)
   larger = dataclasses.replace(first, logits=[np.zeros((3, 3, 3, 4), np.float32)])
   assert not mean_of(smoothing(larger))[0].any()
+
+
+def test_upright_frames_are_no_average_of_lying_ones():
+  """Whose windows are as many, but in other places."""
+  z = np.ones((6, 3, 3, 4), np.float32)
+  lying = View(448, 560, tuple((y, x) for y in (0, 112) for x in (0, 112, 224)), (336, 336))
+  upright = View(560, 448, tuple((y, x) for y in (0, 112, 224) for x in (0, 112)), (336, 336))
+  smoothing = Smoothing(0.5)
+  smoothing(logits(z, [lying]))
+  assert mean_of(smoothing(logits(0 * z, [lying])))[0].any()
+  assert not mean_of(smoothing(logits(0 * z, [upright])))[0].any()
 
 
 @pytest.mark.parametrize("past", [-0.1, 1.0, float("nan")])

@@ -15,6 +15,7 @@ from rpn_jax.base import pictures
 from rpn_jax.base.errors import InputError
 from rpn_jax.inference.segmenter import BACKGROUNDS, Segmenter
 from rpn_jax.tasks import demo, segment
+from rpn_jax.text.templates import SYNONYMS
 from tests import ROOT
 from tests import odd_pictures as odd
 from tests.odd_pictures import stored
@@ -213,9 +214,10 @@ def test_with_max_a_word_belongs_to_one_class_or_to_the_background():
       model(SCENE, names, background=background)
 
 
-def test_with_max_each_synonym_is_left_out_of_listed_background_words(asked, model, monkeypatch):
+@pytest.mark.parametrize("mode", SYNONYMS)
+def test_each_synonym_is_left_out_of_listed_background_words(asked, model, monkeypatch, mode):
   predictor = copy.copy(model.predictor)
-  predictor.encoder = dataclasses.replace(predictor.encoder, synonyms="max")
+  predictor.encoder = dataclasses.replace(predictor.encoder, synonyms=mode)
   monkeypatch.setattr(model, "predictor", predictor)
   _, background = asked(lambda: model(SCENE, "sky | cloud, sand", background="stuff"))
   assert set(BACKGROUNDS["stuff"]) - set(background) == {"sky", "cloud"}
