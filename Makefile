@@ -64,9 +64,11 @@ study: $(VENV)/.run
 # Speed and memory of the networks; TORCH=a Python that has torch, OPENVINO=one that has openvino,
 # too, to compare with.
 bench: $(VENV)/.run
-	$(RUN) -m benchmarks.speed --torch=$(TORCH) --openvino=$(OPENVINO) --rounds=3
-	$(RUN) -m benchmarks.speed --torch=$(TORCH) --openvino=$(OPENVINO) --rounds=3 --dtype=bfloat16
-	$(RUN) -m benchmarks.cat_seg --torch=$(TORCH)
+	$(RUN) -m benchmarks.speed --torch=$(TORCH) --openvino=$(OPENVINO) --rounds=3 --seconds=5
+	$(RUN) -m benchmarks.speed --torch=$(TORCH) --openvino=$(OPENVINO) --rounds=3 --seconds=5 --dtype=bfloat16
+	$(RUN) -m benchmarks.speed --torch=$(TORCH) --cases=voc_l14 --batches=1 --what=train --seconds=5
+	$(RUN) -m benchmarks.cat_seg --torch=$(TORCH) --seconds=5
+	$(RUN) -m benchmarks.first_picture
 
 # Speed of the training pipeline on generated pictures of VOC's size.
 bench-data: $(VENV)/.run
