@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpn_jax.base.errors import InputError
-from rpn_jax.base.words import SEPARATOR, check_names, without_articles
+from rpn_jax.base.words import check_names, split_synonyms, without_articles
 from rpn_jax.inference.segmenter import Segmenter
 from rpn_jax.models import heads, kernels
 from rpn_jax.models.kernels import portable
 from rpn_jax.models.trained import in_compute_type, join
+from rpn_jax.text.templates import check_distinct
 
 # Compute types, and the weights' types in the file.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -84,7 +85,8 @@ def standalone(
       sizes are known, each has its own attention.
 
   Raises:
-    InputError: no names, names that cannot be told apart by rows, a size the network cannot take.
+    InputError: no names, two that CLIP cannot tell apart, names of several rows, a size the network
+      cannot take.
   """
   predictor, protocol = segmenter.predictor, segmenter.predictor.protocol
   network: Any
@@ -101,6 +103,7 @@ def standalone(
   encode = lambda text: network.apply(variables, text, method="encode_text")
   if names:
     check_names(names)
+    check_distinct(names, predictor.encoder.synonyms)
     rows, class_of_row = predictor.text_rows([without_articles(name) for name in names])
     if len(class_of_row) != len(names):
       raise InputError('--synonyms=max: a file has one row a class, expected "first" or "mean"')
@@ -158,7 +161,7 @@ def _metadata(
   trained = known.get(network.scores)
   return {
     "model": segmenter.method,
-    "names": [name.replace(SEPARATOR, " | ") for name in names],
+    "names": [" | ".join(split_synonyms(name)) for name in names],
     "height": shape[1] if isinstance(shape[1], int) else OPEN,
     "width": shape[2] if isinstance(shape[2], int) else OPEN,
     "patch": network.clip.patch_size,

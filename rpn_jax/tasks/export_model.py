@@ -8,6 +8,7 @@ The last form, safetensors, is what main.py --mode=export writes of a run, for t
 import argparse
 import importlib.util
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ from rpn_jax.inference import onnx_model
 from rpn_jax.inference.segmenter import Segmenter
 from rpn_jax.inference.standalone import DTYPES, OPEN, Standalone, as_texts, standalone
 from rpn_jax.tasks import export
+from rpn_jax.weights import checkpoints
 from rpn_jax.weights.clip_file import with_normalization
 
 # Form -> packages it needs besides those of this one.
@@ -96,7 +98,7 @@ def _export_program(args: argparse.Namespace) -> None:
   batch = _parse_batch(args.batch or (OPEN if args.to == "onnx" else "1"))
   if args.to == "onnx" and size == OPEN:
     raise InputError("--size=any: an ONNX file is of one size here, expected HEIGHT,WIDTH")
-  path = expand(args.out or f"{pathlib.PurePath(args.model).stem}.{args.to}")
+  path = expand(args.out or f"{_file_name(args.model)}.{args.to}")
   written = _written(path, text_input=bool(names) and args.text_input)
   segmenter = Segmenter.load(
     args.model, method=args.method, templates=args.templates, synonyms=args.synonyms,
@@ -116,6 +118,15 @@ def _export_program(args: argparse.Namespace) -> None:
       np.save(file, model.text)
   print(f"{segmenter.method}: {', '.join(map(str, written))}, {len(content) / 1e6:.1f} MB")
   print(difference)
+
+
+def _file_name(model: str) -> str:
+  """A model's name as that of a file: a folder's own, a file's without its ending, ViT-B-16."""
+  path = expand(model)
+  if not path.exists() and (public := checkpoints.find(model)):
+    return public.slug
+  name = pathlib.PurePath(os.path.abspath(path))  # of "." it is that of the folder
+  return name.stem if path.is_file() else name.name
 
 
 def _written(path: pathlib.Path, *, text_input: bool) -> list[pathlib.Path]:

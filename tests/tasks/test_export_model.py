@@ -21,6 +21,7 @@ from PIL import Image
 from configs import cat_seg, shapes
 from rpn_jax import Segmenter, cli
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.words import parse_names
 from rpn_jax.inference import onnx_model
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.standalone import standalone
@@ -61,6 +62,24 @@ def expected(segmenter: Segmenter, names, image_NxHxWx3: np.ndarray) -> np.ndarr
 def images(count: int, side: int) -> np.ndarray:
   scene = Image.open(SCENE).convert("RGB").resize((side, side))
   return np.stack([np.roll(np.asarray(scene), 9 * i, 0) for i in range(count)])
+
+
+def test_names_are_stored_as_they_were_meant():
+  names = parse_names('"salt, pepper", crt screen (lcd, tv), sea | ocean')
+  meta = standalone(Segmenter.load(dtype="float32"), names).metadata
+  assert meta["names"] == ["salt, pepper", "crt screen (lcd, tv)", "sea | ocean"]
+
+
+def test_a_file_has_the_models_name(tmp_path, monkeypatch):
+  for folder in ("runs/a.1", "runs/a.2"):
+    (tmp_path / folder).mkdir(parents=True)
+  (tmp_path / "clip.v2.safetensors").touch()
+  monkeypatch.chdir(tmp_path / "runs")
+  for model, name in (
+    ("shapes", "shapes"), ("ViT-B/16", "ViT-B-16"), ("hf://owner/name.1", "owner--name.1"),
+    ("a.1", "a.1"), ("a.2/", "a.2"), (".", "runs"), ("../clip.v2.safetensors", "clip.v2"),
+  ):  # fmt: skip
+    assert export_model._file_name(model) == name
 
 
 def run(content: bytes, **arrays: np.ndarray) -> np.ndarray:
@@ -258,6 +277,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch, capsys):
     ("--to=onnx --words=a,b --batch=0", "expected a number of images from 1 on, or any"),
     ("--to=onnx --words=a|b,c --synonyms=max", "a file has one row a class"),
     ("--to=onnx --words=a,a", "duplicate class name 'a'"),
+    ("--to=onnx --words=cat,Cat", "'cat' and 'Cat' are the same words to CLIP"),
     ("--to=onnx --words=a,b --out=nowhere/m.onnx", "in a folder that exists"),
     ("--to=onnx --words=a,b --out=m.json", "expected another ending, since .json is that of a fil"),
     ("--to=onnx --words=a,b --text-input --out=m.NPY", "since .NPY is that of a file which is wri"),
