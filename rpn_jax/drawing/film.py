@@ -87,7 +87,7 @@ def film_writer(
     try:
       with quiet_opencv():
         fourcc = cv2.VideoWriter.fourcc(*CODECS[kind])
-        writer = cv2.VideoWriter(str(named), cv2.CAP_FFMPEG, fourcc, rate, size)
+        writer = cv2.VideoWriter(ffmpeg_name(named), cv2.CAP_FFMPEG, fourcc, rate, size)
       if not writer.isOpened():
         raise InputError(
           f"{path}: expected an OpenCV that writes {CODECS[kind]}, got {cv2.__version__} without "
@@ -119,12 +119,17 @@ def film_writer(
 def _count(path: pathlib.Path) -> int:
   """Frames of a film that can be read; they are not decoded to pixels."""
   with quiet_opencv():
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    capture = cv2.VideoCapture(ffmpeg_name(path), cv2.CAP_FFMPEG)
     count = 0
     while capture.grab():
       count += 1
     capture.release()
   return count
+
+
+def ffmpeg_name(path: pathlib.Path) -> str:
+  """The path for FFMPEG, which takes what is before a colon, as in 12:30.mp4, for a protocol."""
+  return str(path.absolute())
 
 
 def quiet_opencv() -> contextlib.AbstractContextManager[None]:

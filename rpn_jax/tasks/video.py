@@ -25,7 +25,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.origins import FIELD, Origin, check_free
 from rpn_jax.base.paths import expand_local, locked, replacing, write_json, write_text
 from rpn_jax.devices import devices_text
-from rpn_jax.drawing.film import FilmPainter, film_writer, quiet_opencv
+from rpn_jax.drawing.film import FilmPainter, ffmpeg_name, film_writer, quiet_opencv
 from rpn_jax.drawing.images import no_class_id, save_png
 from rpn_jax.drawing.palette import class_colors
 from rpn_jax.inference.segmentation import Segmentation
@@ -64,7 +64,7 @@ class Film:
   def __init__(self, path: pathlib.Path):
     self.path = path
     with quiet_opencv():
-      capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+      capture = cv2.VideoCapture(ffmpeg_name(path), cv2.CAP_FFMPEG)
       if not capture.isOpened():
         raise InputError(
           f"{path}: expected a film that FFMPEG reads, as mp4, mov, mkv, webm or avi; open it in a "
@@ -84,7 +84,7 @@ class Film:
       InputError: a frame of too many pixels.
     """
     with quiet_opencv():
-      capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
+      capture = cv2.VideoCapture(ffmpeg_name(self.path), cv2.CAP_FFMPEG)
     try:
       # Not sought, which is inexact in many formats: all frames before it are decoded.
       for number in itertools.count():

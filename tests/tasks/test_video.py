@@ -3,7 +3,9 @@
 import csv
 import functools
 import json
+import pathlib
 import resource
+import shutil
 import struct
 
 import cv2
@@ -263,6 +265,14 @@ def test_what_is_no_film_is_told_in_one_line(model, clip, tmp_path, capfd):
   with pytest.raises(InputError, match=r"c\.avi: expected a film"):
     video.Film(tmp_path / "c.avi")
   assert capfd.readouterr() == ("", "")  # nor does FFMPEG say anything
+
+
+def test_a_time_of_day_in_a_films_name_is_no_protocol(model, clip, tmp_path, monkeypatch):
+  path = pathlib.Path("2026-11-27T12:30:05.mp4")
+  shutil.copy(clip[0], tmp_path / path)
+  monkeypatch.chdir(tmp_path)  # behind a folder it is none to FFMPEG
+  overlay, *_ = video.segment_film(model, path, NAMES, ".", every=4)
+  assert overlay.name == f"{path.stem}_overlay.mp4" and len(read(overlay.absolute())) == 2
 
 
 def test_a_film_without_its_end_gives_what_is_there(model, tmp_path, capsys):
