@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ from rpn_jax.inference.segmenter import METHODS, SHIPPED, SHIPPED_PROMPTS, Segme
 MAX_MEGABYTES = 20
 MAX_PIXELS = 40_000_000
 MAX_WORDS = 100
+# How long results and their files are kept.
+KEPT_SECONDS = 3600
 # What can be downloaded besides mask and numbers.
 NO_FORM = "none"
 OTHER_FORMS = ("scores", *ANNOTATIONS)
@@ -111,6 +114,23 @@ def segment(
   return result
 
 
+def new_folder(root: pathlib.Path, visitor: str) -> pathlib.Path:
+  """A folder for the files of one result, since calls of one client may run at the same time.
+
+  Removes those older than KEPT_SECONDS: of a program that calls the page nobody says that it left.
+
+  Args:
+    root: of these folders, and of nothing else.
+    visitor: what the folder's name begins with.
+  """
+  root.mkdir(exist_ok=True)
+  for old in root.iterdir():
+    with contextlib.suppress(FileNotFoundError):  # another call removes it, too
+      if old.stat().st_mtime < time.time() - KEPT_SECONDS:
+        shutil.rmtree(old, ignore_errors=True)
+  return pathlib.Path(tempfile.mkdtemp(prefix=f"{visitor}_", dir=root))
+
+
 def files(result: Segmentation, folder: pathlib.Path, palette: str = "default") -> list[str]:
   """Paths of the mask and the JSON for download."""
   stem = pathlib.PurePath(result.file).stem
@@ -158,7 +178,7 @@ def build(models: Models, root: pathlib.Path):
 
   Args:
     models: on offer.
-    root: folder for downloads, one folder in it per visitor.
+    root: folder for downloads.
   """
   import gradio as gr
 
@@ -174,12 +194,15 @@ def build(models: Models, root: pathlib.Path):
 
     return wrapped
 
-  def folder(request: gr.Request) -> pathlib.Path:
+  results = root / "results"  # beside uploads, see `launch`
+
+  def visitor(request: gr.Request) -> str:
     # Hashed: the browser chooses this text, and folders are deleted by it.
-    return root / hashlib.sha256(str(request.session_hash).encode()).hexdigest()[:16]
+    return hashlib.sha256(str(request.session_hash).encode()).hexdigest()[:16]
 
   def shown(result, alpha, safe, form, request):
-    palette, own = "colorblind" if safe else "default", folder(request)
+    palette = "colorblind" if safe else "default"
+    own = new_folder(results, visitor(request))
     downloads = [*files(result, own, palette), packed(result, form, own)]
     return [result.overlay(alpha, palette), table(result), *downloads]
 
@@ -202,7 +225,7 @@ def build(models: Models, root: pathlib.Path):
 
   @plainly
   def on_form(result, form, request: gr.Request):
-    return gr.skip() if result is None else packed(result, form, folder(request))
+    return gr.skip() if result is None else packed(result, form, new_folder(results, visitor(request)))
 
   @plainly
   def on_adjust(result, other, alpha, safe, form, request: gr.Request):
@@ -220,15 +243,16 @@ def build(models: Models, root: pathlib.Path):
     return changed
 
   def on_leave(request: gr.Request):
-    shutil.rmtree(folder(request), ignore_errors=True)
+    for own in results.glob(f"{visitor(request)}_*"):
+      shutil.rmtree(own, ignore_errors=True)
 
-  with gr.Blocks(title="RPN", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+  with gr.Blocks(title="RPN", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
     gr.Markdown("# Your picture, your words\nOpen-vocabulary segmentation with CLIP and RPN.")
     # What is shipped knows the scene: the page then opens with it segmented.
     opening = (str(SCENE), SCENE_WORDS) if models.names[0] in SHIPPED_PROMPTS else (None, None)
     if opening[0]:  # compiled before the first visitor comes
       segment(models, *opening, "", 0.0, models.names[0], OWN_METHOD)
-    result = gr.State(None, time_to_live=3600)
+    result = gr.State(None, time_to_live=KEPT_SECONDS)
     names = gr.State(())
     with gr.Row():
       with gr.Column(min_width=320):

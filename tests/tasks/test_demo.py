@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import io
 import json
+import os
 import pathlib
 import re
 import runpy
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 import urllib.request
 import zipfile
 
@@ -85,6 +87,16 @@ def test_a_picture_and_words(models, tmp_path):
   assert "yolo/images/scene.png" in made["yolo"] and "voc/class_names.txt" in made["voc"]
   left_out = segment(models, words="sand", background="water, grass", other=0.1)
   assert demo.table(left_out)[-1][0] == "other"
+
+
+def test_results_have_folders_of_their_own_for_an_hour(tmp_path):
+  first, second = (demo.new_folder(tmp_path / "results", "program") for _ in range(2))
+  assert first != second
+  (first / "scene.json").touch()
+  hour_ago = time.time() - demo.KEPT_SECONDS - 1
+  os.utime(first, (hour_ago, hour_ago))
+  third = demo.new_folder(tmp_path / "results", "another")
+  assert {*(tmp_path / "results").iterdir()} == {second, third}
 
 
 @pytest.mark.parametrize(
@@ -209,6 +221,14 @@ def test_a_program_calls_the_page(address, models, tmp_path, monkeypatch):
     assert overlay.format == "PNG"
   assert [row[0] for row in names["rows"]["data"]] == list(wanted.shares())
   client = names["client"]
+  both = [
+    client.submit(
+      picture=names["handle_file"]("photo.jpg"), words=words, api_name="/segment"
+    ) for words in ("sand, water", "water, sand")
+  ]  # fmt: skip
+  for job, right in zip(both, (wanted.labels, segment(models, words="water, sand").labels)):
+    with Image.open(job.result()[3]) as mask:
+      np.testing.assert_array_equal(np.asarray(mask), right)
   assert list(client.view_api(print_info=False, return_format="dict")["named_endpoints"]) == [
     "/segment"
   ]
@@ -217,7 +237,7 @@ def test_a_program_calls_the_page(address, models, tmp_path, monkeypatch):
     client.predict(picture=picture, words="sand, sand", api_name="/segment")
 
 
-def test_the_page_by_curl(address, tmp_path):
+def test_the_page_by_curl(address, tmp_path, tmp_path_factory):
   shutil.copy(demo.SCENE, tmp_path / "photo.jpg")
   lines = example("curl", "sh").replace("http://127.0.0.1:7860/", address)
   lines = lines.replace('"shapes"', '"shapes_clip"')
@@ -228,6 +248,13 @@ def test_the_page_by_curl(address, tmp_path):
   with urllib.request.urlopen(mask["url"]) as answer, Image.open(io.BytesIO(answer.read())) as got:
     assert got.size == (256, 192) and set(np.unique(got)) <= {0, 1}
   assert overlay["url"].endswith(".png")
+  # Each call without a page is a visitor who never leaves: its folder goes with a later one.
+  results, *_ = tmp_path_factory.getbasetemp().glob("tmp*/rpn_demo/results")
+  hour_ago = time.time() - demo.KEPT_SECONDS - 1
+  for folder in results.iterdir():
+    os.utime(folder, (hour_ago, hour_ago))
+  subprocess.run(["bash", "-c", lines], cwd=tmp_path, capture_output=True, check=True)
+  assert len([*results.iterdir()]) == 1
 
 
 def test_the_space_serves_the_page(monkeypatch, tmp_path):
