@@ -11,6 +11,7 @@ import copy
 import functools
 import hashlib
 import importlib.util
+import itertools
 import os
 import pathlib
 import shutil
@@ -195,6 +196,7 @@ def build(models: Models, root: pathlib.Path):
     return wrapped
 
   results = root / "results"  # beside uploads, see `launch`
+  calls = itertools.count()
 
   def visitor(request: gr.Request) -> str:
     # Hashed: the browser chooses this text, and folders are deleted by it.
@@ -217,7 +219,9 @@ def build(models: Models, root: pathlib.Path):
     result = segment(models, picture, words, background, other, model, method)
     shares = result.shares()
     order = (*shares, *(name for name in result.names if name not in shares))
-    return [result, order, description(result), *shown(result, alpha, safe, form, request)]
+    # Numbered, as Gradio draws the sliders anew, at 0, only for a state of another value.
+    state = next(calls), order
+    return [result, state, description(result), *shown(result, alpha, safe, form, request)]
 
   @plainly
   def on_look(result, alpha, safe, form, request: gr.Request):
@@ -227,20 +231,20 @@ def build(models: Models, root: pathlib.Path):
   def on_form(result, form, request: gr.Request):
     return gr.skip() if result is None else packed(result, form, new_folder(results, visitor(request)))
 
-  @plainly
-  def on_adjust(result, other, alpha, safe, form, request: gr.Request):
-    if result is None:
-      return [gr.skip()] * 6
-    result = result.adjusted(other=other)
-    return [result, *shown(result, alpha, safe, form, request)]
+  def on_adjust(change):
+    """What a slider does; `change`: (result, value) -> arguments of `Segmentation.adjusted`."""
 
-  def on_emphasis(name):
     @plainly
-    def changed(result, value, alpha, safe, form, request: gr.Request):
-      result = result.adjusted(emphasis={**result.emphasis, name: value})
+    def adjusted(result, value, alpha, safe, form, request: gr.Request):
+      if result is None:  # none was made, or it is not kept any more
+        return [gr.skip()] * 6
+      result = result.adjusted(**change(result, value))
       return [result, *shown(result, alpha, safe, form, request)]
 
-    return changed
+    return adjusted
+
+  def on_emphasis(name):
+    return on_adjust(lambda result, value: {"emphasis": {**result.emphasis, name: value}})
 
   def on_leave(request: gr.Request):
     for own in results.glob(f"{visitor(request)}_*"):
@@ -253,7 +257,7 @@ def build(models: Models, root: pathlib.Path):
     if opening[0]:  # compiled before the first visitor comes
       segment(models, *opening, "", 0.0, models.names[0], OWN_METHOD)
     result = gr.State(None, time_to_live=KEPT_SECONDS)
-    names = gr.State(())
+    names = gr.State((0, ()))
     with gr.Row():
       with gr.Column(min_width=320):
         picture = gr.Image(
@@ -300,8 +304,8 @@ def build(models: Models, root: pathlib.Path):
         with gr.Accordion("More or less of a class", open=False):
 
           @gr.render(inputs=[names], triggers=[names.change])
-          def sliders(order):
-            for name in order[:SLIDERS]:
+          def sliders(state):
+            for name in state[1][:SLIDERS]:
               slider = gr.Slider(-1, 1, 0, step=0.05, label=name)
               slider.release(
                 on_emphasis(name),
@@ -321,7 +325,8 @@ def build(models: Models, root: pathlib.Path):
     if opening[0]:
       page.load(on_segment, inputs, outputs, **private)
     model.change(models.note, model, about, **private)
-    other.release(on_adjust, [result, other, alpha, safe, form], [result, *outcome], **private)
+    on_other = on_adjust(lambda result, value: {"other": value})
+    other.release(on_other, [result, other, alpha, safe, form], [result, *outcome], **private)
     for event in (alpha.release, safe.change):
       event(on_look, [result, alpha, safe, form], outcome, show_progress="hidden", **private)
     form.change(on_form, [result, form], archived, **private)

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import types
 import urllib.request
 import zipfile
 
@@ -164,6 +165,26 @@ def test_what_a_model_knows_is_said_before_the_button_is_pressed(models, address
   assert models.note("shapes_clip") == note and models.note("unknown") == ""
   with urllib.request.urlopen(f"{address}config") as answer:
     assert note in answer.read().decode()
+
+
+def test_sliders_of_classes_begin_anew_and_need_a_result(models, tmp_path):
+  import gradio as gr
+
+  page = demo.build(models, tmp_path)
+  request = types.SimpleNamespace(session_hash="visitor")
+  (press,) = (block.fn for block in page.fns.values() if block.api_name == "segment")
+  given = (str(demo.SCENE), WORDS, "", 0.0, "shapes_clip", demo.OWN_METHOD, 0.5, False, "none")
+  (_, first, *_), (result, second, *_) = (press(*given, request) for _ in range(2))
+  # Gradio draws them for a state of another value; it calls the function of `gr.render`.
+  assert first != second and first[1] == second[1] == (*result.shares(),)
+  with gr.Blocks() as drawn:
+    page.renderables[0].fn(second)
+  moved = [block.fn for block in drawn.fns.values()]
+  assert len(moved) == len(result.names)
+  assert moved[0](None, 1.0, 0.5, False, "none", request) == [gr.skip()] * 6
+  for move, name in zip(moved, second[1]):
+    result, *_ = move(result, 0.5, 0.5, False, "none", request)
+    assert result.emphasis[name] == 0.5
 
 
 def test_listens_on_this_machine_only_unless_told(capsys, monkeypatch):
@@ -389,6 +410,12 @@ def test_upload_type_and_see_the_colored_result(page, address):
   now = json.loads(downloaded(page, "Numbers (JSON)").read_text())
   assert now["emphasis"] == {"sand": 1} and share(now) > share(before)
   assert area_of_sand(page) == round(192 * 256 * share(now))  # the archive follows
+
+  after(page, page.get_by_role("button", name="Segment", exact=True).click)
+  assert json.loads(downloaded(page, "Numbers (JSON)").read_text())["emphasis"] == {}
+  page.wait_for_function(
+    "() => document.querySelector('[aria-label=\"number input for sand\"]').value == 0"
+  )
 
   opacity = page.get_by_label("number input for Opacity")
   opacity.fill("0")
