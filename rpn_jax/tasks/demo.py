@@ -26,7 +26,7 @@ from rpn_jax.annotations.options import ANNOTATIONS
 from rpn_jax.base import pictures
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json
-from rpn_jax.base.words import parse_names
+from rpn_jax.base.words import parse_names, split_synonyms
 from rpn_jax.config.stored import CONFIG
 from rpn_jax.drawing.images import save_png
 from rpn_jax.drawing.legend import share_text
@@ -100,16 +100,18 @@ def segment(
     raise InputError("Drop a picture first.")
   if not (words or "").strip():
     raise InputError('Type the classes to look for, such as "cat | kitten, grass".')
-  names = parse_names(words)
-  if len(names) > MAX_WORDS:
-    raise InputError(f"Expected at most {MAX_WORDS} words, got {len(names)}.")
+  names, background = parse_names(words), (background or "").strip()
+  asked = [*names, *(parse_names(background) if background else ())]
+  if (count := sum(len(split_synonyms(name)) for name in asked)) > MAX_WORDS:
+    raise InputError(
+      f"Expected at most {MAX_WORDS} words, with synonyms and background words, got {count}."
+    )
   try:
     image = pictures.load(picture, max_pixels=MAX_PIXELS)
   except InputError as error:  # without the server's folder
     name = pathlib.PurePath(str(picture)).name
     raise InputError(str(error).replace(str(picture), name)) from error
   segmenter = models.get(model, method)
-  background = (background or "").strip()
   (result,) = segmenter.stream([image], names, other=other, background=background)
   result.file = pathlib.PurePath(str(picture)).name
   return result
@@ -229,7 +231,9 @@ def build(models: Models, root: pathlib.Path):
 
   @plainly
   def on_form(result, form, request: gr.Request):
-    return gr.skip() if result is None else packed(result, form, new_folder(results, visitor(request)))
+    return (
+      gr.skip() if result is None else packed(result, form, new_folder(results, visitor(request)))
+    )
 
   def on_adjust(change):
     """What a slider does; `change`: (result, value) -> arguments of `Segmentation.adjusted`."""
@@ -268,7 +272,7 @@ def build(models: Models, root: pathlib.Path):
         picture.preprocess = upload  # type: ignore[method-assign]
         words = gr.Textbox(
           opening[1], label="Words", placeholder="cat | kitten, grass", lines=2,
-          info="Classes to look for, with commas between them; | joins synonyms. list:ade150 is "
+          info="Classes to look for, with commas between them; | joins synonyms. list:voc20 is "
           "those of a data set.",
         )  # fmt: skip
         button = gr.Button("Segment", variant="primary")
