@@ -127,6 +127,12 @@ class Raster:
       )
     with self._one_line():
       self.dataset = self._open(self.path)
+    if not self.dataset.count:
+      parts = self.dataset.subdatasets
+      raise InputError(
+        f"{path}: expected a raster with bands of its own, got a file of {len(parts)} others: make "
+        f"a raster of one, gdal_translate NAME one.tif: {', '.join(parts)}"
+      )
     self.scale = 1.0 if scale is None else scale
     if not 0 < self.scale <= MAX_SCALE:
       raise InputError(f"--scale: expected a factor above 0, up to {MAX_SCALE}, got {scale}")
@@ -135,9 +141,10 @@ class Raster:
     t, x, y = self.dataset.transform, self.dataset.width / width, self.dataset.height / height
     self.transform = type(t)(t.a * x, t.b * y, t.c, t.d * x, t.e * y, t.f)
     self.bands = self._chosen(bands)
-    self._kinds = {np.dtype(self.dataset.dtypes[band - 1]) for band in self.bands}
-    if any(kind.kind not in "uif" for kind in self._kinds):
-      kinds = ", ".join(map(str, self._kinds))
+    # By GDAL's names, which NumPy does not know all.
+    self._kinds = {self.dataset.dtypes[band - 1] for band in self.bands}
+    if not all(kind.startswith(("uint", "int", "float")) for kind in self._kinds):
+      kinds = ", ".join(sorted(self._kinds))
       raise InputError(f"{path}: expected bands of integers or real numbers, got {kinds}")
     if any(self.dataset.colorinterp[band - 1].name == "palette" for band in self.bands):
       raise InputError(
@@ -253,7 +260,7 @@ class Raster:
       if not -math.inf < low < high < math.inf:
         raise InputError(f"--range: expected a lower and a higher number, got {limits}")
       return np.array([[low, high]] * 3, np.float32), "--range"
-    if self._kinds == {np.dtype(np.uint8)}:
+    if self._kinds == {"uint8"}:
       return None, ""
     rule = f"percentiles {PERCENTILES[0]} and {PERCENTILES[1]} of an overview"
     if not valid.any():
@@ -278,7 +285,7 @@ class Raster:
     values, valid = zip(*parts)
     return np.concatenate(values, 1), np.concatenate(valid)
 
-  def _valid(self, values: np.ndarray, given: dict) -> np.ndarray:
+  def _valid(self, values: np.ndarray, window: rasterio.windows.Window) -> np.ndarray:
     """Where there are data, by nodata, a mask or alpha; 0 in one band only is none."""
     flags = self._package.enums.MaskFlags
     kinds = [self.dataset.mask_flag_enums[band - 1] for band in self.bands]
@@ -287,7 +294,8 @@ class Raster:
     if all(kind == [flags.nodata] for kind in kinds):  # read already
       nodata = [self.dataset.nodatavals[band - 1] for band in self.bands]
       return np.any([band != value for band, value in zip(values, nodata)], 0)
-    return (self.dataset.read_masks(self.bands, **given) > 0).any(0)
+    masks = self.dataset.read_masks(self.bands, window=window, out_shape=values.shape)
+    return (masks > 0).any(0)
 
   def _read(
     self, top: float, left: float, part: tuple[float, float], size: tuple[int, int], way: str = ""
@@ -297,10 +305,13 @@ class Raster:
     window = self._package.windows.Window(left * x, top * y, part[1] * x, part[0] * y)
     way = way or ("nearest" if self.scale == 1 else "average" if self.scale < 1 else "bilinear")
     resampling = self._package.enums.Resampling[way]
-    given = {"window": window, "out_shape": (3, *size)}
+    given = {"window": window, "resampling": resampling}
     with self._one_line():
-      values = self.dataset.read(self.bands, resampling=resampling, **given)
-      valid = self._valid(values, given)
+      if len(self._kinds) == 1:
+        values = self.dataset.read(self.bands, out_shape=(3, *size), **given)
+      else:  # rasterio reads bands of several types only one by one
+        values = np.stack([self.dataset.read(x, out_shape=size, **given) for x in self.bands])
+      valid = self._valid(values, window)
     return values, valid & np.isfinite(values).all(0)
 
   def _rgb(self, values_3xHxW: np.ndarray, valid_HxW: np.ndarray) -> np.ndarray:

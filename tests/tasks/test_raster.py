@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
 from data_pipelines import shapes
@@ -284,6 +285,43 @@ def test_values_that_are_no_colors_are_refused(scene, tmp_path):
   path = write(tmp_path / "c.tif", scene[..., 0].astype(np.complex64))
   with pytest.raises(InputError, match="of integers or real numbers, got complex64"):
     raster.Raster(path)
+  path, size = tmp_path / "i.tif", {"count": 1, "height": 9, "width": 9, "transform": TRANSFORM}
+  rasterio.open(path, "w", driver="GTiff", dtype="complex_int16", **size).close()
+  with pytest.raises(InputError, match="of integers or real numbers, got complex_int16"):
+    raster.Raster(path)
+
+
+def test_a_file_of_other_rasters_names_them(tmp_path):
+  path = tmp_path / "a.nc"
+  with scipy.io.netcdf_file(path, "w") as file:
+    for name, length in (("y", 9), ("x", 12)):
+      file.createDimension(name, length)
+    for name in ("red", "green"):
+      file.createVariable(name, "f4", ("y", "x"))[:] = 1
+  with pytest.raises(InputError, match=rf"a file of 2 others: .*: netcdf:{path}:red, netcdf:.*:gr"):
+    raster.Raster(path)
+
+
+def test_bands_of_several_types(scene, tmp_path):
+  bands = []
+  for i, kind in enumerate((np.uint8, np.int32, np.float32)):
+    values = scene[..., i].astype(kind) + 0.7 * (kind == np.float32)
+    values[:9, : 10 * (i + 1)] = nodata = np.float32(0.7) if kind == np.float32 else 0
+    write(tmp_path / f"{i}.tif", values.astype(kind), nodata=float(nodata))
+    bands.append(
+      f"<VRTRasterBand dataType='{('Byte', 'Int32', 'Float32')[i]}' band='{i + 1}'>"
+      f"<NoDataValue>{nodata}</NoDataValue><ComplexSource>"
+      f"<SourceFilename relativeToVRT='1'>{i}.tif</SourceFilename><NODATA>{nodata}</NODATA>"
+      "</ComplexSource></VRTRasterBand>"
+    )
+  (tmp_path / "a.vrt").write_text(
+    f"<VRTDataset rasterXSize='{WIDTH}' rasterYSize='{HEIGHT}'>{''.join(bands)}</VRTDataset>"
+  )
+  source = raster.Raster(tmp_path / "a.vrt", limits="0,255")
+  rows = source.rows(0, 30).astype(int)
+  assert not rows[:9, :10].any() and np.abs(rows[9:] - scene[9:30]).max() <= 1
+  single = raster.Raster(tmp_path / "0.tif", limits="0,255")
+  np.testing.assert_array_equal(rows[9:, :, 0], single.rows(9, 21)[..., 0])
 
 
 def test_without_rasterio_one_line_names_it(scene, tmp_path, monkeypatch, capsys):
