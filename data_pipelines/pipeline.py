@@ -14,11 +14,11 @@ from typing import Any
 
 import grain
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_pipelines.sources.files import check_label_format
 from data_pipelines.workers import read_in_processes
-from rpn_jax.base import pictures
+from rpn_jax.base import exif, pictures
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.pictures import check_size
 
@@ -76,8 +76,7 @@ def _decode(value, name: str, what: str) -> np.ndarray:
     with Image.open(io.BytesIO(value)) as file:
       check_size(f"example {name}", file.size)
       check_label_format(f"example {name}", file)
-      ImageOps.exif_transpose(file, in_place=True)
-      return np.array(file)
+      return np.array(exif.upright(file))
   except InputError:
     raise
   except Exception as error:  # Pillow raises a dozen kinds on damaged files

@@ -5,9 +5,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_pipelines.vocabularies import IGNORE
+from rpn_jax.base import exif
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.picture_files import list_images
 from rpn_jax.base.pictures import check_size
@@ -70,8 +71,7 @@ def open_label(path: pathlib.Path) -> Iterator[Image.Image]:
   with Image.open(path) as file:
     check_size(path, file.size)
     check_label_format(path, file)
-    ImageOps.exif_transpose(file, in_place=True)
-    yield file
+    yield exif.upright(file)
 
 
 def check_label_format(where: object, file: Image.Image) -> None:

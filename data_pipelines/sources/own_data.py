@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from data_pipelines import vocabularies
 from data_pipelines.sources.builder import Painted, RawExample, SegmentationBuilder
 from data_pipelines.sources.files import read_lines
-from rpn_jax.base import pictures
+from rpn_jax.base import exif, pictures
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.words import composed
 
@@ -331,7 +331,7 @@ def upright_size(file: Image.Image, where: object) -> tuple[int, int]:
   """
   pictures.check_size(where, file.size)
   width, height = file.size
-  turned = file.getexif().get(ExifTags.Base.Orientation, 1) in pictures.ON_ITS_SIDE
+  turned = exif.orientation(file) in exif.ON_ITS_SIDE
   return (width, height) if turned else (height, width)
 
 

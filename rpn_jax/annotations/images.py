@@ -8,15 +8,13 @@ import pathlib
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rpn_jax.base import buckets, deep_images
+from rpn_jax.base import buckets, deep_images, exif
 from rpn_jax.base.origins import Origin, origin_of
 from rpn_jax.base.paths import expand
-from rpn_jax.base.pictures import ON_ITS_SIDE
 
 # Files that every reader of annotations opens, and in the same way: of these formats and modes.
 PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _PLAIN_MODES = ("1", "L", "P", "RGB")
-_EXIF_ORIENTATION, _UPRIGHT = 0x0112, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +57,8 @@ class Labeled:
       return None
     try:
       with Image.open(path) as file:
-        orientation = file.getexif().get(_EXIF_ORIENTATION, _UPRIGHT)
-        size = file.size if orientation in ON_ITS_SIDE else file.size[::-1]
+        orientation = exif.orientation(file)
+        size = file.size if orientation in exif.ON_ITS_SIDE else file.size[::-1]
         plain = _is_plain(file)
       with path.open("rb") as stream:
         plain = plain and not deep_images.is_deep_png(stream.read(32))
@@ -68,7 +66,7 @@ class Labeled:
       return None
     if not plain:
       return None
-    return path if size == self.size and (orientation == _UPRIGHT or not upright) else None
+    return path if size == self.size and (orientation == 1 or not upright) else None
 
 
 def _is_plain(file: Image.Image) -> bool:

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from rpn_jax.base import buckets, colors, deep_images, paths, tiff_tags
+from rpn_jax.base import buckets, colors, deep_images, exif, paths, tiff_tags
 from rpn_jax.base.colors import Color, Note
 from rpn_jax.base.errors import InputError
 
@@ -31,18 +31,6 @@ MAX_ASPECT = 100
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 # What a HEIC file has at byte 8.
 _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
-# Values of the EXIF field "orientation" that exchange width and height.
-ON_ITS_SIDE = (5, 6, 7, 8)
-# Values of it that change something -> stored pixels as a viewer shows them (EXIF 2.3, 4.6.4).
-_UPRIGHT = {
-  2: lambda x: x[:, ::-1],
-  3: lambda x: x[::-1, ::-1],
-  4: lambda x: x[::-1],
-  5: lambda x: x.swapaxes(0, 1),
-  6: lambda x: np.rot90(x, -1),
-  7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
-  8: lambda x: np.rot90(x),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,20 +152,19 @@ def converted(
   """The image of an opened file; see `load`."""
   if file.format == "PNG" and file.values is None:
     colors.load_png(file.pillow)  # the EXIF data may stand behind the pixels, and load them
-  orientation, notes = file.orientation, file.notes
+  orientation, notes = file.orientation, (*file.notes, *exif.notes(file.image))
   if file.values is None:
     image = file.pillow
     image.load()  # which turns a TIFF
     size, tags = image.size[::-1], getattr(image, "tag_v2", {})
-    if upright and file.orientation in _UPRIGHT:
-      image = ImageOps.exif_transpose(image)
+    image = exif.upright(image) if upright else image
     rgb, more = colors.to_rgb(image, file.name, matte=matte, profiles=profiles, tags=tags)
   else:
     profile = file.profile if profiles else None
     rgb, more = colors.values_to_rgb(file.values, file.name, matte=matte, profile=profile)
     size = rgb.shape[:2]
-    if upright and orientation in _UPRIGHT and file.format == "PNG":  # OpenCV turns a TIFF
-      rgb = np.ascontiguousarray(_UPRIGHT[orientation](rgb))
+    if upright and orientation in exif.TURNS and file.format == "PNG":  # OpenCV turns a TIFF
+      rgb = np.ascontiguousarray(exif.TURNS[orientation](rgb))
   return Picture(rgb, (*notes, *more), file.format, file.mode, orientation, size, file.page)
 
 
@@ -217,7 +204,7 @@ class Opened:
   @property
   def orientation(self) -> int:
     """The EXIF field; 1 is upright."""
-    return 1 if self.image is None else self.image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1 if self.image is None else exif.orientation(self.image)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from rpn_jax.base import colors, pictures
+from rpn_jax.base import colors, exif, pictures
 
 # In which `for_classification` resizes.
 _OWN_MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV", "RGBX")
@@ -114,7 +114,7 @@ def for_classification(
     return normalize(np.array(square(picture, side, squash)), mean, std)
   with pictures.opened(image) as file:
     if file.values is None and file.mode in _OWN_MODES:
-      picture, notes = ImageOps.exif_transpose(file.pillow), file.notes
+      picture, notes = exif.upright(file.pillow), (*file.notes, *exif.notes(file.image))
     else:
       read = pictures.converted(file, colors.WHITE)
       picture, notes = Image.fromarray(read.image), read.notes

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from rpn_jax.base import pictures, tiff_tags
+from rpn_jax.base import exif, pictures, tiff_tags
 from rpn_jax.base.console import progress
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.origins import FIELD, Origin
@@ -67,7 +67,7 @@ def _orientation(path: pathlib.Path) -> int:
   with contextlib.suppress(Exception), warnings.catch_warnings():
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded
     with Image.open(path) as file:
-      return int(file.getexif().get(ORIENTATION_TAG, 1))
+      return exif.orientation(file)
   return 1  # who opens it as a raster says what is wrong with it
 
 

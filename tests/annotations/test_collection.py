@@ -315,11 +315,12 @@ def test_files_that_others_see_in_another_way_are_written_anew(tmp_path, photos)
     "gray.png": odd.png16(values[..., :1]),
     "opaque.png": odd.stored(opaque, "PNG"),
     "palette.png": odd.stored(rgb.convert("P"), "PNG"),
+    "exif.png": odd.stored(rgb, "PNG", exif=b"Exif\0\0no data"),
   }.items():
     files[name] = tmp_path / name
     files[name].write_bytes(content)
   plain = [name for name in files if Labeled(photo.image, photo.labels, files[name]).plain_file()]
-  assert plain == ["opaque.png", "palette.png"]
+  assert plain == ["opaque.png", "palette.png", "exif.png"]
 
 
 def test_names_of_yaml():

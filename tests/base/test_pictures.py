@@ -626,6 +626,19 @@ def test_turned_upright_once(kind, orientation):
   assert np.abs(image[16::32, 16::32].astype(int) - want[16::32, 16::32]).max() <= 4
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("told", [{}, {"dpi": (72, 72)}])  # else Pillow looks for it in EXIF data
+def test_damaged_exif_data_turn_nothing(kind, told):
+  image = Image.fromarray(UPPER)
+  content = stored(image, kind, exif=b"Exif\0\0no data", **told)
+  picture, right = load(content), load(stored(image, kind))
+  np.testing.assert_array_equal(picture.image, right.image)
+  assert picture.texts == ["its EXIF data cannot be read and are left out"] and not right.notes
+  said = []
+  pixels.for_classification(io.BytesIO(content), 8, told=lambda name, notes: said.extend(notes))
+  assert (*said,) == picture.notes
+
+
 # Arrays
 
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines import finished, pipeline, prepare, records
+from data_pipelines.sources import own_data
 from data_pipelines.sources.builder import RawExample
 from data_pipelines.sources.folder import Folder
 from rpn_jax.base.errors import InputError
@@ -27,8 +28,8 @@ SHOWN = {
 
 
 def save(path, pixels, orientation=None):
-  exif = Image.Exif()
-  if orientation is not None:
+  exif = orientation if isinstance(orientation, bytes) else Image.Exif()
+  if isinstance(orientation, int):
     exif[0x0112] = orientation
   path.parent.mkdir(parents=True, exist_ok=True)
   Image.fromarray(pixels).save(path, exif=exif)
@@ -95,6 +96,18 @@ def test_values_that_exif_does_not_define_change_nothing(orientation, tmp_path):
   image, _, exif = read(tmp_path, noise(4, 7), orientation, ids(4, 7))
   np.testing.assert_array_equal(image, noise(4, 7))
   assert exif == ""
+
+
+def test_damaged_data_of_an_image_and_of_a_mask_turn_nothing(tmp_path):
+  pixels, label, damaged = noise(4, 7), ids(4, 7), b"Exif\0\0no data"
+  image, got, exif = read(tmp_path, pixels, damaged, label, damaged)
+  np.testing.assert_array_equal(image, pixels)
+  np.testing.assert_array_equal(got, label)
+  assert exif == "" and own_data.size_of(tmp_path / "a.png") == (4, 7)
+  encoded = {"image": (tmp_path / "a.png").read_bytes(), "id": "a"}
+  example = pipeline.check_example({**encoded, "label": (tmp_path / "mask.png").read_bytes()})
+  np.testing.assert_array_equal(example["image"], pixels)
+  np.testing.assert_array_equal(example["label"], label)
 
 
 def test_encoded_examples_of_a_source_are_turned_alike():
