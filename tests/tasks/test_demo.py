@@ -416,7 +416,7 @@ def test_upload_type_and_see_the_colored_result(page, address):
   after(page, page.get_by_role("button", name="Segment", exact=True).click)
   assert json.loads(downloaded(page, "Numbers (JSON)").read_text())["emphasis"] == {}
   page.wait_for_function(
-    "() => document.querySelector('[aria-label=\"number input for sand\"]').value == 0"
+    "() => document.querySelector('[aria-label=\"number input for sand\"]')?.value == 0"
   )
 
   opacity = page.get_by_label("number input for Opacity")
