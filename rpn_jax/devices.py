@@ -11,6 +11,7 @@ import itertools
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -163,12 +164,17 @@ def runtime(
     jax.config.update("jax_enable_x64", False)
   configure_cpu()
   jax.config.update("jax_default_matmul_precision", matmul_precision)
+  own_cache = jax.config.values["jax_compilation_cache_dir"] is None
   configure_compilation_cache()
   if alone and not coordinator:
     coordinator = ALONE
   with say_if_late(_waiting_for(coordinator)):
     initialize(coordinator)
     check_platform()
+  if own_cache and jax.process_count() > 1 and jax.default_backend() == "gpu":
+    # Only the first process writes it, and XLA divides the choice of kernels among all: those
+    # without the first one's folder would wait for its part, which it does not choose again.
+    jax.config.update("jax_enable_compilation_cache", False)
   if jax.process_index():
     console.silence()  # the first process speaks for all
   with one_line_runtime_errors():
@@ -241,6 +247,8 @@ def initialize(coordinator: Sequence[str] = ()) -> None:
     return
   elif _has_tpus():
     os.environ.setdefault("JAX_COORDINATOR_PORT", str(TPU_PORT))
+  if _has_all_devices(os.environ):
+    arguments["local_device_ids"] = ()  # else JAX takes one, by the process's number on its node
   try:
     jax.distributed.initialize(
       **arguments,
@@ -254,6 +262,9 @@ def initialize(coordinator: Sequence[str] = ()) -> None:
       f"the processes of this run did not find each other ({' '.join(str(error).split())}): start "
       "all of them, with the same address of process 0, or one alone with --distributed=none"
     ) from error
+  if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+    # JAX listens for SIGTERM on behalf of several; alone, nothing would end the process.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def check_platform() -> None:
@@ -279,6 +290,20 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
     if int(environment.get(variable, 1)) > 1:
       return True
   return _has_tpus()
+
+
+def _has_all_devices(environment: Mapping[str, str]) -> bool:
+  """Whether all devices that a process sees are its own.
+
+  It is the only one on its node, or Slurm has shown it one GPU; a choice for JAX is left alone.
+  """
+  if "JAX_LOCAL_DEVICE_IDS" in environment:
+    return False
+  here = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or environment.get(
+    "SLURM_STEP_TASKS_PER_NODE", ""
+  )
+  gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+  return bool(re.fullmatch(r"1(\(x\d+\))?", here)) or bool(here and gpus[0] and len(gpus) == 1)
 
 
 def _has_tpus() -> bool:

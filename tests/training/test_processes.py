@@ -1,15 +1,18 @@
 """Runs of several processes on the loopback device, through main.py itself."""
 
 import contextlib
+import ctypes
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 
 import flax
+import jax
 import numpy as np
 import pytest
 
@@ -235,6 +238,70 @@ def test_a_command_for_one_machine_joins_none(joined, monkeypatch):
     with devices.runtime(**given):
       pass
   assert not joined
+
+
+ONE_A_NODE, EIGHT_A_NODE = "1(x2)", "8(x2)"
+
+
+@pytest.mark.parametrize(
+  "variables, own",
+  [
+    ({"SLURM_STEP_TASKS_PER_NODE": ONE_A_NODE}, True),
+    ({"SLURM_STEP_TASKS_PER_NODE": "1"}, True),
+    ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+    ({"SLURM_STEP_TASKS_PER_NODE": EIGHT_A_NODE, "CUDA_VISIBLE_DEVICES": "3"}, True),
+    ({"SLURM_STEP_TASKS_PER_NODE": EIGHT_A_NODE}, False),
+    ({"SLURM_STEP_TASKS_PER_NODE": EIGHT_A_NODE, "CUDA_VISIBLE_DEVICES": "0,1"}, False),
+    ({"SLURM_STEP_TASKS_PER_NODE": "11(x2)"}, False),
+    ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, False),
+    ({"SLURM_STEP_TASKS_PER_NODE": ONE_A_NODE, "JAX_LOCAL_DEVICE_IDS": "2,3"}, False),
+  ],
+)
+def test_a_process_that_is_alone_on_its_node_has_all_of_its_gpus(
+  joined, monkeypatch, variables, own
+):
+  """Of which JAX would take the first."""
+  for name, value in {"SLURM_NTASKS": "2", **variables}.items():
+    monkeypatch.setenv(name, value)
+  devices.initialize()
+  assert [found.get("local_device_ids") for found in joined] == [() if own else None]
+
+
+@pytest.mark.parametrize("chosen", [None, "somewhere"])
+def test_several_gpu_processes_share_a_chosen_cache_or_none(monkeypatch, tmp_path, chosen):
+  names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
+  before = {name: jax.config.values[name] for name in names}
+  folder = chosen and str(tmp_path / chosen)
+  try:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    for name, value in (("process_count", 2), ("default_backend", "gpu")):
+      monkeypatch.setattr(devices.jax, name, lambda value=value: value)
+    monkeypatch.setattr(devices.multihost_utils, "sync_global_devices", lambda name: None)
+    with devices.runtime():
+      assert jax.config.values["jax_enable_compilation_cache"] == bool(chosen)
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+
+
+def test_sigterm_ends_a_process_that_is_alone(monkeypatch):
+  """Though JAX, which listens for it on behalf of several, has it noted and nothing done."""
+  libc = ctypes.CDLL(None)
+  libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+  ignored = ctypes.c_void_p(1)
+  monkeypatch.setattr(
+    devices.jax.distributed, "initialize", lambda **_: libc.signal(signal.SIGTERM, ignored)
+  )
+  monkeypatch.setattr(devices, "_has_tpus", lambda: True)
+  monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+  received: list[int] = []
+  before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+  try:
+    devices.initialize()
+    os.kill(os.getpid(), signal.SIGTERM)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert received == [signal.SIGTERM]
 
 
 def test_on_a_tpu_the_port_is_one_that_is_open(joined, monkeypatch):
