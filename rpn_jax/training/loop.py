@@ -100,7 +100,7 @@ class Loop:
         done = step + 1
         self._pending.append((done, metrics))
         self._flush_metrics(bar, keep=1)
-        stopping = self.guard.reached(done)
+        stopping = self.guard.reached(done - start)
         evaluating = self._evaluation_due(done)
         saving = evaluating or stopping or done == retry_at
         if not saving and not _is_due(done, self.config.save_every):

@@ -85,7 +85,12 @@ class PreemptionGuard:
       self.end()
 
   def reached(self, step: int) -> bool:
-    """Whether to save and exit after this step; all processes agree."""
+    """Whether to save and exit after this step; all processes agree.
+
+    Args:
+      step: counted from 1 in this call of the command, as JAX's service does: a notice that comes
+        before the first one asks for an exit after step 1, and after no later one.
+    """
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
     return self._received is not None

@@ -22,6 +22,7 @@ from rpn_jax.tasks import evaluate, export, predict, train
 from rpn_jax.training import checkpoint, loop, losses, optim
 from rpn_jax.training.loop import NOT_FINITE
 from rpn_jax.training.metric_log import read_history
+from rpn_jax.training.preemption import PreemptionGuard
 from rpn_jax.training.sharding import ShardMap
 from rpn_jax.training.step import TrainState
 from rpn_jax.weights import exported, prompts_file
@@ -94,7 +95,7 @@ class Killed(Exception):
   pass
 
 
-def test_a_killed_run_continues_exactly(home, finished):
+def test_a_killed_run_continues_exactly(home, finished, monkeypatch):
   config, _, result = finished
   data = datasets.load(config)
 
@@ -109,8 +110,14 @@ def test_a_killed_run_continues_exactly(home, finished):
   with pytest.raises(Killed):
     train.train(config, workdir, killed)
   assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4"]
+  told: list[int] = []
+  reached = PreemptionGuard.reached
+  monkeypatch.setattr(
+    PreemptionGuard, "reached", lambda self, step: told.append(step) or reached(self, step)
+  )
   again = train.train(config, workdir, data)
   assert again == result
+  assert told == [1, 2, 3, 4]  # of this call: a notice before its first step is of step 1
   prompts = [tiny.restored(config, w)["last"][1] for w in (workdir, home / "run")]
   jax.tree.map(np.testing.assert_array_equal, *prompts)
 
