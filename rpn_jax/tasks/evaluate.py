@@ -177,6 +177,7 @@ def evaluate_run(config, workdir, evaluations: Sequence) -> dict[str, dict[str, 
         draw_figures(run.workdir, evaluation, run.config, "" if single else f"_{data.name}")
   if not jax.process_index():
     report(predictor, run, evaluations, results)
+  devices.wait_for_all("the report")  # who left would have JAX end the others half a minute later
   for path in partials:  # only now, so that after an interruption no set is evaluated twice
     path.unlink(missing_ok=True)
   return results

@@ -144,6 +144,7 @@ def _train(run: Run, predictor: Predictor, teacher, data, mesh, guard: Preemptio
     loop.fit(state, params, text, jax.random.key(config.seed + 1))
   if writer and latest:
     report(run, loop, writer, latest, time.time() - began, state.trained_parameters, data)
+  devices.wait_for_all("the report")  # who left would have JAX end the others half a minute later
   make_partial(run, data, "train", 0, 0).path.unlink(missing_ok=True)
   return {"last": loop.last, "best": loop.best}
 
