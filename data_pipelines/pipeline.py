@@ -216,7 +216,7 @@ def train_batches(
   stream = stream.random_map(functools.partial(_for_training, transform))
   part = grain.MapDataset.source(_ProcessSlice(stream, batch_size, index, count))
   batches = part.batch(batch_size // count, drop_remainder=True)[start_step:]
-  iterator = batches.to_iter_dataset(grain.ReadOptions(num_threads, _READY))
+  iterator = batches.to_iter_dataset(grain.ReadOptions(num_threads, max(_READY, num_threads)))
   if workers:
     rows = batch_size // count
     example = part[start_step * rows]  # its size is known to the transform only
