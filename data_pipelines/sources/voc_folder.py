@@ -134,6 +134,12 @@ class _Masks:
           flush=True,
         )
         names = (BACKGROUND_NAMES[0], *names)
+      if len(names) > IGNORE:
+        raise InputError(
+          f"{listed.path}: expected at most {IGNORE} names, with the background, since index "
+          f"{IGNORE} is no class, got {len(names)}; use `prepare folder`, or masks of colors that "
+          "stand behind the names"
+        )
     self.last = len(names) - 1
     self.indices = np.full(max(len(names), IGNORE) + 1, -1, np.int32)
     self.indices[: len(names)] = [labels.get(name, unannotated) for name in names]

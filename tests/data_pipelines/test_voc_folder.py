@@ -148,6 +148,18 @@ def test_class_files_that_are_refused(lines, message, tmp_path):
   assert "\n" not in str(caught.value)
 
 
+def test_no_class_has_the_index_of_no_class(tmp_path):
+  names = [f"class {i}" for i in range(255)]
+  voc_tree(tmp_path, names[:-1])
+  assert len(built(tmp_path).examples(tmp_path)["train"]) == 2
+  voc_tree(tmp_path, names)
+  message = "at most 255 names, with the background, since index 255 is no class, got 256; use"
+  with pytest.raises(InputError, match=message):
+    built(tmp_path).examples(tmp_path)
+  voc_tree(tmp_path, [f"{name}:0,1,{i}::" for i, name in enumerate(names)], "labelmap.txt")
+  assert len(built(tmp_path).examples(tmp_path)["train"]) == 2
+
+
 @pytest.mark.parametrize(
   "lines",
   [
