@@ -105,7 +105,7 @@ def _check_unchanged(
     changes += raw_files.changed_counts(counts, found)
   else:
     changes += raw_files.changed_files(
-      then, raw_files.describe(splits, manual_dir), splits=by_split
+      then, raw_files.describe(builder, splits, manual_dir), splits=by_split
     )
   if changes:
     raise InputError(

@@ -161,7 +161,7 @@ def _write(
   """All shards, then the metadata; the folder gets its name last."""
   started = time.time()
   partial = folder.with_name(f"{folder.name}.partial")
-  files = raw_files.describe(splits, manual_dir)  # before they are read: later edits are noticed
+  files = raw_files.describe(builder, splits, manual_dir)  # before reading: later edits are noticed
   records.claim_partial(partial, _plan(builder, splits, manual_dir, files))
   shards = records.plan_shards(builder, splits, partial, SHARD_EXAMPLES)
   unfinished = [shard for shard in shards if not shard.is_finished()]
@@ -238,6 +238,8 @@ def _plan(
     "config": _config_of(builder),
     "shard_examples": SHARD_EXAMPLES,
     "reading_rules": finished.READING_RULES,
+    "class_files": files[raw_files.CLASSES],
+    "names": list(builder.classes.names) if builder.own_classes else None,
     "values": list(builder.classes.ids) if builder.own_classes else None,
     "background": builder.background,
     "examples": hashes,

@@ -19,8 +19,10 @@ from rpn_jax.base.errors import InputError
 
 # Beside the records.
 FILE = "raw_files.json"
-# Split -> file, relative to the raw folder -> [bytes, time of the last change in ns].
+# Split, or CLASSES -> file, relative to the raw folder -> [bytes, time of the last change in ns].
 Files = Mapping[str, Mapping[str, Sequence[int]]]
+# Of the files that say which class a label is; sets of earlier versions have no such entry.
+CLASSES = "classes"
 
 
 def folder_of(cls: type[SegmentationBuilder], manual_dir: str | os.PathLike | None) -> pathlib.Path:
@@ -103,16 +105,22 @@ def list_examples(
 # Changes
 
 
-def describe(splits: Mapping[str, Sequence[RawExample]], manual_dir: pathlib.Path) -> Files:
-  """Sizes and times of the images and labels of every split."""
-  return {
-    split: {name: stamp for raw in raws for name, stamp in _stamps(raw, manual_dir)}
+def describe(
+  builder: SegmentationBuilder, splits: Mapping[str, Sequence[RawExample]], manual_dir: pathlib.Path
+) -> Files:
+  """Sizes and times of the images and labels of every split, and of the builder's class files."""
+  listed: dict[str, Sequence[pathlib.Path]] = {
+    split: [path for raw in raws for path in (raw.image, raw.label)]
     for split, raws in splits.items()
   }
+  listed[CLASSES] = builder.class_files
+  return {key: dict(_stamps(files, manual_dir)) for key, files in listed.items()}
 
 
-def _stamps(raw: RawExample, manual_dir: pathlib.Path) -> Iterator[tuple[str, list[int]]]:
-  for path in (raw.image, raw.label):
+def _stamps(
+  files: Sequence[pathlib.Path], manual_dir: pathlib.Path
+) -> Iterator[tuple[str, list[int]]]:
+  for path in files:
     inside = path.is_relative_to(manual_dir)
     name = path.relative_to(manual_dir).as_posix() if inside else str(path)
     try:
@@ -141,6 +149,8 @@ def read(folder: pathlib.Path) -> Files | None:
 
 def changed_files(then: Files, now: Files, *, splits: bool) -> list[str]:
   """What is different in the files, with `splits` in which they are, too, in words; else []."""
+  if CLASSES not in then:
+    now = {key: files for key, files in now.items() if key != CLASSES}
   old = {name: (split, *stamp) for split, files in then.items() for name, stamp in files.items()}
   new = {name: (split, *stamp) for split, files in now.items() for name, stamp in files.items()}
   both = old.keys() & new.keys()

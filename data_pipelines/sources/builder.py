@@ -74,6 +74,8 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     own_classes: the class names come with the raw files: `examples` sets `classes`, and every
       folder of raw files is prepared under a name of its own. Color profiles of images count.
     names_from: where the names of such classes stand, for messages.
+    class_files: the files, besides labels, that say which class a label is; edits of them are
+      noticed. `examples` sets it; there may be no such file.
     options: those of `OPTIONS` that the builder takes.
     values: the mask value of every name, as given to `prepare`; None for positions.
     background: the class of pixels without annotation, as given to `prepare`; None for no class.
@@ -96,6 +98,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
   vocabulary: str = ""
   own_classes: bool = False
   names_from: str = "names.txt"
+  class_files: Sequence[pathlib.Path] = ()
   options: tuple[str, ...] = ()
   values: tuple[int, ...] | None = None
   background: str | None = None

@@ -52,7 +52,9 @@ unseen.txt (may be missing: the names that are never trained on)"""
     labels = self.set_classes(
       manual_dir, (name for names in categories.values() for name in names.values())
     )
-    masks = [path.with_suffix("") for path, data in contents.items() if _is_panoptic(data)]
+    # Of other files every image has its own as label.
+    self.class_files = [path for path, data in contents.items() if _is_panoptic(data)]
+    masks = [path.with_suffix("") for path in self.class_files]
     images = ImageFiles(manual_dir, masks)
     missing, told = [], _Told()
     found: dict[str | None, list[RawExample]] = {}

@@ -16,6 +16,8 @@ from rpn_jax.base.words import composed
 
 _MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 _LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
+# The first that is there counts.
+_CLASS_FILES = (class_file.LABELMAP, "names.txt")
 
 
 class Folder(SegmentationBuilder):
@@ -48,6 +50,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
   def examples(self, manual_dir):
     self.classes, colors = read_classes(manual_dir, self.obtain, self.values)
     self.by_color = colors is not None
+    self.class_files = [manual_dir / name for name in _CLASS_FILES]
     images, labels = manual_dir / "images", manual_dir / "labels"
     found: dict[str | None, list[RawExample]] = {}
     missing: list[str] = []

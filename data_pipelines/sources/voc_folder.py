@@ -53,6 +53,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
 
   def examples(self, manual_dir):
     listed = _class_file(manual_dir)
+    self.class_files = [listed.path]
     labels = self.set_classes(manual_dir, (n for n in listed.names if not _is_background(n)))
     labels |= dict.fromkeys(BACKGROUND_NAMES, self.unannotated)
     masks = _mask_folder(manual_dir)

@@ -1,5 +1,6 @@
 """Sets that are prepared already, and raw files that were edited since."""
 
+import json
 import os
 
 import numpy as np
@@ -166,6 +167,15 @@ def test_another_choice_of_val_by_an_earlier_version_is_no_change(
   capsys.readouterr()
   again(raw)
   assert "by an earlier version" not in capsys.readouterr().out
+
+
+def test_sets_of_earlier_versions_do_not_say_of_which_class_file_they_are(raw):
+  file = raw.parent / "folder/mine/1.0.0" / raw_files.FILE
+  content = json.loads(file.read_text())
+  assert [*content["files"].pop(raw_files.CLASSES)] == ["names.txt"]
+  file.write_text(json.dumps(content))
+  (raw / "names.txt").touch()
+  again(raw)
 
 
 def test_raw_files_that_are_gone(raw, capsys):

@@ -193,6 +193,70 @@ def test_edited_annotations_are_told(tmp_path, capsys):
   assert run("labelme", raw, tmp_path, "--rebuild") == 0
 
 
+def colored_folder(root):
+  colors = {0: (0, 0, 0), 1: (1, 0, 0), 2: (2, 0, 0), 255: (9, 9, 9)}
+  for split in ("train", "val"):
+    raws.picture(root / "images" / split / "a.jpg")
+    raws.rgb_png(root / "labels" / split / "a.png", colors)
+  raws.text(root / "names.txt", "floor:0,0,0", "cat:1,0,0", "dog:2,0,0", "ignored:9,9,9")
+
+
+def panoptic_tree(root):
+  """Two images of two segments each."""
+  content = raws.coco({1: "a.jpg", 2: "b.jpg"}, [])
+  segments = [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 7}]
+  for image, name in ((1, "a"), (2, "b")):
+    raws.picture(root / f"{name}.jpg")
+    raws.rgb_png(root / f"panoptic/{name}.png", {1: (1, 0, 0), 2: (2, 0, 0)})
+    entry = {"image_id": image, "file_name": f"{name}.png", "segments_info": segments}
+    content["annotations"].append(entry)
+  raws.write_json(root / "panoptic.json", content)
+
+
+def colored_voc_tree(root):
+  lines = ("cat:1,0,0::", "dog:2,0,0::", "background:0,0,0::")
+  colors = {1: (1, 0, 0), 2: (2, 0, 0), 255: (224, 224, 192)}
+  raws.voc_tree(root, lines, "labelmap.txt", colors)
+
+
+def labels_tree(root):
+  labelme_tree(root)
+  raws.text(root / "labels.txt", "cat", "dog")
+
+
+@pytest.mark.parametrize(
+  ("name", "make", "file", "one", "two"),
+  [
+    ("folder", colored_folder, "names.txt", "1,0,0", "2,0,0"),
+    ("voc_folder", colored_voc_tree, "labelmap.txt", "1,0,0", "2,0,0"),
+    ("coco_json", panoptic_tree, "panoptic.json", '"category_id": 1', '"category_id": 7'),
+    ("labelme", labels_tree, "labels.txt", "cat", "dog"),
+  ],
+  ids=["folder", "voc_folder", "coco_json", "labelme"],
+)
+def test_edits_of_which_class_a_label_is_are_noticed(
+  name, make, file, one, two, tmp_path, monkeypatch, capsys
+):
+  """By an interrupted set, whose shards have the old classes, and by a finished one."""
+  raw = tmp_path / "raw"
+  make(raw)
+
+  def swap():
+    text = (raw / file).read_text()
+    text = text.replace(one, "#").replace(two, one).replace("#", two)
+    (raw / file).write_text(text)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare.preview, "draw", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(name, raw, tmp_path) == 130
+  swap()
+  assert run(name, raw, tmp_path) == 0
+  assert "other files, options or rules: starting over" in capsys.readouterr().out
+  swap()
+  assert run(name, raw, tmp_path) == 2
+  assert f"1 file changed, such as {file}" in capsys.readouterr().err
+
+
 def test_options_that_a_set_does_not_take(tmp_path, capsys):
   for name, option, why in (
     ("labelme", "--values=0,255", "labelme has label values of its own; leave --values out"),
