@@ -40,7 +40,8 @@ def run(config, workdir) -> None:
   from rpn_jax.tasks import classify, evaluate, export, predict, pretrain, train
   from rpn_jax.weights.clip_file import with_normalization
 
-  alone = FLAGS.mode not in ("train", "eval")  # for one machine, also where there are several
+  # For one machine, also where there are several.
+  alone = FLAGS.mode not in ("train", "eval") or config.task == "pretrain"
   with devices.runtime(FLAGS.distributed, config.get("matmul_precision", "default"), alone):
     if config.task == "pretrain":
       pretrain.pretrain(config, workdir, **datasets.captions(config), restart=FLAGS.restart)

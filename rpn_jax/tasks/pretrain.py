@@ -51,8 +51,13 @@ def pretrain(
     The content of `metrics.json`.
 
   Raises:
-    InputError: a caption that is too long; the workdir is in use, or that of another pre-training.
+    InputError: several processes; a caption that is too long; the workdir is in use, or that of
+      another pre-training.
   """
+  if jax.process_count() > 1:
+    raise InputError(
+      f"pre-training is for one process, got {jax.process_count()}: leave out --distributed"
+    )
   trainer = ContrastiveTrainer(config)
   clip, weights = trainer.clip, workdir / "clip.safetensors"
   trained = dataclasses.replace(clip, mean=tuple(config.mean), std=tuple(config.std))

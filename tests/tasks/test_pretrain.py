@@ -2,13 +2,18 @@
 
 import itertools
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import main
 from configs import shapes_clip
 from data_pipelines import datasets
+from rpn_jax import devices
 from rpn_jax.base.errors import InputError
 from rpn_jax.tasks import pretrain
 from rpn_jax.training.contrastive import contrastive_loss
@@ -58,6 +63,21 @@ def test_a_long_caption_is_refused(small, tmp_path):
   with small.unlocked():
     small.caption_tokens = 5
   with pytest.raises(InputError, match=r"caption_tokens=5: a caption has \d+ tokens; set it to 77"):
+    pretrain.pretrain(small, tmp_path, **datasets.captions(small))
+
+
+def test_it_runs_in_one_process(small, tmp_path, monkeypatch):
+  """On a pod, whose processes would join, in each for itself; the workdir is locked by one."""
+  joined = []
+  monkeypatch.setattr(devices, "runtime", lambda *given: joined.append(given[-1]) or nullcontext())
+  monkeypatch.setattr(pretrain, "pretrain", lambda *given, **data: None)
+  flags = SimpleNamespace(mode="train", distributed=[], restart=False)
+  monkeypatch.setattr(main, "FLAGS", flags)
+  main.run(small, tmp_path)
+  assert joined == [True]
+  monkeypatch.undo()
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(InputError, match="is for one process, got 2: leave out --distributed"):
     pretrain.pretrain(small, tmp_path, **datasets.captions(small))
 
 
