@@ -152,8 +152,7 @@ def _authors_to_prompts(
   _, clip = _clip_of(clip_path, f"{file.path} is a checkpoint of the authors' RPN")
   theirs, prompts = authors.from_authors(file.arrays, str(file.path))
   authors.check_same_clip(theirs, clip, f"{file.path} and {clip_path}")
-  config = {"model": authors.model_fields(prompts)}
-  _save_prompts(destination, prompts, clip, config)
+  _save_prompts(destination, prompts, clip, authors.settings(prompts))
   return [
     f"{file.path}: the authors' checkpoint, its CLIP is that of {clip_path}",
     f"wrote {_count(prompts):,} parameters to {destination}; predict with the preset released and "

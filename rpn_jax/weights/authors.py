@@ -8,6 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.pixels import IMAGENET_MEAN, IMAGENET_STD
 from rpn_jax.base.words import differences
 from rpn_jax.models.clip import CLIPConfig, resize_positions
 from rpn_jax.weights import torch_archive
@@ -86,6 +87,12 @@ def model_fields(prompts: Mapping) -> dict:
     "deep_tokens": prompts["deep_tokens"].shape[1], "h_grid": [side, side], "head": "released",
     "class_embedding_copies": 2,
   }  # fmt: skip
+
+
+def settings(prompts: Mapping) -> dict:
+  """The config of a run of the official code, as far as these prompts and the code tell it."""
+  data = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+  return {"model": model_fields(prompts), "data": data}
 
 
 def other_settings(prompts: Mapping, model: Mapping) -> list[str]:

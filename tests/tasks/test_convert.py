@@ -10,7 +10,8 @@ import pytest
 import safetensors.numpy
 
 from rpn_jax import cli
-from rpn_jax.base import transfer
+from rpn_jax.base import pixels, transfer
+from rpn_jax.base.errors import InputError
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.tasks import convert
 from rpn_jax.weights import (
@@ -130,6 +131,14 @@ def test_an_mmcv_checkpoint_becomes_prompts_and_goes_back(tmp_path, capsys):
   same(content.prompts, prompts)
   assert content.clip == arrays.fingerprint(params)
   assert content.config["model"]["deep_tokens"] == prompts["deep_tokens"].shape[1]
+  # The official code normalizes images as for ImageNet, which no CLIP does.
+  config = prompts_file.config_of(ours)
+  assert (config.data.mean, config.data.std) == (pixels.IMAGENET_MEAN, pixels.IMAGENET_STD)
+  config.data.mean = pixels.CLIP_MEAN
+  with pytest.raises(
+    InputError, match=r"other settings .*data\.mean: \[0\.485, .* -> \[0\.48145466, "
+  ):
+    prompts_file.check(content, ours, config.to_dict(), content.clip, lambda: content.prompts)
   # Settings of which the official code has others, and those that no checkpoint holds.
   other = content.config["model"] | {"itp": "no_image", "class_embedding_copies": 1}
   prompts_file.save(tmp_path / "other.safetensors", content._replace(config={"model": other}))
