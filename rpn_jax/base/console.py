@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import io
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -115,6 +116,8 @@ def silent_stderr() -> Iterator[None]:
 WORKDIR_FILES = {
   "predictions.png": "image, ground truth and prediction",
   "confusion.png": "which classes are taken for which: rows are true, columns predicted",
+  "predictions_*.png": "predictions of one of several sets",
+  "confusion_*.png": "confusion of one of several sets",
   "curves.png": "losses and scores over the steps",
   "predictions": "overlays, labels and statistics of your images",
   "eval.md": "scores of every set and class, next to published ones",
@@ -131,10 +134,19 @@ WORKDIR_FILES = {
 }
 
 
+def workdir_files(workdir: pathlib.Path) -> dict[str, str]:
+  """Name -> what it is, of every known file in a workdir."""
+  found: dict[str, str] = {}
+  for name, text in WORKDIR_FILES.items():
+    files = sorted(workdir.glob(name)) if "*" in name else [workdir / name]
+    found |= {path.name: text for path in files if path.exists()}
+  return found
+
+
 def describe_workdir(workdir: str | os.PathLike) -> str:
   """A line for every known file in a workdir."""
   workdir = expand(workdir)
-  found = {name: text for name, text in WORKDIR_FILES.items() if (workdir / name).exists()}
+  found = workdir_files(workdir)
   width = max(map(len, found), default=0)
   return "\n".join([f"In {workdir}:", *(f"  {n:{width}}  {text}" for n, text in found.items())])
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rpn_jax.base.buckets import is_bucket
-from rpn_jax.base.console import WORKDIR_FILES
+from rpn_jax.base.console import workdir_files
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import check_renames, expand, is_gcsfuse, locked, write_json
 from rpn_jax.base.words import differences
@@ -214,7 +214,7 @@ class Run:
     Every process calls it, before `claim`.
     """
     if jax.process_index() == 0:
-      names = [name for name in WORKDIR_FILES if (self.workdir / name).exists()]
+      names = [*workdir_files(self.workdir)]
       names += [path.name for path in self.workdir.glob("*.partial.npz")]
       if names:
         target = self.workdir / time.strftime("replaced-%Y%m%d-%H%M%S")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs import folder, shapes
 from data_pipelines import datasets, prepare
-from rpn_jax.base import paths
+from rpn_jax.base import console, paths
 from rpn_jax.base.errors import InputError
 from rpn_jax.config.stored import read_config
 from rpn_jax.inference.segmenter import Segmenter
@@ -115,9 +115,13 @@ def test_curves_without_their_checkpoints_are_not_begun_anew(claimed):
 
 
 def test_a_restart_moves_what_was_there(claimed, capsys):
+  for name in ("predictions_voc.png", "confusion_voc.png"):
+    (claimed.workdir / name).touch()
+  assert "\n  confusion_voc.png " in console.describe_workdir(claimed.workdir)
   claimed.restart()
   (folder,) = claimed.workdir.glob("replaced-*")
-  moved = ["checkpoints", "config.json", "eval_shapes_train.partial.npz", "events", "metrics.jsonl"]
+  moved = ["checkpoints", "config.json", "confusion_voc.png", "eval_shapes_train.partial.npz"]
+  moved += ["events", "metrics.jsonl", "predictions_voc.png"]
   assert sorted(p.name for p in folder.iterdir()) == moved
   assert sorted(p.name for p in claimed.workdir.iterdir()) == [".lock", folder.name]
   assert f"to {folder}; nothing reads that folder" in capsys.readouterr().out
