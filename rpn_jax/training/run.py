@@ -137,7 +137,7 @@ class Run:
     if not path.exists():
       self.workdir.mkdir(parents=True, exist_ok=True)
       content = {"clip": self.fingerprint, "config": self.config.to_dict()}
-      write_json(path, content | ({"classes": classes} if classes else {}))
+      self._write(content | ({"classes": classes} if classes else {}))
       return
     try:
       content = json.loads(path.read_text(encoding="utf-8"))
@@ -151,15 +151,22 @@ class Run:
     check_identity(self.workdir, stored, self.identity)
     if classes:
       self._check_names(classes)
-      if changed := self._changed_contents(classes):
-        if (self.workdir / "checkpoints").is_dir():
-          raise InputError(
-            f"{self.workdir} was trained on other images than the data set has now (workdir -> "
-            f"data set): {changed}. Use a new --workdir (--restart begins anew in this one), or "
-            "prepare the data set as it was"
-          )
-        # A run that was not begun: its data set may have been put right.
-        write_json(path, content | {"classes": classes})
+      changed = self._changed_contents(classes)
+      begun = (self.workdir / "checkpoints").is_dir()
+      if changed and begun:
+        raise InputError(
+          f"{self.workdir} was trained on other images than the data set has now (workdir -> "
+          f"data set): {changed}. Use a new --workdir (--restart begins anew in this one), or "
+          "prepare the data set as it was"
+        )
+      # Before a run begins, its data set may be put right, and an evaluation may have claimed it.
+      if changed or not (begun or content.get("classes")):
+        self._write(content | {"classes": classes})
+
+  def _write(self, content: dict[str, Any]) -> None:
+    """Writes `config.json`, in the first process, on behalf of all."""
+    if not jax.process_index():
+      write_json(self.workdir / CONFIG, content)
 
   def stored_classes(self) -> dict[str, Any]:
     """What `classes_of` gave when the run began; {} of runs of version 0.2.0 and of no run."""

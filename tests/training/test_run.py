@@ -135,7 +135,12 @@ def test_classes_of_a_run(claimed):
   classes = {"names": ["sky", "a tree", "sand"], "trained": ["sky", "sand"]}
   claimed.claim(classes)
   claimed.check_classes({"names": ["else"]})  # that of the fixture was claimed without
-  (claimed.workdir / "config.json").unlink()
+  assert not claimed.stored_classes()  # and has checkpoints, of whichever classes
+  (claimed.workdir / "checkpoints/4").rmdir()
+  (claimed.workdir / "checkpoints").rmdir()
+  for _ in range(2):  # by an evaluation, or by another process, before any training
+    claimed.claim()
+    assert not claimed.stored_classes()
   claimed.claim(classes)
   claimed.claim(classes)
   claimed.check_classes({"names": ["sky", "a tree", "sand"]})
@@ -144,6 +149,14 @@ def test_classes_of_a_run(claimed):
     claimed.claim(renamed)
   with pytest.raises(InputError, match=r"trained\.2: sand -> None"):
     claimed.claim({**classes, "trained": ["sky"]})
+
+
+def test_one_process_writes_the_config_of_a_run(tmp_path, monkeypatch):
+  begun = run.Run(shapes.get_config("runlocal"), tmp_path, "0" * 16)
+  for index, files in ((1, []), (0, ["config.json"])):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    begun.claim({"names": ["sky"], "trained": ["sky"]})
+    assert [path.name for path in tmp_path.iterdir()] == files
 
 
 @pytest.fixture
