@@ -132,8 +132,10 @@ def vision_tower(
       f"{where}: expected the number of attention heads of {layers} layers {width} wide, got "
       f"{heads}, and the file does not tell it: pass --heads=NUMBER to rpn convert_vit"
     )
+  mlp = flat["block_0/mlp/c_fc/bias"].size
   fields = {
     "vision": "vit", "vision_width": width, "vision_layers": layers, "vision_heads": heads,
+    "vision_mlp_width": None if mlp == 4 * width else mlp,
     "patch_size": patch, "image_size": side * patch,
     "mean": None, "std": None, "squash": False,  # those of the CLIP were of its own image tower
   }  # fmt: skip

@@ -1,5 +1,7 @@
 """Plain vision transformers under RPN: names, numbers, refusals."""
 
+import dataclasses
+import re
 import types
 
 import jax
@@ -149,6 +151,21 @@ def test_other_networks_are_refused(change, message, clip):
   change(state)
   with pytest.raises(InputError, match=message):
     plain_vit.join(state, "vit.safetensors", *clip_file.load(clip), heads=1)
+
+
+def test_mlps_are_as_wide_as_those_of_the_encoder(clip, tmp_path):
+  """Not as those of the CLIP, whose width is told where it is not four times the tower's."""
+  narrow = {
+    name: value[..., : 3 * WIDTH] if "fc2.weight" in name else value[: 3 * WIDTH]
+    for name, value in timm_state().items()
+    if re.search(r"mlp\.fc(1\.|2\.weight)", name)
+  }
+  config, params = clip_file.load(clip)
+  wide = dataclasses.replace(config, vision_mlp_width=100)
+  for state, around, width in ((timm_state(), wide, None), (narrow, config, 3 * WIDTH)):
+    joined, both = plain_vit.join(timm_state() | state, "vit", around, params, heads=1)
+    clip_file.save(tmp_path / "joined.safetensors", joined, both)
+    assert clip_file.load(tmp_path / "joined.safetensors")[0].vision_mlp_width == width
 
 
 def test_heads_are_asked_for(clip):
