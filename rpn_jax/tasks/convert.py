@@ -163,17 +163,18 @@ def _authors_to_prompts(
 def _cat_seg_to_prompts(
   file: WeightsFile, destination: pathlib.Path, clip_path: str | None
 ) -> list[str]:
-  _, clip = _clip_of(clip_path, f"{file.path} is a checkpoint of CAT-Seg")
+  config, clip = _clip_of(clip_path, f"{file.path} is a checkpoint of CAT-Seg")
   where = f"{file.path} and {clip_path}"
   official = cat_seg.from_official(file.arrays, str(file.path))
   trained, tuned = cat_seg.trained_part(official, clip, where)
-  prompts = {**official.prompts, **trained}
+  prompts, other = {**official.prompts, **trained}, cat_seg.other_towers(official, config)
   _save_prompts(
     destination, prompts, clip, {**cat_seg.settings(official, tuned), "clip": str(clip_path)}
   )
   return [
     f"{file.path}: CAT-Seg on a {tuned['tuned']} tuned CLIP, the rest of it is that of {clip_path}",
     *filter(None, [official.assumed]),
+    *(f"it was trained with other towers (official -> yours): {x}" for x in other),
     f"wrote {_count(prompts):,} parameters to {destination}; predict with --model={destination}",
   ]
 
@@ -215,7 +216,7 @@ def _prompts_to_authors(
       f"wrote {len(state)} arrays by the official names to {destination}, as detectron2 does"
     ]
     official = cat_seg.from_official(state, str(destination))
-    if changed := cat_seg.unwritten(official, run):
+    if changed := cat_seg.unwritten(official, config, run):
       lines.append(f"no checkpoint holds these settings (official -> yours): {'; '.join(changed)}")
     return lines
   if clip_path is not None:

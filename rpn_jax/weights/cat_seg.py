@@ -18,7 +18,13 @@ from rpn_jax.models.cat_seg import TUNED, CATSeg
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.models.trained import THIRDS, join, split, thirds
 from rpn_jax.weights import torch_archive
-from rpn_jax.weights.architecture import check_parameters, complete_config, fields_from_shapes
+from rpn_jax.weights.architecture import (
+  OPENAI_IMAGES,
+  Normalization,
+  check_parameters,
+  complete_config,
+  fields_from_shapes,
+)
 from rpn_jax.weights.arrays import float32, writing
 from rpn_jax.weights.names import Naming, Rule, clip_rules, linear, norm, to_ours, to_theirs
 
@@ -304,16 +310,31 @@ def trained_part(official: Official, clip: Mapping, where: str) -> tuple[dict, d
   )
 
 
-def unwritten(official: Official, config: Mapping) -> list[str]:
+def other_towers(official: Official, clip: CLIPConfig) -> list[str]:
+  """What no array tells of towers, where a CLIP has it otherwise than the official code."""
+  names = ("vision_heads", "text_heads", "activation")
+  was, asked = ({name: getattr(c, name) for name in names} for c in (official.clip, clip))
+  return differences(was, asked, "clip")
+
+
+def unwritten(official: Official, clip: CLIPConfig, config: Mapping) -> list[str]:
   """Settings of a run that its checkpoint for the official code does not hold, as lines.
 
   Args:
     official: what such a checkpoint is read as.
+    clip: architecture of the run's CLIP.
     config: of the run, as nested dictionaries.
   """
+  return [*other_towers(official, clip), *_other_settings(official, config)]
+
+
+def _other_settings(official: Official, config: Mapping) -> list[str]:
   read = {**settings(official, {}), "cat_seg": vars(CATSegConfig(**official.fields))}
-  kept = ("cat_seg", "templates", "synonyms")
+  kept = ("cat_seg", "templates", "synonyms", "data")
   was, asked = (json.loads(json.dumps({k: tree.get(k) for k in kept})) for tree in (read, config))
+  was["data"] = {name: was["data"][name] for name in Normalization._fields}
+  # Files of earlier versions leave it to the CLIP.
+  asked["data"] = {name: asked["data"][name] or value for name, value in was["data"].items()}
   for name in ("tuned", "tuned_positions", "tuned_unused_query"):  # only training knows them
     was["cat_seg"].pop(name), asked["cat_seg"].pop(name, None)
   return differences(was, {**asked, "cat_seg": {**was["cat_seg"], **asked["cat_seg"]}})
@@ -335,6 +356,7 @@ def settings(official: Official, tuned: Mapping) -> dict:
   windows = CATSeg.windows(official.clip)._asdict()
   of_data = {name: windows.pop(name) for name in ("short_side", "long_side")}
   of_data["recipe"] = windows.pop("resize")
+  of_data |= OPENAI_IMAGES._asdict()
   return {
     "method": "cat_seg",
     "cat_seg": {**official.fields, **tuned},

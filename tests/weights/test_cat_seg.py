@@ -1,5 +1,6 @@
 """Checkpoints of the official CAT-Seg as people have them: converted, back, and refused."""
 
+import dataclasses
 import json
 import zipfile
 
@@ -8,6 +9,7 @@ import pytest
 from flax import traverse_util
 
 from rpn_jax import Segmenter
+from rpn_jax.base import pixels
 from rpn_jax.base.errors import InputError
 from rpn_jax.models import cost_aggregation
 from rpn_jax.models.trained import join
@@ -66,20 +68,32 @@ def test_there_and_back(official, golden_catseg, tmp_path, capsys):
 
 
 def test_settings_that_no_checkpoint_holds_are_told(official, golden_catseg, tmp_path, capsys):
-  clip, source = clip_before(official, tmp_path), golden_catseg / "model_tiny.pth"
+  source = golden_catseg / "model_tiny.pth"
+  heads = cat_seg.from_official(read_arrays(source).arrays, "").clip  # of the official code
+  clip = clip_before(official._replace(clip=heads), tmp_path)
   prompts, back = tmp_path / "cat_seg.safetensors", tmp_path / "back.pth"
   assert convert.main([str(source), str(prompts), f"--clip={clip}"]) == 0
+  assert "other towers" not in capsys.readouterr().out
   content = prompts_file.load(prompts)
-  for changes, told in (
-    ({}, ""),
-    ({"class_attention": "full"}, "cat_seg.class_attention: linear -> full"),
+  mean, half = list(pixels.CLIP_MEAN), [0.5, 0.5, 0.5]
+  for section, changes, told in (
+    ("cat_seg", {}, ""),
+    ("cat_seg", {"class_attention": "full"}, "cat_seg.class_attention: linear -> full"),
+    ("data", {"mean": half}, f"data.mean: {mean} -> {half}"),
   ):
-    own = {**content.config, "cat_seg": {**content.config["cat_seg"], **changes}}
+    own = {**content.config, section: {**content.config[section], **changes}}
     prompts_file.save(prompts, content._replace(config=own))
     capsys.readouterr()
     assert convert.main([str(prompts), str(back), f"--clip={clip}"]) == 0
     *_, line = capsys.readouterr().out.strip().splitlines()
     assert line.endswith(told) and ("no checkpoint holds" in line) == bool(changes)
+  # The same weights in a CLIP that computes something else.
+  other = dataclasses.replace(heads, activation="gelu")
+  clip = clip_before(official._replace(clip=other), tmp_path)
+  for said, arguments in (("other towers", (source, prompts)), ("no checkpoint", (prompts, back))):
+    assert convert.main([*map(str, arguments), f"--clip={clip}"]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if said in x]
+    assert line.endswith("(official -> yours): clip.activation: quick_gelu -> gelu")
 
 
 def test_what_was_trained_is_told_by_what_differs(official, tmp_path):
