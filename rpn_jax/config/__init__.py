@@ -280,7 +280,14 @@ def check(config: Config) -> None:
   if declared_class(config) is Pretrain:
     return check_pretraining(config)
   check_self_training(config)
-  for group, _, factor in config.get("optimizer", {}).get("groups", ()):
+  groups = config.get("optimizer", {}).get("groups", ())
+  names = [group for group, *_ in groups]
+  for group, _, factor in groups:
+    if names.count(group) > 1:
+      raise InputError(
+        f"config.optimizer.groups: expected groups of different names, got {group!r} twice; rename "
+        "one, or join their regular expressions with |"
+      )
     if not factor >= 0:
       raise InputError(
         f"config.optimizer.groups: expected factors of at least 0, got {factor} for {group!r}"

@@ -255,6 +255,7 @@ def test_bounds_are_enforced(path):
     ("eval.seen_penalty", None, "expected float, such as 0.1, got None"),
     ("eval.sets", "voc20", "expected tuple[str, ...], such as (), got 'voc20'"),
     ("optimizer.groups", (("h", "h"),), "expected tuple[tuple[str, str, float], ...]"),
+    ("optimizer.groups", (("a", "h", 1.0), ("a", "x", 9.0)), "of different names, got 'a' twice"),
     ("dense.denoise", 50.0, "config.dense.denoise: expected at most 1, such as 0.0, got 50.0"),
     ("model.h_grid", (3,), "expected tuple[int, int] | None, such as None, got (3,)"),
     ("loss.name", ["sigmoid"], "config.loss.name: expected str"),
