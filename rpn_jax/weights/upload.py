@@ -70,6 +70,11 @@ def contents(folder: pathlib.Path, address: str) -> dict[str, bytes | pathlib.Pa
       "these out, since all of a folder is uploaded"
     )
   content = prompts_file.load(folder / PROMPTS)
+  if not content.config.get("clip"):
+    raise InputError(
+      f"expected the CLIP weights of an export in {folder / PROMPTS}, it names none: share what "
+      "--mode=export wrote to WORKDIR/export"
+    )
   if holds_paths(content.config):
     raise InputError(
       f"{folder / PROMPTS} names paths of this machine, as of config.clip={content.config['clip']}:"

@@ -301,6 +301,9 @@ def test_folders_that_are_no_export(folder, tmp_path):
   one_line("expected nothing but .*, got also .env: move these out", contents, copy)
   (copy / ".env").unlink()
   content = prompts_file.load(copy / exported.PROMPTS)
+  for config in ({}, content.config | {"clip": ""}):  # as of a checkpoint of the official RPN
+    prompts_file.save(copy / exported.PROMPTS, content._replace(config=config))
+    one_line("expected the CLIP weights of an export in .*, it names none: share", contents, copy)
   for changes in ({"clip": "/home/me/clip.safetensors"}, {"prompts": "x"}, {"clip": "../c.pt"}):
     edited = content._replace(config=content.config | changes)
     prompts_file.save(copy / exported.PROMPTS, edited)
