@@ -16,7 +16,7 @@ import shutil
 import socket
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from absl import logging
 
@@ -310,14 +310,14 @@ def cache_dir() -> pathlib.Path | None:
   return None
 
 
-def on_disk(path: str | os.PathLike, beside: str = "*.json") -> pathlib.Path:
+def on_disk(path: str | os.PathLike, more: Iterable[str] = ()) -> pathlib.Path:
   """A local file with the content of a path: the path itself, or a copy of an object of a bucket.
 
   The copy is kept in the cache folder and made again when the object changes.
 
   Args:
-    path: of a file.
-    beside: pattern of files of the same folder that are wanted, too.
+    path: of a file. Those of the same folder that are JSON are copied, too.
+    more: names of further ones, as far as they are there.
 
   Raises:
     InputError: there is no cache folder to copy to.
@@ -326,8 +326,10 @@ def on_disk(path: str | os.PathLike, beside: str = "*.json") -> pathlib.Path:
   path = expand(path)
   if not buckets.is_bucket(path) or not path.is_file():
     return path
-  wanted = {path, *path.parent.glob(beside)}
-  versions = {each.name: buckets.version(each) for each in wanted}
+  versions = {}
+  for each in {path, *path.parent.glob("*.json"), *map(path.parent.joinpath, more)}:
+    with contextlib.suppress(FileNotFoundError):  # a folder
+      versions[each.name] = buckets.version(each)
   key = "".join(f"{name}\0{found.generation}\n" for name, found in sorted(versions.items()))
   cache = cache_dir()
   if cache is None:
@@ -338,10 +340,10 @@ def on_disk(path: str | os.PathLike, beside: str = "*.json") -> pathlib.Path:
   folder = cache / "buckets" / digest
   folder.mkdir(parents=True, exist_ok=True)
   with locked(folder / ".lock", str(path), wait=True):
-    for each in wanted:
-      if not (folder / each.name).exists():
-        if each == path:
-          print(f"copying {path} ({versions[path.name].size / 1e6:.0f} MB) to {folder}", flush=True)
-        with replacing(folder / each.name) as temporary:
-          buckets.download(each, temporary)
+    for name, found in versions.items():
+      if not (folder / name).exists():
+        if name == path.name:
+          print(f"copying {path} ({found.size / 1e6:.0f} MB) to {folder}", flush=True)
+        with replacing(folder / name) as temporary:
+          buckets.download(path.parent / name, temporary)
   return folder / path.name

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+from rpn_jax.base.buckets import is_bucket
 from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, on_disk, replacing
 from rpn_jax.weights import torch_archive
@@ -81,8 +82,8 @@ def read_arrays(path) -> WeightsFile:
   path = expand(path)
   if path.is_dir():
     path = _in_folder(path)
-  # In a bucket they may have shards beside them.
-  path = on_disk(path, beside="*" if path.name.endswith(".index.json") else "*.json")
+  sharded = is_bucket(path) and path.suffix == ".json" and path.is_file()
+  path = on_disk(path, read_index(path).values() if sharded else ())
   if not path.is_file():
     raise InputError(f"expected a file of CLIP weights, {path} does not exist: check the path")
   with path.open("rb") as file:

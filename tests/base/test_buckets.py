@@ -160,12 +160,12 @@ def test_a_copy_on_disk_follows_the_object(bucket, capsys):
   path = bucket / "w.bin"
   path.write_bytes(b"one")
   (bucket / "config.json").write_text("{}")
-  first = paths.on_disk(path, beside="*.json")
+  first = paths.on_disk(path)
   assert first.read_bytes() == b"one" and (first.parent / "config.json").exists()
-  assert paths.on_disk(path, beside="*.json") == first
+  assert paths.on_disk(path) == first
   assert capsys.readouterr().out.count("copying") == 1
   path.write_bytes(b"two")
-  assert paths.on_disk(path, beside="*.json").read_bytes() == b"two"
+  assert paths.on_disk(path).read_bytes() == b"two"
 
 
 def test_images_are_read_from_a_bucket(bucket):

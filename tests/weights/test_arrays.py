@@ -79,6 +79,23 @@ def test_files_of_another_kind(tmp_path, tiny):
   one_line("got several, such as x.pt and y.pt: name the file", clip_file.load, tmp_path)
 
 
+def test_shards_in_a_bucket_are_copied_and_nothing_else(tmp_path, bucket, tiny, state):
+  """By their index; a training's folders and files may lie beside them."""
+  index = write_shards(tmp_path, hf_names(state, 1, 2))
+  (tmp_path / "config.json").write_text(json.dumps(hf_config()))
+  index.rename(index.with_name("model.safetensors.index.fp16.json"))
+  wanted = sorted(path.name for path in tmp_path.iterdir())
+  for path in tmp_path.iterdir():
+    (bucket / path.name).write_bytes(path.read_bytes())
+  for name in ("optimizer.bin", "logs/events", "old.json/config.json"):
+    (bucket / name).write_text("other")
+  same(clip_file.load(bucket)[1], tiny)
+  copy = arrays.read_arrays(bucket).path.parent
+  assert sorted(path.name for path in copy.iterdir() if path.name != ".lock") == wanted
+  (bucket / wanted[1]).unlink()
+  one_line("model-00001-of-00003.safetensors does not exist", arrays.read_arrays, bucket)
+
+
 @pytest.mark.parametrize("name", ["model.fp16.safetensors", "weights.safetensors"])
 def test_the_only_file_in_a_folder(tmp_path, tiny, state, name):
   (tmp_path / name).write_bytes(safetensors.numpy.save(state))
