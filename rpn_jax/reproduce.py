@@ -27,7 +27,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.paths import expand, write_json, write_text
 from rpn_jax.base.words import check_known
 from rpn_jax.config.flags import define_config, parse
-from rpn_jax.config.stored import evaluated_set
+from rpn_jax.config.stored import scored_set
 from rpn_jax.inference import metrics, published
 from rpn_jax.models.clip import CLIPConfig
 from rpn_jax.weights import checkpoints, hub
@@ -203,9 +203,10 @@ def _is_trained(workdir: pathlib.Path) -> bool:
 def _scored(workdir: pathlib.Path) -> dict[str, Mapping]:
   """Data set -> scores of the last checkpoint, as `--mode=eval` wrote them."""
   trained, evaluated = (_read(workdir / name) for name in ("metrics.json", "eval.json"))
+  file = "eval.json"
   if not evaluated:  # without training, those of a single set are in the other file
-    evaluated = trained
-  sets = evaluated.get("sets") or {_name(evaluated): evaluated}
+    evaluated, file = trained, "metrics.json"
+  sets = evaluated.get("sets") or {_name(evaluated, file): evaluated}
   found = {name: result["last"] for name, result in sets.items() if "last" in result}
   step = trained.get("last", {}).get("step")  # a run may have gone on since
   return {
@@ -222,8 +223,11 @@ def _read(path: pathlib.Path) -> dict:
     return {}
 
 
-def _name(content: Mapping) -> str:
-  return evaluated_set(content["config"]) if "config" in content else ""
+def _name(content: Mapping, file: str) -> str:
+  try:
+    return scored_set(content["config"], file)
+  except (KeyError, TypeError, AttributeError):
+    return ""
 
 
 def _with_groups(name: str, scores: Mapping) -> dict:

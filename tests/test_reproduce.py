@@ -134,6 +134,9 @@ def test_what_is_done_is_not_done_again(steps, tmp_path):
   path = tmp_path / "run/metrics.json"
   path.write_text(path.read_text().replace("20000", "30000"))
   assert "ade150" in steps("open_vocab_b16")[-1].state  # scores of an earlier step
+  (tmp_path / "run/eval.json").unlink()
+  path.write_text(json.dumps(content))  # of the set trained on
+  assert set(reproduce._scored(tmp_path / "run")) == {"voc20"}
 
 
 def test_a_plan_ends_with_what_was_published(monkeypatch, capsys):

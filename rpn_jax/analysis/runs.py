@@ -17,7 +17,7 @@ from rpn_jax.base.errors import InputError
 from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.paths import expand
 from rpn_jax.config import EVALUATION, FREE, defaults
-from rpn_jax.config.stored import clip_of, evaluated_set
+from rpn_jax.config.stored import clip_of, scored_set
 from rpn_jax.training.metric_log import read_history
 
 METRICS = ("pAcc", "miou_gt", "miou_union", "miou_seen", "miou_unseen", "hiou")
@@ -134,7 +134,7 @@ def read_run(directory) -> FinishedRun:
     )
   history = read_history(directory / "metrics.jsonl")
   # Without training the scores are those of --mode=eval, in the one file that it writes.
-  evaluations = {evaluated_set(config): last} if free else {}
+  evaluations = {scored_set(config, scores.name): last} if free else {}
   others: dict[str, Any] = {}
   if path.exists():
     evaluations, evaluated = _read_evaluations(path, config)
@@ -190,7 +190,7 @@ def _read_evaluations(path: pathlib.Path, run: Mapping) -> tuple[dict[str, dict]
   with _complaint(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     config = content.get("config", {})
-    sets = content.get("sets") or {evaluated_set(config or run): content}
+    sets = content.get("sets") or {scored_set(config or run, path.name): content}
     return {n: numbers(result["last"]) for n, result in sets.items()}, config
 
 

@@ -48,10 +48,19 @@ def read_config(workdir: pathlib.Path) -> config_dict.ConfigDict:
     ) from None
 
 
-def evaluated_set(config: Mapping[str, Any]) -> str:
-  """The data set that a stored evaluation of a single one is of."""
+def scored_set(config: Mapping[str, Any], file: str) -> str:
+  """The data set that stored scores of a single one are of.
+
+  Training scores its own in metrics.json, --mode=eval writes those of `eval.sets` to eval.json, or
+  to metrics.json where nothing is trained.
+
+  Args:
+    config: that the file says.
+    file: its name.
+  """
   sets = config.get("eval", {}).get("sets")
-  return sets[0] if sets else config["data"]["name"]
+  by_training = file == "metrics.json" and config.get("method") != "training_free"
+  return sets[0] if sets and not by_training else config["data"]["name"]
 
 
 def clip_of(workdir: pathlib.Path) -> str:

@@ -12,7 +12,7 @@ import jax
 from rpn_jax.base.console import table
 from rpn_jax.base.words import split_synonyms
 from rpn_jax.config import OWN_DATA
-from rpn_jax.config.stored import evaluated_set
+from rpn_jax.config.stored import scored_set
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.tasks.evaluate import COLUMNS, cells, columns_note, without_empty
 from rpn_jax.weights import checkpoints
@@ -94,7 +94,7 @@ def read_scores(workdir: pathlib.Path, step: int) -> list[Row]:
     try:
       stored = json.loads((workdir / name).read_text(encoding="utf-8"))
       config = stored["config"]
-      sets = stored.get("sets") or {evaluated_set(config): stored}
+      sets = stored.get("sets") or {scored_set(config, name): stored}
       for data_set, result in sets.items():
         if result["last"]["step"] != step:
           print(f"{workdir / name} has scores of step {result['last']['step']}, not {step}: the "

@@ -16,13 +16,14 @@ from huggingface_hub.utils import _http
 from PIL import Image
 
 from configs import cat_seg as cat_seg_config
+from configs import open_vocab
 from configs import shapes as shapes_config
 from rpn_jax import Segmenter, cli
 from rpn_jax.base import paths, transfer
 from rpn_jax.inference import published
 from rpn_jax.inference.predictor import Predictor
 from rpn_jax.inference.segmenter import note_of
-from rpn_jax.tasks import demo, model_card
+from rpn_jax.tasks import demo, evaluate, model_card
 from rpn_jax.weights import checkpoints, clip_file, exported, hub, prompts_file, upload
 from rpn_jax.weights.clip_file import with_normalization
 from tests import tiny
@@ -35,6 +36,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 ADDRESS, CLIP = "hf://me/shapes", "hf://you/clip"
 WORDS = ["plain orange", "sand", "a zebra"]
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
+
+
+def test_a_card_names_the_set_that_training_scored(tmp_path):
+  """Not the first of those that are evaluated afterwards."""
+  config = open_vocab.get_config().to_dict()
+  scores = {"step": 7, **dict.fromkeys(evaluate.COLUMNS, 0.5)}
+  content = {"config": config, "last": scores, "best": scores}
+  paths.write_json(tmp_path / "metrics.json", content)
+  assert {row.set for row in model_card.read_scores(tmp_path, 7)} == {"coco_stuff171"}
+  config["eval"]["sets"] = ["ade150"]
+  paths.write_json(tmp_path / "eval.json", content)
+  assert {row.set for row in model_card.read_scores(tmp_path, 7)} == {"coco_stuff171", "ade150"}
 
 
 @pytest.fixture(scope="module")
