@@ -171,6 +171,8 @@ def runtime(
   with say_if_late(_waiting_for(coordinator)):
     initialize(coordinator)
     check_platform()
+  if tuple(coordinator) != ALONE and jax.process_count() == 1:
+    _hear_sigterm()
   if own_cache and jax.process_count() > 1 and jax.default_backend() == "gpu":
     # Only the first process writes it, and XLA divides the choice of kernels among all: those
     # without the first one's folder would wait for its part, which it does not choose again.
@@ -262,8 +264,11 @@ def initialize(coordinator: Sequence[str] = ()) -> None:
       f"the processes of this run did not find each other ({' '.join(str(error).split())}): start "
       "all of them, with the same address of process 0, or one alone with --distributed=none"
     ) from error
-  if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-    # JAX listens for SIGTERM on behalf of several; alone, nothing would end the process.
+
+
+def _hear_sigterm() -> None:
+  """Undoes JAX's handler, which notes a SIGTERM for several processes; none would end for it."""
+  if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 

@@ -297,8 +297,8 @@ def test_sigterm_ends_a_process_that_is_alone(monkeypatch):
   received: list[int] = []
   before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
   try:
-    devices.initialize()
-    os.kill(os.getpid(), signal.SIGTERM)
+    with devices.runtime(()):
+      os.kill(os.getpid(), signal.SIGTERM)
   finally:
     signal.signal(signal.SIGTERM, before)
   assert received == [signal.SIGTERM]
