@@ -50,7 +50,8 @@ unseen.txt (may be missing: the names that are never trained on)"""
   def examples(self, manual_dir):
     self.classes, colors = read_classes(manual_dir, self.obtain, self.values)
     self.by_color = colors is not None
-    self.class_files = [manual_dir / name for name in _CLASS_FILES]
+    if self.by_color:  # without, the names are all that it says
+      self.class_files = [manual_dir / name for name in _CLASS_FILES]
     images, labels = manual_dir / "images", manual_dir / "labels"
     found: dict[str | None, list[RawExample]] = {}
     missing: list[str] = []

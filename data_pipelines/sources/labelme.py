@@ -96,7 +96,6 @@ unseen.txt (may be missing: the names that are never trained on)"""
         f"{others[0]}",
         flush=True,
       )
-    self.class_files = [manual_dir / _LABELS_FILE]
     labels = self.set_classes(manual_dir, _names(manual_dir, files))
     if count := sum(file.without_area for file in files):
       print(

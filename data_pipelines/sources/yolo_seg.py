@@ -61,6 +61,7 @@ unseen.txt (may be missing: the names that are never trained on)"""
 
   def examples(self, manual_dir):
     path = _find_yaml(manual_dir)
+    self.class_files = [path]
     data = _read_yaml(path)
     names = _names(path, data)
     by_name = self.set_classes(manual_dir, names)

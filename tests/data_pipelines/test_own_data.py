@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import folder as folder_config
-from data_pipelines import datasets, prepare, records, registry
+from data_pipelines import datasets, prepare, raw_files, records, registry
 from data_pipelines.sources.builder import RawExample
 from data_pipelines.sources.own_data import one_in_ten, split_of
 from rpn_jax.base import pixels
@@ -219,20 +219,21 @@ def colored_voc_tree(root):
   raws.voc_tree(root, lines, "labelmap.txt", colors)
 
 
-def labels_tree(root):
-  labelme_tree(root)
-  raws.text(root / "labels.txt", "cat", "dog")
-
-
 @pytest.mark.parametrize(
   ("name", "make", "file", "one", "two"),
   [
     ("folder", colored_folder, "names.txt", "1,0,0", "2,0,0"),
     ("voc_folder", colored_voc_tree, "labelmap.txt", "1,0,0", "2,0,0"),
     ("coco_json", panoptic_tree, "panoptic.json", '"category_id": 1', '"category_id": 7'),
-    ("labelme", labels_tree, "labels.txt", "cat", "dog"),
+    (
+      "yolo_seg",
+      lambda root: raws.yolo_tree(root, YAML),
+      "data.yaml",
+      "[cat, dog]",
+      "[ignored, cat, dog]",
+    ),
   ],
-  ids=["folder", "voc_folder", "coco_json", "labelme"],
+  ids=["folder", "voc_folder", "coco_json", "yolo_seg"],
 )
 def test_edits_of_which_class_a_label_is_are_noticed(
   name, make, file, one, two, tmp_path, monkeypatch, capsys
@@ -255,6 +256,11 @@ def test_edits_of_which_class_a_label_is_are_noticed(
   swap()
   assert run(name, raw, tmp_path) == 2
   assert f"1 file changed, such as {file}" in capsys.readouterr().err
+  record = next(tmp_path.rglob(raw_files.FILE))
+  content = json.loads(record.read_text())
+  del content["files"][raw_files.CLASSES]  # as earlier versions, which did not say
+  record.write_text(json.dumps(content))
+  assert run(name, raw, tmp_path) == 0
 
 
 def test_options_that_a_set_does_not_take(tmp_path, capsys):
