@@ -27,7 +27,10 @@ def orientation(image: Image.Image) -> int:
     image.load()  # the data may stand behind the pixels, whose own damage is told
   with contextlib.suppress(Exception):  # damaged data raise all kinds of errors, but only once
     image.getexif()
-  return image.getexif().get(ExifTags.Base.Orientation, 1)
+  with contextlib.suppress(Exception):  # values are decoded when they are asked for
+    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if isinstance(found, int) else 1
+  return 1
 
 
 def upright(image: Image.Image) -> Image.Image:
