@@ -25,6 +25,7 @@ import jax
 from rpn_jax.base import paths
 from rpn_jax.base.console import run_command, table
 from rpn_jax.base.errors import InputError
+from rpn_jax.base.fields import with_tuples
 from rpn_jax.base.transfer import sha256
 from rpn_jax.config import CATSegConfig
 from rpn_jax.text.embeddings import class_embeddings
@@ -236,7 +237,9 @@ def _prompts_to_authors(
     f"{len(content.prompts['h'])} patches"
   ]
   config = content.config
-  known = {**config.get("data", {}), "templates": config.get("templates")}
+  own = authors.settings(content.prompts)["data"]  # which are there anyway
+  data = {name: x for name, x in config.get("data", {}).items() if with_tuples(x) != own.get(name)}
+  known = {**data, "templates": config.get("templates")}
   if said := [f"{name} {known[name]}" for name in ("templates", "mean", "std") if known.get(name)]:
     lines.append(f"no checkpoint holds these settings, give them there: {', '.join(said)}")
   return lines
