@@ -99,6 +99,11 @@ def test_every_pin_lies_within_its_range_and_every_range_ends():
     assert Version(lower) == min(map(Version, pinned[name])), requirement
 
 
+def test_what_reads_data_has_one_pin():
+  extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+  assert set(map(Requirement, extras["data"])) <= set(pins("requirements.txt"))
+
+
 def test_the_wheel_asks_for_what_the_package_imports():
   imported = set()
   for path in (ROOT / "rpn_jax").rglob("*.py"):
