@@ -17,22 +17,18 @@ import time
 import numpy as np
 
 from rpn_jax.base.console import progress, table
+from rpn_jax.tasks.demo import SCENE, SCENE_WORDS
 
-SCENE = "rpn_jax/assets/scene.png"
-# README's eight.
-WORDS = (
-  "plain orange, striped orange, dotted orange, plain yellow, plain blue, plain purple, sand, water"
-)
 CALLS = ("nothing kept", "warm", "warm")
 
 
 def call(folder: pathlib.Path, dtype: str) -> float:
   """Wall seconds of one call that keeps programs in `folder` and writes its pictures there."""
-  command = [sys.executable, "-m", "rpn_jax", "segment", SCENE, WORDS, f"--dtype={dtype}"]
+  command = [sys.executable, "-m", "rpn_jax", "segment", str(SCENE), SCENE_WORDS]
   with tempfile.TemporaryDirectory() as out:
     began = time.perf_counter()
     subprocess.run(
-      [*command, f"--out={out}"],
+      [*command, f"--dtype={dtype}", f"--out={out}"],
       check=True,
       capture_output=True,
       env={**os.environ, "XDG_CACHE_HOME": str(folder)},
