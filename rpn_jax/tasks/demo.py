@@ -204,9 +204,11 @@ def build(models: Models, root: pathlib.Path):
     # Hashed: the browser chooses this text, and folders are deleted by it.
     return hashlib.sha256(str(request.session_hash).encode()).hexdigest()[:16]
 
+  def folder(request: gr.Request) -> pathlib.Path:
+    return new_folder(results, visitor(request))
+
   def shown(result, alpha, safe, form, request):
-    palette = "colorblind" if safe else "default"
-    own = new_folder(results, visitor(request))
+    palette, own = "colorblind" if safe else "default", folder(request)
     downloads = [*files(result, own, palette), packed(result, form, own)]
     return [result.overlay(alpha, palette), table(result), *downloads]
 
@@ -231,9 +233,7 @@ def build(models: Models, root: pathlib.Path):
 
   @plainly
   def on_form(result, form, request: gr.Request):
-    return (
-      gr.skip() if result is None else packed(result, form, new_folder(results, visitor(request)))
-    )
+    return gr.skip() if result is None else packed(result, form, folder(request))
 
   def on_adjust(change):
     """What a slider does; `change`: (result, value) -> arguments of `Segmentation.adjusted`."""
